@@ -1,0 +1,1462 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+# SPDX-FileCopyrightText: 2026 The coarinbox authors
+#
+# /// script
+# requires-python = ">=3.9"
+# dependencies = []
+# ///
+"""An inbox for people who implement COAR Notify: a W3C LDN receiver in one file.
+
+    python coarinbox.py                      serve http://localhost:5005/inbox
+    python coarinbox.py --config local.cfg   the same, configured
+
+Notifications are checked against the COAR Notify specification, stored octet for octet and served
+back; what is refused is answered with everything that is wrong with it. The file needs nothing but
+Python and may be copied into another project.
+
+Each section uses only what stands above it: configuration, documents, rules, storage, pages,
+HTTP, server, command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import dataclasses
+import difflib
+import errno
+import html
+import http.client
+import http.server
+import io
+import ipaddress
+import json
+import logging
+import math
+import operator
+import os
+import re
+import secrets
+import signal
+import socket
+import socketserver
+import stat
+import sys
+import threading
+import time
+import traceback
+import types
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    import ssl
+
+__version__ = "0.1.0"
+
+LOG = logging.getLogger("coarinbox")
+
+
+# --- Configuration -------------------------------------------------------------------------------
+
+
+class ConfigurationError(ValueError):
+    """A setting or a configuration file is unusable; the text says why, in one line."""
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != "" and "\0" not in value
+
+
+def is_path(value: Any) -> bool:
+    return is_text(os.fspath(value)) if isinstance(value, os.PathLike) else is_text(value)
+
+
+def is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def is_count(value: Any) -> bool:
+    return isinstance(value, int) and not is_flag(value) and value > 0
+
+
+def is_port(value: Any) -> bool:
+    return isinstance(value, int) and not is_flag(value) and 0 <= value <= 65535
+
+
+def is_duration(value: Any) -> bool:
+    # Time-outs beyond what the platform's clock can hold make sockets fail; a day never does.
+    return isinstance(value, (int, float)) and not is_flag(value) and 0 < value <= 86400
+
+
+def is_base_url(value: Any) -> bool:
+    form = r"https?://([\w.-]+|\[[0-9A-Fa-f:]+\])(:[0-9]+)?(/[\w.~%/-]*)?"
+    return is_text(value) and re.fullmatch(form, value, re.ASCII) is not None
+
+
+def optional(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or accepts(value)
+
+
+def setting(default: Any, accepts: Callable[[Any], bool], expected: str) -> Any:
+    """Define a setting: its default, which values it accepts, and the same in words."""
+    return dataclasses.field(default=default, metadata={"accepts": accepts, "expected": expected})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything a user may set; `local.cfg.example` says what each setting means.
+
+    Raises `ConfigurationError` when a value is unusable.
+    """
+
+    STORE_DIR: str = setting("notifications", is_path, "the name of a directory")
+    HOST: str = setting("localhost", is_text, "a host name or an IP address")
+    PORT: int = setting(5005, is_port, "a port number, 0 to 65535")
+    RESPONSE_STATUS: int = setting(201, (201, 202).__contains__, "201 or 202")
+    VALIDATE_INCOMING: bool | str = setting(
+        True, lambda value: is_flag(value) or value == "strict", 'True, False or "strict"'
+    )
+    DEBUG: bool = setting(False, is_flag, "True or False")
+    DEBUG_PYCHARM: bool = setting(False, is_flag, "True or False")
+    DEBUG_PYCHARM_SERVER: str = setting("localhost", is_text, "a host name or an IP address")
+    DEBUG_PYCHARM_PORT: int = setting(6000, is_port, "a port number, 0 to 65535")
+    BASE_URL: str | None = setting(
+        None, optional(is_base_url), "None or an http(s) URL without query and fragment"
+    )
+    MAX_CONTENT_LENGTH: int = setting(1048576, is_count, "a number of octets, at least 1")
+    REQUEST_TIMEOUT: float = setting(30, is_duration, "a number of seconds, up to 86400")
+    MAX_CONNECTIONS: int = setting(128, is_count, "a number of connections, at least 1")
+    FSYNC: bool = setting(True, is_flag, "True or False")
+    TOKEN: str | None = setting(None, optional(is_text), "None or a text that is not empty")
+    SSL_CERT: str | None = setting(None, optional(is_path), "None or the name of a PEM file")
+    SSL_KEY: str | None = setting(None, optional(is_path), "None or the name of a PEM file")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not field.metadata["accepts"](value):
+                expected = field.metadata["expected"]
+                raise ConfigurationError(f"{field.name} is {value!r:.80}, expected {expected}")
+        if self.SSL_KEY and not self.SSL_CERT:
+            raise ConfigurationError("SSL_KEY is set, expected SSL_CERT beside it")
+
+
+def read_configuration(filename: str) -> dict[str, Any]:
+    """Execute a configuration file as Flask's `Config.from_pyfile` does.
+
+    Returns every UPPERCASE name it leaves behind. Raises `ConfigurationError` naming the file, and
+    the line where there is one, when it cannot be read, is not Python or fails.
+    """
+    module = types.ModuleType("config")
+    module.__file__ = filename
+    try:
+        with open(filename, "rb") as file:
+            exec(compile(file.read(), filename, "exec"), module.__dict__)
+    except (Exception, SystemExit) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+                 if frame.filename == filename]
+        if isinstance(error, SyntaxError) and error.filename == filename:
+            lines.append(error.lineno)
+        where = f"{filename}, line {lines[-1]}" if lines else filename
+        why = " ".join(str(error).split())
+        raise ConfigurationError(f"{where}: {type(error).__name__}: {why}") from error
+    return {name: value for name, value in vars(module).items() if name.isupper()}
+
+
+def configure(filename: str | None, flags: Mapping[str, Any]) -> Settings:
+    """Combine the defaults, a configuration file if one is named, and command-line flags.
+
+    Names that are no setting of ours are passed over with a warning: the file may be shared with
+    a Flask application. Raises `ConfigurationError`.
+    """
+    known = [field.name for field in dataclasses.fields(Settings)]
+    values = read_configuration(filename) if filename else {}
+    for name in values.keys() - known:
+        nearest, = difflib.get_close_matches(name, known, n=1, cutoff=0)
+        LOG.warning("%s: unknown setting %s ignored; the nearest is %s", filename, name, nearest)
+    ours = {name: value for name, value in values.items() if name in known}
+    try:
+        return Settings(**{**ours, **flags})
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{filename}: {error}" if filename else str(error)) from error
+
+
+# --- Documents -----------------------------------------------------------------------------------
+
+# A notification is nested five levels deep. Python's own limit differs between versions.
+MAX_DEPTH = 100
+
+
+def parse(octets: bytes) -> Any:
+    """Parse a JSON text (RFC 8259) in UTF-8, the only encoding it may have between systems.
+
+    Raises `ValueError`, saying what is wrong, for everything else, `NaN` and numbers that JSON
+    receivers disagree about (RFC 7493 section 2.2) included.
+    """
+    try:
+        text = octets.decode("utf-8")
+        if text.startswith("\ufeff"):
+            raise ValueError("it starts with a byte order mark (RFC 8259 section 8.1)")
+        document = DECODER.decode(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error.reason} at octet {error.start}") from error
+    except RecursionError:
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from None
+    if depth(document) > MAX_DEPTH:
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+    return document
+
+
+def number(digits: str) -> int | float:
+    if math.isinf(float(digits)):
+        raise ValueError(f"a number is too large: {digits:.20}… ({len(digits)} characters)")
+    return int(digits) if digits.lstrip("-").isdigit() else float(digits)
+
+
+def refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+DECODER = json.JSONDecoder(
+    parse_int=number, parse_float=number, parse_constant=refuse_constant
+)
+
+
+def depth(document: Any) -> int:
+    """Count how many lists and objects stand inside each other, without recursion."""
+    levels, level = 0, [document]
+    while level := [node for node in level if isinstance(node, (dict, list))]:
+        levels += 1
+        level = [
+            child for node in level for child in (node.values() if isinstance(node, dict) else node)
+        ]
+    return levels
+
+
+def lookup(document: Any, member: str) -> tuple[bool, Any]:
+    """Find a member by its dotted name; the empty name is the document itself.
+
+    Returns whether the member has a place, which it lacks where its parent is not an object, and
+    the value in it, None when there is none.
+    """
+    value = document
+    for name in filter(None, member.split(".")):
+        if not isinstance(value, dict):
+            return False, None
+        value = value.get(name)
+    return True, value
+
+
+# What RFC 3986 and RFC 3987 forbid everywhere in a URI, and the parts they divide one into.
+FORBIDDEN = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff<>\"{}|\\^`]")
+URI = re.compile(
+    r"""
+    (?P<scheme> [A-Za-z][A-Za-z0-9+.-]* ) :
+    (?: // (?: [^/?\#@\[\]]* @ )?                                # user information
+        (?P<host> \[ [^/?\#@\]]* \] | [^/?\#@\[\]:]* )
+        (?: : [0-9]+ )? (?= [/?\#] | \Z )                        # port
+      | (?! // ) )
+    [^?\#\[\]]* (?: \? [^\#]* )? (?: \# [^\#\[\]]* )?            # path, query, fragment
+    """,
+    re.VERBOSE,
+)
+
+
+def ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Read the host of a URI as an IP address, IPv6 in brackets; None for any other host."""
+    try:
+        if host.startswith("["):
+            return ipaddress.IPv6Address(host[1:-1])
+        return ipaddress.IPv4Address(host)
+    except ValueError:
+        return None
+
+
+def is_uri(value: Any) -> bool:
+    """Whether value is an absolute URI (RFC 3986 section 4.3, with a fragment allowed)."""
+    match = URI.fullmatch(value) if isinstance(value, str) and not FORBIDDEN.search(value) else None
+    if not match:
+        return False
+    host = match["host"] or ""
+    if host.startswith("["):
+        return ip_address(host) is not None
+    return host != "" or match["scheme"].lower() not in ("http", "https")
+
+
+def is_http_uri(value: Any) -> bool:
+    """Whether value is an absolute URI with scheme http or https and a host."""
+    return is_uri(value) and value.partition(":")[0].lower() in ("http", "https")
+
+
+# --- Rules ---------------------------------------------------------------------------------------
+
+SPECIFICATION = "https://coar-notify.net/specification/1.0.1/"
+
+E, M, S, OK = "E", "M", "S", ""
+LEVELS = {
+    E: "refused by the coarnotify libraries",
+    M: "breaks a MUST of the specification",
+    S: "breaks a SHOULD of the specification, or is known to be refused in production",
+}
+
+# Which levels a value of VALIDATE_INCOMING refuses. The others are warnings.
+REFUSED: Mapping[bool | str, str] = {True: E, False: OK, "strict": E + M}
+
+
+class Pattern(NamedTuple):
+    name: str
+    page: str  # below SPECIFICATION
+    types: tuple[str, ...]
+
+    @property
+    def spec(self) -> str:
+        return f"{SPECIFICATION}{self.page}/"
+
+
+PATTERNS = (
+    Pattern("Accept", "accept", ("Accept",)),
+    Pattern("Announce Endorsement", "announce-endorsement",
+            ("Announce", "coar-notify:EndorsementAction")),
+    Pattern("Announce Relationship", "announce-relationship",
+            ("Announce", "coar-notify:RelationshipAction")),
+    Pattern("Announce Review", "announce-review", ("Announce", "coar-notify:ReviewAction")),
+    Pattern("Announce Service Result", "announce-resource", ("Announce",)),
+    Pattern("Reject", "reject", ("Reject",)),
+    Pattern("Request Endorsement", "request-endorsement",
+            ("Offer", "coar-notify:EndorsementAction")),
+    Pattern("Request Review", "request-review", ("Offer", "coar-notify:ReviewAction")),
+    Pattern("Tentatively Accept", "tentative-accept", ("TentativeAccept",)),
+    Pattern("Tentatively Reject", "tentative-reject", ("TentativeReject",)),
+    Pattern("Unprocessable Notification", "unprocessable",
+            ("Flag", "coar-notify:UnprocessableNotification")),
+    Pattern("Undo Offer", "undo-offer", ("Undo",)),
+)
+
+ACTIVITY_STREAMS = "https://www.w3.org/ns/activitystreams"
+COAR_NOTIFY = "https://coar-notify.net"
+COAR_NOTIFY_VARIANTS = (
+    COAR_NOTIFY + "/", "https://purl.org/coar/notify", "https://purl.org/coar/notify/"
+)
+COAR_NOTIFY_TYPES = frozenset(
+    name for pattern in PATTERNS for name in pattern.types if name.startswith("coar-notify:")
+)
+ACTOR_TYPES = frozenset(("Application", "Group", "Organization", "Person", "Service"))
+AS2_OBJECT_TYPES = ACTOR_TYPES | frozenset((
+    "Activity", "Article", "Audio", "Collection", "CollectionPage", "Relationship", "Document",
+    "Event", "Image", "IntransitiveActivity", "Note", "Object", "OrderedCollection",
+    "OrderedCollectionPage", "Page", "Place", "Profile", "Question", "Tombstone", "Video",
+))
+
+
+def types_of(value: Any) -> frozenset[str]:
+    """Collect the type names in the value of a `type` member; what is no name is passed over."""
+    names = value if isinstance(value, list) else [value]
+    return frozenset(name for name in names if isinstance(name, str))
+
+
+def pattern_of(document: Any) -> Pattern | None:
+    """Find the pattern that a notification claims by its `type`, the most specific that fits."""
+    types = types_of(lookup(document, "type")[1])
+    fitting = [pattern for pattern in PATTERNS if types.issuperset(pattern.types)]
+    return max(fitting, key=lambda pattern: len(pattern.types), default=None)
+
+
+TYPE_SETS = tuple(" + ".join(pattern.types) for pattern in PATTERNS)
+
+
+def nearest_types(value: Any) -> str:
+    # Cut short: comparing costs the product of the lengths.
+    given = " + ".join(sorted(types_of(value)))[:100]
+    return f"nearest: {difflib.get_close_matches(given, TYPE_SETS, n=1, cutoff=0)[0]}"
+
+
+class Check(NamedTuple):
+    """Something that a rule demands of the value of a member."""
+
+    name: str  # ends the code of a finding
+    demand: str  # completes "the member must"
+    holds: Callable[..., bool]  # of the value, and of those of the members `beside` it
+    beside: tuple[str, ...] = ()
+    hint: Callable[[Any], str] = lambda value: ""
+
+
+class Rule(NamedTuple):
+    """What is demanded of a member, and the levels of it being absent and of it being wrong."""
+
+    member: str  # its dotted name; empty for the whole notification
+    absent: str
+    wrong: str = OK
+    check: Check = Check("present", "be present", lambda value: True)
+
+    @property
+    def pointer(self) -> str:
+        return "/" + self.member.replace(".", "/") if self.member else ""
+
+    def code(self, need: str) -> str:
+        return f"{self.member or 'notification'}-{need}"
+
+    def broken_level(self, notification: Any) -> str:
+        """Tell at which level a notification breaks the rule, OK when it does not."""
+        reached, value = lookup(notification, self.member)
+        if value is None:
+            return self.absent if reached else OK
+        beside = [lookup(notification, member)[1] for member in self.check.beside]
+        if any(other is None for other in beside) or self.check.holds(value, *beside):
+            return OK
+        return self.wrong
+
+
+def includes(name: str, what: str, types: frozenset[str]) -> Check:
+    return Check(name, f"include {what}", lambda value: not types.isdisjoint(types_of(value)))
+
+
+def equals(member: str) -> Check:
+    return Check(f"equals-{member}", f"equal {member}", operator.eq, (member,))
+
+
+def is_types(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(name, str) for name in value)
+    )
+
+
+def names_namespaces(value: Any) -> bool:
+    return isinstance(value, list) and ACTIVITY_STREAMS in value and any(
+        namespace in value for namespace in (COAR_NOTIFY, *COAR_NOTIFY_VARIANTS)
+    )
+
+
+def names_no_variant(value: Any) -> bool:
+    return not isinstance(value, list) or COAR_NOTIFY in value or not any(
+        namespace in value for namespace in COAR_NOTIFY_VARIANTS
+    )
+
+
+def is_preferred_id(value: Any) -> bool:
+    uuid_urn = r"(?i:urn:uuid:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})"
+    return is_http_uri(value) or bool(is_uri(value) and re.fullmatch(uuid_urn, value))
+
+
+def has_known_actions(value: Any) -> bool:
+    actions = (name for name in types_of(value) if re.match("coar-notify:|[^:]*Action$", name))
+    return COAR_NOTIFY_TYPES.issuperset(actions)
+
+
+def is_media_type(value: Any) -> bool:
+    return is_text(value) and bool(re.match(r"[\w!#$&^.+-]+/[\w!#$&^.+-]+ *(;|\Z)", value, re.ASCII))
+
+
+OBJECT = Check("object", "be an object", lambda value: isinstance(value, dict))
+TEXT = Check("text", "be a text that is not empty", is_text)
+ABSOLUTE_URI = Check("absolute-uri", "be an absolute URI", is_uri)
+HTTP_URI = Check("http-uri", "be an HTTP URI", is_http_uri)
+PREFERRED_ID = Check("preferred", "be a hyphenated urn:uuid: or an HTTP URI", is_preferred_id)
+TYPES = Check("strings", "be a string or a list of strings", is_types)
+ONE_TYPE = Check("single", "be a single string", lambda value: not isinstance(value, list))
+ACTOR_TYPE = includes("actor", "one of " + ", ".join(sorted(ACTOR_TYPES)), ACTOR_TYPES)
+AS2_OBJECT_TYPE = includes("as2-object", "an ActivityStreams 2.0 object type", AS2_OBJECT_TYPES)
+SERVICE = includes("service", "Service", frozenset(("Service",)))
+OFFER = includes("offer", "Offer", frozenset(("Offer",)))
+MEDIA_TYPE = Check(
+    "media-type", "be a media type, type/subtype",
+    is_media_type,
+)
+NAMESPACES = Check(
+    "namespaces", f"be a list holding {ACTIVITY_STREAMS} and {COAR_NOTIFY}", names_namespaces
+)
+CURRENT_NAMESPACE = Check(
+    "current", f"name {COAR_NOTIFY}, with neither a slash after it nor purl.org", names_no_variant
+)
+PATTERN = Check(
+    "pattern", "hold the types of a pattern: " + ", ".join(TYPE_SETS),
+    lambda value: pattern_of({"type": value}) is not None, hint=nearest_types,
+)
+KNOWN_ACTIONS = Check(
+    "known-actions", "name no action that COAR Notify does not know",
+    has_known_actions, hint=nearest_types,
+)
+
+# In words: https://coar-notify.net/specification/1.0.1/. `null` counts as absent.
+EVERY = (
+    #    member         absent wrong
+    Rule("",                E, E, OBJECT),
+    Rule("@context",        M, M, NAMESPACES),
+    Rule("@context",        OK, S, CURRENT_NAMESPACE),
+    Rule("id",              E, E, ABSOLUTE_URI),
+    Rule("id",              OK, S, PREFERRED_ID),
+    Rule("type",            E, E, TYPES),
+    Rule("type",            OK, E, PATTERN),
+    Rule("origin",          E, E, OBJECT),
+    Rule("origin.id",       E, E, HTTP_URI),
+    Rule("origin.type",     M, M, TYPES),
+    Rule("origin.type",     OK, S, SERVICE),
+    Rule("origin.inbox",    S, M, HTTP_URI),
+    Rule("target",          E, E, OBJECT),
+    Rule("target.id",       E, E, HTTP_URI),
+    Rule("target.type",     M, M, TYPES),
+    Rule("target.type",     OK, S, SERVICE),
+    Rule("target.inbox",    M, M, HTTP_URI),
+    Rule("object",          E, E, OBJECT),
+    Rule("object.id",       E, E, ABSOLUTE_URI),
+    Rule("actor",           S, E, OBJECT),
+    Rule("actor.id",        M, E, ABSOLUTE_URI),
+    Rule("actor.type",      M, E, ACTOR_TYPE),
+    Rule("actor.type",      OK, S, ONE_TYPE),
+    Rule("inReplyTo",       OK, E, ABSOLUTE_URI),
+    Rule("context",         OK, E, OBJECT),
+    Rule("context.id",      E, E, HTTP_URI),
+)
+
+
+def resource(
+    member: str, no_type: str = OK, no_cite_as: str = OK, no_item: str = OK
+) -> tuple[Rule, ...]:
+    """The rules for something in a repository; the levels are those of it lacking a member."""
+    return (
+        Rule(f"{member}.id", OK, M, HTTP_URI),
+        Rule(f"{member}.type", no_type, M, AS2_OBJECT_TYPE),
+        Rule(f"{member}.ietf:cite-as", no_cite_as, M, HTTP_URI),
+        Rule(f"{member}.ietf:item", no_item, M, OBJECT),
+        Rule(f"{member}.ietf:item.id", M, M, HTTP_URI),
+        Rule(f"{member}.ietf:item.type", M, M, AS2_OBJECT_TYPE),
+        Rule(f"{member}.ietf:item.mediaType", M, M, MEDIA_TYPE),
+    )
+
+
+REQUEST = EVERY + resource("object", no_type=M, no_cite_as=S, no_item=M)
+ANSWER = EVERY + (
+    Rule("inReplyTo",           E),
+    Rule("inReplyTo",           OK, E, equals("object.id")),
+    Rule("object.type",         E, E, TYPES),
+    Rule("object.type",         OK, M, OFFER),
+)
+ANNOUNCE = EVERY + (
+    Rule("object.type",         E, E, AS2_OBJECT_TYPE),
+    Rule("object.ietf:cite-as", S, M, HTTP_URI),
+    Rule("context",             E),
+    *resource("context"),
+)
+RELATIONSHIP = ANNOUNCE + (
+    Rule("object.as:subject",      E, E, ABSOLUTE_URI),
+    Rule("object.as:relationship", E, E, ABSOLUTE_URI),
+    Rule("object.as:object",       E, E, ABSOLUTE_URI),
+    Rule("context.id",             OK, M, equals("object.as:object")),
+)
+SERVICE_RESULT = ANNOUNCE + (
+    Rule("type",                OK, S, KNOWN_ACTIONS),
+)
+UNPROCESSABLE = EVERY + (
+    Rule("inReplyTo",           E),
+    Rule("summary",             E, M, TEXT),
+)
+
+RULES: Mapping[str, tuple[Rule, ...]] = {
+    "Accept": ANSWER,
+    "Announce Endorsement": ANNOUNCE,
+    "Announce Relationship": RELATIONSHIP,
+    "Announce Review": ANNOUNCE,
+    "Announce Service Result": SERVICE_RESULT,
+    "Reject": ANSWER,
+    "Request Endorsement": REQUEST,
+    "Request Review": REQUEST,
+    "Tentatively Accept": ANSWER,
+    "Tentatively Reject": ANSWER,
+    "Unprocessable Notification": UNPROCESSABLE,
+    "Undo Offer": ANSWER,
+}
+
+
+# Inside an offer that is embedded in an answer, only what level E says is kept up: the
+# specification's own examples break the rest there.
+EMBEDDED: Mapping[str, tuple[Rule, ...]] = {
+    name: tuple(
+        rule._replace(absent=rule.absent.replace(M, S), wrong=rule.wrong.replace(M, S))
+        for rule in rules if rule.member != "@context"
+    )
+    for name, rules in RULES.items()
+}
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong with a notification."""
+
+    level: str  # E, M or S
+    pointer: str  # RFC 6901, to the member or to where one is missing
+    code: str  # names the rule; the same in every version
+    message: str
+    spec: str  # URL of the page that says so
+    value: Any = None  # what stands there, where it is short
+
+    def as_json(self) -> dict[str, Any]:
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+
+def validate(document: Any) -> list[Finding]:
+    """Find everything that is wrong with a notification.
+
+    `document` is what `parse` returns; it is not changed. Returns the findings in the order of
+    the rules. Never raises.
+    """
+    findings: dict[tuple[str, str], Finding] = {}
+    for prefix, part, pattern, rules in claims(document):
+        spec = pattern.spec if pattern else SPECIFICATION
+        for rule in rules:
+            level = rule.broken_level(part)
+            if level:
+                value = lookup(part, rule.member)[1]
+                need = "required" if value is None else rule.check.name
+                finding = describe(rule, need, level, value, prefix, spec)
+                # An answer and the offer in it make some of the same demands of its object.
+                findings.setdefault((finding.pointer, need), finding)
+    return list(findings.values())
+
+
+def claims(document: Any) -> Iterator[tuple[str, Any, Pattern | None, tuple[Rule, ...]]]:
+    """Yield the notification and, where it answers one that it embeds, that one, and so on.
+
+    Each comes as its pointer, itself, its pattern and its rules.
+    """
+    prefix, pattern = "", pattern_of(document)
+    yield prefix, document, pattern, RULES[pattern.name] if pattern else EVERY
+    while pattern and RULES[pattern.name] is ANSWER:
+        prefix, document = prefix + "/object", document.get("object")
+        pattern = pattern_of(document)
+        if pattern:
+            yield prefix, document, pattern, EMBEDDED[pattern.name]
+
+
+def describe(
+    rule: Rule, need: str, level: str, value: Any, prefix: str, spec: str
+) -> Finding:
+    pointer = prefix + rule.pointer
+    where = pointer[1:].replace("/", ".") or "the notification"
+    demand = f"{'should' if level == S else 'must'} {rule.check.demand}"
+    message = f"{where} {demand}" if value is not None else f"{where} is missing; it {demand}"
+    hint = "" if value is None else rule.check.hint(value)
+    message = f"{message} ({hint})" if hint else message
+    return Finding(level, pointer, rule.code(need), message, spec, value if is_short(value) else None)
+
+
+def is_short(value: Any) -> bool:
+    try:
+        return len(json.dumps(value, allow_nan=False)) <= 100
+    except (RecursionError, TypeError, ValueError):
+        return False
+
+
+def constraints() -> list[dict[str, Any]]:
+    """List the rules, one entry for each code, with the level it has for each pattern."""
+    listed: dict[str, dict[str, Any]] = {}
+    for pattern in PATTERNS:
+        for rule in RULES[pattern.name]:
+            demands = [("required", "be present", rule.absent), (*rule.check[:2], rule.wrong)]
+            for need, demand, level in demands:
+                if level:
+                    entry = {"code": rule.code(need), "member": rule.member, "demand": demand}
+                    levels = listed.setdefault(entry["code"], {**entry, "levels": {}})["levels"]
+                    levels.setdefault(pattern.name, level)
+    return list(listed.values())
+
+
+# --- Storage -------------------------------------------------------------------------------------
+
+NAME = "[0-9]{8}_[0-9]{6}_[0-9a-f]{32}"
+SUFFIX = ".json"
+
+
+class Store:
+    """Notifications in a directory, one file each, which is the only truth about them.
+
+    Files that somebody adds or removes, or another process that shares the directory, count. What
+    goes wrong with the directory is raised as `OSError`.
+    """
+
+    def __init__(self, directory: str, fsync: bool = True) -> None:
+        """Use `directory`, creating it if it is missing; `fsync` makes `add` wait for the disk."""
+        self.directory = os.path.abspath(directory)
+        self.fsync = fsync
+        os.makedirs(self.directory, exist_ok=True)
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.directory, name + SUFFIX)
+
+    def names(self) -> list[str]:
+        """List the names of the notifications, oldest first."""
+        try:
+            with os.scandir(self.directory) as entries:
+                return sorted(
+                    entry.name[: -len(SUFFIX)] for entry in entries
+                    if re.fullmatch(NAME + re.escape(SUFFIX), entry.name)
+                    and entry.is_file(follow_symlinks=False)
+                )
+        except FileNotFoundError:
+            return []
+
+    def add(self, octets: bytes) -> str:
+        """Store a notification under a new name, which is returned once it is complete.
+
+        It appears whole or not at all, and never in place of another one.
+        """
+        name = time.strftime("%Y%m%d_%H%M%S_", time.gmtime()) + uuid.uuid4().hex
+        draft = os.path.join(self.directory, f".{name}.part")
+        os.makedirs(self.directory, exist_ok=True)
+        try:
+            with open(draft, "xb") as file:
+                file.write(octets)
+                file.flush()
+                if self.fsync:
+                    os.fsync(file.fileno())
+            self.publish(draft, self.path(name))
+        finally:
+            with contextlib.suppress(OSError):
+                os.remove(draft)
+        return name
+
+    def publish(self, draft: str, path: str) -> None:
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            raise
+        except (AttributeError, OSError):
+            # No hard links here. Names do not repeat, so this replaces nothing either.
+            os.rename(draft, path)
+        if self.fsync and os.name == "posix":
+            directory = os.open(self.directory, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+
+    def read(self, name: str) -> bytes:
+        """Read the octets of a notification. Raises `KeyError` when there is none of this name."""
+        try:
+            # Opening what is no regular file could wait for ever, or lead out of the directory.
+            if not stat.S_ISREG(os.lstat(self.path(name)).st_mode):
+                raise KeyError(name)
+            with open(self.path(name), "rb") as file:
+                return file.read()
+        except FileNotFoundError:
+            raise KeyError(name) from None
+
+    def remove(self, name: str) -> None:
+        """Remove a notification. Raises `KeyError` when there is none of this name."""
+        try:
+            os.remove(self.path(name))
+        except FileNotFoundError:
+            raise KeyError(name) from None
+
+    def clear(self) -> None:
+        """Remove every notification."""
+        for name in self.names():
+            with contextlib.suppress(KeyError):
+                self.remove(name)
+
+
+# --- Pages ---------------------------------------------------------------------------------------
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+</head>
+<body>
+<main>
+<h1>{title}</h1>
+{content}
+</main>
+</body>
+</html>
+"""
+
+
+def page(title: str, content: str) -> str:
+    """Set content, which is HTML, in a page; the title is text."""
+    return PAGE.format(title=html.escape(title), content=content)
+
+
+def inbox_page(base: str, names: list[str]) -> str:
+    base = html.escape(base)
+    links = "".join(f'<li><a href="{base}/inbox/{name}">{name}</a></li>' for name in reversed(names))
+    return page(
+        "coarinbox",
+        f"<p>Send COAR Notify notifications to <code>{base}/inbox</code>.</p>"
+        f'<p><a href="{base}/constraints">What they must be</a></p>'
+        f"<h2>{len(names)} stored</h2><ul>{links}</ul>",
+    )
+
+
+def notification_page(name: str, octets: bytes) -> str:
+    return page(name, f"<pre>{html.escape(octets.decode('utf-8', 'replace'))}</pre>")
+
+
+def constraints_page() -> str:
+    rows = []
+    for entry in constraints():
+        levels = ", ".join(f"{name} {level}" for name, level in entry["levels"].items())
+        demand = f"{entry['member'] or 'the notification'} must {entry['demand']}"
+        cells = "".join(f"<td>{html.escape(text)}</td>" for text in (entry["code"], demand, levels))
+        rows.append(f'<tr id="{html.escape(entry["code"])}">{cells}</tr>')
+    meanings = "".join(f"<dt>{level}</dt><dd>{text}</dd>" for level, text in LEVELS.items())
+    return page("Constraints", f"<dl>{meanings}</dl><table>{''.join(rows)}</table>")
+
+
+# --- HTTP ----------------------------------------------------------------------------------------
+
+JSON_LD = "application/ld+json"
+ACCEPT_POST = f"{JSON_LD}, application/json, application/activity+json"
+
+# Seconds for which a connection that ends early is still read, so that its client gets the answer.
+LINGER = 2.0
+
+
+class Response(NamedTuple):
+    """An answer, but for the headers that every answer has."""
+
+    status: int
+    body: bytes = b""
+    headers: Mapping[str, str] = {}
+
+
+class Problem(Exception):
+    """Something to answer with an error; raise it anywhere while a request is served."""
+
+    def __init__(
+        self, status: int, detail: str, headers: Mapping[str, str] = {}, **members: Any
+    ) -> None:
+        super().__init__(detail)
+        self.status, self.detail = HTTPStatus(status), detail
+        self.headers, self.members = headers, members
+
+    def response(self) -> Response:
+        """Put it as a problem document (RFC 9457)."""
+        title = {"type": "about:blank", "title": self.status.phrase, "status": self.status}
+        document = {**title, "detail": self.detail, **self.members}
+        return json_response(self.status, document, "application/problem+json", self.headers)
+
+
+def json_response(
+    status: int, document: Any, kind: str = "application/json", headers: Mapping[str, str] = {}
+) -> Response:
+    body = json.dumps(document, indent=2).encode() + b"\n"
+    return Response(status, body, {"Content-Type": kind, "Vary": "Accept", **headers})
+
+
+def html_response(text: str, headers: Mapping[str, str] = {}) -> Response:
+    return Response(200, text.encode("utf-8", "replace"), {
+        "Content-Type": "text/html; charset=utf-8",
+        "Content-Security-Policy": "default-src 'none'",
+        "Vary": "Accept",
+        **headers,
+    })
+
+
+def quality(media_type: str, accept: str) -> float:
+    """Weigh a media type, from 0 to 1, by an Accept header (RFC 9110 section 12.5.1)."""
+    weights: dict[str, float] = {}
+    for element in re.findall(r'(?:[^,"]|"[^"]*"?)+', accept.lower()):
+        name, *parameters = (part.strip() for part in element.split(";"))
+        weight = next((part[2:] for part in parameters if part.startswith("q=")), "")
+        known = re.fullmatch(r"[01](\.[0-9]{0,3})?", weight)
+        weights[name] = max(weights.get(name, 0.0), float(weight) if known else 1.0)
+    for name in (media_type, media_type.partition("/")[0] + "/*", "*/*"):
+        if name in weights:
+            return weights[name]
+    return 0.0
+
+
+@contextlib.contextmanager
+def store_faults() -> Iterator[None]:
+    """Turn what goes wrong with the store into problems."""
+    try:
+        yield
+    except KeyError:
+        raise Problem(404, "no notification has this name") from None
+    except OSError as error:
+        LOG.error("the store failed: %s", error)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise Problem(507 if full else 500, f"the store failed: {error.strerror}") from error
+
+
+class DeadlineReader(io.RawIOBase):
+    """Reads from a socket until a deadline, however slowly octets drip in.
+
+    A socket's own time-out begins anew with every octet. Raises `Problem` at the deadline.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.deadline = math.inf
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        remaining = self.deadline - time.monotonic()
+        try:
+            if remaining > 0:
+                self.connection.settimeout(remaining)
+                return self.connection.recv_into(buffer)
+        except socket.timeout:
+            pass
+        raise Problem(408, "the request took too long")
+
+
+class InboxHandler(http.server.BaseHTTPRequestHandler):
+    """Serves the requests of one connection.
+
+    The base class parses a request and calls `do_VERB`. Each of them is `serve`, which looks the
+    resource up in `ROUTES` and sends the `Response` that its method returns. Whatever is wrong is
+    raised as `Problem`, by the base class too; `reply` alone writes.
+    """
+
+    protocol_version = "HTTP/1.1"
+    default_request_version = "HTTP/1.0"  # 0.9 would be answered without a status
+    server_version = f"coarinbox/{__version__}"
+    sys_version = ""
+    disable_nagle_algorithm = True
+    server: InboxServer
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()
+        self.wire = DeadlineReader(self.connection)
+        self.rfile = self.incoming = io.BufferedReader(self.wire)
+        self.unread = False  # whether the connection holds octets that belong to this request
+
+    def finish(self) -> None:
+        """Close the connection, but not so abruptly that an early answer is lost.
+
+        Closing with octets unread resets the connection, which discards what was sent on it.
+        """
+        if self.unread:
+            with contextlib.suppress(OSError, Problem):
+                self.connection.shutdown(socket.SHUT_WR)
+                self.wire.deadline = time.monotonic() + LINGER
+                while self.incoming.read1():
+                    pass
+        super().finish()
+
+    def handle(self) -> None:
+        """Serve requests until the connection ends, or breaks, which is no fault of ours."""
+        try:
+            super().handle()
+        except OSError as error:
+            self.log_message("connection lost: %s", error)
+
+    def handle_one_request(self) -> None:
+        self.close_connection = True
+        self.command = self.requestline = ""
+        try:
+            if self.request_begins():
+                super().handle_one_request()
+        except Problem as problem:
+            self.reply(problem.response())
+
+    def request_begins(self) -> bool:
+        """Wait for a request; False when the client or the server has had enough."""
+        patience = self.server.settings.REQUEST_TIMEOUT
+        self.wire.deadline = time.monotonic() + patience
+        with self.server.idling(self.connection), contextlib.suppress(Problem):
+            self.unread = self.incoming.peek(1) != b""
+        self.wire.deadline = time.monotonic() + patience
+        return self.unread
+
+    def parse_request(self) -> bool:
+        """Parse the head of a request (RFC 9112 sections 2 to 6); faults are raised."""
+        if not super().parse_request():
+            raise Problem(400, "the request line is empty")
+        if self.server.settings.DEBUG:
+            for name, value in self.headers.items():
+                secret = name.lower() == "authorization"
+                self.log_message("%s: %s", name, "(masked)" if secret else value)
+        if self.headers.defects:
+            raise Problem(400, "a header line is malformed")
+        self.unread = "Transfer-Encoding" in self.headers or self.headers.get(
+            "Content-Length", "0"
+        ) != "0"
+        return True
+
+    def handle_expect_100(self) -> bool:
+        # Not yet: `read_body` sends the 100 once nothing else stands in the body's way.
+        return True
+
+    def send_error(
+        self, code: int, message: str | None = None, explain: str | None = None
+    ) -> None:
+        """Raise what the base class would send as HTML."""
+        if code == HTTPStatus.NOT_IMPLEMENTED:  # it has no `do_VERB`, and so has no resource
+            self.serve()
+        else:
+            detail = ": ".join(text for text in (message, explain) if text)
+            raise Problem(code, detail or HTTPStatus(code).description)
+
+    def serve(self) -> None:
+        try:
+            response = self.route()
+        except (Problem, OSError):
+            raise
+        except Exception as error:
+            LOG.exception("a fault of the inbox itself")
+            raise Problem(500, "a fault of the inbox itself; its log says more") from error
+        self.reply(response)
+
+    do_GET = do_HEAD = do_POST = do_DELETE = do_OPTIONS = serve
+
+    def route(self) -> Response:
+        """Find the resource and let it answer."""
+        self.check_host()
+        self.check_token()
+        for path, verbs in self.ROUTES.items():
+            match = re.fullmatch(path, self.target.partition("?")[0])
+            if match:
+                verb = "GET" if self.command == "HEAD" else self.command
+                if verb in verbs:
+                    return verbs[verb](self, **match.groupdict())
+                allow = {"Allow": ", ".join([*verbs, "HEAD", "OPTIONS"])}
+                if verb != "OPTIONS":
+                    raise Problem(405, f"{self.command} does not work here", allow)
+                post = {"Accept-Post": ACCEPT_POST} if "POST" in verbs else {}
+                return Response(204, headers={**allow, **post})
+        raise Problem(404, "nothing is here")
+
+    def reply(self, response: Response) -> None:
+        """Send a response; everything that is sent, but for the 100, passes here."""
+        self.close_connection = self.close_connection or self.unread or self.server.closing
+        self.connection.settimeout(self.server.settings.REQUEST_TIMEOUT)
+        self.send_response(response.status)
+        for name, value in response.headers.items():
+            self.send_header(name, value)
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Connection", "close" if self.close_connection else "keep-alive")
+        if response.status != HTTPStatus.NO_CONTENT:
+            self.send_header("Content-Length", str(len(response.body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(response.body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        # Escaped: what clients send must not pass for lines of the log.
+        line = (format % args).encode("unicode_escape").decode("ascii")
+        LOG.info("%s %s", self.client_address[0], line)
+
+    # What a request says about itself
+
+    @property
+    def target(self) -> str:
+        """Path and query, also where the request line has a whole URL (RFC 9112 section 3.2)."""
+        return re.sub("^https?://[^/?]*", "", self.path) or "/"
+
+    @property
+    def base(self) -> str:
+        """The URL, without a slash at its end, below which this inbox is known to the client."""
+        host = self.headers.get("Host")
+        if self.server.settings.BASE_URL or not host:
+            return self.server.base
+        return f"{self.server.scheme}://{host}"
+
+    def check_host(self) -> None:
+        host, *others = self.headers.get_all("Host", []) or [""]
+        match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]+)?", host)
+        if others or (host and not match):
+            raise Problem(400, "the Host header is malformed")
+        if match and not self.server.answers_to(match[1]):
+            raise Problem(
+                421, f"an inbox on loopback does not answer to {match[1]};"
+                " set BASE_URL to the address by which it is reached"
+            )
+
+    def check_token(self) -> None:
+        """Demand TOKEN as a Bearer token (RFC 6750) or a Basic password (RFC 7617)."""
+        token = self.server.settings.TOKEN
+        if token is None:
+            return
+        scheme, _, credentials = self.headers.get("Authorization", "").partition(" ")
+        given = credentials.strip().encode("latin-1")
+        if scheme.lower() == "basic":
+            with contextlib.suppress(ValueError):
+                given = base64.b64decode(given).partition(b":")[2]
+        if not secrets.compare_digest(given, token.encode()):
+            challenge = 'Bearer realm="coarinbox", Basic realm="coarinbox", charset="UTF-8"'
+            raise Problem(401, "the token did not come", {"WWW-Authenticate": challenge})
+
+    def wants_html(self) -> bool:
+        accept = ",".join(self.headers.get_all("Accept", ["*/*"]))
+        data = max(quality(JSON_LD, accept), quality("application/json", accept))
+        return quality("text/html", accept) > data
+
+    def unmet(
+        self, status: int, detail: str, headers: Mapping[str, str] = {}, **members: Any
+    ) -> Problem:
+        """Make the problem of a notification that the inbox does not take (LDN section 3.3.2)."""
+        link = f'<{self.base}/constraints>; rel="http://www.w3.org/ns/ldp#constrainedBy"'
+        return Problem(status, detail, {"Link": link, **headers}, **members)
+
+    def check_content(self) -> None:
+        kind = self.headers.get_content_type() if "Content-Type" in self.headers else "missing"
+        if not re.fullmatch(r"application/(json|\S+\+json)", kind):
+            detail = f"the content type is {kind}, expected {JSON_LD}"
+            raise self.unmet(415, detail, {"Accept-Post": ACCEPT_POST})
+        coding = self.headers.get("Content-Encoding", "identity").strip().lower()
+        if coding != "identity":
+            detail = f"the content coding is {coding}, expected none"
+            raise self.unmet(415, detail, {"Accept-Encoding": "identity"})
+
+    def examine(self, octets: bytes) -> dict[str, Any]:
+        """Return the pattern and the warnings of a notification; refuse it if it is not valid."""
+        try:
+            document = parse(octets)
+        except ValueError as error:
+            raise self.unmet(400, f"the body is not JSON: {error}") from error
+        mode = self.server.settings.VALIDATE_INCOMING
+        refused = REFUSED[mode] if isinstance(document, (dict, list)) else E
+        pattern = pattern_of(document)
+        result: dict[str, Any] = {"pattern": pattern.name if pattern else None}
+        findings = validate(document)
+        errors = [finding.as_json() for finding in findings if finding.level in refused]
+        warnings = [finding.as_json() for finding in findings if finding.level not in refused]
+        if errors:
+            detail = f"not a valid notification: {len(errors)} errors"
+            raise self.unmet(400, detail, **result, errors=errors, warnings=warnings)
+        return {**result, "warnings": warnings}
+
+    # The body of a request (RFC 9112 sections 6 and 7)
+
+    def read_body(self) -> bytes:
+        chunked = self.is_chunked()
+        length = 0 if chunked else self.content_length()
+        if self.headers.get("Expect", "").lower() == "100-continue":
+            self.send_response_only(HTTPStatus.CONTINUE)
+            self.end_headers()
+        body = b"".join(self.read_chunks()) if chunked else self.read_exactly(length)
+        self.unread = False
+        return body
+
+    def is_chunked(self) -> bool:
+        codings = self.headers.get_all("Transfer-Encoding", [])
+        if codings and ("Content-Length" in self.headers or self.request_version == "HTTP/1.0"):
+            raise Problem(400, "Transfer-Encoding goes with HTTP/1.1 and without Content-Length")
+        if codings and [coding.strip().lower() for coding in codings] != ["chunked"]:
+            raise Problem(400, "the only transfer coding that works here is chunked")
+        return bool(codings)
+
+    def content_length(self) -> int:
+        length, *others = set(self.headers.get_all("Content-Length", [])) or {""}
+        if not length:
+            raise Problem(411, "the request has neither Content-Length nor a chunked body")
+        if others or not re.fullmatch("[0-9]+", length):
+            raise Problem(400, "Content-Length is not a number of octets")
+        # 20 digits are too large whatever follows; thousands more would be slow to convert.
+        return self.check_size(int(length.lstrip("0")[:20] or "0"))
+
+    def check_size(self, size: int) -> int:
+        limit = self.server.settings.MAX_CONTENT_LENGTH
+        if size > limit:
+            raise self.unmet(413, f"the body is larger than {limit} octets")
+        return size
+
+    def read_chunks(self) -> Iterator[bytes]:
+        total = 0
+        while True:
+            line = self.incoming.readline(1024)
+            match = re.fullmatch(rb"([0-9A-Fa-f]{1,16})[ \t]*(;.*)?\r\n", line)
+            if not match:
+                raise Problem(400, "the body's chunks are malformed: no size")
+            size = int(match[1], 16)
+            if size == 0:
+                break
+            total = self.check_size(total + size)
+            yield self.read_exactly(size)
+            if self.read_exactly(2) != b"\r\n":
+                raise Problem(400, "the body's chunks are malformed: one is longer than its size")
+        try:
+            http.client.parse_headers(self.incoming)
+        except http.client.HTTPException as error:
+            raise Problem(400, f"the trailer after the body's chunks is malformed: {error}") from error
+
+    def read_exactly(self, size: int) -> bytes:
+        octets = self.incoming.read(size)
+        if len(octets) < size:
+            raise Problem(400, f"the connection ended {size - len(octets)} octets early")
+        return octets
+
+    # The resources
+
+    def get_home(self) -> Response:
+        link = f'<{self.base}/inbox>; rel="http://www.w3.org/ns/ldp#inbox"'
+        with store_faults():
+            names = self.server.store.names()
+        return html_response(inbox_page(self.base, names), {"Link": link})
+
+    def get_inbox(self) -> Response:
+        """List the notifications (LDN section 3.3.1)."""
+        if self.wants_html():
+            return self.get_home()
+        with store_faults():
+            names = self.server.store.names()
+        return json_response(200, {
+            "@context": {"ldp": "http://www.w3.org/ns/ldp#"},
+            "@id": self.base + self.target,
+            "@type": "ldp:Container",
+            "ldp:contains": [{"@id": f"{self.base}/inbox/{name}"} for name in names],
+        }, JSON_LD)
+
+    def post_inbox(self) -> Response:
+        """Take a notification in (LDN section 3.3.2); a 2xx is a promise that it is stored."""
+        self.check_content()
+        octets = self.read_body()
+        if self.server.settings.DEBUG:
+            self.log_message("body: %s", octets.decode("latin-1"))
+        receipt = self.examine(octets)
+        with store_faults():
+            name = self.server.store.add(octets)
+        location = f"{self.base}/inbox/{name}"
+        status = self.server.settings.RESPONSE_STATUS
+        headers = {"Location": location} if status == HTTPStatus.CREATED else {}
+        return json_response(status, {"location": location, **receipt}, headers=headers)
+
+    def delete_inbox(self) -> Response:
+        with store_faults():
+            self.server.store.clear()
+        return Response(204)
+
+    def get_notification(self, name: str) -> Response:
+        with store_faults():
+            octets = self.server.store.read(name)
+        if self.wants_html():
+            return html_response(notification_page(name, octets))
+        return Response(200, octets, {"Content-Type": JSON_LD, "Vary": "Accept"})
+
+    def delete_notification(self, name: str) -> Response:
+        with store_faults():
+            self.server.store.remove(name)
+        return Response(204)
+
+    def get_constraints(self) -> Response:
+        if self.wants_html():
+            return html_response(constraints_page())
+        return json_response(200, {
+            "specification": SPECIFICATION,
+            "levels": LEVELS,
+            "refused": list(REFUSED[self.server.settings.VALIDATE_INCOMING]),
+            "constraints": constraints(),
+        })
+
+    ROUTES: Mapping[str, Mapping[str, Callable[..., Response]]] = {
+        "/": {"GET": get_home},
+        "/inbox/?": {"GET": get_inbox, "POST": post_inbox, "DELETE": delete_inbox},
+        f"/inbox/(?P<name>{NAME})": {"GET": get_notification, "DELETE": delete_notification},
+        "/constraints": {"GET": get_constraints},
+    }
+
+
+# --- Server --------------------------------------------------------------------------------------
+
+
+class InboxServer(http.server.ThreadingHTTPServer):
+    """An inbox that listens as soon as it is made and serves from `serve_forever` to `shutdown`.
+
+    `server_close`, or the end of a `with` block, waits for the requests in flight. Raises
+    `ConfigurationError` when a setting cannot be put into practice.
+    """
+
+    daemon_threads = False  # nobody waits for daemons
+    allow_reuse_port = False  # two inboxes on one port would share what arrives
+    request_queue_size = 1024
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.closing = False
+        self.lock = threading.Lock()
+        self.idle: dict[socket.socket, None] = {}  # the connection that was idle longest is first
+        self.slots = threading.Semaphore(settings.MAX_CONNECTIONS)
+        self.address_family = socket.AF_INET6 if ":" in settings.HOST else socket.AF_INET
+        with unusable("SSL_CERT, SSL_KEY"):
+            self.tls = tls_context(settings.SSL_CERT, settings.SSL_KEY)
+        with unusable(f"STORE_DIR {settings.STORE_DIR!r}"):
+            self.store = Store(settings.STORE_DIR, settings.FSYNC)
+        with unusable(f"HOST {settings.HOST!r}, PORT {settings.PORT}"):
+            super().__init__((settings.HOST, settings.PORT), InboxHandler)
+
+    def server_bind(self) -> None:
+        if self.settings.HOST == "::":
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        # Not what HTTPServer does besides, which may wait for a name server.
+        socketserver.TCPServer.server_bind(self)
+
+    @property
+    def base(self) -> str:
+        """The URL below which everything is found, without a slash at its end."""
+        if self.settings.BASE_URL:
+            return self.settings.BASE_URL.rstrip("/")
+        host = self.settings.HOST if self.settings.HOST not in ("0.0.0.0", "::") else "localhost"
+        return f"{self.scheme}://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}"
+
+    @property
+    def scheme(self) -> str:
+        return "https" if self.tls else "http"
+
+    def answers_to(self, host: str) -> bool:
+        """Whether a request may call us `host`: on loopback, only by a name of that.
+
+        The page of another site could lead its own name here (DNS rebinding).
+        """
+        bound = ipaddress.ip_address(str(self.server_address[0]).partition("%")[0])
+        name, ip = host.lower().rstrip("."), ip_address(host)
+        return (
+            not bound.is_loopback
+            or (ip.is_loopback if ip else f".{name}".endswith(".localhost"))
+            or name == urlsplit(self.settings.BASE_URL or "").hostname
+        )
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        if self.tls:
+            # The handshake comes with the first read: in the connection's thread, with a deadline.
+            connection = self.tls.wrap_socket(
+                connection, server_side=True, do_handshake_on_connect=False
+            )
+        return connection, address
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a connection in its own thread; wait, or end an idle one, if there are too many."""
+        while not self.slots.acquire(timeout=0.1):
+            if self.closing:
+                return self.close_request(request)
+            self.hang_up(1)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        super().shutdown_request(request)
+        self.slots.release()
+
+    @contextlib.contextmanager
+    def idling(self, connection: socket.socket) -> Iterator[None]:
+        """Mark a connection as one that may be ended, because no request has begun on it."""
+        with self.lock:
+            self.idle[connection] = None
+        try:
+            if self.closing:
+                self.hang_up()
+            yield
+        finally:
+            with self.lock:
+                self.idle.pop(connection, None)
+
+    def hang_up(self, most: int | None = None) -> None:
+        """Take no more requests from the connections that were idle longest."""
+        with self.lock:
+            for connection in list(self.idle)[:most]:
+                with contextlib.suppress(OSError):
+                    # Not the method of a TLS socket, which would go on without encryption.
+                    socket.socket.shutdown(connection, socket.SHUT_RD)
+
+    def shutdown(self) -> None:
+        """Stop `serve_forever`, from another thread."""
+        self.closing = True
+        super().shutdown()
+
+    def server_close(self) -> None:
+        self.closing = True
+        self.hang_up()
+        super().server_close()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):  # which is a connection that broke
+            LOG.exception("a fault of the inbox itself")
+
+
+@contextlib.contextmanager
+def unusable(what: str) -> Iterator[None]:
+    """Turn errors of the operating system into errors of the settings named."""
+    try:
+        yield
+    except (OSError, UnicodeError) as error:
+        raise ConfigurationError(f"{what}: {error}") from error
+
+
+def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | None:
+    if certificate is None:
+        return None
+    import ssl  # costs more than everything else at start
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(certificate, key)
+    return context
+
+
+# --- Command line --------------------------------------------------------------------------------
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="coarinbox", argument_default=argparse.SUPPRESS, description="An inbox for COAR Notify notifications.",
+        epilog="The environment variable COARNOTIFY_SETTINGS may name the configuration file too.",
+    )
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="configuration file, see local.cfg.example")
+    add("--store", metavar="DIR", dest="STORE_DIR", help="where notifications are stored")
+    add("--host", metavar="H", dest="HOST", help="address to listen on")
+    add("--port", metavar="N", dest="PORT", type=int, help="port to listen on, 0 for a free one")
+    add("-d", action="store_true", dest="DEBUG_PYCHARM", help="attach to a PyCharm debug server")
+    add("--version", action="version", version=f"coarinbox {__version__}")
+    return parser.parse_args(arguments)
+
+
+def attach_debugger(host: str, port: int) -> None:
+    """Connect to a PyCharm debug server that waits there, if that is possible."""
+    try:
+        import pydevd
+
+        # Not suspended: breakpoints are set in the editor, and the inbox should serve meanwhile.
+        pydevd.settrace(host, port=port, stdoutToServer=True, stderrToServer=True, suspend=False)
+    except ImportError:
+        LOG.warning("no debugger: it needs the package pydevd-pycharm (pip install pydevd-pycharm)")
+    except OSError as error:
+        LOG.warning("no debugger: %s:%s: %s", host, port, error)
+
+
+def serve(server: InboxServer) -> None:
+    """Serve until SIGINT or SIGTERM; the second one does not wait for requests in flight."""
+
+    def stop(number: int, frame: types.FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        threading.Thread(target=server.shutdown).start()
+
+    with server:
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
+        print(f"""coarinbox {__version__}
+inbox       {server.base}/inbox
+page        {server.base}/
+store       {server.store.directory}
+validation  {server.settings.VALIDATE_INCOMING}""", file=sys.stderr, flush=True)
+        server.serve_forever(poll_interval=0.1)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    options = vars(parse_arguments(arguments))
+    filename = options.pop("config", None) or os.environ.get("COARNOTIFY_SETTINGS")
+    try:
+        settings = configure(filename, options)
+        if settings.DEBUG_PYCHARM:
+            attach_debugger(settings.DEBUG_PYCHARM_SERVER, settings.DEBUG_PYCHARM_PORT)
+        serve(InboxServer(settings))
+    except ConfigurationError as error:
+        print(f"coarinbox: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
