@@ -26,6 +26,7 @@ import base64
 import contextlib
 import dataclasses
 import difflib
+import email.errors
 import errno
 import html
 import http.client
@@ -813,6 +814,13 @@ def constraints_page() -> str:
 JSON_LD = "application/ld+json"
 ACCEPT_POST = f"{JSON_LD}, application/json, application/activity+json"
 
+# What makes the parser of the base class lose header lines.
+HEADER_DEFECTS = (
+    email.errors.FirstHeaderLineIsContinuationDefect,
+    email.errors.MisplacedEnvelopeHeaderDefect,
+    email.errors.MissingHeaderBodySeparatorDefect,
+)
+
 # Seconds for which a connection that ends early is still read, so that its client gets the answer.
 LINGER = 2.0
 
@@ -953,7 +961,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         self.close_connection = True
-        self.command = self.requestline = ""
+        self.command, self.requestline, self.request_version = "", "", self.protocol_version
         try:
             if self.request_begins():
                 super().handle_one_request()
@@ -970,14 +978,17 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         return self.unread
 
     def parse_request(self) -> bool:
-        """Parse the head of a request (RFC 9112 sections 2 to 6); faults are raised."""
-        if not super().parse_request():
-            raise Problem(400, "the request line is empty")
+        """Parse the head of a request (RFC 9112 sections 2 to 5); faults are raised."""
+        self.requestline = self.raw_requestline.decode("latin-1").rstrip("\r\n")
+        # The base class takes any white space for a space, and answers an empty line with nothing.
+        if not re.fullmatch(r"[!-~]+ [!-~]+ HTTP/[0-9]\.[0-9]", self.requestline):
+            raise Problem(400, f"the request line is malformed: {self.requestline!r:.80}")
+        super().parse_request()
         if self.server.settings.DEBUG:
             for name, value in self.headers.items():
                 secret = name.lower() == "authorization"
                 self.log_message("%s: %s", name, "(masked)" if secret else value)
-        if self.headers.defects:
+        if any(isinstance(defect, HEADER_DEFECTS) for defect in self.headers.defects):
             raise Problem(400, "a header line is malformed")
         self.unread = "Transfer-Encoding" in self.headers or self.headers.get(
             "Content-Length", "0"
@@ -1150,6 +1161,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     def content_length(self) -> int:
         length, *others = set(self.headers.get_all("Content-Length", [])) or {""}
         if not length:
+            self.unread = True  # whatever comes, it is no request
             raise Problem(411, "the request has neither Content-Length nor a chunked body")
         if others or not re.fullmatch("[0-9]+", length):
             raise Problem(400, "Content-Length is not a number of octets")

@@ -1,0 +1,1458 @@
+# SPDX-License-Identifier: MIT
+# SPDX-FileCopyrightText: 2026 The coarinbox authors
+"""The tests of coarinbox: `python -m unittest` runs them, with nothing installed.
+
+Those that compare with the `coarnotify` package, or need another optional program, are skipped
+where it is missing.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import concurrent.futures
+import contextlib
+import copy
+import gc
+import http.client
+import importlib.util
+import ipaddress
+import json
+import logging
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import coarinbox
+from coarinbox import E, M, S
+
+HERE = pathlib.Path(__file__).resolve().parent
+MODULE = HERE / "coarinbox.py"
+JSON_LD = "application/ld+json"
+
+# --- Notifications -------------------------------------------------------------------------------
+
+ABSENT = object()  # as the value of a member: not there
+
+REPOSITORY = {
+    "id": "https://repository.example.org/",
+    "inbox": "https://repository.example.org/inbox/",
+    "type": "Service",
+}
+JOURNAL = {
+    "id": "https://journal.example.com/system",
+    "inbox": "https://journal.example.com/inbox",
+    "type": "Service",
+}
+AUTHOR = {"id": "https://orcid.org/0000-0002-1825-0097", "name": "J. Carberry", "type": "Person"}
+EDITORS = {"id": "https://journal.example.com/", "name": "The Journal", "type": "Organization"}
+PREPRINT = {
+    "id": "https://repository.example.org/preprint/421",
+    "ietf:cite-as": "https://doi.org/10.5555/12345680",
+    "ietf:item": {
+        "id": "https://repository.example.org/preprint/421/content.pdf",
+        "mediaType": "application/pdf",
+        "type": ["Article", "sorg:ScholarlyArticle"],
+    },
+    "type": ["Page", "sorg:AboutPage"],
+}
+REVIEW = {
+    "id": "https://journal.example.com/review/7",
+    "ietf:cite-as": "https://doi.org/10.5555/98765",
+    "type": ["Page", "sorg:Review"],
+}
+RELATIONSHIP = {
+    "id": "urn:uuid:74fff356-0632-44d9-b176-888da85758dc",
+    "as:subject": "https://journal.example.com/article/1",
+    "as:relationship": "http://purl.org/vocab/frbr/core#supplement",
+    "as:object": "https://repository.example.org/preprint/421",
+    "type": "Relationship",
+}
+OFFER_ID = "urn:uuid:0370c0fb-bb78-4a9b-87f5-bed307a509dd"
+
+
+def notification(type_: Any, sender: Any, actor: Any, receiver: Any, **members: Any) -> Any:
+    return {
+        "@context": ["https://www.w3.org/ns/activitystreams", "https://coar-notify.net"],
+        "id": "urn:uuid:94ecae35-dcfd-4182-8550-22c7164fe23f",
+        "type": type_,
+        "origin": sender,
+        "target": receiver,
+        "actor": actor,
+        **members,
+    }
+
+
+def request(action: str) -> Any:
+    offer = notification(["Offer", action], REPOSITORY, AUTHOR, JOURNAL, object=PREPRINT)
+    return {**offer, "id": OFFER_ID}
+
+
+def answer(type_: str, action: str = "coar-notify:ReviewAction") -> Any:
+    offer = {name: value for name, value in request(action).items() if name != "@context"}
+    sender = (REPOSITORY, AUTHOR, JOURNAL) if type_ == "Undo" else (JOURNAL, EDITORS, REPOSITORY)
+    return notification(type_, *sender, inReplyTo=OFFER_ID, object=offer)
+
+
+def announce(type_: Any, object_: Any = REVIEW) -> Any:
+    about = {"context": PREPRINT, "inReplyTo": OFFER_ID, "object": object_}
+    return notification(type_, JOURNAL, EDITORS, REPOSITORY, **about)
+
+
+# One notification of each pattern, without any fault; as JSON, so that they share no parts.
+NOTIFICATIONS: dict[str, Any] = json.loads(json.dumps({
+    "Accept": answer("Accept"),
+    "Announce Endorsement": announce(["Announce", "coar-notify:EndorsementAction"]),
+    "Announce Relationship": announce(
+        ["Announce", "coar-notify:RelationshipAction"],
+        {**RELATIONSHIP, "ietf:cite-as": "https://doi.org/10.5555/1"},
+    ),
+    "Announce Review": announce(["Announce", "coar-notify:ReviewAction"]),
+    "Announce Service Result": announce("Announce"),
+    "Reject": answer("Reject"),
+    "Request Endorsement": request("coar-notify:EndorsementAction"),
+    "Request Review": request("coar-notify:ReviewAction"),
+    "Tentatively Accept": answer("TentativeAccept"),
+    "Tentatively Reject": answer("TentativeReject"),
+    "Unprocessable Notification": notification(
+        ["Flag", "coar-notify:UnprocessableNotification"],
+        JOURNAL, EDITORS, REPOSITORY,
+        inReplyTo=OFFER_ID, object={"id": OFFER_ID}, summary="It answers with 404.",
+    ),
+    "Undo Offer": answer("Undo", "coar-notify:EndorsementAction"),
+}))
+
+
+def changed(document: Any, member: str, value: Any) -> Any:
+    """Copy a notification, with another value for a member, given by its dotted name."""
+    document = copy.deepcopy(document)
+    *parents, name = member.split(".")
+    parent = document
+    for parent_name in parents:
+        parent = parent[parent_name]
+    if value is ABSENT:
+        parent.pop(name, None)
+    else:
+        parent[name] = copy.deepcopy(value)
+    return document
+
+
+def members(document: Any, prefix: str = "") -> list[str]:
+    """List the dotted names of all the members of a notification, those of its parts included."""
+    names = []
+    for name, value in document.items():
+        names.append(prefix + name)
+        if isinstance(value, dict):
+            names += members(value, f"{prefix}{name}.")
+    return names
+
+
+# --- Talking to an inbox -------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def serving(**settings: Any) -> Iterator[coarinbox.InboxServer]:
+    """Serve an inbox with a temporary store on a free port of loopback."""
+    with tempfile.TemporaryDirectory() as directory:
+        store = os.path.join(directory, "store")
+        settings = {"PORT": 0, "STORE_DIR": store, "FSYNC": False, **settings}
+        with coarinbox.InboxServer(coarinbox.Settings(**settings)) as server:
+            thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+            thread.start()
+            try:
+                yield server
+            finally:
+                server.shutdown()
+                thread.join()
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+def ask(
+    server: Any, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+) -> Answer:
+    """Send one request on a connection of its own; a body that is no octets is sent as JSON."""
+    connection = http.client.HTTPConnection(*address(server), timeout=10)
+    try:
+        return ask_on(connection, method, path, body, headers)
+    finally:
+        connection.close()
+
+
+def ask_on(
+    connection: http.client.HTTPConnection,
+    method: str,
+    path: str,
+    body: Any = None,
+    headers: dict[str, str] | None = None,
+) -> Answer:
+    if body is not None and not isinstance(body, bytes):
+        body = json.dumps(body).encode()
+    defaults = {"Content-Type": JSON_LD} if body is not None else {}
+    connection.request(method, path, body, {**defaults, **(headers or {})})
+    response = connection.getresponse()
+    return Answer(response.status, response.headers, response.read())
+
+
+def address(server: Any) -> tuple[str, int]:
+    host, port = server.server_address[:2]
+    return str(host), int(port)
+
+
+def raw(server: Any, octets: bytes, then: str = "read") -> list[Answer]:
+    """Send octets as they are and read every answer until the server ends the connection.
+
+    What follows: "read" leaves our side open, "half-close" closes it first.
+    """
+    with socket.create_connection(address(server), timeout=10) as connection:
+        with contextlib.suppress(ConnectionError):  # it may answer before it has read everything
+            connection.sendall(octets)
+        if then == "half-close":
+            connection.shutdown(socket.SHUT_WR)
+        answers = []
+        with connection.makefile("rb") as stream:
+            while line := stream.readline():
+                answers.append(read_answer(line, stream))
+        return answers
+
+
+def read_answer(status_line: bytes, stream: Any) -> Answer:
+    version, status = status_line.split()[:2]
+    assert version == b"HTTP/1.1", status_line
+    headers = http.client.parse_headers(stream)
+    return Answer(int(status), headers, stream.read(int(headers.get("Content-Length", 0))))
+
+
+def post_head(*lines: str) -> bytes:
+    """Make the head of a POST to the inbox that has these header lines besides."""
+    head = ["POST /inbox HTTP/1.1", "Host: localhost", f"Content-Type: {JSON_LD}", *lines, "", ""]
+    return "\r\n".join(head).encode("latin-1")
+
+
+ACCEPT = NOTIFICATIONS["Accept"]
+BODY = json.dumps(ACCEPT).encode()
+
+
+class InboxTest(unittest.TestCase):
+    """Tests against an inbox of their own, which must not log a fault of its own meanwhile."""
+
+    settings: dict[str, Any] = {}
+    faults_expected = False
+
+    def setUp(self) -> None:
+        self.log: list[logging.LogRecord] = []
+        handler = logging.Handler()
+        handler.emit = self.log.append  # type: ignore[method-assign]
+        logger = logging.getLogger("coarinbox")
+        level = logger.level
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+        self.addCleanup(logger.setLevel, level)
+        self.addCleanup(logger.removeHandler, handler)
+        self.addCleanup(self.check_log)
+        context = serving(**self.settings)
+        self.server = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+
+    def check_log(self) -> None:
+        faults = [line.getMessage() for line in self.log if line.levelno >= logging.ERROR]
+        if not self.faults_expected:
+            self.assertEqual(faults, [])
+
+    def log_lines(self) -> list[str]:
+        return [line.getMessage() for line in self.log]
+
+    def ask(self, *arguments: Any, **more: Any) -> Answer:
+        return ask(self.server, *arguments, **more)
+
+    def post(self, document: Any = ACCEPT, **headers: str) -> Answer:
+        names = {name.replace("_", "-"): value for name, value in headers.items()}
+        return self.ask("POST", "/inbox", document, names)
+
+    def stored(self) -> list[str]:
+        return self.server.store.names()
+
+    def listed(self, **more: Any) -> list[str]:
+        listing = self.ask("GET", "/inbox", **more).json()
+        return [entry["@id"] for entry in listing["ldp:contains"]]
+
+    def assert_problem(self, answer: Answer, status: int) -> Any:
+        """Assert that an answer is a problem document (RFC 9457); returns it."""
+        self.assertEqual(answer.status, status, answer)
+        self.assertEqual(answer.headers["Content-Type"], "application/problem+json")
+        problem = answer.json()
+        self.assertEqual(problem["status"], status)
+        self.assertTrue(problem["title"] and problem["detail"] and problem["type"])
+        return problem
+
+    def assert_serves(self) -> None:
+        self.assertEqual(self.post().status, 201)
+
+
+# --- Rules ---------------------------------------------------------------------------------------
+
+# Each rule, broken: code, level, pattern, member, the value that breaks it.
+# fmt: off
+BROKEN: list[tuple[str, str, str, str, Any]] = [
+    ("@context-required", M, "Accept", "@context", ABSENT),
+    ("@context-namespaces", M, "Accept", "@context", "https://www.w3.org/ns/activitystreams"),
+    ("@context-namespaces", M, "Reject", "@context", ["https://www.w3.org/ns/activitystreams"]),
+    ("@context-namespaces", M, "Reject", "@context", ["https://coar-notify.net"]),
+    ("@context-current", S, "Accept", "@context",
+     ["https://www.w3.org/ns/activitystreams", "https://purl.org/coar/notify"]),
+    ("@context-current", S, "Undo Offer", "@context",
+     ["https://www.w3.org/ns/activitystreams", "https://coar-notify.net/"]),
+    ("id-required", E, "Request Review", "id", ABSENT),
+    ("id-required", E, "Announce Review", "id", None),
+    ("id-absolute-uri", E, "Request Review", "id", "/notifications/1"),
+    ("id-absolute-uri", E, "Announce Review", "id", ["urn:uuid:1"]),
+    ("id-preferred", S, "Request Review", "id", "urn:uuid:94ecae35dcfd4182855022c7164fe23f"),
+    ("id-preferred", S, "Reject", "id", "info:notification/1"),
+    ("type-required", E, "Accept", "type", ABSENT),
+    ("type-strings", E, "Accept", "type", ["Accept", 5]),
+    ("type-pattern", E, "Accept", "type", "Acept"),
+    ("type-pattern", E, "Request Review", "type", ["Offer", "coar-notify:IngestAction"]),
+    ("type-known-actions", S, "Announce Service Result", "type", ["Announce", "ReviewAction"]),
+    ("type-known-actions", S, "Announce Service Result", "type",
+     ["Announce", "coar-notify:EndorsmentAction"]),
+    ("origin-required", E, "Announce Review", "origin", ABSENT),
+    ("origin-object", E, "Accept", "origin", "https://repository.example.org/"),
+    ("origin.id-required", E, "Accept", "origin.id", ABSENT),
+    ("origin.id-http-uri", E, "Announce Endorsement", "origin.id", OFFER_ID),
+    ("origin.type-required", M, "Accept", "origin.type", ABSENT),
+    ("origin.type-strings", M, "Accept", "origin.type", {"@id": "Service"}),
+    ("origin.type-service", S, "Accept", "origin.type", ["Application"]),
+    ("origin.inbox-required", S, "Accept", "origin.inbox", ABSENT),
+    ("origin.inbox-http-uri", M, "Accept", "origin.inbox", "mailto:inbox@example.org"),
+    ("target-required", E, "Accept", "target", None),
+    ("target-object", E, "Announce Relationship", "target", []),
+    ("target.id-required", E, "Accept", "target.id", ABSENT),
+    ("target.id-http-uri", E, "Accept", "target.id", 7),
+    ("target.type-required", M, "Undo Offer", "target.type", ABSENT),
+    ("target.type-strings", M, "Undo Offer", "target.type", [["Service"]]),
+    ("target.type-service", S, "Undo Offer", "target.type", "Person"),
+    ("target.inbox-required", M, "Accept", "target.inbox", ABSENT),
+    ("target.inbox-http-uri", M, "Accept", "target.inbox", "/inbox"),
+    ("object-required", E, "Announce Review", "object", ABSENT),
+    ("object-object", E, "Unprocessable Notification", "object", OFFER_ID),
+    ("object.id-required", E, "Request Review", "object.id", ABSENT),
+    ("object.id-absolute-uri", E, "Announce Review", "object.id", "review/7"),
+    ("object.id-http-uri", M, "Request Review", "object.id", "doi:10.5555/12345680"),
+    ("actor-required", S, "Accept", "actor", ABSENT),
+    ("actor-object", E, "Announce Service Result", "actor", "J. Carberry"),
+    ("actor.id-required", M, "Accept", "actor.id", ABSENT),
+    ("actor.id-absolute-uri", E, "Accept", "actor.id", "0000-0002-1825-0097"),
+    ("actor.type-required", M, "Accept", "actor.type", ABSENT),
+    ("actor.type-actor", E, "Accept", "actor.type", "Robot"),
+    ("actor.type-single", S, "Accept", "actor.type", ["Person"]),
+    ("inReplyTo-required", E, "Accept", "inReplyTo", ABSENT),
+    ("inReplyTo-required", E, "Unprocessable Notification", "inReplyTo", ABSENT),
+    ("inReplyTo-absolute-uri", E, "Announce Review", "inReplyTo", "previous"),
+    ("inReplyTo-equals-object.id", E, "Reject", "inReplyTo", "urn:uuid:another"),
+    ("context-required", E, "Announce Relationship", "context", ABSENT),
+    ("context-object", E, "Announce Review", "context", "https://example.org/preprint/421"),
+    ("context.id-required", E, "Announce Review", "context.id", ABSENT),
+    ("context.id-http-uri", E, "Announce Review", "context.id", "doi:10.5555/12345680"),
+    ("context.id-equals-object.as:object", M, "Announce Relationship", "context.id",
+     "https://repository.example.org/preprint/422"),
+    ("context.type-as2-object", M, "Announce Review", "context.type", "sorg:AboutPage"),
+    ("context.ietf:cite-as-http-uri", M, "Announce Review", "context.ietf:cite-as", "10.5555/1"),
+    ("context.ietf:item-object", M, "Announce Review", "context.ietf:item", "content.pdf"),
+    ("context.ietf:item.id-required", M, "Announce Review", "context.ietf:item.id", ABSENT),
+    ("context.ietf:item.id-http-uri", M, "Announce Review", "context.ietf:item.id", "1.pdf"),
+    ("context.ietf:item.type-required", M, "Announce Review", "context.ietf:item.type", ABSENT),
+    ("context.ietf:item.type-as2-object", M, "Announce Review", "context.ietf:item.type", "PDF"),
+    ("context.ietf:item.mediaType-required", M, "Announce Review", "context.ietf:item.mediaType",
+     ABSENT),
+    ("context.ietf:item.mediaType-media-type", M, "Announce Review",
+     "context.ietf:item.mediaType", "pdf"),
+    ("object.type-required", M, "Request Review", "object.type", ABSENT),
+    ("object.type-required", E, "Announce Review", "object.type", ABSENT),
+    ("object.type-required", E, "Accept", "object.type", ABSENT),
+    ("object.type-as2-object", M, "Request Endorsement", "object.type", ["sorg:AboutPage"]),
+    ("object.type-as2-object", E, "Announce Endorsement", "object.type", "sorg:Review"),
+    ("object.type-strings", E, "Tentatively Accept", "object.type", 5),
+    ("object.type-offer", M, "Tentatively Reject", "object.type", "Invite"),
+    ("object.ietf:cite-as-required", S, "Request Review", "object.ietf:cite-as", ABSENT),
+    ("object.ietf:cite-as-required", S, "Announce Review", "object.ietf:cite-as", ABSENT),
+    ("object.ietf:cite-as-http-uri", M, "Request Review", "object.ietf:cite-as", "doi:10.5555/1"),
+    ("object.ietf:cite-as-http-uri", M, "Announce Review", "object.ietf:cite-as", "doi:10.5555/1"),
+    ("object.ietf:item-required", M, "Request Review", "object.ietf:item", ABSENT),
+    ("object.ietf:item-object", M, "Request Review", "object.ietf:item", ["1.pdf"]),
+    ("object.ietf:item.id-required", M, "Request Review", "object.ietf:item.id", ABSENT),
+    ("object.ietf:item.id-http-uri", M, "Request Review", "object.ietf:item.id", "1.pdf"),
+    ("object.ietf:item.type-required", M, "Request Review", "object.ietf:item.type", ABSENT),
+    ("object.ietf:item.type-as2-object", M, "Request Review", "object.ietf:item.type", "PDF"),
+    ("object.ietf:item.mediaType-required", M, "Request Review", "object.ietf:item.mediaType",
+     ABSENT),
+    ("object.ietf:item.mediaType-media-type", M, "Request Review",
+     "object.ietf:item.mediaType", "application"),
+    ("object.as:subject-required", E, "Announce Relationship", "object.as:subject", ABSENT),
+    ("object.as:subject-absolute-uri", E, "Announce Relationship", "object.as:subject", "this"),
+    ("object.as:relationship-required", E, "Announce Relationship", "object.as:relationship",
+     ABSENT),
+    ("object.as:relationship-absolute-uri", E, "Announce Relationship",
+     "object.as:relationship", "supplement"),
+    ("object.as:object-required", E, "Announce Relationship", "object.as:object", ABSENT),
+    ("object.as:object-absolute-uri", E, "Announce Relationship", "object.as:object", {}),
+    ("summary-required", E, "Unprocessable Notification", "summary", ABSENT),
+    ("summary-text", M, "Unprocessable Notification", "summary", ""),
+]
+# fmt: on
+
+
+def codes(document: Any) -> set[tuple[str, str, str]]:
+    return {(found.level, found.pointer, found.code) for found in coarinbox.validate(document)}
+
+
+class RulesTest(unittest.TestCase):
+    def test_there_is_a_faultless_notification_of_each_pattern(self) -> None:
+        self.assertEqual(list(NOTIFICATIONS), [pattern.name for pattern in coarinbox.PATTERNS])
+        self.assertEqual(len(NOTIFICATIONS), 12)
+        for name, document in NOTIFICATIONS.items():
+            with self.subTest(name):
+                pattern = coarinbox.pattern_of(document)
+                self.assertEqual(pattern and pattern.name, name)
+                self.assertEqual(coarinbox.validate(document), [])
+
+    def test_each_rule_reports_what_breaks_it_at_its_member(self) -> None:
+        for code, level, name, member, value in BROKEN:
+            with self.subTest(code, pattern=name, value=value):
+                found = codes(changed(NOTIFICATIONS[name], member, value))
+                self.assertIn((level, "/" + member.replace(".", "/"), code), found)
+
+    def test_no_rule_is_without_an_example_that_breaks_it(self) -> None:
+        rules = {constraint["code"] for constraint in coarinbox.constraints()}
+        # The whole notification is the one member that cannot be replaced in itself.
+        self.assertEqual(
+            {code for code, *_ in BROKEN} | {"notification-object", "notification-required"}, rules
+        )
+
+    def test_the_levels_of_the_examples_are_those_of_the_list_of_constraints(self) -> None:
+        levels = {rule["code"]: rule["levels"] for rule in coarinbox.constraints()}
+        for code, level, name, _, _ in BROKEN:
+            with self.subTest(code, pattern=name):
+                self.assertEqual(levels[code].get(name), level)
+
+    def test_what_is_no_object_is_one_fault(self) -> None:
+        for document in ([], [ACCEPT], "text", json.dumps(ACCEPT), 5, 1.5, True, False):
+            with self.subTest(document=document):
+                self.assertEqual(codes(document), {(E, "", "notification-object")})
+        self.assertEqual(codes(None), {(E, "", "notification-required")})
+
+    def test_every_fault_is_reported_and_says_where_and_why(self) -> None:
+        document = changed(NOTIFICATIONS["Request Review"], "origin.id", "here")
+        document = changed(document, "target", ABSENT)
+        document = changed(document, "object.ietf:item.mediaType", "pdf")
+        spec = "https://coar-notify.net/specification/1.0.1/request-review/"
+        self.assertEqual(
+            [found.as_json() for found in coarinbox.validate(document)],
+            [
+                {
+                    "level": "E",
+                    "pointer": "/origin/id",
+                    "code": "origin.id-http-uri",
+                    "message": "origin.id must be an HTTP URI",
+                    "spec": spec,
+                    "value": "here",
+                },
+                {
+                    "level": "E",
+                    "pointer": "/target",
+                    "code": "target-required",
+                    "message": "target is missing; it must be an object",
+                    "spec": spec,
+                },
+                {
+                    "level": "M",
+                    "pointer": "/object/ietf:item/mediaType",
+                    "code": "object.ietf:item.mediaType-media-type",
+                    "message": "object.ietf:item.mediaType must be a media type, type/subtype",
+                    "spec": spec,
+                    "value": "pdf",
+                },
+            ],
+        )
+
+    def test_without_a_pattern_the_rules_for_all_of_them_apply(self) -> None:
+        found = codes({"type": "Nothing"})
+        pointers = {pointer for level, pointer, _ in found if level == E}
+        self.assertEqual(pointers, {"/id", "/type", "/origin", "/target", "/object"})
+
+    def test_an_unknown_type_is_answered_with_the_known_ones_and_the_nearest(self) -> None:
+        examples = [
+            (["Offer", "coar-notify:EndorsmentAction"], "Offer + coar-notify:EndorsementAction"),
+            (["ReviewAction", "Offer"], "Offer + coar-notify:ReviewAction"),
+            (["Offer", "coar-notify:IngestAction"], "Offer + coar-notify:"),
+            ("TentativelyAccept", "TentativeAccept"),
+        ]
+        for types, nearest in examples:
+            with self.subTest(types=types):
+                document = changed(NOTIFICATIONS["Request Review"], "type", types)
+                (message,) = (
+                    found.message
+                    for found in coarinbox.validate(document)
+                    if found.code == "type-pattern"
+                )
+                self.assertIn(f"nearest: {nearest}", message)
+                self.assertIn("Flag + coar-notify:UnprocessableNotification", message)
+
+    def test_the_most_specific_pattern_wins_then_the_first_of_the_table(self) -> None:
+        examples: list[tuple[Any, str | None]] = [
+            (["Announce", "Announce"], "Announce Service Result"),
+            (["coar-notify:ReviewAction", "x:Other", "Announce"], "Announce Review"),
+            (["Accept", "Offer", "coar-notify:ReviewAction"], "Request Review"),
+            (["Undo", "Reject"], "Reject"),
+            (["Announce", "coar-notify:ReviewAction", "coar-notify:EndorsementAction"],
+             "Announce Endorsement"),
+            ("accept", None),
+            ("Offer", None),
+            ([], None),
+        ]  # fmt: skip
+        for types, name in examples:
+            with self.subTest(types=types):
+                pattern = coarinbox.pattern_of({"type": types})
+                self.assertEqual(pattern and pattern.name, name)
+
+    def test_null_counts_as_absent(self) -> None:
+        for name, document in NOTIFICATIONS.items():
+            for member in members(document):
+                with self.subTest(name, member=member):
+                    self.assertEqual(
+                        codes(changed(document, member, None)),
+                        codes(changed(document, member, ABSENT)),
+                    )
+
+    def test_unknown_members_are_never_a_finding(self) -> None:
+        for name, document in NOTIFICATIONS.items():
+            for parent in ["", "origin.", "target.", "object.", "actor."]:
+                with self.subTest(name, parent=parent):
+                    self.assertEqual(codes(changed(document, parent + "x:unknown", 5)), set())
+
+    def test_in_an_embedded_offer_only_level_e_is_kept_up(self) -> None:
+        for code, level, name, member, value in BROKEN:
+            if name.startswith("Request") and member not in ("@context", "type", "id"):
+                with self.subTest(code, value=value):
+                    offer = changed(NOTIFICATIONS[name], member, value)
+                    document = changed(ACCEPT, "object", changed(offer, "@context", ABSENT))
+                    pointer = "/object/" + member.replace(".", "/")
+                    self.assertIn((E if level == E else S, pointer, code), codes(document))
+
+    def test_an_embedded_notification_of_no_pattern_needs_no_more_than_its_id(self) -> None:
+        document = changed(ACCEPT, "object", {"id": OFFER_ID, "type": ["Offer", "x:Action"]})
+        self.assertEqual(codes(document), set())
+
+    def test_a_fault_of_the_embedded_id_is_reported_once(self) -> None:
+        document = changed(ACCEPT, "object.id", "offer")
+        found = [entry for entry in codes(document) if entry[1] == "/object/id" and entry[0] == E]
+        self.assertEqual(found, [(E, "/object/id", "object.id-absolute-uri")])
+
+    def test_it_neither_raises_nor_changes_what_it_is_given(self) -> None:
+        deep: Any = "x"
+        for _ in range(900):
+            deep = {"type": "Accept", "object": deep, "id": ["x"]}
+        self.assertTrue(coarinbox.validate(deep))
+        self.assertTrue(coarinbox.validate({"id": 10**5000}))
+        for document in [
+            {"id": float("inf"), "inReplyTo": float("nan")},
+            {"type": "T" * 10**6},
+            {"type": [str(n) for n in range(10**5)]},
+            {"type": "Accept", "object": {"type": [[]]}, "@context": {}},
+        ]:
+            before = repr(document)
+            self.assertTrue(coarinbox.validate(document))
+            self.assertEqual(repr(document), before)
+
+    def test_a_value_is_repeated_only_where_it_is_short(self) -> None:
+        for value, repeated in [("x" * 50, True), ("x" * 500, False), ([["x"] * 99], False)]:
+            (found,) = coarinbox.validate(changed(ACCEPT, "origin.id", value))
+            self.assertEqual("value" in found.as_json(), repeated)
+
+
+# URIs, and whether they are absolute URIs and HTTP URIs.
+URIS = [
+    ("https://example.org/a", True, True),
+    ("HTTPS://EXAMPLE.ORG/", True, True),
+    ("http://localhost/", True, True),
+    ("http://inbox:8080/", True, True),
+    ("http://my_host.org/", True, True),
+    ("http://exämple.org/ö", True, True),
+    ("http://192.168.0.1:80/", True, True),
+    ("http://[2001:db8::7]:8080/x", True, True),
+    ("http://[2001:db8::7]", True, True),
+    ("http://user:secret@example.org/", True, True),
+    ("https://example.org?q", True, True),
+    ("https://example.org/%20~a!$&'()*+,;=:@?a[b]=c/?#f/?", True, True),
+    ("https://example.org/?", True, True),
+    ("https://example.org/#", True, True),
+    ("https://example.org:99999/", True, True),
+    ("urn:uuid:94ecae35-dcfd-4182-8550-22c7164fe23f", True, False),
+    ("info:doi/10.5555/1", True, False),
+    ("mailto:a@example.org", True, False),
+    ("ftp://example.org/x", True, False),
+    ("file:///etc/x", True, False),
+    ("a+b.c-d:", True, False),
+    ("", False, False),
+    ("urn", False, False),
+    ("/a/b", False, False),
+    ("//example.org/a", False, False),
+    ("example.org/a", False, False),
+    ("1http://example.org/", False, False),
+    ("http:", False, False),
+    ("http:x", False, False),
+    ("http:/x", False, False),
+    ("http://", False, False),
+    ("http:///x", False, False),
+    ("http://?x", False, False),
+    ("http://:80/", False, False),
+    ("http://example.org:/", False, False),
+    ("http://example.org:port/", False, False),
+    ("http://example.org:80x/", False, False),
+    ("http://a@b@example.org/", False, False),
+    ("http://2001:db8::7/", False, False),
+    ("http://[2001:db8::g]/", False, False),
+    ("http://[::1/", False, False),
+    ("http://[::1]x/", False, False),
+    ("http://[]/", False, False),
+    ("https://example.org/a b", False, False),
+    ("https://example.org/a\n", False, False),
+    ("https://example.org/\x00", False, False),
+    ("https://example.org/\x7f", False, False),
+    ("https://example.org/\u00a0", False, False),
+    ("https://example.org/\u2028", False, False),
+    ("https://example.org/\ud800", False, False),
+    ("https://example.org/#a#b", False, False),
+    *((f"https://example.org/{character}", False, False) for character in '<>"{}|\\^`'),
+]
+
+
+class UriTest(unittest.TestCase):
+    def test_absolute_and_http_uris(self) -> None:
+        self.assertGreater(len(URIS), 50)
+        for uri, absolute, http_uri in URIS:
+            with self.subTest(uri=uri):
+                self.assertEqual((E, "/id", "id-absolute-uri") not in codes({"id": uri}), absolute)
+                where = {"origin": {"id": uri}}
+                found = (E, "/origin/id", "origin.id-http-uri") not in codes(where)
+                self.assertEqual(found, http_uri)
+
+    def test_a_long_one_takes_no_longer_than_its_length(self) -> None:
+        for uri in ("http://" + "a@" * 10**6, "http://[" + ":" * 10**6, "a:" + "?" * 10**6 + " "):
+            coarinbox.validate({"id": uri})
+
+
+# --- The coarnotify package as an oracle ---------------------------------------------------------
+
+VALUES: list[Any] = [ABSENT, None, True, 1.5, "text", [], {}, ["x"], {"id": "https://a.example/"}]
+TYPES: list[Any] = [
+    "Accept", "Offer", ["Offer"], ["coar-notify:ReviewAction", "Offer"], "Announce",
+    ["Announce", "Announce"], ["Announce", "coar-notify:IngestAction"], ["Accept", "Reject"],
+    ["Accept", 5], ["Accept", {}], 5, [5], ["Undo", "x:Y"], "Flag", "Nothing", "Person",
+    ["Person"], ["x:Y", "Service"], "Page", ["Page", "x:Y"],
+]  # fmt: skip
+# URIs of which coarinbox and coarnotify think differently, and who accepts them.
+HOSTS = ["inbox:8080", "my_host.org", "a.b", "-a.org", "a..org", "ex%61mple.org"]
+URI_DIFFERENCES = {
+    **{f"http://{host}/": "coarinbox" for host in HOSTS},
+    "http://exämple.org/ö": "coarinbox",
+    "https://example.org/%20~a!$&'()*+,;=:@?a[b]=c/?#f/?": "coarinbox",
+    "https://example.org/?": "coarinbox",
+    "https://example.org/#": "coarinbox",
+    "file:///etc/x": "coarinbox",
+    "https://example.org/a\n": "coarnotify",
+    "http:": "coarnotify",
+    "http:x": "coarnotify",
+    "http:/x": "coarnotify",
+    "http://[::1/": "coarnotify",
+    "http://[::1]x/": "coarnotify",
+    "http://2001:db8::7/": "coarnotify",
+}
+ANSWERS = ("Accept", "Reject", "Tentatively Accept", "Tentatively Reject", "Undo Offer")
+URI_MEMBERS = ("id", "origin.id", "context.id")
+
+
+class Mutation(NamedTuple):
+    """A changed notification; member and pattern are those of the innermost notification in it."""
+
+    document: Any
+    pattern: str
+    member: str
+    value: Any
+
+
+# What the two think differently of, who accepts it, and whether a mutation is of that kind.
+DIFFERENCES: list[tuple[str, str, Any]] = [
+    (
+        "the members of an Announce that coarnotify does not look at",
+        "coarnotify",
+        lambda change: change.pattern.startswith("Announce")
+        and change.member.split(".")[0] in ("origin", "target", "object", "actor", "inReplyTo"),
+    ),
+    (
+        "an id that is missing, because coarnotify invents one",
+        "coarnotify",
+        lambda change: (change.member in ("id", "object.id") and change.value in (ABSENT, None))
+        or (change.member == "object" and change.value == {}),
+    ),
+    (
+        "a type that holds something else than strings",
+        "coarnotify",
+        lambda change: change.member == "type" and not isinstance(change.value, str),
+    ),
+    (
+        "an actor's type that is a list",
+        "coarinbox",
+        lambda change: change.member == "actor.type" and isinstance(change.value, list),
+    ),
+    *(
+        (f"the URI {uri!r}", who, lambda change, uri=uri: change.value == uri)
+        for uri, who in URI_DIFFERENCES.items()
+    ),
+]
+
+
+def innermost(document: Any, member: str) -> tuple[str, str]:
+    """Follow a member into embedded notifications; returns the pattern there, and the rest."""
+    pattern = coarinbox.pattern_of(document)
+    assert pattern
+    embedded = pattern.name in ANSWERS and coarinbox.pattern_of(document["object"])
+    if embedded and member.startswith("object."):
+        return innermost(document["object"], member[len("object.") :])
+    return pattern.name, member
+
+
+def single_mutations() -> Iterator[Mutation]:
+    """Change each member of each notification: to other types, to other URIs, to nothing."""
+    uris = list(dict.fromkeys([*(uri for uri, _, _ in URIS), *URI_DIFFERENCES]))
+    for document in NOTIFICATIONS.values():
+        for member in members(document):
+            values = VALUES + (TYPES if member.endswith("type") else [])
+            for value in values + (uris if member in URI_MEMBERS else []):
+                yield Mutation(changed(document, member, value), *innermost(document, member), value)
+
+
+def embedded_mutations() -> Iterator[Mutation]:
+    """Embed each notification in an answer, and change each member of it."""
+    for name, document in NOTIFICATIONS.items():
+        embedding = {**ACCEPT, "inReplyTo": document["id"], "object": document}
+        embedding = changed(embedding, "object.@context", ABSENT)
+        for member in members(embedding["object"]):
+            for value in (ABSENT, "text"):
+                altered = changed(embedding, f"object.{member}", value)
+                yield Mutation(altered, *innermost(embedding, f"object.{member}"), value)
+
+
+def accepted_by_coarinbox(document: Any) -> bool:
+    return all(found.level != E for found in coarinbox.validate(document))
+
+
+def accepted_by_coarnotify(document: Any) -> bool:
+    from coarnotify.server import COARNotifyReceipt, COARNotifyServer, COARNotifyServiceBinding
+
+    class Binding(COARNotifyServiceBinding):  # type: ignore[misc]
+        def notification_received(self, notification: Any) -> Any:
+            return COARNotifyReceipt(COARNotifyReceipt.CREATED)
+
+    try:
+        COARNotifyServer(Binding()).receive(copy.deepcopy(document))
+    except Exception:  # it crashes in many ways on what it refuses
+        return False
+    return True
+
+
+def who_accepts(document: Any) -> str | None:
+    """Tell who of the two accepts a notification alone; None when they agree."""
+    ours, theirs = accepted_by_coarinbox(document), accepted_by_coarnotify(document)
+    return None if ours == theirs else "coarinbox" if ours else "coarnotify"
+
+
+class MutationTest(InboxTest):
+    """Thousands of notifications, each with one fault or two."""
+
+    def test_coarnotify_agrees_but_for_the_known_differences(self) -> None:
+        if not importlib.util.find_spec("coarnotify"):
+            self.skipTest("the coarnotify package is not installed")
+        mutations = [*single_mutations(), *embedded_mutations()]
+        self.assertGreater(len(mutations), 3000)
+        seen = set()
+        for change in mutations:
+            accepted_by = who_accepts(change.document)
+            if accepted_by:
+                known = [
+                    what
+                    for what, who, applies in DIFFERENCES
+                    if who == accepted_by and applies(change)
+                ]
+                self.assertTrue(known, f"only {accepted_by} accepts {change}")
+                seen.add(known[0])
+        self.assertEqual(seen, {what for what, _, _ in DIFFERENCES})
+
+    def test_coarnotify_agrees_about_two_faults_at_once(self) -> None:
+        if not importlib.util.find_spec("coarnotify"):
+            self.skipTest("the coarnotify package is not installed")
+        pairs = list(self.pairs())
+        self.assertGreater(len(pairs), 1000)
+        for document, changes in pairs:
+            accepted_by = who_accepts(document)
+            known = [
+                what
+                for what, who, applies in DIFFERENCES
+                if who == accepted_by and any(applies(change) for change in changes)
+            ]
+            self.assertTrue(not accepted_by or known, f"only {accepted_by} accepts {document}")
+
+    def pairs(self) -> Iterator[tuple[Any, list[Mutation]]]:
+        for name, document in NOTIFICATIONS.items():
+            names = members(document)
+            for first, second in zip(names, names[5:] + names[:5]):
+                if not (second.startswith(first) or first.startswith(second)):
+                    for one, other in zip(VALUES[::3], VALUES[1::3]):
+                        altered = changed(changed(document, first, one), second, other)
+                        changes = [
+                            Mutation(altered, *innermost(document, first), one),
+                            Mutation(altered, *innermost(document, second), other),
+                        ]
+                        yield altered, changes
+
+    def test_over_http_each_gets_its_verdict_and_nothing_is_a_fault_of_ours(self) -> None:
+        connection = http.client.HTTPConnection(*address(self.server), timeout=10)
+        self.addCleanup(connection.close)
+        sent = 0
+        for change in [*single_mutations(), *embedded_mutations()][::2]:
+            answer = ask_on(connection, "POST", "/inbox", change.document)
+            accepted = accepted_by_coarinbox(change.document)
+            self.assertEqual(answer.status, 201 if accepted else 400, change)
+            sent += 1
+        self.assertGreater(sent, 3000)
+
+
+
+# --- LDN -----------------------------------------------------------------------------------------
+
+
+class LdnTest(InboxTest):
+    """What W3C Linked Data Notifications demands of a receiver (section 3.3, and 3.1 discovery)."""
+
+    def test_must_answer_a_post_with_201_and_a_location_to_retrieve_it_from(self) -> None:
+        answer = self.post()
+        self.assertEqual(answer.status, 201)
+        location = answer.headers["Location"]
+        host, port = address(self.server)
+        self.assertRegex(location, f"^http://{host}:{port}/inbox/{coarinbox.NAME}$")
+        retrieved = self.ask("GET", path_of(location))
+        self.assertEqual((retrieved.status, retrieved.body), (200, BODY))
+        receipt = {"location": location, "pattern": "Accept", "warnings": []}
+        self.assertEqual(answer.json(), receipt)
+
+    def test_must_accept_json_ld_with_or_without_a_profile(self) -> None:
+        for content_type in [
+            "application/ld+json",
+            'application/ld+json;profile="https://www.w3.org/ns/activitystreams"',
+            'application/ld+json; profile="http://example.org/profile"; charset=utf-8',
+            "APPLICATION/LD+JSON ; charset=UTF-8",
+            "application/json",
+            "application/activity+json",
+        ]:
+            with self.subTest(content_type):
+                answer = self.post(Content_Type=content_type, Slug="mine")
+                self.assertEqual(answer.status, 201)
+
+    def test_must_list_the_notifications_with_the_requested_url_as_subject(self) -> None:
+        locations = sorted(self.post().headers["Location"] for _ in range(3))
+        host, port = address(self.server)
+        for path in ("/inbox", "/inbox/", "/inbox?page=1"):
+            with self.subTest(path):
+                answer = self.ask("GET", path, headers={"Accept": JSON_LD})
+                self.assertEqual(answer.status, 200)
+                self.assertEqual(answer.headers["Content-Type"], JSON_LD)
+                listing = answer.json()
+                self.assertEqual(listing["@context"], {"ldp": "http://www.w3.org/ns/ldp#"})
+                self.assertEqual(listing["@id"], f"http://{host}:{port}{path}")
+                self.assertEqual(sorted(entry["@id"] for entry in listing["ldp:contains"]), locations)
+
+    def test_must_offer_every_notification_as_json_ld(self) -> None:
+        location = self.post().headers["Location"]
+        for accept in ("application/ld+json", "*/*", "application/json", "text/turtle", ""):
+            with self.subTest(accept=accept):
+                answer = self.ask("GET", path_of(location), headers={"Accept": accept})
+                self.assertEqual((answer.status, answer.headers["Content-Type"]), (200, JSON_LD))
+
+    def test_should_refuse_what_breaks_a_constraint_and_say_where_they_stand(self) -> None:
+        answer = self.post({"@id": "", "http://www.w3.org/ns/ldp#contains": []})
+        self.assert_problem(answer, 400)
+        self.assertIn('rel="http://www.w3.org/ns/ldp#constrainedBy"', answer.headers["Link"])
+        constraints = path_of(answer.headers["Link"].partition("<")[2].partition(">")[0])
+        self.assertEqual(self.ask("GET", constraints).status, 200)
+
+    def test_should_advertise_what_may_be_posted(self) -> None:
+        answer = self.ask("OPTIONS", "/inbox")
+        self.assertEqual((answer.status, answer.body), (204, b""))
+        self.assertEqual(
+            answer.headers["Accept-Post"],
+            "application/ld+json, application/json, application/activity+json",
+        )
+        self.assertEqual(
+            set(answer.headers["Allow"].split(", ")), {"GET", "HEAD", "POST", "DELETE", "OPTIONS"}
+        )
+
+    def test_is_discovered_through_a_link(self) -> None:
+        host, port = address(self.server)
+        link = f'<http://{host}:{port}/inbox>; rel="http://www.w3.org/ns/ldp#inbox"'
+        for method in ("GET", "HEAD"):
+            self.assertEqual(self.ask(method, "/").headers["Link"], link)
+
+    def test_the_verbs_may_come_all_at_once(self) -> None:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            answers = [
+                pool.submit(self.ask, method, "/inbox", BODY if method == "POST" else None)
+                for method in ["OPTIONS", "POST", "GET"] * 20
+            ]
+            statuses = [answer.result().status for answer in answers]
+        self.assertEqual(statuses, [204, 201, 200] * 20)
+        self.assertEqual(len(self.listed()), 20)
+
+
+class QueuedTest(InboxTest):
+    settings = {"RESPONSE_STATUS": 202}
+
+    def test_must_answer_202_with_the_status_in_the_body(self) -> None:
+        answer = self.post()
+        self.assertEqual(answer.status, 202)
+        self.assertNotIn("Location", answer.headers)
+        self.assertEqual(answer.json()["pattern"], "Accept")
+        self.assertEqual(self.ask("GET", path_of(answer.json()["location"])).body, BODY)
+
+
+def path_of(url: str) -> str:
+    return "/" + url.split("/", 3)[3]
+
+
+# --- HTTP ----------------------------------------------------------------------------------------
+
+
+class ResourcesTest(InboxTest):
+    def test_head_is_get_without_the_body(self) -> None:
+        location = path_of(self.post().headers["Location"])
+        for path in ("/", "/inbox", location, "/constraints", "/nothing"):
+            with self.subTest(path):
+                got, head = self.ask("GET", path), self.ask("HEAD", path)
+                self.assertEqual(head.body, b"")
+                self.assertEqual(head.status, got.status)
+                self.assertEqual(int(head.headers["Content-Length"]), len(got.body))
+                for name in ("Content-Type", "Link", "Vary"):
+                    self.assertEqual(head.headers[name], got.headers[name])
+
+    def test_a_deleted_notification_is_gone(self) -> None:
+        kept, gone = (path_of(self.post().headers["Location"]) for _ in range(2))
+        self.assertEqual(self.ask("DELETE", gone).status, 204)
+        self.assert_problem(self.ask("GET", gone), 404)
+        self.assert_problem(self.ask("DELETE", gone), 404)
+        self.assertEqual([path_of(url) for url in self.listed()], [kept])
+
+    def test_deleting_the_inbox_empties_it_for_the_next_test(self) -> None:
+        for _ in range(3):
+            self.post()
+        self.assertEqual(self.ask("DELETE", "/inbox").status, 204)
+        self.assertEqual(self.listed(), [])
+        self.assert_serves()
+
+    def test_what_a_resource_cannot_do_is_405_with_what_it_can(self) -> None:
+        location = path_of(self.post().headers["Location"])
+        for path, works in {
+            "/": "GET, HEAD, OPTIONS",
+            "/constraints": "GET, HEAD, OPTIONS",
+            "/inbox": "GET, POST, DELETE, HEAD, OPTIONS",
+            location: "GET, DELETE, HEAD, OPTIONS",
+        }.items():
+            for method in ("PUT", "PATCH", "TRACE", "CONNECT", "BREW", "get"):
+                with self.subTest(path, method=method):
+                    answer = self.ask(method, path)
+                    self.assert_problem(answer, 405)
+                    self.assertEqual(answer.headers["Allow"], works)
+            self.assertEqual(self.ask("OPTIONS", path).headers["Allow"], works)
+        self.assert_problem(self.ask("POST", location, BODY), 405)
+        self.assert_problem(self.ask("BREW", "/nothing"), 404)
+
+    def test_names_of_any_other_form_are_404(self) -> None:
+        name = path_of(self.post().headers["Location"]).rpartition("/")[2]
+        os.mkdir(os.path.join(self.server.store.directory, "sub"))
+        for other in [
+            "x", "..", ".", "../store", "..%2fstore", "%2e%2e", "%2e%2e/x", name + ".json",
+            name.upper(), name + "%00", name + "/", name + "/x", "sub/" + name, "%5c" + name,
+            "./" + name, "..;/" + name, "x" * 5000, name[:-1], name + "0", "\\" + name,
+        ]:  # fmt: skip
+            with self.subTest(other[:99]):
+                for method in ("GET", "DELETE"):
+                    octets = f"{method} /inbox/{other} HTTP/1.1\r\nHost: localhost\r\n\r\n"
+                    (answer,) = raw(self.server, octets.encode("latin-1"), "half-close")
+                    self.assert_problem(answer, 404)
+        self.assertEqual(self.stored(), [name])
+
+    def test_the_request_line_may_hold_a_whole_url(self) -> None:
+        for target in ("http://localhost", "http://localhost/inbox", "HTTP://localhost/inbox?x"):
+            head = f"HEAD {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+            (answer,) = raw(self.server, head, "half-close")
+            self.assertEqual(answer.status, 404 if target.startswith("HTTP") else 200)
+
+    def test_a_page_is_for_those_who_prefer_html(self) -> None:
+        location = path_of(self.post().headers["Location"])
+        browser = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
+        for accept, html in [
+            (browser, True),
+            ("text/html", True),
+            ("text/*", True),
+            ("TEXT/HTML ; Q=0.9, application/ld+json;q=0.8", True),
+            ("text/html, application/ld+json;q=0", True),
+            ('application/ld+json;profile="a,b";q=0.4, text/html;q=0.5', True),
+            ("*/*", False),
+            ("text/html, application/ld+json", False),
+            ("text/html;q=0.5, application/json", False),
+            ("text/html;q=0.5, application/*", False),
+            ("text/html;q=0", False),
+            ("application/ld+json;q=0.2, */*;q=0.1", False),
+            ("text/html;q=0.001, */*;q=0.01", False),
+        ]:
+            for path in ("/inbox", location, "/constraints"):
+                with self.subTest(accept, path=path):
+                    answer = self.ask("GET", path, headers={"Accept": accept})
+                    self.assertEqual(answer.status, 200)
+                    self.assertEqual(answer.headers["Content-Type"].startswith("text/html"), html)
+                    self.assertEqual(answer.headers["Vary"], "Accept")
+                    self.assertEqual(answer.headers["X-Content-Type-Options"], "nosniff")
+
+    def test_a_page_shows_what_was_sent_as_text(self) -> None:
+        hostile = "<script>alert(1)</script>\"'&"
+        location = path_of(self.post(changed(ACCEPT, "summary", hostile)).headers["Location"])
+        answer = self.ask("GET", location, headers={"Accept": "text/html"})
+        self.assertNotIn(b"<script", answer.body)
+        self.assertIn(b"&lt;script&gt;", answer.body)
+        self.assertIn("default-src 'none'", answer.headers["Content-Security-Policy"])
+
+    def test_the_constraints_are_the_rules(self) -> None:
+        listed = self.ask("GET", "/constraints").json()
+        self.assertEqual(listed["constraints"], coarinbox.constraints())
+        self.assertEqual(listed["refused"], ["E"])
+        page = self.ask("GET", "/constraints", headers={"Accept": "text/html"}).body.decode()
+        for constraint in listed["constraints"]:
+            self.assertIn(f'id="{constraint["code"]}"', page)
+
+    def test_urls_are_those_that_the_client_uses(self) -> None:
+        for host in ("localhost:1234", "LOCALHOST", "inbox.localhost", "127.9.9.9:80", "[::1]:80"):
+            with self.subTest(host):
+                location = self.post(Host=host).headers["Location"]
+                self.assertTrue(location.startswith(f"http://{host}/inbox/"), location)
+
+    def test_without_a_host_urls_are_those_of_the_address_bound(self) -> None:
+        octets = post_head(f"Content-Length: {len(BODY)}").replace(b"Host: localhost\r\n", b"") + BODY
+        (answer,) = raw(self.server, octets, "half-close")
+        self.assertEqual(answer.status, 201)
+        self.assertTrue(answer.headers["Location"].startswith(self.server.base + "/inbox/"))
+
+    def test_the_names_of_other_sites_are_refused_on_loopback(self) -> None:
+        for host in ("evil.example", "localhost.evil.example", "10.0.0.1", "notlocalhost", "[::2]"):
+            with self.subTest(host):
+                problem = self.assert_problem(self.post(Host=host), 421)
+                self.assertIn("BASE_URL", problem["detail"])
+        self.assertEqual(self.stored(), [])
+
+    def test_a_malformed_host_is_refused(self) -> None:
+        for host in ("a b", "localhost:x", "<script>", "localhost/x", "user@localhost", "[::1", "ö"):
+            with self.subTest(host):
+                octets = f"GET /inbox HTTP/1.1\r\nHost: {host}\r\n\r\n".encode("latin-1")
+                (answer,) = raw(self.server, octets, "half-close")
+                self.assert_problem(answer, 400)
+        (answer,) = raw(
+            self.server, b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: a\r\n\r\n", "half-close"
+        )
+        self.assert_problem(answer, 400)
+
+    def test_requests_share_a_connection(self) -> None:
+        connection = http.client.HTTPConnection(*address(self.server), timeout=10)
+        self.addCleanup(connection.close)
+        for method, path, status in [
+            ("POST", "/inbox", 201), ("GET", "/inbox", 200), ("HEAD", "/inbox", 200),
+            ("OPTIONS", "/inbox", 204), ("GET", "/nothing", 404), ("DELETE", "/inbox", 204),
+        ]:  # fmt: skip
+            answer = ask_on(connection, method, path, BODY if method == "POST" else None)
+            self.assertEqual(answer.status, status)
+            self.assertIsNotNone(connection.sock, f"{method} {path} ended the connection")
+        self.assertEqual(ask_on(connection, "POST", "/inbox", {}).status, 400)
+        self.assertIsNotNone(connection.sock, "a body that was read needs no new connection")
+
+    def test_requests_may_come_before_the_answers(self) -> None:
+        octets = (post_head(f"Content-Length: {len(BODY)}") + BODY) * 5
+        answers = raw(self.server, octets, "half-close")
+        self.assertEqual([answer.status for answer in answers], [201] * 5)
+
+    def test_http_1_0_and_close_end_the_connection(self) -> None:
+        for head in (b"GET /inbox HTTP/1.0\r\n\r\n", b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n"):
+            (answer,) = raw(self.server, head)
+            self.assertEqual((answer.status, answer.headers["Connection"]), (200, "close"))
+        octets = b"GET /inbox HTTP/1.0\r\nConnection: keep-alive\r\n\r\n" * 2
+        answers = raw(self.server, octets, "half-close")
+        self.assertEqual([answer.headers["Connection"] for answer in answers], ["keep-alive"] * 2)
+
+
+class BaseUrlTest(InboxTest):
+    settings = {"BASE_URL": "https://inbox.example.org/tunnel/"}
+
+    def test_it_goes_into_every_url_and_may_be_the_host(self) -> None:
+        base = "https://inbox.example.org/tunnel"
+        answer = self.post(Host="inbox.example.org")
+        self.assertEqual(answer.status, 201)
+        self.assertTrue(answer.headers["Location"].startswith(f"{base}/inbox/2"))
+        self.assertEqual(self.ask("GET", "/inbox").json()["@id"], f"{base}/inbox")
+        self.assertEqual(self.listed(), [answer.headers["Location"]])
+        self.assertIn(f"<{base}/inbox>", self.ask("GET", "/").headers["Link"])
+        self.assertIn(f"<{base}/constraints>", self.post({}).headers["Link"])
+        self.assert_problem(self.post(Host="other.example.org"), 421)
+
+
+class EverywhereTest(InboxTest):
+    settings = {"HOST": "0.0.0.0"}
+
+    def test_an_inbox_that_is_open_to_others_answers_to_every_name(self) -> None:
+        answer = self.post(Host="coarinbox:5005")
+        self.assertTrue(answer.headers["Location"].startswith("http://coarinbox:5005/inbox/"))
+
+
+class ValidationModeTest(unittest.TestCase):
+    """What each value of VALIDATE_INCOMING refuses, and what it warns about."""
+
+    FAULTY = changed(changed(ACCEPT, "actor", ABSENT), "target.inbox", ABSENT)  # levels S and M
+    INVALID = changed(FAULTY, "origin", ABSENT)  # levels S, M and E
+
+    def check(self, mode: Any, expected: list[tuple[Any, int, str, str]]) -> None:
+        with serving(VALIDATE_INCOMING=mode) as server:
+            for document, status, errors, warnings_ in expected:
+                with self.subTest(document=document):
+                    before = len(server.store.names())
+                    answer = ask(server, "POST", "/inbox", document)
+                    self.assertEqual(answer.status, status)
+                    stored = len(server.store.names()) - before
+                    self.assertEqual(stored, 1 if status == 201 else 0)
+                    for name, levels in (("errors", errors), ("warnings", warnings_)):
+                        found = (entry["level"] for entry in answer.json().get(name, []))
+                        self.assertEqual("".join(sorted(found)), levels)
+
+    def test_true_refuses_what_coarnotify_refuses(self) -> None:
+        self.check(True, [
+            (ACCEPT, 201, "", ""),
+            (self.FAULTY, 201, "", "MS"),
+            (self.INVALID, 400, "E", "MS"),
+            ([ACCEPT], 400, "E", ""),
+            ("text", 400, "E", ""),
+        ])  # fmt: skip
+
+    def test_strict_refuses_whatever_breaks_a_must(self) -> None:
+        self.check("strict", [
+            (ACCEPT, 201, "", ""),
+            (self.FAULTY, 400, "M", "S"),
+            (self.INVALID, 400, "EM", "S"),
+        ])  # fmt: skip
+
+    def test_false_refuses_only_what_is_neither_object_nor_array(self) -> None:
+        self.check(False, [
+            (ACCEPT, 201, "", ""),
+            (self.INVALID, 201, "", "EMS"),
+            ([ACCEPT], 201, "", "E"),
+            ([], 201, "", "E"),
+            ("text", 400, "E", ""),
+            (5, 400, "E", ""),
+        ])  # fmt: skip
+
+
+# --- Bad input -----------------------------------------------------------------------------------
+
+
+class BadBodyTest(InboxTest):
+    """Bodies that are no notification: 400, nothing stored, and the connection goes on."""
+
+    def refuse(self, body: bytes, *, says: str) -> None:
+        problem = self.assert_problem(self.post(body), 400)
+        self.assertIn(says, problem["detail"])
+        self.assertEqual(self.stored(), [])
+
+    def test_not_json(self) -> None:
+        for body in (b"", b" ", b"{", b"{}{}", b"{'id': 1}", b"<rdf/>", b'{"a": 1,}', b"\0", b"nul"):
+            with self.subTest(body):
+                self.refuse(body, says="not JSON")
+
+    def test_not_utf_8(self) -> None:
+        for body in (b'{"id": "\xff"}', BODY.decode().encode("utf-16"), b'"\xc3"', b"\xed\xa0\x80"):
+            with self.subTest(body):
+                self.refuse(body, says="not UTF-8")
+
+    def test_a_byte_order_mark(self) -> None:
+        self.refuse(b"\xef\xbb\xbf" + BODY, says="byte order mark")
+
+    def test_constants_that_are_not_json(self) -> None:
+        for name in (b"NaN", b"Infinity", b"-Infinity"):
+            self.refuse(b'{"id": %s}' % name, says=f"{name.decode()} is not JSON")
+
+    def test_numbers_that_receivers_disagree_about(self) -> None:
+        for number in (b"9" * 5000, b"-" + b"9" * 5000, b"1e400", b"9" * 10**6):
+            self.refuse(b'{"id": %s}' % number, says="too large")
+
+    def test_nesting(self) -> None:
+        for depth in (coarinbox.MAX_DEPTH + 1, 1000, 100_000):
+            for start, end in ((b"[", b"]"), (b'{"":', b"}")):
+                with self.subTest(start, depth=depth):
+                    self.refuse(start * depth + b"1" + end * depth, says="nested more than 100")
+                    self.refuse(start * depth, says="")
+
+    def test_nesting_up_to_the_limit_is_no_fault(self) -> None:
+        document: Any = "x"
+        for _ in range(coarinbox.MAX_DEPTH - 1):
+            document = [document]
+        self.assertEqual(self.post({**ACCEPT, "x:deep": document}).status, 201)
+
+    def test_an_encoded_json_string(self) -> None:
+        self.refuse(json.dumps(json.dumps(ACCEPT)).encode(), says="not a valid notification")
+
+    def test_scalars_and_lists(self) -> None:
+        for body in (b"null", b"true", b"5", b'"text"', b"[]", b"[1]", b"[" + BODY + b"]"):
+            with self.subTest(body):
+                self.refuse(body, says="not a valid notification")
+
+    def test_whatever_the_octets_they_are_kept(self) -> None:
+        for body in (
+            BODY + b" \n", b"\t" + BODY, BODY.replace(b'", "', b'" ,\n"'),
+            BODY.replace(b"J. Carberry", "Jürg, \U0001f600".encode()),
+            BODY.replace(b"J. Carberry", rb"\ud800\u0000"),
+            BODY[:-1] + b', "id": "urn:uuid:94ecae35-dcfd-4182-8550-22c7164fe23f"}',
+        ):  # fmt: skip
+            with self.subTest(body):
+                answer = self.post(body)
+                self.assertEqual(answer.status, 201, answer.body)
+                self.assertEqual(self.ask("GET", path_of(answer.headers["Location"])).body, body)
+
+    def test_the_wrong_type_or_coding(self) -> None:
+        for name, value in [
+            ("Content-Type", "text/plain"), ("Content-Type", "text/html"), ("Content-Type", ""),
+            ("Content-Type", "application/xml"), ("Content-Type", "application/jsonld"),
+            ("Content-Type", "json"), ("Content-Type", "application/+json"),
+            ("Content-Type", "multipart/form-data; boundary=x"), ("Content-Type", "image/svg+json"),
+            ("Content-Encoding", "gzip"), ("Content-Encoding", "identity, br"),
+        ]:  # fmt: skip
+            with self.subTest(name, value=value):
+                answer = self.ask("POST", "/inbox", BODY, {name: value})
+                self.assert_problem(answer, 415)
+                helpful = "Accept-Post" if name == "Content-Type" else "Accept-Encoding"
+                self.assertIn(helpful, answer.headers)
+                self.assertIn("constrainedBy", answer.headers["Link"])
+        octets = f"POST /inbox HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(BODY)}\r\n\r\n"
+        (answer,) = raw(self.server, octets.encode() + BODY)
+        self.assert_problem(answer, 415)
+        self.assertEqual(self.post(Content_Encoding="Identity").status, 201)
+
+
+class FramingTest(InboxTest):
+    """How the length of a body is given (RFC 9112 section 6), rightly and wrongly."""
+
+    settings = {"MAX_CONTENT_LENGTH": 4000, "REQUEST_TIMEOUT": 0.3}
+
+    def refuse(self, octets: bytes, status: int, then: str = "read") -> None:
+        """Expect one answer, after which the server ends the connection, and then serves others."""
+        (answer,) = raw(self.server, octets, then)
+        self.assert_problem(answer, status)
+        self.assertEqual(answer.headers["Connection"], "close")
+        self.assertEqual(self.stored(), [])
+
+    def test_chunks(self) -> None:
+        head = post_head("Transfer-Encoding: Chunked")
+        for chunks in [
+            chunked(BODY, 100),
+            chunked(BODY, 1),
+            chunked(BODY, 5000),
+            chunked(BODY, 100, extension=b' ; name="value"'),
+            chunked(BODY, 100, trailer=b"X-Checksum: 1\r\n"),
+        ]:
+            answers = raw(self.server, (head + chunks) * 2, "half-close")
+            self.assertEqual([answer.status for answer in answers], [201, 201])
+        for name in self.stored():
+            self.assertEqual(self.server.store.read(name), BODY)
+
+    def test_broken_chunks(self) -> None:
+        head = post_head("Transfer-Encoding: chunked")
+        for chunks in [
+            b"x\r\n", b"\r\n", b"-5\r\nhello\r\n0\r\n\r\n", b"0x5\r\nhello\r\n0\r\n\r\n",
+            b"5\r\nhello, too long\r\n0\r\n\r\n", b"5\nhello\n0\n\n", b" 5\r\nhello\r\n0\r\n\r\n",
+            b"5" * 17 + b"\r\n", b"5;" + b"x" * 2000 + b"\r\nhello\r\n0\r\n\r\n",
+            b"0\r\n" + b"X: y\r\n" * 200 + b"\r\n", b"0\r\nX: " + b"y" * 70000 + b"\r\n\r\n",
+        ]:  # fmt: skip
+            with self.subTest(chunks[:40]):
+                self.refuse(head + chunks, 400)
+        for chunks in (b"", b"5", b"5\r\nhel", b"5\r\nhello", b"5\r\nhello\r\n"):
+            with self.subTest(chunks):
+                self.refuse(head + chunks, 400, "half-close")
+                self.refuse(head + chunks, 408)
+
+    def test_no_length(self) -> None:
+        self.refuse(post_head(), 411)
+        self.refuse(post_head() + BODY, 411)
+
+    def test_a_length_that_is_none(self) -> None:
+        for length in ("-1", "+5", "5.0", "0x5", "1e3", "five", "5, 5", "5 5", "²", "1_000"):
+            with self.subTest(length):
+                self.refuse(post_head(f"Content-Length: {length}") + BODY, 400)
+
+    def test_lengths_that_contradict_each_other(self) -> None:
+        right, wrong = f"Content-Length: {len(BODY)}", f"Content-Length: {len(BODY) + 1}"
+        self.refuse(post_head(right, wrong) + BODY, 400)
+        self.refuse(post_head(right, "Transfer-Encoding: chunked") + chunked(BODY, 100), 400)
+        self.refuse(post_head("Transfer-Encoding: gzip, chunked") + chunked(BODY, 100), 400)
+        self.refuse(post_head("Transfer-Encoding: identity") + BODY, 400)
+        old = post_head("Transfer-Encoding: chunked").replace(b"HTTP/1.1", b"HTTP/1.0")
+        self.refuse(old + chunked(BODY, 100), 400)
+        (answer,) = raw(self.server, post_head(right, right) + BODY, "half-close")
+        self.assertEqual(answer.status, 201)
+
+    def test_a_body_that_ends_early(self) -> None:
+        head = post_head(f"Content-Length: {len(BODY) + 1}")
+        self.refuse(head + BODY, 400, "half-close")
+        self.refuse(head + BODY, 408)
+
+    def test_a_body_over_the_limit(self) -> None:
+        large = json.dumps({**ACCEPT, "summary": "x" * 4000}).encode()
+        self.refuse(post_head(f"Content-Length: {len(large)}"), 413)
+        self.refuse(post_head(f"Content-Length: {len(large)}") + large, 413)
+        self.refuse(post_head("Content-Length: " + "9" * 5000), 413)
+        self.refuse(post_head("Transfer-Encoding: chunked") + chunked(large, 100), 413)
+        self.refuse(post_head("Transfer-Encoding: chunked") + b"fffffffffffffff\r\n", 413)
+
+    def test_a_body_of_the_largest_size(self) -> None:
+        body = BODY + b" " * (4000 - len(BODY))
+        self.assertEqual(self.post(body).status, 201)
+        octets = post_head("Transfer-Encoding: chunked") + chunked(body, 1000)
+        (answer,) = raw(self.server, octets, "half-close")
+        self.assertEqual(answer.status, 201)
+
+    def test_a_large_body_that_is_refused_early_does_not_hide_the_answer(self) -> None:
+        for _ in range(5):
+            self.assert_problem(self.post(b"x" * 2_000_000), 413)
+            self.assert_problem(self.ask("POST", "/nothing", b"x" * 2_000_000), 404)
+
+    def test_a_request_that_has_no_use_for_its_body_leaves_no_trace_of_it(self) -> None:
+        smuggled = b"GET /constraints HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        head = f"DELETE /inbox HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(smuggled)}\r\n\r\n"
+        (answer,) = raw(self.server, head.encode() + smuggled)
+        self.assertEqual((answer.status, answer.headers["Connection"]), (204, "close"))
+
+    def test_100_continue_comes_when_the_body_is_wanted(self) -> None:
+        head = post_head(f"Content-Length: {len(BODY)}", "Expect: 100-continue")
+        with socket.create_connection(address(self.server), timeout=10) as connection:
+            connection.sendall(head)
+            stream = connection.makefile("rb")
+            self.assertEqual(stream.readline() + stream.readline(), b"HTTP/1.1 100 Continue\r\n\r\n")
+            connection.sendall(BODY)
+            self.assertEqual(read_answer(stream.readline(), stream).status, 201)
+            stream.close()
+
+    def test_100_continue_does_not_come_when_it_is_not(self) -> None:
+        self.refuse(post_head("Content-Length: 5000", "Expect: 100-continue"), 413)
+        head = post_head("Content-Length: 5", "Expect: 100-continue").replace(b"ld+json", b"xml")
+        self.refuse(head, 415)
+
+
+def chunked(body: bytes, size: int, extension: bytes = b"", trailer: bytes = b"") -> bytes:
+    chunks = [body[start : start + size] for start in range(0, len(body), size)]
+    parts = [b"%x%s\r\n%s\r\n" % (len(chunk), extension, chunk) for chunk in chunks]
+    return b"".join(parts) + b"0\r\n" + trailer + b"\r\n"
+
+
+class BadRequestTest(InboxTest):
+    """Requests that are none."""
+
+    settings = {"REQUEST_TIMEOUT": 0.3}
+
+    def test_what_the_base_class_would_answer_with_html(self) -> None:
+        for octets, status in [
+            (b"GARBAGE\r\n", 400),
+            (b"\r\n", 400),
+            (b"  \r\n", 400),
+            (b"GET /\r\n", 400),
+            (b"GET / HTTP/1.1 x\r\n\r\n", 400),
+            (b"GET  / HTTP/1.1\r\n\r\n", 400),
+            (b"GET\t/\tHTTP/1.1\r\n\r\n", 400),
+            (b"GET /\x85 HTTP/1.1\r\n\r\n", 400),
+            (b"GET /\x00 HTTP/1.1\r\n\r\n", 400),
+            (b"GET / HTTP/x\r\n\r\n", 400),
+            (b"GET / HTTP/1.11111\r\n\r\n", 400),
+            (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n", 400),
+            (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
+            (b"GET / HTTP/2.0\r\n\r\n", 505),
+            (b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n", 414),
+            (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 60_000 + b"\r\n", 431),
+            (b"GET / HTTP/1.1\r\nX: " + b"y" * 70_000 + b"\r\n\r\n", 431),
+            (b"GET / HTTP/1.1\r\nno colon\r\n\r\n", 400),
+            (b"GET / HTTP/1.1\r\nHost : localhost\r\n\r\n", 400),
+            (b"GET / HTTP/1.1\r\n folded: localhost\r\n\r\n", 400),
+        ]:
+            with self.subTest(octets[:60]):
+                (answer,) = raw(self.server, octets)
+                self.assert_problem(answer, status)
+                self.assertEqual(answer.headers["Connection"], "close")
+        self.assert_serves()
+
+    def test_silence_is_no_request(self) -> None:
+        self.assertEqual(raw(self.server, b""), [])
+
+    def test_a_request_that_drips_gets_no_longer_than_one_that_stalls(self) -> None:
+        with socket.create_connection(address(self.server), timeout=10) as connection:
+            begun = time.monotonic()
+            stopped = threading.Event()
+
+            def drip() -> None:
+                with contextlib.suppress(OSError):
+                    for octet in post_head("X: " + "y" * 10_000):
+                        connection.sendall(bytes([octet]))
+                        if stopped.wait(0.02):
+                            break
+
+            dripping = threading.Thread(target=drip)
+            dripping.start()
+            stream = connection.makefile("rb")
+            self.assert_problem(read_answer(stream.readline(), stream), 408)
+            self.assertLess(time.monotonic() - begun, 5)
+            stopped.set()
+            dripping.join()
+            stream.close()
+
+    def test_a_client_that_resets_the_connection_leaves_no_traceback(self) -> None:
+        for octets in (b"POST /in", post_head("Content-Length: 99"), post_head(), b""):
+            connection = socket.create_connection(address(self.server))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            connection.sendall(octets)
+            connection.close()
+        self.assert_serves()
+        self.server.server_close()  # waits for the connections above
+        self.assertFalse([line for line in self.log if line.exc_info])
+
+    def test_the_log_holds_one_line_for_a_request_whatever_it_says(self) -> None:
+        raw(self.server, b"GET /\x1b[31m\rforged HTTP/1.1\r\n\r\n")
+        raw(self.server, b"GET /%0aforged HTTP/1.1\r\nHost: localhost\r\n\r\n", "half-close")
+        lines = self.log_lines()
+        self.assertEqual(len(lines), 2, lines)
+        for line in lines:
+            self.assertTrue(line.isprintable() and line.isascii(), line)
