@@ -1456,3 +1456,616 @@ class BadRequestTest(InboxTest):
         self.assertEqual(len(lines), 2, lines)
         for line in lines:
             self.assertTrue(line.isprintable() and line.isascii(), line)
+
+
+# --- Storage -------------------------------------------------------------------------------------
+
+
+class StorageTest(InboxTest):
+    settings = {"FSYNC": True}
+
+    def test_a_file_holds_the_octets_as_they_came(self) -> None:
+        name = path_of(self.post().headers["Location"]).rpartition("/")[2]
+        self.assertEqual(os.listdir(self.server.store.directory), [name + ".json"])
+        content = pathlib.Path(self.server.store.directory, name + ".json").read_bytes()
+        self.assertEqual(content, BODY)
+
+    def test_names_are_the_time_and_unique(self) -> None:
+        before = time.gmtime()
+        names = [path_of(self.post().headers["Location"]).rpartition("/")[2] for _ in range(20)]
+        self.assertEqual(len(set(names)), 20)
+        for name in names:
+            moment = time.strptime(name[:15], "%Y%m%d_%H%M%S")
+            self.assertTrue(before[:6] <= moment[:6] <= time.gmtime()[:6])
+
+    def test_the_directory_is_the_only_truth(self) -> None:
+        directory = pathlib.Path(self.server.store.directory)
+        ours, other = "20200101_000000_" + "a" * 32, "20200101_000000_" + "b" * 32
+        (directory / f"{ours}.json").write_bytes(b"[dropped in]")
+        for stranger in (f".{other}.part", f"{other}.txt", "deliveries.jsonl", "README.json"):
+            (directory / stranger).write_bytes(BODY)
+        (directory / f"{other}.json").mkdir()
+        self.assertEqual([path_of(url) for url in self.listed()], [f"/inbox/{ours}"])
+        self.assertEqual(self.ask("GET", f"/inbox/{ours}").body, b"[dropped in]")
+        self.assert_problem(self.ask("GET", f"/inbox/{other}"), 404)
+        (directory / f"{ours}.json").unlink()
+        self.assertEqual(self.listed(), [])
+        self.assert_problem(self.ask("GET", f"/inbox/{ours}"), 404)
+
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "this system has no named pipes")
+    def test_what_is_planted_in_the_store_leads_nowhere(self) -> None:
+        directory = pathlib.Path(self.server.store.directory)
+        link, pipe = "20200101_000000_" + "a" * 32, "20200101_000000_" + "b" * 32
+        (directory / f"{link}.json").symlink_to(MODULE)
+        os.mkfifo(directory / f"{pipe}.json")
+        for name in (link, pipe):
+            self.assert_problem(self.ask("GET", f"/inbox/{name}"), 404)
+        self.assertEqual(self.listed(), [])
+
+    def test_emptying_leaves_what_is_not_a_notification(self) -> None:
+        self.post()
+        other = pathlib.Path(self.server.store.directory, "notes.json")
+        other.write_text("{}")
+        self.assertEqual(self.ask("DELETE", "/inbox").status, 204)
+        self.assertEqual(os.listdir(self.server.store.directory), ["notes.json"])
+
+    def test_a_store_that_was_deleted_is_made_anew(self) -> None:
+        gone = path_of(self.post().headers["Location"])
+        shutil.rmtree(self.server.store.directory)
+        self.assertEqual(self.listed(), [])
+        self.assert_problem(self.ask("GET", gone), 404)
+        self.assertEqual(self.ask("DELETE", "/inbox").status, 204)
+        self.assert_serves()
+        self.assertEqual(len(self.listed()), 1)
+
+    def test_it_never_overwrites(self) -> None:
+        path = pathlib.Path(self.server.store.path("20200101_000000_" + "a" * 32))
+        path.write_bytes(b"first")
+        draft = path.with_suffix(".part")
+        draft.write_bytes(b"second")
+        with self.assertRaises(FileExistsError):
+            self.server.store.publish(str(draft), str(path))
+        self.assertEqual(path.read_bytes(), b"first")
+
+    def test_a_201_means_that_it_is_listed_at_once(self) -> None:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+
+            def post_and_look(_: int) -> bool:
+                location = self.post().headers["Location"]
+                return location in self.listed() and self.ask("GET", path_of(location)).body == BODY
+
+            self.assertTrue(all(pool.map(post_and_look, range(40))))
+
+    def test_two_inboxes_may_share_a_store(self) -> None:
+        with serving(STORE_DIR=self.server.store.directory) as other:
+            ask(other, "POST", "/inbox", ACCEPT)
+            self.post()
+            self.assertEqual(len(self.stored()), 2)
+            self.assertEqual(self.stored(), other.store.names())
+
+
+class BrokenStoreTest(InboxTest):
+    faults_expected = True
+
+    def test_a_file_where_the_store_should_be(self) -> None:
+        directory = self.server.store.directory
+        os.rmdir(directory)
+        pathlib.Path(directory).write_text("in the way")
+        name = "20200101_000000_" + "a" * 32
+        for method, path in [
+            ("POST", "/inbox"), ("GET", "/inbox"), ("GET", "/"), ("DELETE", "/inbox"),
+            ("GET", f"/inbox/{name}"), ("DELETE", f"/inbox/{name}"),
+        ]:  # fmt: skip
+            with self.subTest(method, path=path):
+                answer = self.ask(method, path, BODY if method == "POST" else None)
+                problem = self.assert_problem(answer, 500)
+                self.assertIn("the store failed", problem["detail"])
+        os.remove(directory)
+        self.assert_serves()
+
+    @unittest.skipUnless(shutil.which("nsenter"), "making a small disk needs util-linux")
+    def test_a_disk_that_is_full_or_read_only(self) -> None:
+        """On a tmpfs of 64 KiB, in a mount namespace of its own."""
+        with tempfile.TemporaryDirectory() as directory:
+            script = f'mount -t tmpfs -o size=64k tmpfs {directory} && exec "$0" "$@"'
+            command = ["unshare", "--mount", "--map-root-user", "sh", "-c", script, sys.executable]
+            command += [str(MODULE), "--port", "0", "--store", f"{directory}/store"]
+            with running(command) as inbox:
+                large = json.dumps({**ACCEPT, "summary": "x" * 10_000}).encode()
+                answers = [inbox.ask("POST", "/inbox", large) for _ in range(20)]
+                stored = [answer.status for answer in answers].count(201)
+                self.assertGreater(stored, 2)
+                for answer in answers[:stored]:
+                    path = path_of(answer.headers["Location"])
+                    self.assertEqual(inbox.ask("GET", path).body, large)
+                for answer in answers[stored:]:
+                    self.assert_problem(answer, 507)
+                self.assertEqual(len(inbox.ask("GET", "/inbox").json()["ldp:contains"]), stored)
+
+                self.assertEqual(inbox.ask("DELETE", path).status, 204)
+                self.assertEqual(inbox.ask("POST", "/inbox", large).status, 201)
+                self.assertEqual(inbox.ask("DELETE", "/inbox").status, 204)
+
+                inside = ["nsenter", "--user", "--mount", "--preserve-credentials"]
+                inside += ["--target", str(inbox.process.pid)]
+                for mode, status in (("ro", 500), ("rw", 201)):
+                    remount = ["mount", "-o", f"remount,{mode}", directory]
+                    subprocess.run(inside + remount, check=True, timeout=20)
+                    self.assertEqual(inbox.ask("POST", "/inbox", ACCEPT).status, status)
+                self.assertEqual(len(inbox.ask("GET", "/inbox").json()["ldp:contains"]), 1)
+
+
+# --- The program ---------------------------------------------------------------------------------
+
+
+class Program:
+    """An inbox that runs as a process."""
+
+    def __init__(self, process: subprocess.Popen[str], banner: list[str]) -> None:
+        self.process = process
+        self.banner = banner
+        self.url = next(line.split()[1] for line in banner if line.startswith("inbox"))
+        parts = re.fullmatch(r"https?://(.+):(\d+)/inbox", self.url)
+        assert parts, self.url
+        self.server_address = (parts[1].strip("[]"), int(parts[2]))
+
+    def ask(self, *arguments: Any, **more: Any) -> Answer:
+        return ask(self, *arguments, **more)
+
+    def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        """Send a signal; returns the exit status and what was logged."""
+        self.process.send_signal(number)
+        _, log = self.process.communicate(timeout=20)
+        return self.process.returncode, log
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "COARNOTIFY_SETTINGS": "", "PYTHONUNBUFFERED": "1", **more}
+
+
+@contextlib.contextmanager
+def running(command: list[str], **options: Any) -> Iterator[Program]:
+    """Run an inbox as a process until the block ends."""
+    options = {"env": environment(), **options}
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **options
+    ) as process:
+        try:
+            assert process.stderr
+            banner = []
+            for line in process.stderr:
+                banner.append(line.rstrip("\n"))
+                if line.startswith("validation"):
+                    break
+            assert process.poll() is None, banner
+            yield Program(process, banner)
+        finally:
+            process.kill()
+
+
+class ProgramTest(unittest.TestCase):
+    def setUp(self) -> None:
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.directory = pathlib.Path(directory.name).resolve()
+
+    def config(self, text: str) -> str:
+        path = self.directory / "local.cfg"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, str(MODULE), *arguments]
+
+    def fail_to_start(self, *arguments: str, **env: str) -> str:
+        """Expect exit status 2 and one line on standard error, which is returned."""
+        done = subprocess.run(
+            self.command(*arguments),
+            cwd=self.directory, env=environment(**env), capture_output=True, text=True, timeout=20,
+        )  # fmt: skip
+        self.assertEqual(done.returncode, 2, done.stderr)
+        self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+        self.assertEqual(done.stdout, "")
+        return done.stderr
+
+
+class StartTest(ProgramTest):
+    def test_it_says_where_it_is(self) -> None:
+        with running(self.command("--port", "0"), cwd=self.directory) as inbox:
+            host, port = inbox.server_address
+            self.assertEqual(host, "localhost")
+            self.assertEqual(inbox.banner, [
+                f"coarinbox {coarinbox.__version__}",
+                f"inbox       http://localhost:{port}/inbox",
+                f"page        http://localhost:{port}/",
+                f"store       {self.directory / 'notifications'}",
+                "validation  True",
+            ])  # fmt: skip
+            answer = inbox.ask("POST", "/inbox", ACCEPT)
+            self.assertEqual(answer.status, 201)
+            self.assertTrue(answer.headers["Location"].startswith(inbox.url + "/2"))
+            self.assertEqual(len(os.listdir(self.directory / "notifications")), 1)
+
+    def test_the_file_alone_suffices(self) -> None:
+        shutil.copy(MODULE, self.directory)
+        alone = [sys.executable, "-I", "-S", "coarinbox.py", "--port", "0"]
+        with running(alone, cwd=self.directory) as inbox:
+            self.assertEqual(inbox.ask("POST", "/inbox", ACCEPT).status, 201)
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "coarinbox.py", "--version"],
+            cwd=self.directory, capture_output=True, text=True, timeout=20, check=True,
+        )  # fmt: skip
+        self.assertEqual(done.stdout, f"coarinbox {coarinbox.__version__}\n")
+
+    def test_sigint_and_sigterm_end_it_with_status_0(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with running(self.command("--port", "0"), cwd=self.directory) as inbox:
+                idle = http.client.HTTPConnection(*inbox.server_address, timeout=10)
+                self.assertEqual(ask_on(idle, "POST", "/inbox", ACCEPT).status, 201)
+                status, log = inbox.stop(number)
+                self.assertEqual(status, 0, log)
+                self.assertNotIn("Traceback", log)
+                idle.close()
+
+    def test_a_request_in_flight_is_answered_before_the_end(self) -> None:
+        with running(self.command("--port", "0"), cwd=self.directory) as inbox:
+            with socket.create_connection(inbox.server_address, timeout=10) as connection:
+                head = post_head(f"Content-Length: {len(BODY)}", "Expect: 100-continue")
+                connection.sendall(head)
+                stream = connection.makefile("rb")
+                self.assertIn(b"100 Continue", stream.readline())
+                inbox.process.send_signal(signal.SIGTERM)
+                while can_connect(inbox.server_address):  # it stops listening first
+                    pass
+                connection.sendall(BODY)
+                stream.readline()
+                answer = read_answer(stream.readline(), stream)
+                stream.close()
+            self.assertEqual((answer.status, answer.headers["Connection"]), (201, "close"))
+            self.assertEqual(inbox.process.wait(10), 0)
+        self.assertEqual(len(os.listdir(self.directory / "notifications")), 1)
+
+    def test_kill_9_loses_nothing_that_was_acknowledged(self) -> None:
+        acknowledged: list[str] = []
+        document = json.dumps({**ACCEPT, "summary": "x" * 50_000}).encode()
+
+        def post(inbox: Program) -> None:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                while True:
+                    acknowledged.append(
+                        inbox.ask("POST", "/inbox", document).headers["Location"]
+                    )
+
+        for _ in range(3):
+            enough = len(acknowledged) + 50
+            with running(self.command("--port", "0"), cwd=self.directory) as inbox:
+                threads = [threading.Thread(target=post, args=(inbox,)) for _ in range(4)]
+                for thread in threads:
+                    thread.start()
+                while len(acknowledged) < enough and any(map(threading.Thread.is_alive, threads)):
+                    time.sleep(0)
+                inbox.process.kill()
+                for thread in threads:
+                    thread.join()
+        store = self.directory / "notifications"
+        self.assertGreaterEqual(len(acknowledged), 150)
+        for location in acknowledged:
+            self.assertTrue((store / f"{location.rpartition('/')[2]}.json").exists())
+        for path in store.glob("*.json"):
+            self.assertEqual(path.read_bytes(), document)
+
+    def test_a_port_that_is_taken(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            line = self.fail_to_start("--host", "127.0.0.1", "--port", str(other.getsockname()[1]))
+        self.assertIn("HOST '127.0.0.1', PORT", line)
+
+    def test_a_store_or_an_address_that_cannot_be(self) -> None:
+        (self.directory / "file").write_text("")
+        self.assertIn("STORE_DIR", self.fail_to_start("--port", "0", "--store", "file/store"))
+        self.assertIn("HOST", self.fail_to_start("--port", "0", "--host", "no.such.host.invalid"))
+        self.assertIn("HOST", self.fail_to_start("--port", "0", "--host", "x" * 300))
+
+    def test_ipv6(self) -> None:
+        for host in ("::1", "::"):
+            try:
+                socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+            except OSError:
+                self.skipTest("this machine has no IPv6")
+            with running(self.command("--host", host, "--port", "0"), cwd=self.directory) as inbox:
+                self.assertIn(f"http://{'[::1]' if host == '::1' else 'localhost'}:", inbox.url)
+                port = inbox.server_address[1]
+                for client in ("::1", "127.0.0.1") if host == "::" else ("::1",):
+                    connection = http.client.HTTPConnection(client, port, timeout=10)
+                    self.assertEqual(ask_on(connection, "GET", "/inbox").status, 200)
+                    connection.close()
+
+    def test_debug_logs_headers_and_bodies_but_no_secrets(self) -> None:
+        command = self.command("--port", "0", "--config", self.config("DEBUG = True"))
+        with running(command, cwd=self.directory) as inbox:
+            headers = {"Authorization": "Bearer s3cret", "X-Mine": "yes\tno"}
+            inbox.ask("POST", "/inbox", b'{"id":\n"x"}', headers)
+            _, log = inbox.stop()
+        self.assertIn("X-Mine: yes\\tno", log)
+        self.assertIn('{"id":\\n"x"}', log)
+        self.assertNotIn("s3cret", log)
+
+
+def can_connect(where: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(where, timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+class ConfigurationTest(ProgramTest):
+    def test_the_example_holds_every_setting_at_its_default(self) -> None:
+        values = coarinbox.read_configuration(str(HERE / "local.cfg.example"))
+        self.assertEqual(values, vars(coarinbox.Settings()))
+        self.assertGreater(len(values), 10)
+
+    def test_it_is_executed_as_python(self) -> None:
+        path = self.config(
+            "import os\nhere = os.path.dirname(__file__)\n"
+            'STORE_DIR = os.path.join(here, "elsewhere")\nPORT = 10 - 10\n'
+        )
+        with running(self.command("--config", path), cwd=self.directory) as inbox:
+            self.assertEqual(inbox.banner[-2], f"store       {self.directory / 'elsewhere'}")
+
+    def test_flags_win_over_the_file_which_wins_over_the_environment(self) -> None:
+        self.config('VALIDATE_INCOMING = "strict"\nSTORE_DIR = "from-file"\nPORT = 0\n')
+        other = self.directory / "other.cfg"
+        other.write_text('VALIDATE_INCOMING = False\nSTORE_DIR = "from-environment"\nPORT = 0\n')
+        for arguments, store, mode in [
+            ([], "from-environment", "False"),
+            (["--config", "local.cfg"], "from-file", "strict"),
+            (["--config", "local.cfg", "--store", "from-flag"], "from-flag", "strict"),
+        ]:
+            env = environment(COARNOTIFY_SETTINGS="other.cfg")
+            with running(self.command(*arguments), cwd=self.directory, env=env) as inbox:
+                self.assertEqual(inbox.banner[-2], f"store       {self.directory / store}")
+                self.assertEqual(inbox.banner[-1], f"validation  {mode}")
+
+    def test_errors_name_the_file_the_line_and_what_is_wrong(self) -> None:
+        for text, expected in [
+            ("PORT = 5005\nHOST = (", "local.cfg, line 2: SyntaxError"),
+            ("x = 1\ny = x / 0\n", "local.cfg, line 2: ZeroDivisionError: division by zero"),
+            ("import nowhere", "local.cfg, line 1: ModuleNotFoundError"),
+            ("def f():\n  return g\nf()", "local.cfg, line 2: NameError"),
+            ("raise SystemExit(3)", "local.cfg, line 1: SystemExit: 3"),
+            ("a = 1\0", "local.cfg"),
+            ("raise ValueError('two\\nlines')", "local.cfg, line 1: ValueError: two lines"),
+        ]:
+            with self.subTest(text):
+                line = self.fail_to_start("--config", self.config(text))
+                self.assertIn(expected, line)
+        self.assertIn("none.cfg", self.fail_to_start("--config", "none.cfg"))
+        self.assertIn("none.cfg", self.fail_to_start(COARNOTIFY_SETTINGS="none.cfg"))
+        self.assertIn("local.cfg: PORT is '5005'",
+                      self.fail_to_start("--config", self.config("PORT = '5005'")))  # fmt: skip
+
+    def test_each_setting_refuses_what_it_cannot_use_and_says_what_it_can(self) -> None:
+        for name, values in UNUSABLE.items():
+            for value in values:
+                with self.subTest(name, value=value):
+                    with self.assertRaises(coarinbox.ConfigurationError) as caught:
+                        coarinbox.Settings(**{name: value})
+                    self.assertRegex(str(caught.exception), rf"^{name} is .*, expected .")
+        self.assertEqual(set(UNUSABLE), set(vars(coarinbox.Settings())))
+
+    def test_each_setting_takes_what_it_can_use(self) -> None:
+        for name, value in [
+            ("STORE_DIR", pathlib.Path("store")), ("PORT", 0), ("PORT", 65535),
+            ("RESPONSE_STATUS", 202), ("VALIDATE_INCOMING", "strict"), ("REQUEST_TIMEOUT", 0.5),
+            ("BASE_URL", "https://example.org"), ("BASE_URL", "http://[::1]:80/x/"),
+            ("HOST", "::"), ("TOKEN", "s3cret"), ("MAX_CONTENT_LENGTH", 1),
+        ]:  # fmt: skip
+            with self.subTest(name, value=value):
+                coarinbox.Settings(**{name: value})
+
+    def test_unknown_settings_are_warned_about_with_the_nearest_name(self) -> None:
+        path = self.config('STORE_DIRECTORY = "x"\nSECRET_KEY = "y"\nlower = 1\nPORT = 0\n')
+        with self.assertLogs("coarinbox", "WARNING") as caught:
+            settings = coarinbox.configure(path, {})
+        self.assertEqual(settings, coarinbox.Settings(PORT=0))
+        self.assertEqual(len(caught.output), 2)
+        self.assertTrue(any("STORE_DIRECTORY" in line and "STORE_DIR;" not in line
+                            and "nearest is STORE_DIR" in line for line in caught.output))  # fmt: skip
+
+    def test_unknown_flags_and_values_end_it_with_status_2(self) -> None:
+        for arguments in (["--nothing"], ["--port", "x"], ["extra"]):
+            done = subprocess.run(self.command(*arguments), capture_output=True, timeout=20)
+            self.assertEqual(done.returncode, 2)
+        self.assertIn("PORT is 70000", self.fail_to_start("--port", "70000"))
+
+
+UNUSABLE: dict[str, list[Any]] = {
+    "STORE_DIR": ["", None, 5, b"store", "a\0b"],
+    "HOST": ["", None, 127],
+    "PORT": ["5005", -1, 65536, 5005.0, True, None],
+    "RESPONSE_STATUS": [200, 204, "201", None, True],
+    "VALIDATE_INCOMING": ["Strict", "yes", None, 1, 0],
+    "DEBUG": [1, "no", None],
+    "DEBUG_PYCHARM": [1, "no", None],
+    "DEBUG_PYCHARM_SERVER": ["", None],
+    "DEBUG_PYCHARM_PORT": ["6000", -1],
+    "BASE_URL": ["", "example.org", "ftp://example.org", "http://", "http://a/?q", "http://a/#f",
+                 "http://a b/", 'http://a/"', "http://a/\n", 5],
+    "MAX_CONTENT_LENGTH": [0, -1, 1.5, None, "1M"],
+    "REQUEST_TIMEOUT": [0, -1, "30", None, float("inf"), float("nan"), 10**9, True],
+    "MAX_CONNECTIONS": [0, -1, None],
+    "FSYNC": [1, None],
+    "TOKEN": ["", 5],
+    "SSL_CERT": ["", 5],
+    "SSL_KEY": ["", "key.pem"],
+}  # fmt: skip
+
+
+# --- Closed doors --------------------------------------------------------------------------------
+
+
+class TokenTest(InboxTest):
+    settings = {"TOKEN": "s3cret: ü"}
+
+    def test_every_request_must_carry_it(self) -> None:
+        token = "s3cret: ü".encode()
+        wrong_basic = base64.b64encode(b"s3cret:wrong").decode()
+        for authorization in [
+            None, "", "Bearer", "Bearer wrong", "Bearer s3cret: u", "Basic", "Basic ?", "Digest x",
+            f"Basic {wrong_basic}", "s3cret",
+        ]:  # fmt: skip
+            for method, path in (("POST", "/inbox"), ("GET", "/"), ("OPTIONS", "/inbox"), ("GET", "/x")):
+                with self.subTest(authorization, method=method):
+                    headers = {} if authorization is None else {"Authorization": authorization}
+                    answer = self.ask(method, path, BODY if method == "POST" else None, headers)
+                    self.assert_problem(answer, 401)
+                    self.assertRegex(answer.headers["WWW-Authenticate"], "Bearer .*Basic ")
+        basic = base64.b64encode(b"anybody:" + token).decode()
+        for authorization in ("Bearer " + token.decode("latin-1"), f"basic {basic}"):
+            answer = self.ask("POST", "/inbox", BODY, {"Authorization": authorization})
+            self.assertEqual(answer.status, 201)
+        self.assertEqual(len(self.stored()), 2)
+
+
+class LimitTest(InboxTest):
+    settings = {"MAX_CONNECTIONS": 2, "REQUEST_TIMEOUT": 5}
+
+    def test_more_connections_wait_and_idle_ones_make_room(self) -> None:
+        idle = [http.client.HTTPConnection(*address(self.server), timeout=10) for _ in range(5)]
+        for connection in idle:
+            self.assertEqual(ask_on(connection, "POST", "/inbox", ACCEPT).status, 201)
+        threads = [thread for thread in threading.enumerate() if "process_request" in thread.name]
+        self.assertLessEqual(len(threads), 3)
+        for connection in idle:
+            connection.close()
+
+
+class TlsTest(ProgramTest):
+    def setUp(self) -> None:
+        super().setUp()
+        if not shutil.which("openssl"):
+            self.skipTest("making a certificate needs openssl")
+        self.certificate = str(self.directory / "cert.pem")
+        self.key = str(self.directory / "key.pem")
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+             "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
+             "-keyout", self.key, "-out", self.certificate],
+            check=True, capture_output=True, timeout=60,
+        )  # fmt: skip
+
+    def test_https(self) -> None:
+        context = ssl.create_default_context(cafile=self.certificate)
+        with serving(SSL_CERT=self.certificate, SSL_KEY=self.key, REQUEST_TIMEOUT=1) as server:
+            self.assertTrue(server.base.startswith("https://localhost:"))
+            with socket.create_connection(address(server)):  # stalls in the handshake
+                for _ in range(2):
+                    connection = http.client.HTTPSConnection(
+                        *address(server), timeout=10, context=context
+                    )
+                    answer = ask_on(connection, "POST", "/inbox", ACCEPT)
+                    self.assertEqual(answer.status, 201)
+                    self.assertTrue(answer.headers["Location"].startswith("https://127.0.0.1:"))
+                    self.assertEqual(ask_on(connection, "GET", "/inbox").status, 200)
+                    connection.close()
+            with self.assertLogs("coarinbox", "INFO") as caught:
+                with contextlib.suppress(OSError):
+                    self.assertEqual(raw(server, b"GET / HTTP/1.1\r\n\r\n"), [])
+                server.server_close()
+            self.assertFalse([line for line in caught.records if line.exc_info])
+
+    def test_files_that_cannot_be_used(self) -> None:
+        for text in (
+            'SSL_CERT = "none.pem"',
+            f"SSL_CERT = {self.key!r}",
+            f"SSL_CERT = {self.certificate!r}",
+        ):
+            line = self.fail_to_start("--port", "0", "--config", self.config(text))
+            self.assertIn("SSL_CERT", line)
+
+
+class DebuggerTest(ProgramTest):
+    def test_without_the_package_one_line_says_what_to_install(self) -> None:
+        command = [sys.executable, "-I", "-S", str(MODULE), "-d", "--port", "0"]
+        with running(command, cwd=self.directory) as inbox:
+            (line,) = (line for line in inbox.banner if "debugger" in line)
+            self.assertIn("pip install pydevd-pycharm", line)
+            self.assertEqual(inbox.ask("GET", "/inbox").status, 200)
+
+    @unittest.skipUnless(importlib.util.find_spec("pydevd"), "the pydevd package is not installed")
+    def test_it_connects_to_the_server_that_waits(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as editor:
+            editor.settimeout(20)
+            port = editor.getsockname()[1]
+            path = self.config(f'DEBUG_PYCHARM_SERVER = "127.0.0.1"\nDEBUG_PYCHARM_PORT = {port}')
+            command = self.command("-d", "--port", "0", "--config", path)
+            ready = threading.Event()
+
+            def wait_for_the_debugger() -> None:
+                connection, _ = editor.accept()
+                with connection:
+                    connection.sendall(b"501\t1\t0.1\n101\t3\t\n")  # version, run
+                    ready.set()
+                    while connection.recv(65536):
+                        pass
+
+            waiting = threading.Thread(target=wait_for_the_debugger)
+            waiting.start()
+            with running(command, cwd=self.directory) as inbox:
+                self.assertTrue(ready.wait(20))
+                self.assertEqual(inbox.ask("POST", "/inbox", ACCEPT).status, 201)
+            waiting.join()
+
+    @unittest.skipUnless(importlib.util.find_spec("pydevd"), "the pydevd package is not installed")
+    def test_without_a_server_it_says_so_and_serves(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            port = other.getsockname()[1]
+        path = self.config(f'DEBUG_PYCHARM_SERVER = "127.0.0.1"\nDEBUG_PYCHARM_PORT = {port}')
+        command = self.command("-d", "--port", "0", "--config", path)
+        with running(command, cwd=self.directory) as inbox:
+            self.assertIn("no debugger: 127.0.0.1", "\n".join(inbox.banner))
+            self.assertEqual(inbox.ask("GET", "/inbox").status, 200)
+
+
+# --- The coarnotify package as a client ----------------------------------------------------------
+
+
+class ClientTest(ProgramTest):
+    @unittest.skipUnless(importlib.util.find_spec("coarnotify"), "coarnotify is not installed")
+    def test_its_own_integration_tests_pass(self) -> None:
+        with running(self.command(), cwd=self.directory) as inbox:  # they expect it at port 5005
+            done = subprocess.run(
+                [sys.executable, "-m", "unittest", "coarnotify.test.integration.test_client"],
+                capture_output=True, text=True, timeout=60,
+            )  # fmt: skip
+            self.assertIn("Ran 12 tests", done.stderr)
+            self.assertTrue(done.stderr.endswith("OK\n"), done.stderr)
+            self.assertEqual(len(inbox.ask("GET", "/inbox").json()["ldp:contains"]), 12)
+
+
+# --- The files -----------------------------------------------------------------------------------
+
+
+class ShapeTest(unittest.TestCase):
+    def test_no_function_is_longer_than_a_screen(self) -> None:
+        tree = ast.parse(MODULE.read_text(encoding="utf-8"))
+        lengths = {
+            node.name: (node.end_lineno or 0) - node.lineno + 1
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef)
+        }
+        self.assertGreater(len(lengths), 50)
+        self.assertEqual({name: lines for name, lines in lengths.items() if lines > 40}, {})
+
+    def test_nothing_but_the_standard_library_is_imported(self) -> None:
+        code = "import sys, coarinbox; print(*{name.partition('.')[0] for name in sys.modules})"
+        done = subprocess.run(
+            [sys.executable, "-S", "-c", code], cwd=HERE, capture_output=True, text=True, check=True
+        )
+        if sys.version_info >= (3, 10):
+            foreign = set(done.stdout.split()) - sys.stdlib_module_names - {"coarinbox", "__main__"}
+            self.assertEqual(foreign, set())
+
+
+if __name__ == "__main__":
+    unittest.main()
