@@ -70,29 +70,27 @@ class ConfigurationError(ValueError):
     """A setting or a configuration file is unusable; the text says why, in one line."""
 
 
+class Kind(NamedTuple):
+    """A kind of value that a setting takes, in words and as a predicate."""
+
+    expected: str
+    accepts: Callable[[Any], bool]
+
+
 def is_text(value: Any) -> bool:
     return isinstance(value, str) and value != "" and "\0" not in value
 
 
 def is_path(value: Any) -> bool:
-    return is_text(os.fspath(value)) if isinstance(value, os.PathLike) else is_text(value)
+    return is_text(os.fspath(value) if isinstance(value, os.PathLike) else value)
 
 
-def is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def is_count(value: Any) -> bool:
-    return isinstance(value, int) and not is_flag(value) and value > 0
-
-
-def is_port(value: Any) -> bool:
-    return isinstance(value, int) and not is_flag(value) and 0 <= value <= 65535
-
-
-def is_duration(value: Any) -> bool:
-    # Time-outs beyond what the platform's clock can hold make sockets fail; a day never does.
-    return isinstance(value, (int, float)) and not is_flag(value) and 0 < value <= 86400
+def is_whole(value: Any) -> bool:
+    return is_number(value) and isinstance(value, int)
 
 
 def is_base_url(value: Any) -> bool:
@@ -100,13 +98,25 @@ def is_base_url(value: Any) -> bool:
     return is_text(value) and re.fullmatch(form, value, re.ASCII) is not None
 
 
-def optional(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or accepts(value)
+def optional(kind: Kind) -> Kind:
+    return Kind(f"None or {kind.expected}", lambda value: value is None or kind.accepts(value))
 
 
-def setting(default: Any, accepts: Callable[[Any], bool], expected: str) -> Any:
-    """Define a setting: its default, which values it accepts, and the same in words."""
-    return dataclasses.field(default=default, metadata={"accepts": accepts, "expected": expected})
+A_FLAG = Kind("True or False", lambda value: isinstance(value, bool))
+A_MODE = Kind('True, False or "strict"', lambda value: A_FLAG.accepts(value) or value == "strict")
+A_STATUS = Kind("201 or 202", lambda value: is_whole(value) and value in (201, 202))
+A_COUNT = Kind("a whole number above 0", lambda value: is_whole(value) and value > 0)
+A_PORT = Kind("a port, 0 to 65535", lambda value: is_whole(value) and 0 <= value <= 65535)
+# Sockets refuse time-outs that the platform's clock cannot hold; a day is safe everywhere.
+A_DURATION = Kind("seconds, up to a day", lambda value: is_number(value) and 0 < value <= 86400)
+A_HOST = Kind("a host name or an IP address", is_text)
+A_BASE_URL = Kind("an http(s) URL without query and fragment", is_base_url)
+A_SECRET = Kind("a text that is not empty", is_text)
+A_PATH = Kind("the name of a file", is_path)
+
+
+def setting(default: Any, kind: Kind) -> Any:
+    return dataclasses.field(default=default, metadata={"kind": kind})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,34 +126,30 @@ class Settings:
     Raises `ConfigurationError` when a value is unusable.
     """
 
-    STORE_DIR: str = setting("notifications", is_path, "the name of a directory")
-    HOST: str = setting("localhost", is_text, "a host name or an IP address")
-    PORT: int = setting(5005, is_port, "a port number, 0 to 65535")
-    RESPONSE_STATUS: int = setting(201, (201, 202).__contains__, "201 or 202")
-    VALIDATE_INCOMING: bool | str = setting(
-        True, lambda value: is_flag(value) or value == "strict", 'True, False or "strict"'
-    )
-    DEBUG: bool = setting(False, is_flag, "True or False")
-    DEBUG_PYCHARM: bool = setting(False, is_flag, "True or False")
-    DEBUG_PYCHARM_SERVER: str = setting("localhost", is_text, "a host name or an IP address")
-    DEBUG_PYCHARM_PORT: int = setting(6000, is_port, "a port number, 0 to 65535")
-    BASE_URL: str | None = setting(
-        None, optional(is_base_url), "None or an http(s) URL without query and fragment"
-    )
-    MAX_CONTENT_LENGTH: int = setting(1048576, is_count, "a number of octets, at least 1")
-    REQUEST_TIMEOUT: float = setting(30, is_duration, "a number of seconds, up to 86400")
-    MAX_CONNECTIONS: int = setting(128, is_count, "a number of connections, at least 1")
-    FSYNC: bool = setting(True, is_flag, "True or False")
-    TOKEN: str | None = setting(None, optional(is_text), "None or a text that is not empty")
-    SSL_CERT: str | None = setting(None, optional(is_path), "None or the name of a PEM file")
-    SSL_KEY: str | None = setting(None, optional(is_path), "None or the name of a PEM file")
+    STORE_DIR: str = setting("notifications", A_PATH)
+    HOST: str = setting("localhost", A_HOST)
+    PORT: int = setting(5005, A_PORT)
+    RESPONSE_STATUS: int = setting(201, A_STATUS)
+    VALIDATE_INCOMING: bool | str = setting(True, A_MODE)
+    DEBUG: bool = setting(False, A_FLAG)
+    DEBUG_PYCHARM: bool = setting(False, A_FLAG)
+    DEBUG_PYCHARM_SERVER: str = setting("localhost", A_HOST)
+    DEBUG_PYCHARM_PORT: int = setting(6000, A_PORT)
+    BASE_URL: str | None = setting(None, optional(A_BASE_URL))
+    MAX_CONTENT_LENGTH: int = setting(1048576, A_COUNT)
+    REQUEST_TIMEOUT: float = setting(30, A_DURATION)
+    MAX_CONNECTIONS: int = setting(128, A_COUNT)
+    FSYNC: bool = setting(True, A_FLAG)
+    TOKEN: str | None = setting(None, optional(A_SECRET))
+    SSL_CERT: str | None = setting(None, optional(A_PATH))
+    SSL_KEY: str | None = setting(None, optional(A_PATH))
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not field.metadata["accepts"](value):
-                expected = field.metadata["expected"]
-                raise ConfigurationError(f"{field.name} is {value!r:.80}, expected {expected}")
+            value, kind = getattr(self, field.name), field.metadata["kind"]
+            if not kind.accepts(value):
+                reason = f"{field.name} is {value!r:.80}, expected {kind.expected}"
+                raise ConfigurationError(reason)
         if self.SSL_KEY and not self.SSL_CERT:
             raise ConfigurationError("SSL_KEY is set, expected SSL_CERT beside it")
 
@@ -160,14 +166,18 @@ def read_configuration(filename: str) -> dict[str, Any]:
         with open(filename, "rb") as file:
             exec(compile(file.read(), filename, "exec"), module.__dict__)
     except (Exception, SystemExit) as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
-                 if frame.filename == filename]
-        if isinstance(error, SyntaxError) and error.filename == filename:
-            lines.append(error.lineno)
-        where = f"{filename}, line {lines[-1]}" if lines else filename
-        why = " ".join(str(error).split())
-        raise ConfigurationError(f"{where}: {type(error).__name__}: {why}") from error
+        line = failing_line(filename, error)
+        where = f"{filename}, line {line}" if line else filename
+        reason = " ".join(f"{where}: {type(error).__name__}: {error}".split())
+        raise ConfigurationError(reason) from error
     return {name: value for name, value in vars(module).items() if name.isupper()}
+
+
+def failing_line(filename: str, error: BaseException) -> int | None:
+    if isinstance(error, SyntaxError) and error.filename == filename:
+        return error.lineno
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    return next((frame.lineno for frame in frames if frame.filename == filename), None)
 
 
 def configure(filename: str | None, flags: Mapping[str, Any]) -> Settings:
@@ -179,7 +189,7 @@ def configure(filename: str | None, flags: Mapping[str, Any]) -> Settings:
     known = [field.name for field in dataclasses.fields(Settings)]
     values = read_configuration(filename) if filename else {}
     for name in values.keys() - known:
-        nearest, = difflib.get_close_matches(name, known, n=1, cutoff=0)
+        (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0)
         LOG.warning("%s: unknown setting %s ignored; the nearest is %s", filename, name, nearest)
     ours = {name: value for name, value in values.items() if name in known}
     try:
@@ -224,9 +234,7 @@ def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-DECODER = json.JSONDecoder(
-    parse_int=number, parse_float=number, parse_constant=refuse_constant
-)
+DECODER = json.JSONDecoder(parse_int=number, parse_float=number, parse_constant=refuse_constant)
 
 
 def depth(document: Any) -> int:
@@ -247,7 +255,7 @@ def lookup(document: Any, member: str) -> tuple[bool, Any]:
     the value in it, None when there is none.
     """
     value = document
-    for name in filter(None, member.split(".")):
+    for name in member.split(".") if member else ():
         if not isinstance(value, dict):
             return False, None
         value = value.get(name)
@@ -267,6 +275,8 @@ URI = re.compile(
     """,
     re.VERBOSE,
 )
+UUID_URN = re.compile(r"(?i:urn:uuid:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})")
+MEDIA_TYPE = re.compile(r"[\w!#$&^.+-]+/[\w!#$&^.+-]+ *(;|\Z)", re.ASCII)
 
 
 def ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -320,6 +330,7 @@ class Pattern(NamedTuple):
         return f"{SPECIFICATION}{self.page}/"
 
 
+# fmt: off
 PATTERNS = (
     Pattern("Accept", "accept", ("Accept",)),
     Pattern("Announce Endorsement", "announce-endorsement",
@@ -338,21 +349,21 @@ PATTERNS = (
             ("Flag", "coar-notify:UnprocessableNotification")),
     Pattern("Undo Offer", "undo-offer", ("Undo",)),
 )
+# fmt: on
 
 ACTIVITY_STREAMS = "https://www.w3.org/ns/activitystreams"
 COAR_NOTIFY = "https://coar-notify.net"
-COAR_NOTIFY_VARIANTS = (
-    COAR_NOTIFY + "/", "https://purl.org/coar/notify", "https://purl.org/coar/notify/"
-)
+PURL = "https://purl.org/coar/notify"
+COAR_NOTIFY_VARIANTS = (COAR_NOTIFY + "/", PURL, PURL + "/")
 COAR_NOTIFY_TYPES = frozenset(
     name for pattern in PATTERNS for name in pattern.types if name.startswith("coar-notify:")
 )
-ACTOR_TYPES = frozenset(("Application", "Group", "Organization", "Person", "Service"))
-AS2_OBJECT_TYPES = ACTOR_TYPES | frozenset((
-    "Activity", "Article", "Audio", "Collection", "CollectionPage", "Relationship", "Document",
-    "Event", "Image", "IntransitiveActivity", "Note", "Object", "OrderedCollection",
-    "OrderedCollectionPage", "Page", "Place", "Profile", "Question", "Tombstone", "Video",
-))
+ACTOR_TYPES = frozenset("Application Group Organization Person Service".split())
+AS2_OBJECT_TYPES = ACTOR_TYPES | frozenset(
+    "Activity Article Audio Collection CollectionPage Relationship Document Event Image"
+    " IntransitiveActivity Note Object OrderedCollection OrderedCollectionPage Page Place Profile"
+    " Question Tombstone Video".split()
+)
 
 
 def types_of(value: Any) -> frozenset[str]:
@@ -377,6 +388,35 @@ def nearest_types(value: Any) -> str:
     return f"nearest: {difflib.get_close_matches(given, TYPE_SETS, n=1, cutoff=0)[0]}"
 
 
+def is_types(value: Any) -> bool:
+    names = value if isinstance(value, list) else [value]
+    return all(isinstance(name, str) for name in names)
+
+
+def names_namespaces(value: Any) -> bool:
+    names = value if isinstance(value, list) else []
+    known = (COAR_NOTIFY, *COAR_NOTIFY_VARIANTS)
+    return ACTIVITY_STREAMS in names and any(namespace in names for namespace in known)
+
+
+def names_no_variant(value: Any) -> bool:
+    names = value if isinstance(value, list) else []
+    return COAR_NOTIFY in names or not any(variant in names for variant in COAR_NOTIFY_VARIANTS)
+
+
+def is_preferred_id(value: Any) -> bool:
+    return is_http_uri(value) or (is_uri(value) and bool(UUID_URN.fullmatch(value)))
+
+
+def is_media_type(value: Any) -> bool:
+    return is_text(value) and bool(MEDIA_TYPE.match(value))
+
+
+def has_known_actions(value: Any) -> bool:
+    actions = (name for name in types_of(value) if re.match("coar-notify:|[^:]*Action$", name))
+    return COAR_NOTIFY_TYPES.issuperset(actions)
+
+
 class Check(NamedTuple):
     """Something that a rule demands of the value of a member."""
 
@@ -387,72 +427,15 @@ class Check(NamedTuple):
     hint: Callable[[Any], str] = lambda value: ""
 
 
-class Rule(NamedTuple):
-    """What is demanded of a member, and the levels of it being absent and of it being wrong."""
-
-    member: str  # its dotted name; empty for the whole notification
-    absent: str
-    wrong: str = OK
-    check: Check = Check("present", "be present", lambda value: True)
-
-    @property
-    def pointer(self) -> str:
-        return "/" + self.member.replace(".", "/") if self.member else ""
-
-    def code(self, need: str) -> str:
-        return f"{self.member or 'notification'}-{need}"
-
-    def broken_level(self, notification: Any) -> str:
-        """Tell at which level a notification breaks the rule, OK when it does not."""
-        reached, value = lookup(notification, self.member)
-        if value is None:
-            return self.absent if reached else OK
-        beside = [lookup(notification, member)[1] for member in self.check.beside]
-        if any(other is None for other in beside) or self.check.holds(value, *beside):
-            return OK
-        return self.wrong
-
-
-def includes(name: str, what: str, types: frozenset[str]) -> Check:
+def include(name: str, types: frozenset[str], what: str) -> Check:
     return Check(name, f"include {what}", lambda value: not types.isdisjoint(types_of(value)))
 
 
-def equals(member: str) -> Check:
+def equal(member: str) -> Check:
     return Check(f"equals-{member}", f"equal {member}", operator.eq, (member,))
 
 
-def is_types(value: Any) -> bool:
-    return isinstance(value, str) or (
-        isinstance(value, list) and all(isinstance(name, str) for name in value)
-    )
-
-
-def names_namespaces(value: Any) -> bool:
-    return isinstance(value, list) and ACTIVITY_STREAMS in value and any(
-        namespace in value for namespace in (COAR_NOTIFY, *COAR_NOTIFY_VARIANTS)
-    )
-
-
-def names_no_variant(value: Any) -> bool:
-    return not isinstance(value, list) or COAR_NOTIFY in value or not any(
-        namespace in value for namespace in COAR_NOTIFY_VARIANTS
-    )
-
-
-def is_preferred_id(value: Any) -> bool:
-    uuid_urn = r"(?i:urn:uuid:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})"
-    return is_http_uri(value) or bool(is_uri(value) and re.fullmatch(uuid_urn, value))
-
-
-def has_known_actions(value: Any) -> bool:
-    actions = (name for name in types_of(value) if re.match("coar-notify:|[^:]*Action$", name))
-    return COAR_NOTIFY_TYPES.issuperset(actions)
-
-
-def is_media_type(value: Any) -> bool:
-    return is_text(value) and bool(re.match(r"[\w!#$&^.+-]+/[\w!#$&^.+-]+ *(;|\Z)", value, re.ASCII))
-
-
+PRESENT = Check("present", "be present", lambda value: True)
 OBJECT = Check("object", "be an object", lambda value: isinstance(value, dict))
 TEXT = Check("text", "be a text that is not empty", is_text)
 ABSOLUTE_URI = Check("absolute-uri", "be an absolute URI", is_uri)
@@ -460,35 +443,89 @@ HTTP_URI = Check("http-uri", "be an HTTP URI", is_http_uri)
 PREFERRED_ID = Check("preferred", "be a hyphenated urn:uuid: or an HTTP URI", is_preferred_id)
 TYPES = Check("strings", "be a string or a list of strings", is_types)
 ONE_TYPE = Check("single", "be a single string", lambda value: not isinstance(value, list))
-ACTOR_TYPE = includes("actor", "one of " + ", ".join(sorted(ACTOR_TYPES)), ACTOR_TYPES)
-AS2_OBJECT_TYPE = includes("as2-object", "an ActivityStreams 2.0 object type", AS2_OBJECT_TYPES)
-SERVICE = includes("service", "Service", frozenset(("Service",)))
-OFFER = includes("offer", "Offer", frozenset(("Offer",)))
-MEDIA_TYPE = Check(
-    "media-type", "be a media type, type/subtype",
-    is_media_type,
-)
+SERVICE = include("service", frozenset({"Service"}), "Service")
+OFFER = include("offer", frozenset({"Offer"}), "Offer")
+ACTOR_TYPE = include("actor", ACTOR_TYPES, "one of " + ", ".join(sorted(ACTOR_TYPES)))
+AS2_TYPE = include("as2-object", AS2_OBJECT_TYPES, "an ActivityStreams 2.0 object type")
+A_MEDIA_TYPE = Check("media-type", "be a media type, type/subtype", is_media_type)
 NAMESPACES = Check(
     "namespaces", f"be a list holding {ACTIVITY_STREAMS} and {COAR_NOTIFY}", names_namespaces
 )
-CURRENT_NAMESPACE = Check(
-    "current", f"name {COAR_NOTIFY}, with neither a slash after it nor purl.org", names_no_variant
-)
+CURRENT = Check("current", f"name {COAR_NOTIFY}, not a variant of it", names_no_variant)
 PATTERN = Check(
-    "pattern", "hold the types of a pattern: " + ", ".join(TYPE_SETS),
-    lambda value: pattern_of({"type": value}) is not None, hint=nearest_types,
+    "pattern",
+    "hold the types of a pattern: " + ", ".join(TYPE_SETS),
+    lambda value: pattern_of({"type": value}) is not None,
+    hint=nearest_types,
 )
 KNOWN_ACTIONS = Check(
-    "known-actions", "name no action that COAR Notify does not know",
-    has_known_actions, hint=nearest_types,
+    "known-actions", "name no unknown action", has_known_actions, hint=nearest_types
 )
 
-# In words: https://coar-notify.net/specification/1.0.1/. `null` counts as absent.
+
+class Finding(NamedTuple):
+    """One thing that is wrong with a notification."""
+
+    level: str  # E, M or S
+    pointer: str  # RFC 6901, to the member or to where one is missing
+    code: str  # names the rule; the same in every version
+    message: str
+    spec: str  # URL of the page that says so
+    value: Any = None  # what stands there, where it is short
+
+    def as_json(self) -> dict[str, Any]:
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+
+class Rule(NamedTuple):
+    """What is demanded of a member, and the levels of it being absent and of it being wrong."""
+
+    member: str  # its dotted name; empty for the whole notification
+    absent: str
+    wrong: str = OK
+    check: Check = PRESENT
+
+    def code(self, need: str) -> str:
+        return f"{self.member or 'notification'}-{need}"
+
+    def examine(self, notification: Any, prefix: str, spec: str) -> Finding | None:
+        """Apply the rule to a notification that stands at the pointer `prefix`."""
+        reached, value = lookup(notification, self.member)
+        if value is None:
+            level, need = self.absent if reached else OK, "required"
+        else:
+            beside = [lookup(notification, member)[1] for member in self.check.beside]
+            right = None in beside or self.check.holds(value, *beside)
+            level, need = OK if right else self.wrong, self.check.name
+        if not level:
+            return None
+        pointer = prefix + ("/" + self.member.replace(".", "/") if self.member else "")
+        message = self.message(level, pointer, value)
+        return Finding(level, pointer, self.code(need), message, spec, abridged(value))
+
+    def message(self, level: str, pointer: str, value: Any) -> str:
+        where = pointer[1:].replace("/", ".") or "the notification"
+        demand = f"{'should' if level == S else 'must'} {self.check.demand}"
+        if value is None:
+            return f"{where} is missing; it {demand}"
+        hint = self.check.hint(value)
+        return f"{where} {demand} ({hint})" if hint else f"{where} {demand}"
+
+
+def abridged(value: Any) -> Any:
+    """Return a value if it is short enough to be repeated in an answer, else None."""
+    try:
+        return value if len(json.dumps(value, allow_nan=False)) <= 100 else None
+    except (RecursionError, TypeError, ValueError):
+        return None
+
+
+# fmt: off
 EVERY = (
     #    member         absent wrong
     Rule("",                E, E, OBJECT),
     Rule("@context",        M, M, NAMESPACES),
-    Rule("@context",        OK, S, CURRENT_NAMESPACE),
+    Rule("@context",        OK, S, CURRENT),
     Rule("id",              E, E, ABSOLUTE_URI),
     Rule("id",              OK, S, PREFERRED_ID),
     Rule("type",            E, E, TYPES),
@@ -521,24 +558,24 @@ def resource(
     """The rules for something in a repository; the levels are those of it lacking a member."""
     return (
         Rule(f"{member}.id", OK, M, HTTP_URI),
-        Rule(f"{member}.type", no_type, M, AS2_OBJECT_TYPE),
+        Rule(f"{member}.type", no_type, M, AS2_TYPE),
         Rule(f"{member}.ietf:cite-as", no_cite_as, M, HTTP_URI),
         Rule(f"{member}.ietf:item", no_item, M, OBJECT),
         Rule(f"{member}.ietf:item.id", M, M, HTTP_URI),
-        Rule(f"{member}.ietf:item.type", M, M, AS2_OBJECT_TYPE),
-        Rule(f"{member}.ietf:item.mediaType", M, M, MEDIA_TYPE),
+        Rule(f"{member}.ietf:item.type", M, M, AS2_TYPE),
+        Rule(f"{member}.ietf:item.mediaType", M, M, A_MEDIA_TYPE),
     )
 
 
 REQUEST = EVERY + resource("object", no_type=M, no_cite_as=S, no_item=M)
 ANSWER = EVERY + (
     Rule("inReplyTo",           E),
-    Rule("inReplyTo",           OK, E, equals("object.id")),
+    Rule("inReplyTo",           OK, E, equal("object.id")),
     Rule("object.type",         E, E, TYPES),
     Rule("object.type",         OK, M, OFFER),
 )
 ANNOUNCE = EVERY + (
-    Rule("object.type",         E, E, AS2_OBJECT_TYPE),
+    Rule("object.type",         E, E, AS2_TYPE),
     Rule("object.ietf:cite-as", S, M, HTTP_URI),
     Rule("context",             E),
     *resource("context"),
@@ -547,7 +584,7 @@ RELATIONSHIP = ANNOUNCE + (
     Rule("object.as:subject",      E, E, ABSOLUTE_URI),
     Rule("object.as:relationship", E, E, ABSOLUTE_URI),
     Rule("object.as:object",       E, E, ABSOLUTE_URI),
-    Rule("context.id",             OK, M, equals("object.as:object")),
+    Rule("context.id",             OK, M, equal("object.as:object")),
 )
 SERVICE_RESULT = ANNOUNCE + (
     Rule("type",                OK, S, KNOWN_ACTIONS),
@@ -556,6 +593,7 @@ UNPROCESSABLE = EVERY + (
     Rule("inReplyTo",           E),
     Rule("summary",             E, M, TEXT),
 )
+# fmt: on
 
 RULES: Mapping[str, tuple[Rule, ...]] = {
     "Accept": ANSWER,
@@ -578,24 +616,11 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
 EMBEDDED: Mapping[str, tuple[Rule, ...]] = {
     name: tuple(
         rule._replace(absent=rule.absent.replace(M, S), wrong=rule.wrong.replace(M, S))
-        for rule in rules if rule.member != "@context"
+        for rule in rules
+        if rule.member != "@context"
     )
     for name, rules in RULES.items()
 }
-
-
-class Finding(NamedTuple):
-    """One thing that is wrong with a notification."""
-
-    level: str  # E, M or S
-    pointer: str  # RFC 6901, to the member or to where one is missing
-    code: str  # names the rule; the same in every version
-    message: str
-    spec: str  # URL of the page that says so
-    value: Any = None  # what stands there, where it is short
-
-    def as_json(self) -> dict[str, Any]:
-        return {name: value for name, value in self._asdict().items() if value is not None}
 
 
 def validate(document: Any) -> list[Finding]:
@@ -604,24 +629,21 @@ def validate(document: Any) -> list[Finding]:
     `document` is what `parse` returns; it is not changed. Returns the findings in the order of
     the rules. Never raises.
     """
-    findings: dict[tuple[str, str], Finding] = {}
+    findings: dict[str, Finding] = {}
     for prefix, part, pattern, rules in claims(document):
         spec = pattern.spec if pattern else SPECIFICATION
         for rule in rules:
-            level = rule.broken_level(part)
-            if level:
-                value = lookup(part, rule.member)[1]
-                need = "required" if value is None else rule.check.name
-                finding = describe(rule, need, level, value, prefix, spec)
+            finding = rule.examine(part, prefix, spec)
+            if finding:
                 # An answer and the offer in it make some of the same demands of its object.
-                findings.setdefault((finding.pointer, need), finding)
+                findings.setdefault(finding.message, finding)
     return list(findings.values())
 
 
 def claims(document: Any) -> Iterator[tuple[str, Any, Pattern | None, tuple[Rule, ...]]]:
     """Yield the notification and, where it answers one that it embeds, that one, and so on.
 
-    Each comes as its pointer, itself, its pattern and its rules.
+    Each comes as the pointer to it, itself, its pattern and its rules.
     """
     prefix, pattern = "", pattern_of(document)
     yield prefix, document, pattern, RULES[pattern.name] if pattern else EVERY
@@ -632,34 +654,15 @@ def claims(document: Any) -> Iterator[tuple[str, Any, Pattern | None, tuple[Rule
             yield prefix, document, pattern, EMBEDDED[pattern.name]
 
 
-def describe(
-    rule: Rule, need: str, level: str, value: Any, prefix: str, spec: str
-) -> Finding:
-    pointer = prefix + rule.pointer
-    where = pointer[1:].replace("/", ".") or "the notification"
-    demand = f"{'should' if level == S else 'must'} {rule.check.demand}"
-    message = f"{where} {demand}" if value is not None else f"{where} is missing; it {demand}"
-    hint = "" if value is None else rule.check.hint(value)
-    message = f"{message} ({hint})" if hint else message
-    return Finding(level, pointer, rule.code(need), message, spec, value if is_short(value) else None)
-
-
-def is_short(value: Any) -> bool:
-    try:
-        return len(json.dumps(value, allow_nan=False)) <= 100
-    except (RecursionError, TypeError, ValueError):
-        return False
-
-
 def constraints() -> list[dict[str, Any]]:
     """List the rules, one entry for each code, with the level it has for each pattern."""
     listed: dict[str, dict[str, Any]] = {}
     for pattern in PATTERNS:
         for rule in RULES[pattern.name]:
-            demands = [("required", "be present", rule.absent), (*rule.check[:2], rule.wrong)]
-            for need, demand, level in demands:
+            required = ("required", "be present", rule.absent)
+            for need, demand, level in (required, (*rule.check[:2], rule.wrong)):
+                entry = {"code": rule.code(need), "member": rule.member, "demand": demand}
                 if level:
-                    entry = {"code": rule.code(need), "member": rule.member, "demand": demand}
                     levels = listed.setdefault(entry["code"], {**entry, "levels": {}})["levels"]
                     levels.setdefault(pattern.name, level)
     return list(listed.values())
@@ -692,7 +695,8 @@ class Store:
         try:
             with os.scandir(self.directory) as entries:
                 return sorted(
-                    entry.name[: -len(SUFFIX)] for entry in entries
+                    entry.name[: -len(SUFFIX)]
+                    for entry in entries
                     if re.fullmatch(NAME + re.escape(SUFFIX), entry.name)
                     and entry.is_file(follow_symlinks=False)
                 )
@@ -785,7 +789,9 @@ def page(title: str, content: str) -> str:
 
 def inbox_page(base: str, names: list[str]) -> str:
     base = html.escape(base)
-    links = "".join(f'<li><a href="{base}/inbox/{name}">{name}</a></li>' for name in reversed(names))
+    links = "".join(
+        f'<li><a href="{base}/inbox/{name}">{name}</a></li>' for name in reversed(names)
+    )
     return page(
         "coarinbox",
         f"<p>Send COAR Notify notifications to <code>{base}/inbox</code>.</p>"
@@ -858,12 +864,16 @@ def json_response(
 
 
 def html_response(text: str, headers: Mapping[str, str] = {}) -> Response:
-    return Response(200, text.encode("utf-8", "replace"), {
-        "Content-Type": "text/html; charset=utf-8",
-        "Content-Security-Policy": "default-src 'none'",
-        "Vary": "Accept",
-        **headers,
-    })
+    return Response(
+        200,
+        text.encode("utf-8", "replace"),
+        {
+            "Content-Type": "text/html; charset=utf-8",
+            "Content-Security-Policy": "default-src 'none'",
+            "Vary": "Accept",
+            **headers,
+        },
+    )
 
 
 def quality(media_type: str, accept: str) -> float:
@@ -990,18 +1000,16 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
                 self.log_message("%s: %s", name, "(masked)" if secret else value)
         if any(isinstance(defect, HEADER_DEFECTS) for defect in self.headers.defects):
             raise Problem(400, "a header line is malformed")
-        self.unread = "Transfer-Encoding" in self.headers or self.headers.get(
-            "Content-Length", "0"
-        ) != "0"
+        self.unread = (
+            "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0"
+        )
         return True
 
     def handle_expect_100(self) -> bool:
         # Not yet: `read_body` sends the 100 once nothing else stands in the body's way.
         return True
 
-    def send_error(
-        self, code: int, message: str | None = None, explain: str | None = None
-    ) -> None:
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Raise what the base class would send as HTML."""
         if code == HTTPStatus.NOT_IMPLEMENTED:  # it has no `do_VERB`, and so has no resource
             self.serve()
@@ -1080,8 +1088,9 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             raise Problem(400, "the Host header is malformed")
         if match and not self.server.answers_to(match[1]):
             raise Problem(
-                421, f"an inbox on loopback does not answer to {match[1]};"
-                " set BASE_URL to the address by which it is reached"
+                421,
+                f"an inbox on loopback does not answer to {match[1]};"
+                " set BASE_URL to the address by which it is reached",
             )
 
     def check_token(self) -> None:
@@ -1191,7 +1200,9 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         try:
             http.client.parse_headers(self.incoming)
         except http.client.HTTPException as error:
-            raise Problem(400, f"the trailer after the body's chunks is malformed: {error}") from error
+            raise Problem(
+                400, f"the trailer after the body's chunks is malformed: {error}"
+            ) from error
 
     def read_exactly(self, size: int) -> bytes:
         octets = self.incoming.read(size)
@@ -1213,12 +1224,16 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             return self.get_home()
         with store_faults():
             names = self.server.store.names()
-        return json_response(200, {
-            "@context": {"ldp": "http://www.w3.org/ns/ldp#"},
-            "@id": self.base + self.target,
-            "@type": "ldp:Container",
-            "ldp:contains": [{"@id": f"{self.base}/inbox/{name}"} for name in names],
-        }, JSON_LD)
+        return json_response(
+            200,
+            {
+                "@context": {"ldp": "http://www.w3.org/ns/ldp#"},
+                "@id": self.base + self.target,
+                "@type": "ldp:Container",
+                "ldp:contains": [{"@id": f"{self.base}/inbox/{name}"} for name in names],
+            },
+            JSON_LD,
+        )
 
     def post_inbox(self) -> Response:
         """Take a notification in (LDN section 3.3.2); a 2xx is a promise that it is stored."""
@@ -1254,12 +1269,15 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     def get_constraints(self) -> Response:
         if self.wants_html():
             return html_response(constraints_page())
-        return json_response(200, {
-            "specification": SPECIFICATION,
-            "levels": LEVELS,
-            "refused": list(REFUSED[self.server.settings.VALIDATE_INCOMING]),
-            "constraints": constraints(),
-        })
+        return json_response(
+            200,
+            {
+                "specification": SPECIFICATION,
+                "levels": LEVELS,
+                "refused": list(REFUSED[self.server.settings.VALIDATE_INCOMING]),
+                "constraints": constraints(),
+            },
+        )
 
     ROUTES: Mapping[str, Mapping[str, Callable[..., Response]]] = {
         "/": {"GET": get_home},
@@ -1410,7 +1428,9 @@ def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | No
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="coarinbox", argument_default=argparse.SUPPRESS, description="An inbox for COAR Notify notifications.",
+        prog="coarinbox",
+        argument_default=argparse.SUPPRESS,
+        description="An inbox for COAR Notify notifications.",
         epilog="The environment variable COARNOTIFY_SETTINGS may name the configuration file too.",
     )
     add = parser.add_argument
@@ -1446,11 +1466,15 @@ def serve(server: InboxServer) -> None:
     with server:
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
-        print(f"""coarinbox {__version__}
+        print(
+            f"""coarinbox {__version__}
 inbox       {server.base}/inbox
 page        {server.base}/
 store       {server.store.directory}
-validation  {server.settings.VALIDATE_INCOMING}""", file=sys.stderr, flush=True)
+validation  {server.settings.VALIDATE_INCOMING}""",
+            file=sys.stderr,
+            flush=True,
+        )
         server.serve_forever(poll_interval=0.1)
 
 

@@ -134,7 +134,9 @@ def summarize(output: str) -> Summary:
     end = result.search(output, ran[-1].end()) if ran else None
     if not end:
         return Summary(0, 0, 0, 0)
-    counts = {name: int(number) for name, number in re.findall(r"([a-z][a-z ]*)=(\d+)", end[1] or "")}
+    counts = {
+        name: int(number) for name, number in re.findall(r"([a-z][a-z ]*)=(\d+)", end[1] or "")
+    }
     failed = sum(counts.get(name, 0) for name in ("failures", "errors", "unexpected successes"))
     skipped, expected = counts.get("skipped", 0), counts.get("expected failures", 0)
     return Summary(int(ran[-1][1]), failed, skipped, expected)
