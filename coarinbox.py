@@ -85,14 +85,6 @@ def is_path(value: Any) -> bool:
     return is_text(os.fspath(value) if isinstance(value, os.PathLike) else value)
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def is_whole(value: Any) -> bool:
-    return is_number(value) and isinstance(value, int)
-
-
 def is_base_url(value: Any) -> bool:
     form = r"https?://([\w.-]+|\[[0-9A-Fa-f:]+\])(:[0-9]+)?(/[\w.~%/-]*)?"
     return is_text(value) and re.fullmatch(form, value, re.ASCII) is not None
@@ -102,13 +94,16 @@ def optional(kind: Kind) -> Kind:
     return Kind(f"None or {kind.expected}", lambda value: value is None or kind.accepts(value))
 
 
-A_FLAG = Kind("True or False", lambda value: isinstance(value, bool))
-A_MODE = Kind('True, False or "strict"', lambda value: A_FLAG.accepts(value) or value == "strict")
-A_STATUS = Kind("201 or 202", lambda value: is_whole(value) and value in (201, 202))
-A_COUNT = Kind("a whole number above 0", lambda value: is_whole(value) and value > 0)
-A_PORT = Kind("a port, 0 to 65535", lambda value: is_whole(value) and 0 <= value <= 65535)
+# `type`, because to `isinstance` True is a number.
+A_FLAG = Kind("True or False", lambda value: type(value) is bool)
+A_MODE = Kind('True, False or "strict"', lambda value: type(value) is bool or value == "strict")
+A_STATUS = Kind("201 or 202", lambda value: type(value) is int and value in (201, 202))
+A_COUNT = Kind("a whole number above 0", lambda value: type(value) is int and value > 0)
+A_PORT = Kind("a port, 0 to 65535", lambda value: type(value) is int and 0 <= value <= 65535)
 # Sockets refuse time-outs that the platform's clock cannot hold; a day is safe everywhere.
-A_DURATION = Kind("seconds, up to a day", lambda value: is_number(value) and 0 < value <= 86400)
+A_DURATION = Kind(
+    "seconds, up to a day", lambda value: type(value) in (int, float) and 0 < value <= 86400
+)
 A_HOST = Kind("a host name or an IP address", is_text)
 A_BASE_URL = Kind("an http(s) URL without query and fragment", is_base_url)
 A_SECRET = Kind("a text that is not empty", is_text)
@@ -938,9 +933,9 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     default_request_version = "HTTP/1.0"  # 0.9 would be answered without a status
     server_version = f"coarinbox/{__version__}"
-    sys_version = ""
     disable_nagle_algorithm = True
     server: InboxServer
+    raw_requestline: bytes
 
     def setup(self) -> None:
         super().setup()
@@ -1060,6 +1055,9 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(response.body)
+
+    def version_string(self) -> str:
+        return self.server_version
 
     def log_message(self, format: str, *args: Any) -> None:
         # Escaped: what clients send must not pass for lines of the log.
@@ -1357,11 +1355,12 @@ class InboxServer(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection in its own thread; wait, or end an idle one, if there are too many."""
-        while not self.slots.acquire(timeout=0.1):
-            if self.closing:
-                return self.close_request(request)
+        while not (self.closing or self.slots.acquire(timeout=0.1)):
             self.hang_up(1)
-        super().process_request(request, client_address)
+        if self.closing:
+            self.close_request(request)
+        else:
+            super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request)
