@@ -13,6 +13,7 @@ import base64
 import concurrent.futures
 import contextlib
 import copy
+import doctest
 import http.client
 import importlib.util
 import json
@@ -31,6 +32,7 @@ import tempfile
 import threading
 import time
 import unittest
+import urllib.parse
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -1681,7 +1683,11 @@ def running(command: list[str], **options: Any) -> Iterator[Program]:
             assert process.poll() is None, banner
             yield Program(process, banner)
         finally:
-            process.kill()
+            process.terminate()
+            try:
+                process.wait(20)
+            finally:
+                process.kill()
 
 
 class ProgramTest(unittest.TestCase):
@@ -2089,6 +2095,62 @@ class ClientTest(ProgramTest):
 
 
 # --- The files -----------------------------------------------------------------------------------
+
+
+class ReadmeTest(ProgramTest):
+    README = (HERE / "README.md").read_text(encoding="utf-8")
+
+    def blocks(self, language: str) -> list[str]:
+        blocks = re.findall(rf"^```{language}\n(.*?)^```$", self.README, re.DOTALL | re.MULTILINE)
+        self.assertTrue(blocks)
+        return blocks
+
+    @unittest.skipUnless(shutil.which("curl"), "curl is not installed")
+    def test_the_commands_print_what_it_says(self) -> None:
+        sessions = [block for block in self.blocks("console") if block.startswith("$ ")]
+        self.assertEqual(len(sessions), 2)
+        name = re.compile("[0-9]{8}_[0-9]{6}_[0-9a-f]{32}")
+        with running(self.command("--port", "0"), cwd=self.directory) as inbox:
+            for session in sessions:
+                command, closing, output = session[2:].partition("}'\n")
+                here = command.replace("5005", str(inbox.server_address[1])) + closing
+                done = subprocess.run(
+                    here, shell=True, cwd=self.directory, capture_output=True, text=True, timeout=20
+                )
+                printed = done.stdout.replace(str(inbox.server_address[1]), "5005")
+                expected, printed = name.sub("NAME", output), name.sub("NAME", printed)
+                matches = doctest.OutputChecker().check_output(expected, printed, doctest.ELLIPSIS)
+                self.assertTrue(matches, printed)
+
+    def test_the_first_screen_holds_the_essential(self) -> None:
+        first = "\n".join(self.README.splitlines()[:45])
+        for essential in ("python coarinbox.py\n", "curl", "201 Created", "Location:", '"pointer"'):
+            self.assertIn(essential, first)
+
+    def test_the_settings_are_those_of_the_code(self) -> None:
+        rows = re.findall(r"^\| `([A-Z_]+)` \| `(.+?)` \|", self.README, re.MULTILINE)
+        settings = [(name, repr(value)) for name, value in vars(coarinbox.Settings()).items()]
+        self.assertEqual(rows, settings)
+
+    def test_the_python_example_works(self) -> None:
+        (example,) = self.blocks("python")
+
+        def send_review_request(url: str) -> None:
+            parts = urllib.parse.urlsplit(url)
+            connection = http.client.HTTPConnection(parts.netloc, timeout=10)
+            offer = NOTIFICATIONS["Request Review"]
+            self.assertEqual(ask_on(connection, "POST", parts.path, offer).status, 201)
+            connection.close()
+
+        store = repr(str(self.directory / "store"))
+        names: dict[str, Any] = {"send_review_request": send_review_request}
+        exec(example.replace('"inbox-of-my-tests"', store), names)
+        self.assertEqual(names["received"], [NOTIFICATIONS["Request Review"]])
+
+    def test_the_flags_are_those_of_the_program(self) -> None:
+        done = subprocess.run(self.command("--help"), capture_output=True, text=True, check=True)
+        for flag in re.findall(r"`(--?[a-z]+[^`]*)`", self.README.split("## ")[0]):
+            self.assertIn(flag, done.stdout)
 
 
 class ShapeTest(unittest.TestCase):
