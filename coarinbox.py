@@ -316,6 +316,8 @@ REFUSED: Mapping[bool | str, str] = {True: E, False: OK, "strict": E + M}
 
 
 class Pattern(NamedTuple):
+    """A kind of notification, known by its types."""
+
     name: str
     page: str  # below SPECIFICATION
     types: tuple[str, ...]
@@ -517,7 +519,7 @@ def abridged(value: Any) -> Any:
 
 # fmt: off
 EVERY = (
-    #    member         absent wrong
+    #    member            absent, wrong: what it must be
     Rule("",                E, E, OBJECT),
     Rule("@context",        M, M, NAMESPACES),
     Rule("@context",        OK, S, CURRENT),
@@ -735,19 +737,21 @@ class Store:
 
     def read(self, name: str) -> bytes:
         """Read the octets of a notification. Raises `KeyError` when there is none of this name."""
-        try:
-            # Opening what is no regular file could wait for ever, or lead out of the directory.
-            if not stat.S_ISREG(os.lstat(self.path(name)).st_mode):
-                raise KeyError(name)
-            with open(self.path(name), "rb") as file:
-                return file.read()
-        except FileNotFoundError:
-            raise KeyError(name) from None
+        with self.existing(name) as path, open(path, "rb") as file:
+            return file.read()
 
     def remove(self, name: str) -> None:
         """Remove a notification. Raises `KeyError` when there is none of this name."""
+        with self.existing(name) as path:
+            os.remove(path)
+
+    @contextlib.contextmanager
+    def existing(self, name: str) -> Iterator[str]:
         try:
-            os.remove(self.path(name))
+            # What is no regular file could keep its reader waiting, or lead out of the directory.
+            if not stat.S_ISREG(os.lstat(self.path(name)).st_mode):
+                raise KeyError(name)
+            yield self.path(name)
         except FileNotFoundError:
             raise KeyError(name) from None
 

@@ -1530,7 +1530,8 @@ class StorageTest(InboxTest):
         (directory / f"{other}.json").mkdir()
         self.assertEqual([path_of(url) for url in self.listed()], [f"/inbox/{ours}"])
         self.assertEqual(self.ask("GET", f"/inbox/{ours}").body, b"[dropped in]")
-        self.assert_problem(self.ask("GET", f"/inbox/{other}"), 404)
+        for method in ("GET", "DELETE"):
+            self.assert_problem(self.ask(method, f"/inbox/{other}"), 404)
         (directory / f"{ours}.json").unlink()
         self.assertEqual(self.listed(), [])
         self.assert_problem(self.ask("GET", f"/inbox/{ours}"), 404)
@@ -1542,7 +1543,8 @@ class StorageTest(InboxTest):
         (directory / f"{link}.json").symlink_to(MODULE)
         os.mkfifo(directory / f"{pipe}.json")
         for name in (link, pipe):
-            self.assert_problem(self.ask("GET", f"/inbox/{name}"), 404)
+            for method in ("GET", "DELETE"):
+                self.assert_problem(self.ask(method, f"/inbox/{name}"), 404)
         self.assertEqual(self.listed(), [])
 
     def test_emptying_leaves_what_is_not_a_notification(self) -> None:
