@@ -15,8 +15,8 @@ Notifications are checked against the COAR Notify specification, stored octet fo
 back; what is refused is answered with everything that is wrong with it. The file needs nothing but
 Python and may be copied into another project.
 
-Each section uses only what stands above it: configuration, documents, rules, storage, pages,
-HTTP, server, command line.
+Each section uses only what stands above it: documents, configuration, rules, storage, pages, HTTP,
+server, command line.
 """
 
 from __future__ import annotations
@@ -26,10 +26,8 @@ import base64
 import contextlib
 import dataclasses
 import difflib
-import email.errors
 import errno
 import html
-import http.client
 import http.server
 import io
 import ipaddress
@@ -61,136 +59,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 LOG = logging.getLogger("coarinbox")
-
-
-# --- Configuration -------------------------------------------------------------------------------
-
-
-class ConfigurationError(ValueError):
-    """A setting or a configuration file is unusable; the text says why, in one line."""
-
-
-class Kind(NamedTuple):
-    """A kind of value that a setting takes, in words and as a predicate."""
-
-    expected: str
-    accepts: Callable[[Any], bool]
-
-
-def is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != "" and "\0" not in value
-
-
-def is_path(value: Any) -> bool:
-    return is_text(os.fspath(value) if isinstance(value, os.PathLike) else value)
-
-
-def is_base_url(value: Any) -> bool:
-    form = r"https?://([\w.-]+|\[[0-9A-Fa-f:]+\])(:[0-9]+)?(/[\w.~%/-]*)?"
-    return is_text(value) and re.fullmatch(form, value, re.ASCII) is not None
-
-
-def optional(kind: Kind) -> Kind:
-    return Kind(f"None or {kind.expected}", lambda value: value is None or kind.accepts(value))
-
-
-# `type`, because to `isinstance` True is a number.
-A_FLAG = Kind("True or False", lambda value: type(value) is bool)
-A_MODE = Kind('True, False or "strict"', lambda value: type(value) is bool or value == "strict")
-A_STATUS = Kind("201 or 202", lambda value: type(value) is int and value in (201, 202))
-A_COUNT = Kind("a whole number above 0", lambda value: type(value) is int and value > 0)
-A_PORT = Kind("a port, 0 to 65535", lambda value: type(value) is int and 0 <= value <= 65535)
-# Sockets refuse time-outs that the platform's clock cannot hold; a day is safe everywhere.
-A_DURATION = Kind(
-    "seconds, up to a day", lambda value: type(value) in (int, float) and 0 < value <= 86400
-)
-A_HOST = Kind("a host name or an IP address", is_text)
-A_BASE_URL = Kind("an http(s) URL without query and fragment", is_base_url)
-A_SECRET = Kind("a text that is not empty", is_text)
-A_PATH = Kind("the name of a file", is_path)
-
-
-def setting(default: Any, kind: Kind) -> Any:
-    return dataclasses.field(default=default, metadata={"kind": kind})
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Everything a user may set; `local.cfg.example` says what each setting means.
-
-    Raises `ConfigurationError` when a value is unusable.
-    """
-
-    STORE_DIR: str = setting("notifications", A_PATH)
-    HOST: str = setting("localhost", A_HOST)
-    PORT: int = setting(5005, A_PORT)
-    RESPONSE_STATUS: int = setting(201, A_STATUS)
-    VALIDATE_INCOMING: bool | str = setting(True, A_MODE)
-    DEBUG: bool = setting(False, A_FLAG)
-    DEBUG_PYCHARM: bool = setting(False, A_FLAG)
-    DEBUG_PYCHARM_SERVER: str = setting("localhost", A_HOST)
-    DEBUG_PYCHARM_PORT: int = setting(6000, A_PORT)
-    BASE_URL: str | None = setting(None, optional(A_BASE_URL))
-    MAX_CONTENT_LENGTH: int = setting(1048576, A_COUNT)
-    REQUEST_TIMEOUT: float = setting(30, A_DURATION)
-    MAX_CONNECTIONS: int = setting(128, A_COUNT)
-    FSYNC: bool = setting(True, A_FLAG)
-    TOKEN: str | None = setting(None, optional(A_SECRET))
-    SSL_CERT: str | None = setting(None, optional(A_PATH))
-    SSL_KEY: str | None = setting(None, optional(A_PATH))
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), field.metadata["kind"]
-            if not kind.accepts(value):
-                reason = f"{field.name} is {value!r:.80}, expected {kind.expected}"
-                raise ConfigurationError(reason)
-        if self.SSL_KEY and not self.SSL_CERT:
-            raise ConfigurationError("SSL_KEY is set, expected SSL_CERT beside it")
-
-
-def read_configuration(filename: str) -> dict[str, Any]:
-    """Execute a configuration file as Flask's `Config.from_pyfile` does.
-
-    Returns every UPPERCASE name it leaves behind. Raises `ConfigurationError` naming the file, and
-    the line where there is one, when it cannot be read, is not Python or fails.
-    """
-    module = types.ModuleType("config")
-    module.__file__ = filename
-    try:
-        with open(filename, "rb") as file:
-            exec(compile(file.read(), filename, "exec"), module.__dict__)
-    except (Exception, SystemExit) as error:
-        line = failing_line(filename, error)
-        where = f"{filename}, line {line}" if line else filename
-        reason = " ".join(f"{where}: {type(error).__name__}: {error}".split())
-        raise ConfigurationError(reason) from error
-    return {name: value for name, value in vars(module).items() if name.isupper()}
-
-
-def failing_line(filename: str, error: BaseException) -> int | None:
-    if isinstance(error, SyntaxError) and error.filename == filename:
-        return error.lineno
-    frames = reversed(traceback.extract_tb(error.__traceback__))
-    return next((frame.lineno for frame in frames if frame.filename == filename), None)
-
-
-def configure(filename: str | None, flags: Mapping[str, Any]) -> Settings:
-    """Combine the defaults, a configuration file if one is named, and command-line flags.
-
-    Names that are no setting of ours are passed over with a warning: the file may be shared with
-    a Flask application. Raises `ConfigurationError`.
-    """
-    known = [field.name for field in dataclasses.fields(Settings)]
-    values = read_configuration(filename) if filename else {}
-    for name in values.keys() - known:
-        (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0)
-        LOG.warning("%s: unknown setting %s ignored; the nearest is %s", filename, name, nearest)
-    ours = {name: value for name, value in values.items() if name in known}
-    try:
-        return Settings(**{**ours, **flags})
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{filename}: {error}" if filename else str(error)) from error
 
 
 # --- Documents -----------------------------------------------------------------------------------
@@ -278,7 +146,8 @@ def ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | Non
     """Read the host of a URI as an IP address, IPv6 in brackets; None for any other host."""
     try:
         if host.startswith("["):
-            return ipaddress.IPv6Address(host[1:-1])
+            address = ipaddress.IPv6Address(host[1:-1])
+            return address.ipv4_mapped or address
         return ipaddress.IPv4Address(host)
     except ValueError:
         return None
@@ -298,6 +167,150 @@ def is_uri(value: Any) -> bool:
 def is_http_uri(value: Any) -> bool:
     """Whether value is an absolute URI with scheme http or https and a host."""
     return is_uri(value) and value.partition(":")[0].lower() in ("http", "https")
+
+
+# --- Configuration -------------------------------------------------------------------------------
+
+
+class ConfigurationError(ValueError):
+    """A setting or a configuration file is unusable; the text says why, in one line."""
+
+
+class Kind(NamedTuple):
+    """A kind of value that a setting takes, in words and as a predicate."""
+
+    expected: str
+    accepts: Callable[[Any], bool]
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != "" and "\0" not in value
+
+
+def is_path(value: Any) -> bool:
+    return is_text(os.fspath(value) if isinstance(value, os.PathLike) else value)
+
+
+def is_base_url(value: Any) -> bool:
+    return is_http_uri(value) and value.isascii() and not re.search("[?#]", value)
+
+
+def is_host(value: Any) -> bool:
+    return is_text(value) and value.isprintable()
+
+
+def is_secret(value: Any) -> bool:
+    return is_host(value) and value == value.strip()
+
+
+def optional(kind: Kind) -> Kind:
+    return Kind(f"None or {kind.expected}", lambda value: value is None or kind.accepts(value))
+
+
+# `type`, because to `isinstance` True is a number.
+A_FLAG = Kind("True or False", lambda value: type(value) is bool)
+A_MODE = Kind('True, False or "strict"', lambda value: type(value) is bool or value == "strict")
+A_STATUS = Kind("201 or 202", lambda value: type(value) is int and value in (201, 202))
+A_COUNT = Kind("a whole number above 0", lambda value: type(value) is int and 0 < value < 2**31)
+A_PORT = Kind("a port, 0 to 65535", lambda value: type(value) is int and 0 <= value <= 65535)
+A_DURATION = Kind(  # sockets refuse what the platform's clock cannot hold
+    "seconds, 0.001 to 86400", lambda value: type(value) in (int, float) and 0.001 <= value <= 86400
+)
+A_HOST = Kind("a host name or an IP address", is_host)
+A_BASE_URL = Kind("an http(s) URL without query and fragment", is_base_url)
+A_SECRET = Kind("a text without line breaks, or spaces around it", is_secret)
+A_PATH = Kind("the name of a file", is_path)
+
+
+def setting(default: Any, kind: Kind) -> Any:
+    return dataclasses.field(default=default, metadata={"kind": kind})
+
+
+def shown(value: Any) -> str:
+    try:
+        return " ".join(repr(value).split())[:80]
+    except ValueError:  # Python does not print numbers of more than 4300 digits
+        return "a number of thousands of digits"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything a user may set; `local.cfg.example` says what each setting means.
+
+    Raises `ConfigurationError` when a value is unusable.
+    """
+
+    STORE_DIR: str = setting("notifications", A_PATH)
+    HOST: str = setting("localhost", A_HOST)
+    PORT: int = setting(5005, A_PORT)
+    RESPONSE_STATUS: int = setting(201, A_STATUS)
+    VALIDATE_INCOMING: bool | str = setting(True, A_MODE)
+    DEBUG: bool = setting(False, A_FLAG)
+    DEBUG_PYCHARM: bool = setting(False, A_FLAG)
+    DEBUG_PYCHARM_SERVER: str = setting("localhost", A_HOST)
+    DEBUG_PYCHARM_PORT: int = setting(6000, A_PORT)
+    BASE_URL: str | None = setting(None, optional(A_BASE_URL))
+    MAX_CONTENT_LENGTH: int = setting(1048576, A_COUNT)
+    REQUEST_TIMEOUT: float = setting(30, A_DURATION)
+    MAX_CONNECTIONS: int = setting(128, A_COUNT)
+    FSYNC: bool = setting(True, A_FLAG)
+    TOKEN: str | None = setting(None, optional(A_SECRET))
+    SSL_CERT: str | None = setting(None, optional(A_PATH))
+    SSL_KEY: str | None = setting(None, optional(A_PATH))
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), field.metadata["kind"]
+            if not kind.accepts(value):
+                reason = f"{field.name} is {shown(value)}, expected {kind.expected}"
+                raise ConfigurationError(reason)
+        if self.SSL_KEY and not self.SSL_CERT:
+            raise ConfigurationError("SSL_KEY is set, expected SSL_CERT beside it")
+
+
+def read_configuration(filename: str) -> dict[str, Any]:
+    """Execute a configuration file as Flask's `Config.from_pyfile` does.
+
+    Returns every UPPERCASE name it leaves behind. Raises `ConfigurationError` naming the file, and
+    the line where there is one, when it cannot be read, is not Python or fails.
+    """
+    module = types.ModuleType("config")
+    module.__file__ = filename
+    try:
+        with open(filename, "rb") as file:
+            code = compile(file.read(), filename, "exec", dont_inherit=True)
+        exec(code, module.__dict__)
+    except (Exception, SystemExit) as error:
+        line = failing_line(filename, error)
+        where = f"{filename}, line {line}" if line else filename
+        reason = " ".join(f"{where}: {type(error).__name__}: {error}".split())
+        raise ConfigurationError(reason) from error
+    return {name: value for name, value in vars(module).items() if name.isupper()}
+
+
+def failing_line(filename: str, error: BaseException) -> int | None:
+    if isinstance(error, SyntaxError) and error.filename == filename:
+        return error.lineno
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    return next((frame.lineno for frame in frames if frame.filename == filename), None)
+
+
+def configure(filename: str | None, flags: Mapping[str, Any]) -> Settings:
+    """Combine the defaults, a configuration file if one is named, and command-line flags.
+
+    Names that are no setting of ours are passed over with a warning: the file may be shared with
+    a Flask application. Raises `ConfigurationError`.
+    """
+    known = [field.name for field in dataclasses.fields(Settings)]
+    values = read_configuration(filename) if filename else {}
+    for name in values.keys() - known:
+        (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0)
+        LOG.warning("%s: unknown setting %s ignored; the nearest is %s", filename, name, nearest)
+    ours = {name: value for name, value in values.items() if name in known}
+    try:
+        return Settings(**{**ours, **flags})
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{filename}: {error}" if filename else str(error)) from error
 
 
 # --- Rules ---------------------------------------------------------------------------------------
@@ -434,7 +447,9 @@ def equal(member: str) -> Check:
 
 PRESENT = Check("present", "be present", lambda value: True)
 OBJECT = Check("object", "be an object", lambda value: isinstance(value, dict))
-TEXT = Check("text", "be a text that is not empty", is_text)
+TEXT = Check(
+    "text", "be a text that is not empty", lambda value: isinstance(value, str) and value != ""
+)
 ABSOLUTE_URI = Check("absolute-uri", "be an absolute URI", is_uri)
 HTTP_URI = Check("http-uri", "be an HTTP URI", is_http_uri)
 PREFERRED_ID = Check("preferred", "be a hyphenated urn:uuid: or an HTTP URI", is_preferred_id)
@@ -728,6 +743,13 @@ class Store:
         except (AttributeError, OSError):
             # No hard links here. Names do not repeat, so this replaces nothing either.
             os.rename(draft, path)
+        try:
+            self.sync_directory()
+        except OSError:
+            os.remove(path)  # nobody will be told that it is there
+            raise
+
+    def sync_directory(self) -> None:
         if self.fsync and os.name == "posix":
             directory = os.open(self.directory, os.O_RDONLY)
             try:
@@ -819,12 +841,13 @@ def constraints_page() -> str:
 JSON_LD = "application/ld+json"
 ACCEPT_POST = f"{JSON_LD}, application/json, application/activity+json"
 
-# What makes the parser of the base class lose header lines.
-HEADER_DEFECTS = (
-    email.errors.FirstHeaderLineIsContinuationDefect,
-    email.errors.MisplacedEnvelopeHeaderDefect,
-    email.errors.MissingHeaderBodySeparatorDefect,
-)
+# The Host header (RFC 9110 section 7.2).
+HOST = r"((\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]+)?)?"
+# A header line (RFC 9112 section 5), held to the letter: whatever another reader of the same
+# octets could take for something else, a line folded or ended otherwise, is refused.
+HEADER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n")
+MAX_HEADERS = 100  # as in `http.client`
+MAX_LINE = 65536
 
 # Seconds for which a connection that ends early is still read, so that its client gets the answer.
 LINGER = 2.0
@@ -970,6 +993,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         self.close_connection = True
+        self.continue_expected = False
         self.command, self.requestline, self.request_version = "", "", self.protocol_version
         try:
             if self.request_begins():
@@ -982,30 +1006,43 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         patience = self.server.settings.REQUEST_TIMEOUT
         self.wire.deadline = time.monotonic() + patience
         with self.server.idling(self.connection), contextlib.suppress(Problem):
+            while self.incoming.peek(1)[:1] in (b"\r", b"\n"):  # RFC 9112 section 2.2
+                self.incoming.read(1)
             self.unread = self.incoming.peek(1) != b""
         self.wire.deadline = time.monotonic() + patience
         return self.unread
 
     def parse_request(self) -> bool:
-        """Parse the head of a request (RFC 9112 sections 2 to 5); faults are raised."""
-        self.requestline = self.raw_requestline.decode("latin-1").rstrip("\r\n")
-        # The base class takes any white space for a space, and answers an empty line with nothing.
-        if not re.fullmatch(r"[!-~]+ [!-~]+ HTTP/[0-9]\.[0-9]", self.requestline):
-            raise Problem(400, f"the request line is malformed: {self.requestline!r:.80}")
+        """Parse the head of a request (RFC 9112 sections 2 to 6); faults are raised."""
+        line = self.raw_requestline.decode("latin-1")
+        self.requestline = line.rstrip("\r\n")
+        if not re.fullmatch(r"[!-~]+ [!-~]+ HTTP/[1-9]\.[0-9]\r\n", line):
+            raise Problem(400, f"the request line is malformed: {line!r:.80}")
+        self.rfile = io.BytesIO(self.read_head())
         super().parse_request()
+        self.rfile = self.incoming
         if self.server.settings.DEBUG:
             for name, value in self.headers.items():
                 secret = name.lower() == "authorization"
                 self.log_message("%s: %s", name, "(masked)" if secret else value)
-        if any(isinstance(defect, HEADER_DEFECTS) for defect in self.headers.defects):
-            raise Problem(400, "a header line is malformed")
-        self.unread = (
-            "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0"
-        )
+        self.check_framing()
         return True
+
+    def read_head(self) -> bytes:
+        """Read the header lines; the base class answers for those that are too long or too many."""
+        head = b""
+        for _ in range(MAX_HEADERS + 1):
+            line = self.incoming.readline(MAX_LINE + 1)
+            if line == b"\r\n" or len(line) > MAX_LINE:
+                return head + line
+            if not HEADER.fullmatch(line):
+                raise Problem(400, f"a header line is malformed: {line!r:.80}")
+            head += line.rstrip() + b"\r\n"
+        return head
 
     def handle_expect_100(self) -> bool:
         # Not yet: `read_body` sends the 100 once nothing else stands in the body's way.
+        self.continue_expected = True
         return True
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
@@ -1073,39 +1110,42 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     @property
     def target(self) -> str:
         """Path and query, also where the request line has a whole URL (RFC 9112 section 3.2)."""
-        return re.sub("^https?://[^/?]*", "", self.path) or "/"
+        return re.sub("(?i)^https?://[^/?]*/?", "/", self.path)
+
+    @property
+    def host(self) -> str:
+        """The name that the client calls us by, with the port; empty where it does not say."""
+        whole = re.match("(?i)https?://([^/?]*)", self.path)
+        names = [whole[1]] if whole else self.headers.get_all("Host", [""])
+        if len(names) > 1 or not re.fullmatch(HOST, names[0]):
+            raise Problem(400, "the Host header is malformed")
+        return names[0]
 
     @property
     def base(self) -> str:
-        """The URL, without a slash at its end, below which this inbox is known to the client."""
-        host = self.headers.get("Host")
-        if self.server.settings.BASE_URL or not host:
+        """The URL, without a slash at its end, below which the client finds everything."""
+        if self.server.settings.BASE_URL or not self.host:
             return self.server.base
-        return f"{self.server.scheme}://{host}"
+        return f"{self.server.scheme}://{self.host}"
 
     def check_host(self) -> None:
-        host, *others = self.headers.get_all("Host", []) or [""]
-        match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]+)?", host)
-        if others or (host and not match):
-            raise Problem(400, "the Host header is malformed")
-        if match and not self.server.answers_to(match[1]):
-            raise Problem(
-                421,
-                f"an inbox on loopback does not answer to {match[1]};"
-                " set BASE_URL to the address by which it is reached",
-            )
+        if not self.server.answers_to(re.sub(":[0-9]+$", "", self.host)):
+            detail = f"an inbox on loopback does not answer to {self.host}; set BASE_URL to its URL"
+            raise Problem(421, detail)
 
     def check_token(self) -> None:
         """Demand TOKEN as a Bearer token (RFC 6750) or a Basic password (RFC 7617)."""
         token = self.server.settings.TOKEN
         if token is None:
             return
-        scheme, _, credentials = self.headers.get("Authorization", "").partition(" ")
-        given = credentials.strip().encode("latin-1")
+        scheme, _, given = self.headers.get("Authorization", "").partition(" ")
+        octets = given.encode("latin-1") if scheme.lower() in ("bearer", "basic") else b""
         if scheme.lower() == "basic":
-            with contextlib.suppress(ValueError):
-                given = base64.b64decode(given).partition(b":")[2]
-        if not secrets.compare_digest(given, token.encode()):
+            try:
+                octets = base64.b64decode(octets).partition(b":")[2]
+            except ValueError:
+                octets = b""
+        if not secrets.compare_digest(octets, token.encode()):
             challenge = 'Bearer realm="coarinbox", Basic realm="coarinbox", charset="UTF-8"'
             raise Problem(401, "the token did not come", {"WWW-Authenticate": challenge})
 
@@ -1151,33 +1191,32 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     # The body of a request (RFC 9112 sections 6 and 7)
 
-    def read_body(self) -> bytes:
-        chunked = self.is_chunked()
-        length = 0 if chunked else self.content_length()
-        if self.headers.get("Expect", "").lower() == "100-continue":
-            self.send_response_only(HTTPStatus.CONTINUE)
-            self.end_headers()
-        body = b"".join(self.read_chunks()) if chunked else self.read_exactly(length)
-        self.unread = False
-        return body
-
-    def is_chunked(self) -> bool:
-        codings = self.headers.get_all("Transfer-Encoding", [])
-        if codings and ("Content-Length" in self.headers or self.request_version == "HTTP/1.0"):
+    def check_framing(self) -> None:
+        """Find out how the body ends, for every verb: the next request begins there."""
+        codings = [coding.lower() for coding in self.headers.get_all("Transfer-Encoding", [])]
+        lengths = set(self.headers.get_all("Content-Length", []))
+        if codings and (lengths or self.request_version == "HTTP/1.0"):
             raise Problem(400, "Transfer-Encoding goes with HTTP/1.1 and without Content-Length")
-        if codings and [coding.strip().lower() for coding in codings] != ["chunked"]:
+        if codings not in ([], ["chunked"]):
             raise Problem(400, "the only transfer coding that works here is chunked")
-        return bool(codings)
+        if len(lengths) > 1 or not all(re.fullmatch("[0-9]+", length) for length in lengths):
+            raise Problem(400, "Content-Length is not one number of octets")
+        self.chunked = bool(codings)
+        # 20 digits are too large whatever follows; thousands more would be slow to convert.
+        self.length = next((int(length.lstrip("0")[:20] or "0") for length in lengths), None)
+        self.unread = self.chunked or bool(self.length)
 
-    def content_length(self) -> int:
-        length, *others = set(self.headers.get_all("Content-Length", [])) or {""}
-        if not length:
+    def read_body(self) -> bytes:
+        if self.length is None and not self.chunked:
             self.unread = True  # whatever comes, it is no request
             raise Problem(411, "the request has neither Content-Length nor a chunked body")
-        if others or not re.fullmatch("[0-9]+", length):
-            raise Problem(400, "Content-Length is not a number of octets")
-        # 20 digits are too large whatever follows; thousands more would be slow to convert.
-        return self.check_size(int(length.lstrip("0")[:20] or "0"))
+        length = self.check_size(self.length or 0)
+        if self.continue_expected:
+            self.send_response_only(HTTPStatus.CONTINUE)
+            self.end_headers()
+        body = b"".join(self.read_chunks()) if self.chunked else self.read_exactly(length)
+        self.unread = False
+        return body
 
     def check_size(self, size: int) -> int:
         limit = self.server.settings.MAX_CONTENT_LENGTH
@@ -1199,12 +1238,9 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             yield self.read_exactly(size)
             if self.read_exactly(2) != b"\r\n":
                 raise Problem(400, "the body's chunks are malformed: one is longer than its size")
-        try:
-            http.client.parse_headers(self.incoming)
-        except http.client.HTTPException as error:
-            raise Problem(
-                400, f"the trailer after the body's chunks is malformed: {error}"
-            ) from error
+        trailer = self.read_head()
+        if not trailer.endswith(b"\r\n\r\n") and trailer != b"\r\n":
+            raise Problem(400, "the trailer after the body's chunks is too long")
 
     def read_exactly(self, size: int) -> bytes:
         octets = self.incoming.read(size)
@@ -1340,12 +1376,14 @@ class InboxServer(http.server.ThreadingHTTPServer):
 
         The page of another site could lead its own name here (DNS rebinding).
         """
-        bound = ipaddress.ip_address(str(self.server_address[0]).partition("%")[0])
-        name, ip = host.lower().rstrip("."), ip_address(host)
+        bound, name = str(self.server_address[0]), host.lower().rstrip(".")
+        ip = ip_address(name)
+        listening_at = ip_address(f"[{bound}]" if ":" in bound else bound)
         return (
-            not bound.is_loopback
+            not (name and listening_at and listening_at.is_loopback)
             or (ip.is_loopback if ip else f".{name}".endswith(".localhost"))
-            or name == urlsplit(self.settings.BASE_URL or "").hostname
+            or name.strip("[]")
+            == (urlsplit(self.settings.BASE_URL or "").hostname or "").rstrip(".")
         )
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -1463,7 +1501,8 @@ def serve(server: InboxServer) -> None:
     """Serve until SIGINT or SIGTERM; the second one does not wait for requests in flight."""
 
     def stop(number: int, frame: types.FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
+        for signal_ in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signal_, signal.SIG_DFL)
         threading.Thread(target=server.shutdown).start()
 
     with server:

@@ -14,6 +14,7 @@ import concurrent.futures
 import contextlib
 import copy
 import doctest
+import errno
 import http.client
 import importlib.util
 import json
@@ -26,12 +27,14 @@ import shutil
 import signal
 import socket
 import ssl
+import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import unittest
+import unittest.mock
 import urllib.parse
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -1025,10 +1028,13 @@ class ResourcesTest(InboxTest):
         self.assertEqual(self.stored(), [name])
 
     def test_the_request_line_may_hold_a_whole_url(self) -> None:
-        for target in ("http://localhost", "http://localhost/inbox", "HTTP://localhost/inbox?x"):
+        for target in ("http://localhost", "http://localhost?x", "HTTP://localhost/inbox?x"):
             head = f"HEAD {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
             (answer,) = raw(self.server, head, "half-close")
-            self.assertEqual(answer.status, 404 if target.startswith("HTTP") else 200)
+            self.assertEqual(answer.status, 200)
+        head = b"HEAD http://evil.example/ HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        (answer,) = raw(self.server, head, "half-close")
+        self.assertEqual(answer.status, 421)
 
     def test_a_page_is_for_those_who_prefer_html(self) -> None:
         location = path_of(self.post().headers["Location"])
@@ -1073,7 +1079,10 @@ class ResourcesTest(InboxTest):
             self.assertIn(f'id="{constraint["code"]}"', page)
 
     def test_urls_are_those_that_the_client_uses(self) -> None:
-        for host in ("localhost:1234", "LOCALHOST", "inbox.localhost", "127.9.9.9:80", "[::1]:80"):
+        for host in (
+            "localhost:1234", "LOCALHOST", "inbox.localhost", "127.9.9.9:80", "[::1]:80",
+            "localhost.", "[::ffff:127.0.0.1]:80",
+        ):  # fmt: skip
             with self.subTest(host):
                 location = self.post(Host=host).headers["Location"]
                 self.assertTrue(location.startswith(f"http://{host}/inbox/"), location)
@@ -1337,6 +1346,7 @@ class FramingTest(InboxTest):
         for chunks in [
             b"x\r\n", b"\r\n", b"-5\r\nhello\r\n0\r\n\r\n", b"0x5\r\nhello\r\n0\r\n\r\n",
             b"5\r\nhello, too long\r\n0\r\n\r\n", b"5\nhello\n0\n\n", b" 5\r\nhello\r\n0\r\n\r\n",
+            b"5\r\nhelloXX0\r\n\r\n",
             b"5" * 17 + b"\r\n", b"5;" + b"x" * 2000 + b"\r\nhello\r\n0\r\n\r\n",
             b"0\r\n" + b"X: y\r\n" * 200 + b"\r\n", b"0\r\nX: " + b"y" * 70000 + b"\r\n\r\n",
         ]:  # fmt: skip
@@ -1362,10 +1372,16 @@ class FramingTest(InboxTest):
         self.refuse(post_head(right, "Transfer-Encoding: chunked") + chunked(BODY, 100), 400)
         self.refuse(post_head("Transfer-Encoding: gzip, chunked") + chunked(BODY, 100), 400)
         self.refuse(post_head("Transfer-Encoding: identity") + BODY, 400)
+        for coding in ("\x0bchunked", "chunked\xa0", "chunked, chunked", "x"):
+            self.refuse(post_head(f"Transfer-Encoding: {coding}") + chunked(BODY, 100), 400)
         old = post_head("Transfer-Encoding: chunked").replace(b"HTTP/1.1", b"HTTP/1.0")
         self.refuse(old + chunked(BODY, 100), 400)
-        (answer,) = raw(self.server, post_head(right, right) + BODY, "half-close")
-        self.assertEqual(answer.status, 201)
+        for head in (
+            post_head(right, right),
+            post_head("Content-Length: 000" + "0" * 99 + right[16:]),
+        ):
+            (answer,) = raw(self.server, head + BODY, "half-close")
+            self.assertEqual(answer.status, 201)
 
     def test_a_body_that_ends_early(self) -> None:
         head = post_head(f"Content-Length: {len(BODY) + 1}")
@@ -1399,6 +1415,10 @@ class FramingTest(InboxTest):
         )
         (answer,) = raw(self.server, head.encode() + smuggled)
         self.assertEqual((answer.status, answer.headers["Connection"]), (204, "close"))
+        for lengths in (("0", "43"), ("43", "0"), ("x", "0")):
+            lines = "".join(f"Content-Length: {length}\r\n" for length in lengths)
+            octets = f"GET /inbox HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n".encode()
+            self.refuse(octets + smuggled, 400)
 
     def test_100_continue_comes_when_the_body_is_wanted(self) -> None:
         head = post_head(f"Content-Length: {len(BODY)}", "Expect: 100-continue")
@@ -1432,7 +1452,6 @@ class BadRequestTest(InboxTest):
     def test_what_the_base_class_would_answer_with_html(self) -> None:
         for octets, status in [
             (b"GARBAGE\r\n", 400),
-            (b"\r\n", 400),
             (b"  \r\n", 400),
             (b"GET /\r\n", 400),
             (b"GET / HTTP/1.1 x\r\n\r\n", 400),
@@ -1451,6 +1470,15 @@ class BadRequestTest(InboxTest):
             (b"GET / HTTP/1.1\r\nno colon\r\n\r\n", 400),
             (b"GET / HTTP/1.1\r\nHost : localhost\r\n\r\n", 400),
             (b"GET / HTTP/1.1\r\n folded: localhost\r\n\r\n", 400),
+            (b"GET / HTTP/1.1\r\nX: y\r\n folded\r\n\r\n", 400),
+            (b"GET / HTTP/1.1\nX: y\n\n", 400),
+            (b"GET / HTTP/1.1\r\nX: y\n\r\n", 400),
+            (b"GET / HTTP/1.1\r\nX: y\rContent-Length: 5\r\n\r\n", 400),
+            (b"GET / HTTP/1.1\r\nX: y\r\r\nContent-Length: 5\r\n\r\n", 400),
+            (b"GET / HTTP/1.1\r\nX: \x00\r\n\r\n", 400),
+            (b"GET / HTTP/1.1\r\n: y\r\n\r\n", 400),
+            (b"GET / HTTP/1.1\r\nFrom somebody\r\n\r\n", 400),
+            (b"GET / HTTP/0.9\r\n\r\n", 400),
         ]:
             with self.subTest(octets[:60]):
                 (answer,) = raw(self.server, octets)
@@ -1460,6 +1488,36 @@ class BadRequestTest(InboxTest):
 
     def test_silence_is_no_request(self) -> None:
         self.assertEqual(raw(self.server, b""), [])
+        self.assertEqual(raw(self.server, b"\r\n"), [])
+
+    def test_empty_lines_before_a_request_are_ignored(self) -> None:
+        octets = b"\r\n\r\nGET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        answers = raw(self.server, octets * 2 + b"\r\n", "half-close")
+        self.assertEqual([answer.status for answer in answers], [200, 200])
+
+    def test_a_request_that_breaks_off_is_not_carried_out(self) -> None:
+        self.post()
+        whole = b"DELETE /inbox HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        for end in range(1, len(whole)):
+            (answer,) = raw(self.server, whole[:end], "half-close")
+            self.assert_problem(answer, 400)
+        self.assertEqual(len(self.stored()), 1)
+
+    def test_white_space_around_the_value_of_a_header_means_nothing(self) -> None:
+        octets = post_head(f"Content-Length:\t{len(BODY)} \t", "Transfer-encoded:").replace(
+            b"Host: localhost", b"Host:localhost "
+        )
+        (answer,) = raw(self.server, octets + BODY, "half-close")
+        self.assertEqual(answer.status, 201)
+
+    def test_a_client_that_does_not_read_its_answer_is_let_go(self) -> None:
+        name = "20200101_000000_" + "a" * 32
+        pathlib.Path(self.server.store.path(name)).write_bytes(b" " * 30_000_000)
+        with socket.create_connection(address(self.server)) as connection:
+            connection.sendall(f"GET /inbox/{name} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            connection.recv(1)
+            self.server.server_close()  # waits for the connection above
+        self.assertIn("timed out", self.log_lines()[-1])
 
     def test_a_request_that_drips_gets_no_longer_than_one_that_stalls(self) -> None:
         with socket.create_connection(address(self.server), timeout=10) as connection:
@@ -1587,6 +1645,52 @@ class StorageTest(InboxTest):
             self.post()
             self.assertEqual(len(self.stored()), 2)
             self.assertEqual(self.stored(), other.store.names())
+
+    def test_notifications_are_listed_oldest_first(self) -> None:
+        names = [
+            f"2020010{day}_000000_{digit * 32}" for day, digit in ((1, "f"), (2, "a"), (3, "c"))
+        ]
+        for name in reversed(names):
+            pathlib.Path(self.server.store.path(name)).write_bytes(BODY)
+        self.assertEqual([path_of(url) for url in self.listed()], [f"/inbox/{n}" for n in names])
+
+
+class SyncTest(InboxTest):
+    """What FSYNC promises, with a disk whose answers we choose."""
+
+    settings = {"FSYNC": True}
+    faults_expected = True
+
+    def test_before_a_201_the_file_and_its_name_have_reached_the_disk(self) -> None:
+        synced = []
+
+        def fsync(descriptor: int) -> None:
+            synced.append(stat.S_IFMT(os.fstat(descriptor).st_mode))
+
+        with unittest.mock.patch("os.fsync", fsync):
+            self.assert_serves()
+            self.assertEqual(synced, [stat.S_IFREG, stat.S_IFDIR])
+            with serving(FSYNC=False) as other:
+                self.assertEqual(ask(other, "POST", "/inbox", ACCEPT).status, 201)
+            self.assertEqual(len(synced), 2)
+
+    def test_a_disk_that_fails_leaves_nothing_behind(self) -> None:
+        for kind in (stat.S_IFREG, stat.S_IFDIR):
+            for number, status in ((errno.EIO, 500), (errno.ENOSPC, 507), (errno.EDQUOT, 507)):
+
+                def fsync(descriptor: int, kind: int = kind, number: int = number) -> None:
+                    if stat.S_IFMT(os.fstat(descriptor).st_mode) == kind:
+                        raise OSError(number, os.strerror(number))
+
+                with unittest.mock.patch("os.fsync", fsync):
+                    self.assert_problem(self.post(), status)
+                self.assertEqual(os.listdir(self.server.store.directory), [])
+
+    def test_a_disk_without_hard_links_will_do(self) -> None:
+        with unittest.mock.patch("os.link", side_effect=PermissionError(errno.EPERM, "no links")):
+            location = self.post().headers["Location"]
+        self.assertEqual(self.ask("GET", path_of(location)).body, BODY)
+        self.assertEqual(len(os.listdir(self.server.store.directory)), 1)
 
 
 class BrokenStoreTest(InboxTest):
@@ -1757,22 +1861,44 @@ class StartTest(ProgramTest):
                 idle.close()
 
     def test_a_request_in_flight_is_answered_before_the_end(self) -> None:
-        with running(self.command("--port", "0"), cwd=self.directory) as inbox:
-            with socket.create_connection(inbox.server_address, timeout=10) as connection:
-                head = post_head(f"Content-Length: {len(BODY)}", "Expect: 100-continue")
-                connection.sendall(head)
-                stream = connection.makefile("rb")
-                self.assertIn(b"100 Continue", stream.readline())
-                inbox.process.send_signal(signal.SIGTERM)
-                while can_connect(inbox.server_address):  # it stops listening first
-                    pass
-                connection.sendall(BODY)
-                stream.readline()
-                answer = read_answer(stream.readline(), stream)
-                stream.close()
+        with self.stalled() as (inbox, connection), connection.makefile("rb") as stream:
+            self.assertIn(b"100 Continue", stream.readline() + stream.readline())
+            inbox.process.send_signal(signal.SIGTERM)
+            while can_connect(inbox.server_address):  # it stops listening first
+                pass
+            connection.sendall(BODY)
+            answer = read_answer(stream.readline(), stream)
             self.assertEqual((answer.status, answer.headers["Connection"]), (201, "close"))
             self.assertEqual(inbox.process.wait(10), 0)
         self.assertEqual(len(os.listdir(self.directory / "notifications")), 1)
+
+    def test_a_second_signal_does_not_wait(self) -> None:
+        with self.stalled() as (inbox, connection):
+            connection.recv(1)  # its request has begun, and is never completed
+            inbox.process.send_signal(signal.SIGTERM)
+            while can_connect(inbox.server_address):
+                pass
+            inbox.process.send_signal(signal.SIGINT)
+            self.assertEqual(inbox.process.wait(10), -signal.SIGINT)
+
+    def test_it_ends_though_connections_wait_for_others(self) -> None:
+        path = self.config("MAX_CONNECTIONS = 1")
+        with self.stalled("--config", path) as (inbox, connection):
+            connection.recv(1)
+            with socket.create_connection(inbox.server_address, timeout=10):
+                inbox.process.send_signal(signal.SIGTERM)
+                connection.sendall(BODY)
+                self.assertEqual(inbox.process.wait(10), 0)
+        self.assertEqual(len(os.listdir(self.directory / "notifications")), 1)
+
+    @contextlib.contextmanager
+    def stalled(self, *arguments: str) -> Iterator[tuple[Program, socket.socket]]:
+        """Run an inbox, and a client that has sent only the head of its request."""
+        with running(self.command("--port", "0", *arguments), cwd=self.directory) as inbox:
+            with socket.create_connection(inbox.server_address, timeout=10) as connection:
+                head = post_head(f"Content-Length: {len(BODY)}", "Expect: 100-continue")
+                connection.sendall(head)
+                yield inbox, connection
 
     def test_kill_9_loses_nothing_that_was_acknowledged(self) -> None:
         acknowledged: list[str] = []
@@ -1853,7 +1979,8 @@ class ConfigurationTest(ProgramTest):
 
     def test_it_is_executed_as_python(self) -> None:
         path = self.config(
-            "import os\nhere = os.path.dirname(__file__)\n"
+            "import dataclasses, os\nhere = os.path.dirname(__file__)\n"
+            "@dataclasses.dataclass\nclass Other:\n    x: int = 0\n"
             'STORE_DIR = os.path.join(here, "elsewhere")\nPORT = 10 - 10\n'
         )
         with running(self.command("--config", path), cwd=self.directory) as inbox:
@@ -1881,6 +2008,7 @@ class ConfigurationTest(ProgramTest):
             ("def f():\n  return g\nf()", "local.cfg, line 2: NameError"),
             ("raise SystemExit(3)", "local.cfg, line 1: SystemExit: 3"),
             ("a = 1\0", "local.cfg"),
+            ("PORT = 'a\\nb' * 99", "local.cfg: PORT is 'a"),
             ("raise ValueError('two\\nlines')", "local.cfg, line 1: ValueError: two lines"),
         ]:
             with self.subTest(text):
@@ -1929,21 +2057,21 @@ class ConfigurationTest(ProgramTest):
 
 UNUSABLE: dict[str, list[Any]] = {
     "STORE_DIR": ["", None, 5, b"store", "a\0b"],
-    "HOST": ["", None, 127],
+    "HOST": ["", None, 127, "\udc80", "a\nb"],
     "PORT": ["5005", -1, 65536, 5005.0, True, None],
-    "RESPONSE_STATUS": [200, 204, "201", None, True],
+    "RESPONSE_STATUS": [200, 204, "201", None, True, 10**5000],
     "VALIDATE_INCOMING": ["Strict", "yes", None, 1, 0],
     "DEBUG": [1, "no", None],
     "DEBUG_PYCHARM": [1, "no", None],
     "DEBUG_PYCHARM_SERVER": ["", None],
     "DEBUG_PYCHARM_PORT": ["6000", -1],
     "BASE_URL": ["", "example.org", "ftp://example.org", "http://", "http://a/?q", "http://a/#f",
-                 "http://a b/", 'http://a/"', "http://a/\n", 5],
-    "MAX_CONTENT_LENGTH": [0, -1, 1.5, None, "1M"],
-    "REQUEST_TIMEOUT": [0, -1, "30", None, float("inf"), float("nan"), 10**9, True],
+                 "http://a b/", 'http://a/"', "http://a/\n", "http://[1]", "http://ä/", 5],
+    "MAX_CONTENT_LENGTH": [0, -1, 1.5, None, "1M", 10**15, -(10**5000)],
+    "REQUEST_TIMEOUT": [0, -1, "30", None, float("inf"), float("nan"), 86401, 1e-320, True],
     "MAX_CONNECTIONS": [0, -1, None],
     "FSYNC": [1, None],
-    "TOKEN": ["", 5],
+    "TOKEN": ["", 5, "s3cret\n", " s3cret", "\udc80"],
     "SSL_CERT": ["", 5],
     "SSL_KEY": ["", "key.pem"],
 }  # fmt: skip
@@ -1960,6 +2088,7 @@ class TokenTest(InboxTest):
         wrong_basic = base64.b64encode(b"s3cret:wrong").decode()
         for authorization in [
             None, "", "Bearer", "Bearer wrong", "Bearer s3cret: u", "Basic", "Basic ?", "Digest x",
+            "Digest s3cret: \xc3\xbc", "Basic s3cret: \xc3\xbc", "Basic \xff",
             f"Basic {wrong_basic}", "s3cret",
         ]:  # fmt: skip
             for method, path in (
@@ -1981,16 +2110,18 @@ class TokenTest(InboxTest):
 
 
 class LimitTest(InboxTest):
-    settings = {"MAX_CONNECTIONS": 2, "REQUEST_TIMEOUT": 5}
+    settings = {"MAX_CONNECTIONS": 2}
 
     def test_more_connections_wait_and_idle_ones_make_room(self) -> None:
-        idle = [http.client.HTTPConnection(*address(self.server), timeout=10) for _ in range(5)]
-        for connection in idle:
+        first, second, third = (
+            http.client.HTTPConnection(*address(self.server), timeout=10) for _ in range(3)
+        )
+        for connection in (first, second, third):
+            self.addCleanup(connection.close)
             self.assertEqual(ask_on(connection, "POST", "/inbox", ACCEPT).status, 201)
-        threads = [thread for thread in threading.enumerate() if "process_request" in thread.name]
-        self.assertLessEqual(len(threads), 3)
-        for connection in idle:
-            connection.close()
+        self.assertEqual(first.sock.recv(1), b"", "the one that was idle longest was not ended")
+        for connection in (second, third):
+            self.assertEqual(ask_on(connection, "POST", "/inbox", ACCEPT).status, 201)
 
 
 class TlsTest(ProgramTest):

@@ -292,8 +292,7 @@ def strict_tests(interpreter: Interpreter) -> Step:
 
 
 def measured_tests() -> Report:
-    for old in ROOT.glob(".coverage*"):
-        old.unlink()
+    run([*COVERAGE, "erase"])
     return unittests([*COVERAGE, "run", "-m", "unittest", "--verbose"], may_skip=False)
 
 
