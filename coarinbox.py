@@ -16,7 +16,7 @@ back; what is refused is answered with everything that is wrong with it. The fil
 Python and may be copied into another project.
 
 Each section uses only what stands above it: documents, configuration, rules, storage, pages, HTTP,
-server, command line.
+server, command line. The one exception is that an HTTP request asks the server it came through.
 """
 
 from __future__ import annotations
@@ -67,26 +67,6 @@ LOG = logging.getLogger("coarinbox")
 MAX_DEPTH = 100
 
 
-def parse(octets: bytes) -> Any:
-    """Parse a JSON text (RFC 8259) in UTF-8, the only encoding it may have between systems.
-
-    Raises `ValueError`, saying what is wrong, for everything else, `NaN` and numbers that JSON
-    receivers disagree about (RFC 7493 section 2.2) included.
-    """
-    try:
-        text = octets.decode("utf-8")
-        if text.startswith("\ufeff"):
-            raise ValueError("it starts with a byte order mark (RFC 8259 section 8.1)")
-        document = DECODER.decode(text)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: {error.reason} at octet {error.start}") from error
-    except RecursionError:
-        raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from None
-    if depth(document) > MAX_DEPTH:
-        raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
-    return document
-
-
 def number(digits: str) -> int | float:
     if math.isinf(float(digits)):
         raise ValueError(f"a number is too large: {digits:.20}… ({len(digits)} characters)")
@@ -111,11 +91,33 @@ def depth(document: Any) -> int:
     return levels
 
 
+def parse(octets: bytes) -> Any:
+    """Parse a JSON text (RFC 8259) in UTF-8, the only encoding it may have between systems.
+
+    Raises `ValueError`, saying what is wrong, for everything else, `NaN` and numbers that JSON
+    receivers disagree about (RFC 7493 section 2.2) included.
+    """
+    try:
+        text = octets.decode("utf-8")
+        if not text:
+            raise ValueError("the body is empty")
+        if text.startswith("\ufeff"):
+            raise ValueError("it starts with a byte order mark (RFC 8259 section 8.1)")
+        document = DECODER.decode(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error.reason} at octet {error.start}") from error
+    except RecursionError:
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from None
+    if depth(document) > MAX_DEPTH:
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+    return document
+
+
 def lookup(document: Any, member: str) -> tuple[bool, Any]:
     """Find a member by its dotted name; the empty name is the document itself.
 
-    Returns whether the member has a place, which it lacks where its parent is not an object, and
-    the value in it, None when there is none.
+    Returns True and the value, None when there is none, or False and None when a parent of the
+    member is not an object.
     """
     value = document
     for name in member.split(".") if member else ():
@@ -214,12 +216,14 @@ A_STATUS = Kind("201 or 202", lambda value: type(value) is int and value in (201
 A_COUNT = Kind("a whole number above 0", lambda value: type(value) is int and 0 < value < 2**31)
 A_PORT = Kind("a port, 0 to 65535", lambda value: type(value) is int and 0 <= value <= 65535)
 A_DURATION = Kind(  # sockets refuse what the platform's clock cannot hold
-    "seconds, 0.001 to 86400", lambda value: type(value) in (int, float) and 0.001 <= value <= 86400
+    "a number of seconds, 0.001 to 86400",
+    lambda value: type(value) in (int, float) and 0.001 <= value <= 86400,
 )
 A_HOST = Kind("a host name or an IP address", is_host)
-A_BASE_URL = Kind("an http(s) URL without query and fragment", is_base_url)
+A_BASE_URL = Kind('a URL such as "https://inbox.example.org", without a query', is_base_url)
 A_SECRET = Kind("a text without line breaks, or spaces around it", is_secret)
-A_PATH = Kind("the name of a file", is_path)
+A_FILE = Kind("the name of a file", is_path)
+A_DIRECTORY = Kind("the name of a directory", is_path)
 
 
 def setting(default: Any, kind: Kind) -> Any:
@@ -240,7 +244,7 @@ class Settings:
     Raises `ConfigurationError` when a value is unusable.
     """
 
-    STORE_DIR: str = setting("notifications", A_PATH)
+    STORE_DIR: str = setting("notifications", A_DIRECTORY)
     HOST: str = setting("localhost", A_HOST)
     PORT: int = setting(5005, A_PORT)
     RESPONSE_STATUS: int = setting(201, A_STATUS)
@@ -255,8 +259,8 @@ class Settings:
     MAX_CONNECTIONS: int = setting(128, A_COUNT)
     FSYNC: bool = setting(True, A_FLAG)
     TOKEN: str | None = setting(None, optional(A_SECRET))
-    SSL_CERT: str | None = setting(None, optional(A_PATH))
-    SSL_KEY: str | None = setting(None, optional(A_PATH))
+    SSL_CERT: str | None = setting(None, optional(A_FILE))
+    SSL_KEY: str | None = setting(None, optional(A_FILE))
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -266,6 +270,13 @@ class Settings:
                 raise ConfigurationError(reason)
         if self.SSL_KEY and not self.SSL_CERT:
             raise ConfigurationError("SSL_KEY is set, expected SSL_CERT beside it")
+
+
+def failing_line(filename: str, error: BaseException) -> int | None:
+    if isinstance(error, SyntaxError) and error.filename == filename:
+        return error.lineno
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    return next((frame.lineno for frame in frames if frame.filename == filename), None)
 
 
 def read_configuration(filename: str) -> dict[str, Any]:
@@ -283,16 +294,10 @@ def read_configuration(filename: str) -> dict[str, Any]:
     except (Exception, SystemExit) as error:
         line = failing_line(filename, error)
         where = f"{filename}, line {line}" if line else filename
-        reason = " ".join(f"{where}: {type(error).__name__}: {error}".split())
+        what = error.msg if isinstance(error, SyntaxError) else error
+        reason = " ".join(f"{where}: {type(error).__name__}: {what}".split())
         raise ConfigurationError(reason) from error
     return {name: value for name, value in vars(module).items() if name.isupper()}
-
-
-def failing_line(filename: str, error: BaseException) -> int | None:
-    if isinstance(error, SyntaxError) and error.filename == filename:
-        return error.lineno
-    frames = reversed(traceback.extract_tb(error.__traceback__))
-    return next((frame.lineno for frame in frames if frame.filename == filename), None)
 
 
 def configure(filename: str | None, flags: Mapping[str, Any]) -> Settings:
@@ -303,14 +308,16 @@ def configure(filename: str | None, flags: Mapping[str, Any]) -> Settings:
     """
     known = [field.name for field in dataclasses.fields(Settings)]
     values = read_configuration(filename) if filename else {}
-    for name in values.keys() - known:
-        (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0)
-        LOG.warning("%s: unknown setting %s ignored; the nearest is %s", filename, name, nearest)
+    for name in values:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+            LOG.warning("%s: unknown setting %s ignored; nearest: %s", filename, name, nearest)
     ours = {name: value for name, value in values.items() if name in known}
     try:
-        return Settings(**{**ours, **flags})
+        settings = Settings(**ours)
     except ConfigurationError as error:
-        raise ConfigurationError(f"{filename}: {error}" if filename else str(error)) from error
+        raise ConfigurationError(f"{filename}: {error}") from error
+    return dataclasses.replace(settings, **flags)
 
 
 # --- Rules ---------------------------------------------------------------------------------------
@@ -324,8 +331,12 @@ LEVELS = {
     S: "breaks a SHOULD of the specification, or is known to be refused in production",
 }
 
+# In an offer that an answer embeds, M becomes S and @context is not expected: the specification's
+# own examples break the other rules there.
+IN_EMBEDDED = {E: E, M: S, S: S, OK: OK}
+
 # Which levels a value of VALIDATE_INCOMING refuses. The others are warnings.
-REFUSED: Mapping[bool | str, str] = {True: E, False: OK, "strict": E + M}
+REFUSED: Mapping[bool | str, tuple[str, ...]] = {True: (E,), False: (), "strict": (E, M)}
 
 
 class Pattern(NamedTuple):
@@ -377,7 +388,7 @@ AS2_OBJECT_TYPES = ACTOR_TYPES | frozenset(
 
 
 def types_of(value: Any) -> frozenset[str]:
-    """Collect the type names in the value of a `type` member; what is no name is passed over."""
+    """Collect the type names in the value of a `type` member; anything but strings is ignored."""
     names = value if isinstance(value, list) else [value]
     return frozenset(name for name in names if isinstance(name, str))
 
@@ -395,7 +406,8 @@ TYPE_SETS = tuple(" + ".join(pattern.types) for pattern in PATTERNS)
 def nearest_types(value: Any) -> str:
     # Cut short: comparing costs the product of the lengths.
     given = " + ".join(sorted(types_of(value)))[:100]
-    return f"nearest: {difflib.get_close_matches(given, TYPE_SETS, n=1, cutoff=0)[0]}"
+    nearest = difflib.get_close_matches(given, TYPE_SETS, n=1, cutoff=0)
+    return f"nearest: {nearest[0]}" if given else ""
 
 
 def is_types(value: Any) -> bool:
@@ -489,6 +501,14 @@ class Finding(NamedTuple):
         return {name: value for name, value in self._asdict().items() if value is not None}
 
 
+def abridged(value: Any) -> Any:
+    """Return a value if it is short enough to be repeated in an answer, else None."""
+    try:
+        return value if len(json.dumps(value, allow_nan=False)) <= 100 else None
+    except (RecursionError, TypeError, ValueError):
+        return None
+
+
 class Rule(NamedTuple):
     """What is demanded of a member, and the levels of it being absent and of it being wrong."""
 
@@ -504,16 +524,18 @@ class Rule(NamedTuple):
         """Apply the rule to a notification that stands at the pointer `prefix`."""
         reached, value = lookup(notification, self.member)
         if value is None:
-            level, need = self.absent if reached else OK, "required"
+            level, need = (self.absent if reached else OK), "required"
         else:
-            beside = [lookup(notification, member)[1] for member in self.check.beside]
-            right = None in beside or self.check.holds(value, *beside)
-            level, need = OK if right else self.wrong, self.check.name
+            level, need = (OK if self.holds(notification, value) else self.wrong), self.check.name
         if not level:
             return None
         pointer = prefix + ("/" + self.member.replace(".", "/") if self.member else "")
         message = self.message(level, pointer, value)
         return Finding(level, pointer, self.code(need), message, spec, abridged(value))
+
+    def holds(self, notification: Any, value: Any) -> bool:
+        beside = [lookup(notification, member)[1] for member in self.check.beside]
+        return None in beside or self.check.holds(value, *beside)
 
     def message(self, level: str, pointer: str, value: Any) -> str:
         where = pointer[1:].replace("/", ".") or "the notification"
@@ -522,14 +544,6 @@ class Rule(NamedTuple):
             return f"{where} is missing; it {demand}"
         hint = self.check.hint(value)
         return f"{where} {demand} ({hint})" if hint else f"{where} {demand}"
-
-
-def abridged(value: Any) -> Any:
-    """Return a value if it is short enough to be repeated in an answer, else None."""
-    try:
-        return value if len(json.dumps(value, allow_nan=False)) <= 100 else None
-    except (RecursionError, TypeError, ValueError):
-        return None
 
 
 # fmt: off
@@ -623,11 +637,9 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
 }
 
 
-# Inside an offer that is embedded in an answer, only what level E says is kept up: the
-# specification's own examples break the rest there.
 EMBEDDED: Mapping[str, tuple[Rule, ...]] = {
     name: tuple(
-        rule._replace(absent=rule.absent.replace(M, S), wrong=rule.wrong.replace(M, S))
+        rule._replace(absent=IN_EMBEDDED[rule.absent], wrong=IN_EMBEDDED[rule.wrong])
         for rule in rules
         if rule.member != "@context"
     )
@@ -635,24 +647,7 @@ EMBEDDED: Mapping[str, tuple[Rule, ...]] = {
 }
 
 
-def validate(document: Any) -> list[Finding]:
-    """Find everything that is wrong with a notification.
-
-    `document` is what `parse` returns; it is not changed. Returns the findings in the order of
-    the rules. Never raises.
-    """
-    findings: dict[str, Finding] = {}
-    for prefix, part, pattern, rules in claims(document):
-        spec = pattern.spec if pattern else SPECIFICATION
-        for rule in rules:
-            finding = rule.examine(part, prefix, spec)
-            if finding:
-                # An answer and the offer in it make some of the same demands of its object.
-                findings.setdefault(finding.message, finding)
-    return list(findings.values())
-
-
-def claims(document: Any) -> Iterator[tuple[str, Any, Pattern | None, tuple[Rule, ...]]]:
+def parts(document: Any) -> Iterator[tuple[str, Any, Pattern | None, tuple[Rule, ...]]]:
     """Yield the notification and, where it answers one that it embeds, that one, and so on.
 
     Each comes as the pointer to it, itself, its pattern and its rules.
@@ -666,13 +661,31 @@ def claims(document: Any) -> Iterator[tuple[str, Any, Pattern | None, tuple[Rule
             yield prefix, document, pattern, EMBEDDED[pattern.name]
 
 
+def validate(document: Any) -> list[Finding]:
+    """Find everything that is wrong with a notification.
+
+    `document` is what `parse` returns; it is not changed. Returns the findings in the order of
+    the rules. Never raises.
+    """
+    findings: dict[str, Finding] = {}
+    for prefix, part, pattern, rules in parts(document):
+        spec = pattern.spec if pattern else SPECIFICATION
+        for rule in rules:
+            finding = rule.examine(part, prefix, spec)
+            if finding:
+                # An answer and the offer in it make some of the same demands of its object.
+                findings.setdefault(finding.message, finding)
+    return list(findings.values())
+
+
 def constraints() -> list[dict[str, Any]]:
     """List the rules, one entry for each code, with the level it has for each pattern."""
     listed: dict[str, dict[str, Any]] = {}
     for pattern in PATTERNS:
         for rule in RULES[pattern.name]:
             required = ("required", "be present", rule.absent)
-            for need, demand, level in (required, (*rule.check[:2], rule.wrong)):
+            right = (rule.check.name, rule.check.demand, rule.wrong)
+            for need, demand, level in (required, right):
                 entry = {"code": rule.code(need), "member": rule.member, "demand": demand}
                 if level:
                     levels = listed.setdefault(entry["code"], {**entry, "levels": {}})["levels"]
@@ -703,7 +716,7 @@ class Store:
         return os.path.join(self.directory, name + SUFFIX)
 
     def names(self) -> list[str]:
-        """List the names of the notifications, oldest first."""
+        """List the names of the notifications by the second in which they arrived."""
         try:
             with os.scandir(self.directory) as entries:
                 return sorted(
@@ -759,16 +772,16 @@ class Store:
 
     def read(self, name: str) -> bytes:
         """Read the octets of a notification. Raises `KeyError` when there is none of this name."""
-        with self.existing(name) as path, open(path, "rb") as file:
+        with self.regular_file(name) as path, open(path, "rb") as file:
             return file.read()
 
     def remove(self, name: str) -> None:
         """Remove a notification. Raises `KeyError` when there is none of this name."""
-        with self.existing(name) as path:
+        with self.regular_file(name) as path:
             os.remove(path)
 
     @contextlib.contextmanager
-    def existing(self, name: str) -> Iterator[str]:
+    def regular_file(self, name: str) -> Iterator[str]:
         try:
             # What is no regular file could keep its reader waiting, or lead out of the directory.
             if not stat.S_ISREG(os.lstat(self.path(name)).st_mode):
@@ -804,7 +817,7 @@ PAGE = """<!doctype html>
 
 
 def page(title: str, content: str) -> str:
-    """Set content, which is HTML, in a page; the title is text."""
+    """Wrap HTML content in a page; the title is escaped here."""
     return PAGE.format(title=html.escape(title), content=content)
 
 
@@ -829,7 +842,7 @@ def constraints_page() -> str:
     rows = []
     for entry in constraints():
         levels = ", ".join(f"{name} {level}" for name, level in entry["levels"].items())
-        demand = f"{entry['member'] or 'the notification'} must {entry['demand']}"
+        demand = f"{entry['member'] or 'the notification'}: {entry['demand']}"
         cells = "".join(f"<td>{html.escape(text)}</td>" for text in (entry["code"], demand, levels))
         rows.append(f'<tr id="{html.escape(entry["code"])}">{cells}</tr>')
     meanings = "".join(f"<dt>{level}</dt><dd>{text}</dd>" for level, text in LEVELS.items())
@@ -854,11 +867,24 @@ LINGER = 2.0
 
 
 class Response(NamedTuple):
-    """An answer, but for the headers that every answer has."""
+    """Status, body and own headers of an answer; `reply` adds the headers that all have."""
 
     status: int
     body: bytes = b""
     headers: Mapping[str, str] = {}
+
+
+def json_response(
+    status: int, document: Any, kind: str = "application/json", headers: Mapping[str, str] = {}
+) -> Response:
+    body = json.dumps(document, indent=2).encode() + b"\n"
+    return Response(status, body, {"Content-Type": kind, **headers})
+
+
+def html_response(text: str, headers: Mapping[str, str] = {}) -> Response:
+    kind = {"Content-Type": "text/html; charset=utf-8"}
+    policy = {"Content-Security-Policy": "default-src 'none'"}
+    return Response(200, text.encode("utf-8", "replace"), {**kind, **policy, **headers})
 
 
 class Problem(Exception):
@@ -872,30 +898,10 @@ class Problem(Exception):
         self.headers, self.members = headers, members
 
     def response(self) -> Response:
-        """Put it as a problem document (RFC 9457)."""
+        """Make the problem document (RFC 9457)."""
         title = {"type": "about:blank", "title": self.status.phrase, "status": self.status}
         document = {**title, "detail": self.detail, **self.members}
         return json_response(self.status, document, "application/problem+json", self.headers)
-
-
-def json_response(
-    status: int, document: Any, kind: str = "application/json", headers: Mapping[str, str] = {}
-) -> Response:
-    body = json.dumps(document, indent=2).encode() + b"\n"
-    return Response(status, body, {"Content-Type": kind, "Vary": "Accept", **headers})
-
-
-def html_response(text: str, headers: Mapping[str, str] = {}) -> Response:
-    return Response(
-        200,
-        text.encode("utf-8", "replace"),
-        {
-            "Content-Type": "text/html; charset=utf-8",
-            "Content-Security-Policy": "default-src 'none'",
-            "Vary": "Accept",
-            **headers,
-        },
-    )
 
 
 def quality(media_type: str, accept: str) -> float:
@@ -913,7 +919,7 @@ def quality(media_type: str, accept: str) -> float:
 
 
 @contextlib.contextmanager
-def store_faults() -> Iterator[None]:
+def store_problems() -> Iterator[None]:
     """Turn what goes wrong with the store into problems."""
     try:
         yield
@@ -921,7 +927,7 @@ def store_faults() -> Iterator[None]:
         raise Problem(404, "no notification has this name") from None
     except OSError as error:
         LOG.error("the store failed: %s", error)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = errno.errorcode.get(error.errno or 0) in ("ENOSPC", "EDQUOT")
         raise Problem(507 if full else 500, f"the store failed: {error.strerror}") from error
 
 
@@ -946,15 +952,15 @@ class DeadlineReader(io.RawIOBase):
                 return self.connection.recv_into(buffer)
         except socket.timeout:
             pass
-        raise Problem(408, "the request took too long")
+        raise Problem(408, "the request was not complete in time (REQUEST_TIMEOUT)")
 
 
 class InboxHandler(http.server.BaseHTTPRequestHandler):
     """Serves the requests of one connection.
 
-    The base class parses a request and calls `do_VERB`. Each of them is `serve`, which looks the
-    resource up in `ROUTES` and sends the `Response` that its method returns. Whatever is wrong is
-    raised as `Problem`, by the base class too; `reply` alone writes.
+    The base class parses a request and calls `do_GET` or its like. All of these are `serve`, which
+    finds the resource in `ROUTES` and sends the `Response` that its method returns. Whatever is
+    wrong is raised as `Problem`, by the base class too. `reply` writes every answer.
     """
 
     protocol_version = "HTTP/1.1"
@@ -999,10 +1005,11 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             if self.request_begins():
                 super().handle_one_request()
         except Problem as problem:
+            self.log_message("%s", problem.detail)
             self.reply(problem.response())
 
     def request_begins(self) -> bool:
-        """Wait for a request; False when the client or the server has had enough."""
+        """Wait for a request; False if none comes in time, or the client or the server stops."""
         patience = self.server.settings.REQUEST_TIMEOUT
         self.wire.deadline = time.monotonic() + patience
         with self.server.idling(self.connection), contextlib.suppress(Problem):
@@ -1022,6 +1029,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         super().parse_request()
         self.rfile = self.incoming
         if self.server.settings.DEBUG:
+            self.log_message("%s", self.requestline)
             for name, value in self.headers.items():
                 secret = name.lower() == "authorization"
                 self.log_message("%s: %s", name, "(masked)" if secret else value)
@@ -1047,8 +1055,8 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Raise what the base class would send as HTML."""
-        if code == HTTPStatus.NOT_IMPLEMENTED:  # it has no `do_VERB`, and so has no resource
-            self.serve()
+        if code == HTTPStatus.NOT_IMPLEMENTED:
+            self.serve()  # which answers a verb that nothing knows with 405, or 404
         else:
             detail = ": ".join(text for text in (message, explain) if text)
             raise Problem(code, detail or HTTPStatus(code).description)
@@ -1077,18 +1085,20 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
                     return verbs[verb](self, **match.groupdict())
                 allow = {"Allow": ", ".join([*verbs, "HEAD", "OPTIONS"])}
                 if verb != "OPTIONS":
-                    raise Problem(405, f"{self.command} does not work here", allow)
+                    detail = f"{self.command} does not work here, but {allow['Allow']} do"
+                    raise Problem(405, detail, allow)
                 post = {"Accept-Post": ACCEPT_POST} if "POST" in verbs else {}
                 return Response(204, headers={**allow, **post})
-        raise Problem(404, "nothing is here")
+        raise Problem(404, "nothing is here; there are /, /inbox, /inbox/NAME and /constraints")
 
     def reply(self, response: Response) -> None:
-        """Send a response; everything that is sent, but for the 100, passes here."""
+        """Send an answer; nothing but `100 Continue` is sent elsewhere."""
         self.close_connection = self.close_connection or self.unread or self.server.closing
         self.connection.settimeout(self.server.settings.REQUEST_TIMEOUT)
         self.send_response(response.status)
         for name, value in response.headers.items():
             self.send_header(name, value)
+        self.send_header("Vary", "Accept")
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("Connection", "close" if self.close_connection else "keep-alive")
         if response.status != HTTPStatus.NO_CONTENT:
@@ -1102,7 +1112,10 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         # Escaped: what clients send must not pass for lines of the log.
-        line = (format % args).encode("unicode_escape").decode("ascii")
+        line = "".join(
+            character if character.isprintable() else character.encode("unicode_escape").decode()
+            for character in format % args
+        )
         LOG.info("%s %s", self.client_address[0], line)
 
     # What a request says about itself
@@ -1147,46 +1160,50 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
                 octets = b""
         if not secrets.compare_digest(octets, token.encode()):
             challenge = 'Bearer realm="coarinbox", Basic realm="coarinbox", charset="UTF-8"'
-            raise Problem(401, "the token did not come", {"WWW-Authenticate": challenge})
+            detail = 'no "Authorization: Bearer TOKEN", nor TOKEN as the password of Basic'
+            raise Problem(401, detail, {"WWW-Authenticate": challenge})
 
     def wants_html(self) -> bool:
         accept = ",".join(self.headers.get_all("Accept", ["*/*"]))
         data = max(quality(JSON_LD, accept), quality("application/json", accept))
         return quality("text/html", accept) > data
 
-    def unmet(
+    def constraint(
         self, status: int, detail: str, headers: Mapping[str, str] = {}, **members: Any
     ) -> Problem:
-        """Make the problem of a notification that the inbox does not take (LDN section 3.3.2)."""
+        """Make a problem that says where the constraints of the inbox stand (LDP 4.2.1.6)."""
         link = f'<{self.base}/constraints>; rel="http://www.w3.org/ns/ldp#constrainedBy"'
         return Problem(status, detail, {"Link": link, **headers}, **members)
 
     def check_content(self) -> None:
-        kind = self.headers.get_content_type() if "Content-Type" in self.headers else "missing"
-        if not re.fullmatch(r"application/(json|\S+\+json)", kind):
-            detail = f"the content type is {kind}, expected {JSON_LD}"
-            raise self.unmet(415, detail, {"Accept-Post": ACCEPT_POST})
+        if not re.fullmatch(r"application/(json|\S+\+json)", self.headers.get_content_type()):
+            given = self.headers.get("Content-Type", "missing")
+            detail = f"Content-Type is {given}, expected {ACCEPT_POST} or the like"
+            raise self.constraint(415, detail, {"Accept-Post": ACCEPT_POST})
         coding = self.headers.get("Content-Encoding", "identity").strip().lower()
         if coding != "identity":
-            detail = f"the content coding is {coding}, expected none"
-            raise self.unmet(415, detail, {"Accept-Encoding": "identity"})
+            detail = f"Content-Encoding is {coding}, expected none"
+            raise self.constraint(415, detail, {"Accept-Encoding": "identity"})
 
-    def examine(self, octets: bytes) -> dict[str, Any]:
+    def judge(self, octets: bytes) -> dict[str, Any]:
         """Return the pattern and the warnings of a notification; refuse it if it is not valid."""
         try:
             document = parse(octets)
         except ValueError as error:
-            raise self.unmet(400, f"the body is not JSON: {error}") from error
+            raise self.constraint(400, f"the body is not JSON: {error}") from error
         mode = self.server.settings.VALIDATE_INCOMING
-        refused = REFUSED[mode] if isinstance(document, (dict, list)) else E
+        refused = REFUSED[mode] if isinstance(document, (dict, list)) else (E,)
         pattern = pattern_of(document)
         result: dict[str, Any] = {"pattern": pattern.name if pattern else None}
         findings = validate(document)
+        for finding in findings:
+            self.log_message("%s %s: %s", finding.level, finding.pointer, finding.message)
         errors = [finding.as_json() for finding in findings if finding.level in refused]
         warnings = [finding.as_json() for finding in findings if finding.level not in refused]
         if errors:
-            detail = f"not a valid notification: {len(errors)} errors"
-            raise self.unmet(400, detail, **result, errors=errors, warnings=warnings)
+            count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
+            detail = f"not a valid notification: {count}"
+            raise self.constraint(400, detail, **result, errors=errors, warnings=warnings)
         return {**result, "warnings": warnings}
 
     # The body of a request (RFC 9112 sections 6 and 7)
@@ -1221,7 +1238,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     def check_size(self, size: int) -> int:
         limit = self.server.settings.MAX_CONTENT_LENGTH
         if size > limit:
-            raise self.unmet(413, f"the body is larger than {limit} octets")
+            raise self.constraint(413, f"the body is larger than {limit} octets")
         return size
 
     def read_chunks(self) -> Iterator[bytes]:
@@ -1252,7 +1269,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     def get_home(self) -> Response:
         link = f'<{self.base}/inbox>; rel="http://www.w3.org/ns/ldp#inbox"'
-        with store_faults():
+        with store_problems():
             names = self.server.store.names()
         return html_response(inbox_page(self.base, names), {"Link": link})
 
@@ -1260,7 +1277,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         """List the notifications (LDN section 3.3.1)."""
         if self.wants_html():
             return self.get_home()
-        with store_faults():
+        with store_problems():
             names = self.server.store.names()
         return json_response(
             200,
@@ -1278,9 +1295,9 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         self.check_content()
         octets = self.read_body()
         if self.server.settings.DEBUG:
-            self.log_message("body: %s", octets.decode("latin-1"))
-        receipt = self.examine(octets)
-        with store_faults():
+            self.log_message("%s", octets.decode("utf-8", "backslashreplace"))
+        receipt = self.judge(octets)
+        with store_problems():
             name = self.server.store.add(octets)
         location = f"{self.base}/inbox/{name}"
         status = self.server.settings.RESPONSE_STATUS
@@ -1288,19 +1305,19 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         return json_response(status, {"location": location, **receipt}, headers=headers)
 
     def delete_inbox(self) -> Response:
-        with store_faults():
+        with store_problems():
             self.server.store.clear()
         return Response(204)
 
     def get_notification(self, name: str) -> Response:
-        with store_faults():
+        with store_problems():
             octets = self.server.store.read(name)
         if self.wants_html():
             return html_response(notification_page(name, octets))
-        return Response(200, octets, {"Content-Type": JSON_LD, "Vary": "Accept"})
+        return Response(200, octets, {"Content-Type": JSON_LD})
 
     def delete_notification(self, name: str) -> Response:
-        with store_faults():
+        with store_problems():
             self.server.store.remove(name)
         return Response(204)
 
@@ -1328,11 +1345,31 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 # --- Server --------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def unusable(what: str) -> Iterator[None]:
+    """Turn errors of the operating system into errors of the settings that led to them."""
+    try:
+        yield
+    except (OSError, UnicodeError) as error:
+        raise ConfigurationError(f"{what}: {error}") from error
+
+
+def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | None:
+    if certificate is None:
+        return None
+    import ssl  # costs more than everything else at start
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(certificate, key)
+    return context
+
+
 class InboxServer(http.server.ThreadingHTTPServer):
     """An inbox that listens as soon as it is made and serves from `serve_forever` to `shutdown`.
 
-    `server_close`, or the end of a `with` block, waits for the requests in flight. Raises
-    `ConfigurationError` when a setting cannot be put into practice.
+    `server_close`, or the end of a `with` block, shuts it down and waits for the requests in
+    flight. Raises `ConfigurationError` when a setting cannot be put into practice.
     """
 
     daemon_threads = False  # nobody waits for daemons
@@ -1341,12 +1378,12 @@ class InboxServer(http.server.ThreadingHTTPServer):
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.closing = False
+        self.serving = self.closing = False
         self.lock = threading.Lock()
         self.idle: dict[socket.socket, None] = {}  # the connection that was idle longest is first
         self.slots = threading.Semaphore(settings.MAX_CONNECTIONS)
         self.address_family = socket.AF_INET6 if ":" in settings.HOST else socket.AF_INET
-        with unusable("SSL_CERT, SSL_KEY"):
+        with unusable(f"SSL_CERT {settings.SSL_CERT!r}, SSL_KEY {settings.SSL_KEY!r}"):
             self.tls = tls_context(settings.SSL_CERT, settings.SSL_KEY)
         with unusable(f"STORE_DIR {settings.STORE_DIR!r}"):
             self.store = Store(settings.STORE_DIR, settings.FSYNC)
@@ -1356,7 +1393,7 @@ class InboxServer(http.server.ThreadingHTTPServer):
     def server_bind(self) -> None:
         if self.settings.HOST == "::":
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        # Not what HTTPServer does besides, which may wait for a name server.
+        # HTTPServer would also look up a name for the address, and may wait long for it.
         socketserver.TCPServer.server_bind(self)
 
     @property
@@ -1372,9 +1409,9 @@ class InboxServer(http.server.ThreadingHTTPServer):
         return "https" if self.tls else "http"
 
     def answers_to(self, host: str) -> bool:
-        """Whether a request may call us `host`: on loopback, only by a name of that.
+        """Whether a request may be for `host`: on loopback, only for a loopback name or BASE_URL.
 
-        The page of another site could lead its own name here (DNS rebinding).
+        Otherwise a web page could have its own host name resolve to loopback (DNS rebinding).
         """
         bound, name = str(self.server_address[0]), host.lower().rstrip(".")
         ip = ip_address(name)
@@ -1429,39 +1466,30 @@ class InboxServer(http.server.ThreadingHTTPServer):
                     # Not the method of a TLS socket, which would go on without encryption.
                     socket.socket.shutdown(connection, socket.SHUT_RD)
 
+    def serve_forever(self, poll_interval: float = 0.1) -> None:
+        if self.closing:
+            return
+        self.serving = True
+        try:
+            super().serve_forever(poll_interval)
+        finally:
+            self.serving = False
+
     def shutdown(self) -> None:
         """Stop `serve_forever`, from another thread."""
         self.closing = True
         super().shutdown()
 
     def server_close(self) -> None:
+        if self.serving:
+            self.shutdown()
         self.closing = True
         self.hang_up()
         super().server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):  # which is a connection that broke
+        if not isinstance(sys.exc_info()[1], OSError):  # an OSError is a connection that broke
             LOG.exception("a fault of the inbox itself")
-
-
-@contextlib.contextmanager
-def unusable(what: str) -> Iterator[None]:
-    """Turn errors of the operating system into errors of the settings named."""
-    try:
-        yield
-    except (OSError, UnicodeError) as error:
-        raise ConfigurationError(f"{what}: {error}") from error
-
-
-def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | None:
-    if certificate is None:
-        return None
-    import ssl  # costs more than everything else at start
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(certificate, key)
-    return context
 
 
 # --- Command line --------------------------------------------------------------------------------
@@ -1497,7 +1525,7 @@ def attach_debugger(host: str, port: int) -> None:
         LOG.warning("no debugger: %s:%s: %s", host, port, error)
 
 
-def serve(server: InboxServer) -> None:
+def run(server: InboxServer) -> None:
     """Serve until SIGINT or SIGTERM; the second one does not wait for requests in flight."""
 
     def stop(number: int, frame: types.FrameType | None) -> None:
@@ -1517,7 +1545,7 @@ validation  {server.settings.VALIDATE_INCOMING}""",
             file=sys.stderr,
             flush=True,
         )
-        server.serve_forever(poll_interval=0.1)
+        server.serve_forever()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -1529,7 +1557,7 @@ def main(arguments: list[str] | None = None) -> int:
         settings = configure(filename, options)
         if settings.DEBUG_PYCHARM:
             attach_debugger(settings.DEBUG_PYCHARM_SERVER, settings.DEBUG_PYCHARM_PORT)
-        serve(InboxServer(settings))
+        run(InboxServer(settings))
     except ConfigurationError as error:
         print(f"coarinbox: {error}", file=sys.stderr)
         return 2
