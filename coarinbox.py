@@ -1197,7 +1197,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         result: dict[str, Any] = {"pattern": pattern.name if pattern else None}
         findings = validate(document)
         for finding in findings:
-            self.log_message("%s %s: %s", finding.level, finding.pointer, finding.message)
+            self.log_message("%s %s", finding.level, finding.message)
         errors = [finding.as_json() for finding in findings if finding.level in refused]
         warnings = [finding.as_json() for finding in findings if finding.level not in refused]
         if errors:
@@ -1279,16 +1279,13 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             return self.get_home()
         with store_problems():
             names = self.server.store.names()
-        return json_response(
-            200,
-            {
-                "@context": {"ldp": "http://www.w3.org/ns/ldp#"},
-                "@id": self.base + self.target,
-                "@type": "ldp:Container",
-                "ldp:contains": [{"@id": f"{self.base}/inbox/{name}"} for name in names],
-            },
-            JSON_LD,
-        )
+        listing = {
+            "@context": {"ldp": "http://www.w3.org/ns/ldp#"},
+            "@id": self.base + self.target,
+            "@type": "ldp:Container",
+            "ldp:contains": [{"@id": f"{self.base}/inbox/{name}"} for name in names],
+        }
+        return json_response(200, listing, JSON_LD)
 
     def post_inbox(self) -> Response:
         """Take a notification in (LDN section 3.3.2); a 2xx is a promise that it is stored."""
@@ -1324,15 +1321,13 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     def get_constraints(self) -> Response:
         if self.wants_html():
             return html_response(constraints_page())
-        return json_response(
-            200,
-            {
-                "specification": SPECIFICATION,
-                "levels": LEVELS,
-                "refused": list(REFUSED[self.server.settings.VALIDATE_INCOMING]),
-                "constraints": constraints(),
-            },
-        )
+        document = {
+            "specification": SPECIFICATION,
+            "levels": LEVELS,
+            "refused": REFUSED[self.server.settings.VALIDATE_INCOMING],
+            "constraints": constraints(),
+        }
+        return json_response(200, document)
 
     ROUTES: Mapping[str, Mapping[str, Callable[..., Response]]] = {
         "/": {"GET": get_home},
@@ -1413,15 +1408,13 @@ class InboxServer(http.server.ThreadingHTTPServer):
 
         Otherwise a web page could have its own host name resolve to loopback (DNS rebinding).
         """
-        bound, name = str(self.server_address[0]), host.lower().rstrip(".")
-        ip = ip_address(name)
-        listening_at = ip_address(f"[{bound}]" if ":" in bound else bound)
-        return (
-            not (name and listening_at and listening_at.is_loopback)
-            or (ip.is_loopback if ip else f".{name}".endswith(".localhost"))
-            or name.strip("[]")
-            == (urlsplit(self.settings.BASE_URL or "").hostname or "").rstrip(".")
-        )
+        name, bound = host.lower().rstrip("."), str(self.server_address[0])
+        ip, own_ip = ip_address(name), ip_address(f"[{bound}]" if ":" in bound else bound)
+        if not name or not own_ip or not own_ip.is_loopback:
+            return True
+        known = urlsplit(self.settings.BASE_URL or "").hostname or ""
+        is_local = ip.is_loopback if ip else f".{name}".endswith(".localhost")
+        return is_local or name.strip("[]") == known.rstrip(".")
 
     def get_request(self) -> tuple[socket.socket, Any]:
         connection, address = super().get_request()
@@ -1467,23 +1460,24 @@ class InboxServer(http.server.ThreadingHTTPServer):
                     socket.socket.shutdown(connection, socket.SHUT_RD)
 
     def serve_forever(self, poll_interval: float = 0.1) -> None:
-        if self.closing:
-            return
-        self.serving = True
+        with self.lock:
+            if self.closing:
+                return
+            self.serving = True
         try:
             super().serve_forever(poll_interval)
         finally:
             self.serving = False
 
     def shutdown(self) -> None:
-        """Stop `serve_forever`, from another thread."""
-        self.closing = True
-        super().shutdown()
+        """Stop `serve_forever`, from another thread, or keep it from ever beginning."""
+        with self.lock:
+            self.closing = True
+        if self.serving:  # or the base class would wait for the end of what has not begun
+            super().shutdown()
 
     def server_close(self) -> None:
-        if self.serving:
-            self.shutdown()
-        self.closing = True
+        self.shutdown()
         self.hang_up()
         super().server_close()
 
@@ -1498,7 +1492,7 @@ class InboxServer(http.server.ThreadingHTTPServer):
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="coarinbox",
-        argument_default=argparse.SUPPRESS,
+        argument_default=argparse.SUPPRESS,  # what is not given leaves the setting alone
         description="An inbox for COAR Notify notifications.",
         epilog="The environment variable COARNOTIFY_SETTINGS may name the configuration file too.",
     )
@@ -1536,15 +1530,14 @@ def run(server: InboxServer) -> None:
     with server:
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
-        print(
-            f"""coarinbox {__version__}
-inbox       {server.base}/inbox
-page        {server.base}/
-store       {server.store.directory}
-validation  {server.settings.VALIDATE_INCOMING}""",
-            file=sys.stderr,
-            flush=True,
-        )
+        lines = [
+            f"coarinbox {__version__}",
+            f"inbox       {server.base}/inbox",
+            f"page        {server.base}/",
+            f"store       {server.store.directory}",
+            f"validation  {server.settings.VALIDATE_INCOMING}",
+        ]
+        print("\n".join(lines), file=sys.stderr, flush=True)
         server.serve_forever()
 
 

@@ -1180,8 +1180,8 @@ class LogTest(InboxTest):
         self.post(ValidationModeTest.INVALID)
         lines = "\n".join(self.log_lines())
         for line in (
-            "E /origin: origin is missing; it must be an object",
-            "M /target/inbox: target.inbox is missing; it must be an HTTP URI",
+            "E origin is missing; it must be an object",
+            "M target.inbox is missing; it must be an HTTP URI",
             "not a valid notification: 1 error\n",
             '"POST /inbox HTTP/1.1" 400',
         ):
@@ -2024,6 +2024,12 @@ class ConfigurationTest(ProgramTest):
                 self.assertEqual(inbox.banner[-2], f"store       {self.directory / store}")
                 self.assertEqual(inbox.banner[-1], f"validation  {mode}")
 
+    def test_a_flag_that_is_not_given_leaves_the_file_alone(self) -> None:
+        path = self.config("DEBUG_PYCHARM = True\nPORT = 0")
+        without_packages = [sys.executable, "-I", "-S", str(MODULE), "--config", path]
+        with running(without_packages, cwd=self.directory) as inbox:
+            self.assertIn("no debugger", "\n".join(inbox.banner))
+
     def test_errors_name_the_file_the_line_and_what_is_wrong(self) -> None:
         for text, expected in [
             ("PORT = 5005\nHOST = (", "local.cfg, line 2: SyntaxError"),
@@ -2146,6 +2152,13 @@ class EmbeddedTest(unittest.TestCase):
             thread.join(10)
             self.assertFalse(thread.is_alive())
             server.serve_forever()  # too late, and over at once
+
+    def test_an_inbox_that_never_served_can_be_ended(self) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            settings = coarinbox.Settings(PORT=0, STORE_DIR=directory)
+            with coarinbox.InboxServer(settings) as server:
+                server.shutdown()
+                server.serve_forever()
 
 
 class LimitTest(InboxTest):
