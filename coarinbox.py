@@ -1427,12 +1427,9 @@ class InboxServer(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection in its own thread; wait, or end an idle one, if there are too many."""
-        while not (self.closing or self.slots.acquire(timeout=0.1)):
+        while not self.slots.acquire(timeout=0.1):
             self.hang_up(1)
-        if self.closing:
-            self.close_request(request)
-        else:
-            super().process_request(request, client_address)
+        super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request)
