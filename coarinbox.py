@@ -104,12 +104,12 @@ def parse(octets: bytes) -> Any:
         if text.startswith("\ufeff"):
             raise ValueError("it starts with a byte order mark (RFC 8259 section 8.1)")
         document = DECODER.decode(text)
+        if depth(document) > MAX_DEPTH:
+            raise RecursionError
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error.reason} at octet {error.start}") from error
     except RecursionError:
         raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from None
-    if depth(document) > MAX_DEPTH:
-        raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
     return document
 
 
@@ -197,12 +197,12 @@ def is_base_url(value: Any) -> bool:
     return is_http_uri(value) and value.isascii() and not re.search("[?#]", value)
 
 
-def is_host(value: Any) -> bool:
+def is_printable(value: Any) -> bool:
     return is_text(value) and value.isprintable()
 
 
 def is_secret(value: Any) -> bool:
-    return is_host(value) and value == value.strip()
+    return is_printable(value) and value == value.strip()
 
 
 def optional(kind: Kind) -> Kind:
@@ -219,7 +219,7 @@ A_DURATION = Kind(  # sockets refuse what the platform's clock cannot hold
     "a number of seconds, 0.001 to 86400",
     lambda value: type(value) in (int, float) and 0.001 <= value <= 86400,
 )
-A_HOST = Kind("a host name or an IP address", is_host)
+A_HOST = Kind("a host name or an IP address", is_printable)
 A_BASE_URL = Kind('a URL such as "https://inbox.example.org", without a query', is_base_url)
 A_SECRET = Kind("a text without line breaks, or spaces around it", is_secret)
 A_FILE = Kind("the name of a file", is_path)
@@ -1180,7 +1180,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             given = self.headers.get("Content-Type", "missing")
             detail = f"Content-Type is {given}, expected {ACCEPT_POST} or the like"
             raise self.constraint(415, detail, {"Accept-Post": ACCEPT_POST})
-        coding = self.headers.get("Content-Encoding", "identity").strip().lower()
+        coding = self.headers.get("Content-Encoding", "identity").lower()
         if coding != "identity":
             detail = f"Content-Encoding is {coding}, expected none"
             raise self.constraint(415, detail, {"Accept-Encoding": "identity"})
@@ -1255,8 +1255,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             yield self.read_exactly(size)
             if self.read_exactly(2) != b"\r\n":
                 raise Problem(400, "the body's chunks are malformed: one is longer than its size")
-        trailer = self.read_head()
-        if not trailer.endswith(b"\r\n\r\n") and trailer != b"\r\n":
+        if not (b"\r\n" + self.read_head()).endswith(b"\r\n\r\n"):
             raise Problem(400, "the trailer after the body's chunks is too long")
 
     def read_exactly(self, size: int) -> bytes:
