@@ -822,6 +822,7 @@ ABOUT_LENGTH = 1000  # characters that are kept of each
 
 CONVERSATION = 50  # deliveries that are shown of one, the newest
 MAX_LINES = 2000  # of a payload that are shown
+MARK = 64  # octets at the beginning of a line that tell it from others: they hold its name
 HEARTBEAT = 1.0  # seconds after which those who follow the log learn that there is nothing new
 
 
@@ -890,7 +891,7 @@ class Delivery(NamedTuple):
         try:
             entry = json.loads(line)
             findings = [Finding(**finding) for finding in entry.pop("findings")]
-            octets = base64.b64decode(entry.pop("body_base64", "")) or None
+            octets = base64.b64decode(entry.pop("body_base64", ""), validate=True) or None
             text = entry.pop("body", None)
             body = octets if text is None else text.encode("utf-8", "replace")
             delivery = cls(**entry, findings=findings, body=body)
@@ -1085,17 +1086,19 @@ class DeliveryLog:
 
     def follow(self, position: int) -> Iterator[Delivery | None]:
         """Yield the deliveries from an offset on, as they come, and None where none comes soon."""
-        beginning = b""
+        anchor, mark = 0, b""  # where some line that was read begins, and how
         while True:
             with self.reading() as file:
-                head, size = file.read(64), file.seek(0, os.SEEK_END)
-                if not head.startswith(beginning):  # a log of its own, with another first name
-                    position = 0
-                beginning, seen = head, file.seek(min(position, size))
+                file.seek(anchor)
+                if file.read(len(mark)) != mark:  # this is not the log that it was
+                    position, mark = 0, b""
+                if not mark:
+                    anchor, mark = file.seek(0), file.read(MARK)
+                seen = file.seek(min(position, file.seek(0, os.SEEK_END)))
                 for line in file:
                     seen += len(line)
                     if line.endswith(b"\n"):
-                        position = seen
+                        anchor, mark, position = position, line[:MARK], seen
                         delivery = Delivery.from_json(line)
                         if delivery:
                             yield delivery
@@ -1781,7 +1784,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         """Send an answer; nothing but `100 Continue` is sent elsewhere."""
         if response.detail:
             self.log_message("%s", response.detail)
-        if self.command == "POST" and re.fullmatch(INBOX, self.resource):
+        if self.requestline.startswith("POST ") and re.fullmatch(INBOX, self.resource):
             self.record(response)
         whole = isinstance(response.body, bytes)
         self.close_connection |= self.unread or self.server.closing or not whole

@@ -13,13 +13,17 @@ import base64
 import concurrent.futures
 import contextlib
 import copy
+import datetime
 import doctest
 import errno
+import hashlib
+import html.parser
 import http.client
 import importlib.util
 import json
 import logging
 import logging.handlers
+import operator
 import os
 import pathlib
 import re
@@ -33,6 +37,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import unittest
 import unittest.mock
 import urllib.parse
@@ -262,6 +267,11 @@ def post_head(*lines: str) -> bytes:
 
 ACCEPT = NOTIFICATIONS["Accept"]
 BODY = json.dumps(ACCEPT).encode()
+
+
+def utc_now() -> str:
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return now.strftime("%Y-%m-%dT%H:%M:%S.") + f"{now.microsecond // 1000:03}Z"
 
 
 def files_in(store: Any) -> list[str]:
@@ -1045,7 +1055,7 @@ class ResourcesTest(InboxTest):
     def test_a_page_is_for_those_who_prefer_html(self) -> None:
         location = path_of(self.post().headers["Location"])
         browser = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
-        for accept, html in [
+        for accept, is_html in [
             (browser, True),
             ("text/html", True),
             ("text/*", True),
@@ -1064,7 +1074,9 @@ class ResourcesTest(InboxTest):
                 with self.subTest(accept, path=path):
                     answer = self.ask("GET", path, headers={"Accept": accept})
                     self.assertEqual(answer.status, 200)
-                    self.assertEqual(answer.headers["Content-Type"].startswith("text/html"), html)
+                    self.assertEqual(
+                        answer.headers["Content-Type"].startswith("text/html"), is_html
+                    )
                     self.assertEqual(answer.headers["Vary"], "Accept")
                     self.assertEqual(answer.headers["X-Content-Type-Options"], "nosniff")
 
@@ -1769,6 +1781,832 @@ class BrokenStoreTest(InboxTest):
                     subprocess.run(inside + remount, check=True, timeout=20)
                     self.assertEqual(inbox.ask("POST", "/inbox", ACCEPT).status, status)
                 self.assertEqual(len(inbox.ask("GET", "/inbox").json()["ldp:contains"]), 1)
+
+
+# --- Deliveries ----------------------------------------------------------------------------------
+
+OFFER = NOTIFICATIONS["Request Review"]
+# Refused for two reasons, with a warning besides.
+REFUSED = changed(changed(OFFER, "origin", "https://r.example.org/"), "id", "offer-1")
+REFUSED = changed(REFUSED, "object.ietf:cite-as", ABSENT)
+
+
+class DeliveriesTest(InboxTest):
+    """Tests that look at the log of the deliveries."""
+
+    @property
+    def path(self) -> pathlib.Path:
+        return pathlib.Path(self.server.store.directory, "deliveries.jsonl")
+
+    def lines(self) -> list[Any]:
+        return [json.loads(line) for line in self.path.read_bytes().splitlines()]
+
+    def deliveries(self, query: str = "") -> list[Any]:
+        answer = self.ask("GET", f"/deliveries{query}")
+        self.assertEqual(answer.status, 200, answer)
+        listed = answer.json()["deliveries"]
+        assert isinstance(listed, list)
+        return listed
+
+    def statuses(self, query: str = "") -> list[int]:
+        return [delivery["status"] for delivery in self.deliveries(query)]
+
+    def names(self, query: str = "") -> list[str]:
+        return [delivery["name"] for delivery in self.deliveries(query)]
+
+
+class DeliveryLogTest(DeliveriesTest):
+    settings = {"MAX_CONTENT_LENGTH": 10_000, "REQUEST_TIMEOUT": 0.5}
+
+    def test_every_attempt_has_a_line_in_order_of_arrival(self) -> None:
+        attempts: list[tuple[bytes, int, str, str]] = [
+            (post_head(f"Content-Length: {len(BODY)}") + BODY, 201, "", ""),
+            (post_head("Content-Length: 7") + b'{"a":1}', 400, "not a valid notif", '{"a":1}'),
+            (post_head("Content-Length: 4") + b"true", 400, "not a valid notification", "true"),
+            (post_head("Content-Length: 2") + b"no", 400, "not JSON", "no"),
+            (post_head("Content-Length: 9") + b"half", 400, "ended 5 octets early", "half"),
+            (post_head("Transfer-Encoding: chunked") + b"4\r\nhalf\r\n5", 400, "no size", "half"),
+            (post_head("Content-Length: 1", "broken") + b"x", 400, "header line", ""),
+            (post_head().replace(b"localhost", b"evil.example"), 421, "BASE_URL", ""),
+            (post_head().replace(b"ld+json", b"pdf"), 415, "Content-Type is application/pdf", ""),
+            (post_head(), 411, "neither", ""),
+            (post_head("Content-Length: 10001"), 413, "larger than 10000", ""),
+            (post_head().replace(b"1.1", b"3.1"), 505, "3.1", ""),
+            (post_head("Content-Length: 7").replace(b"/inbox", b"/inbox/?a=b") + b'{"a":1}',
+             400, "not a valid notification", '{"a":1}'),
+        ]  # fmt: skip
+        for octets, status, _, _ in attempts:
+            (answer,) = raw(self.server, octets, "half-close")
+            self.assertEqual(answer.status, status, octets)
+        lines = self.lines()
+        self.assertEqual(len(lines), len(attempts))
+        for line, (octets, status, detail, body) in zip(lines, attempts):
+            with self.subTest(octets):
+                self.assertEqual(line["status"], status)
+                self.assertIn(detail, line["detail"])
+                self.assertEqual(line.get("body", ""), body)
+                self.assertEqual("body" in line, status != 201)
+
+    def test_a_client_that_stalls_or_breaks_off_has_a_line_too(self) -> None:
+        with socket.create_connection(address(self.server), timeout=10) as connection:
+            connection.sendall(post_head("Content-Length: 9") + b"half")
+            self.assertIn(b" 408 ", connection.makefile("rb").readline())
+        with socket.create_connection(address(self.server), timeout=10) as connection:
+            connection.sendall(post_head("Content-Length: 9", "Expect: 100-continue"))
+            self.assertIn(b" 100 ", connection.recv(100))  # its head has been read
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        self.server.server_close()  # waits for the connection above
+        self.assertEqual([line["status"] for line in self.lines()], [408, 400])
+        self.assertEqual([line["body"] for line in self.lines()], ["half", ""])
+
+    def test_what_is_no_delivery_has_none(self) -> None:
+        path = path_of(self.post().headers["Location"])
+        for method, where in [
+            ("GET", "/"), ("GET", "/inbox"), ("HEAD", path), ("GET", "/deliveries"), ("POST", "/"),
+            ("OPTIONS", "/inbox"), ("PUT", "/inbox"), ("DELETE", path), ("POST", path),
+        ]:  # fmt: skip
+            self.ask(method, where, BODY if method in ("POST", "PUT") else None)
+        self.assertEqual(len(self.lines()), 1)
+
+    def test_a_line_tells_all_about_a_refusal(self) -> None:
+        started = utc_now()
+        answer = self.post(REFUSED, User_Agent="tester/1", X_Twice="ö")
+        (line,) = self.lines()
+        problem = self.assert_problem(answer, 400)
+        self.assertTrue(started <= line["time"] <= utc_now(), line["time"])
+        self.assertRegex(line["name"], "^[0-9]{8}_[0-9]{6}_[0-9a-f]{32}$")
+        self.assertEqual(line["client"], "127.0.0.1")
+        self.assertEqual(line["target"], "/inbox")
+        self.assertEqual(line["headers"]["User-Agent"], "tester/1")
+        self.assertEqual(line["headers"]["Content-Type"], JSON_LD)
+        self.assertEqual(line["detail"], problem["detail"])
+        self.assertEqual(line["pattern"], "Request Review")
+        self.assertEqual(len(problem["errors"]), 2)
+        key = operator.itemgetter("code")
+        findings = sorted(problem["errors"] + problem["warnings"], key=key)
+        self.assertEqual(sorted(line["findings"], key=key), findings)
+        self.assertEqual(json.loads(line["body"]), REFUSED)
+        about = {"id": "offer-1", "object.id": OFFER["object"]["id"]}
+        actor = {f"actor.{name}": OFFER["actor"][name] for name in ("id", "name")}
+        self.assertEqual(line["about"], {**about, **actor})
+
+    def test_a_line_about_what_was_stored_has_its_name_and_not_its_body(self) -> None:
+        location = self.post().headers["Location"]
+        (line,) = self.lines()
+        self.assertEqual(path_of(location), "/inbox/" + line["name"])
+        self.assertNotIn("body", line)
+
+    def test_a_body_that_is_no_text_is_kept_as_it_came(self) -> None:
+        self.post(b"\xff\x00")
+        (line,) = self.lines()
+        self.assertEqual(base64.b64decode(line["body_base64"]), b"\xff\x00")
+        self.assertNotIn("body", line)
+        self.assertEqual(self.deliveries(), [line])
+
+    def test_secrets_are_masked(self) -> None:
+        self.post(Authorization="Bearer s3cret", Cookie="session=s3cret")
+        self.post(authorization="Basic s3cret")
+        self.assertNotIn(b"s3cret", self.path.read_bytes())
+        self.assertEqual(self.lines()[0]["headers"]["Authorization"], "(masked)")
+
+    def test_headers_of_one_name_are_joined(self) -> None:
+        raw(self.server, post_head("X-Trace: a", "x-trace: b", "Content-Length: 0"), "half-close")
+        self.assertEqual(self.lines()[0]["headers"]["X-Trace"], "a, b")
+
+    def test_a_restart_forgets_nothing(self) -> None:
+        self.post()
+        self.post(REFUSED)
+        before = self.deliveries()
+        self.assertEqual([delivery["status"] for delivery in before], [400, 201])
+        self.server.server_close()
+        with serving(STORE_DIR=self.server.store.directory) as again:
+            self.assertEqual(ask(again, "GET", "/deliveries").json()["deliveries"], before)
+
+    def test_lines_that_cannot_be_read_are_passed_over(self) -> None:
+        self.post(REFUSED)
+        (good,) = self.lines()
+        bad: list[Any] = [{**good, member: 5} for member in good if member != "status"]
+        bad += [{**good, "status": "400"}, {**good, "pattern": []}, {**good, "stranger": ""}]
+        needed = good.keys() - {"body"}
+        bad += [{name: good[name] for name in good if name != left_out} for left_out in needed]
+        bad += [{**good, "findings": [finding]} for finding in (None, {}, {"level": "E"}, [1])]
+        bad += [{**good, "findings": [{**good["findings"][0], "message": 1}]}]
+        bad += [
+            {**good, "about": {"id": 1}},
+            {**good, "headers": [1]},
+            {**good, "body_base64": "?"},
+        ]
+        bad += [None, [], 1, "", {}]
+        torn = [b"", b"{", b"\xff", b"\0" * 9, b"[" * 99_999, json.dumps(good).encode()[:-9]]
+        lines = [json.dumps(entry).encode() for entry in bad]
+        with self.path.open("ab") as file:
+            file.write(b"\n".join([*lines, *torn]))
+        self.post(REFUSED)
+        self.assertEqual(len(self.deliveries()), 2)
+        for path in ("/", f"/deliveries/{good['name']}"):
+            self.assertEqual(self.ask("GET", path, headers=HTML).status, 200)
+
+    def test_a_torn_line_does_not_spoil_the_next_one(self) -> None:
+        self.post()
+        whole = self.path.read_bytes()
+        for length in (1, len(whole) // 2, len(whole) - 1):
+            self.path.write_bytes(whole + whole[:length])
+            before = len(self.deliveries())
+            self.post(REFUSED)
+            self.assertEqual(len(self.deliveries()), before + 1)
+            self.assertEqual(self.deliveries()[0]["status"], 400)
+
+    def test_a_log_that_was_deleted_begins_anew(self) -> None:
+        self.post()
+        self.path.unlink()
+        self.assertEqual(self.deliveries(), [])
+        self.post(REFUSED)
+        self.assertEqual(self.statuses(), [400])
+
+    def test_emptying_the_inbox_forgets_the_deliveries(self) -> None:
+        self.post()
+        self.post(REFUSED)
+        self.assertEqual(self.ask("DELETE", "/inbox").status, 204)
+        self.assertEqual(self.deliveries(), [])
+        self.assertEqual(self.ask("DELETE", "/inbox").status, 204)
+
+    def test_two_inboxes_may_share_a_log(self) -> None:
+        with serving(STORE_DIR=self.server.store.directory) as other:
+            with concurrent.futures.ThreadPoolExecutor(4) as pool:
+                servers = [self.server, other] * 20
+                pool.map(lambda server: ask(server, "POST", "/inbox", REFUSED), servers)
+            self.assertEqual(len(self.lines()), 40)
+            self.assertEqual(
+                ask(other, "GET", "/deliveries").json()["deliveries"], self.deliveries()
+            )
+
+    def test_memory_does_not_grow_with_the_log(self) -> None:
+        """The log begins with 1 GiB of nothing, which takes no room on the disk."""
+        with self.path.open("wb") as file:
+            file.truncate(2**30)
+            file.seek(0, os.SEEK_END)
+            file.write(b"\n")
+        for _ in range(60):
+            self.post(REFUSED)
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        newest = self.names("?limit=1")[0]
+        for path in ("/", "/deliveries", f"/deliveries?since={newest}"):
+            self.assertEqual(self.ask("GET", path, headers=HTML).status, 200)
+        with Listener(self.server, f"/deliveries?since={newest}"):
+            self.assertLess(tracemalloc.get_traced_memory()[1], 5_000_000)
+
+
+class DeliveryLogFaultTest(DeliveriesTest):
+    faults_expected = True
+
+    def test_a_log_that_cannot_be_written_is_no_reason_to_refuse(self) -> None:
+        self.path.mkdir()
+        self.assert_serves()
+        self.assertEqual(len(self.stored()), 1)
+        self.assertIn("a delivery could not be logged", self.log_lines()[-2])
+        self.assert_problem(self.ask("GET", "/deliveries"), 500)
+        self.path.rmdir()
+        self.assert_serves()
+        self.assertEqual(self.statuses(), [201])
+
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "this system has no named pipes")
+    def test_what_is_planted_in_its_place_leads_nowhere(self) -> None:
+        elsewhere = self.path.with_name("elsewhere")
+        for plant in (lambda: os.mkfifo(self.path), lambda: self.path.symlink_to(elsewhere)):
+            plant()  # type: ignore[no-untyped-call]
+            self.assert_serves()
+            self.assert_problem(self.ask("GET", "/deliveries"), 500)
+            self.path.unlink()
+        self.assertFalse(elsewhere.exists())
+
+
+HTML = {"Accept": "text/html"}
+
+
+class QueryTest(DeliveriesTest):
+    def setUp(self) -> None:
+        super().setUp()
+        self.post(ACCEPT)
+        self.post(REFUSED)
+        self.post("ungültig".encode("latin-1"))
+        self.post(changed(OFFER, "origin.id", "https://Ünïcode.example.org/"))
+
+    def test_the_newest_come_first(self) -> None:
+        self.assertEqual(self.statuses(), [201, 400, 400, 201])
+        self.assertEqual(self.names(), [line["name"] for line in reversed(self.lines())])
+
+    def test_each_parameter_selects(self) -> None:
+        names = self.names()
+        for query, expected in [
+            ("limit=2", [0, 1]), ("limit=1000", [0, 1, 2, 3]),
+            ("status=400", [1, 2]), ("status=4xx", [1, 2]), ("status=2xx", [0, 3]),
+            ("status=404", []), ("status=5xx", []),
+            ("pattern=Accept", [3]), ("pattern=Request+Review", [0, 2]), ("pattern=Reject", []),
+            (f"since={names[2]}", [0, 1]), (f"since={names[0]}", []),
+            ("since=20200101_000000_" + "0" * 32, [0, 1, 2, 3]),
+            ("since=2020-01-01", [0, 1, 2, 3]), ("since=2020-01-01T00:00Z", [0, 1, 2, 3]),
+            (f"since={self.deliveries()[0]['time']}", None), ("since=2999-01-01T00:00:00Z", []),
+            (f"before={names[1]}", [2, 3]), (f"before={names[3]}", []),
+            (f"before={names[0]}&since={names[3]}&status=400&limit=1", [1]),
+            ("q=", [0, 1, 2, 3]), ("q=REFUSED", [1, 2]), ("q=not+UTF-8", [1]),
+            ("q=must+be+an+object", [2]), ("q=origin-object", [2]), ("q=offer-1", [2]),
+            ("q=%C3%9CN%C3%AFCODE", [0]), (f"q={names[3]}", [3]), ("q=request+review", [0, 2]),
+        ]:  # fmt: skip
+            with self.subTest(query):
+                selected = self.names(f"?{query}")
+                if expected is None:  # the clock may not have moved between two of them
+                    self.assertEqual(selected, names[: len(selected)])
+                    self.assertTrue(selected)
+                else:
+                    self.assertEqual(selected, [names[index] for index in expected])
+
+    def test_a_time_selects_from_then_on(self) -> None:
+        times = "2026-01-31T11:59:59.999Z", "2026-01-31T12:00:00.000Z", "2026-01-31T12:00:00.001Z"
+        lines = [{**line, "time": moment} for line, moment in zip(self.lines(), times)]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        for since, count in [
+            ("2026-01-31", 3), ("2026-01-31T12:00Z", 2), ("2026-01-31T12:00:00Z", 2),
+            ("2026-01-31T12:00:00.000Z", 2), ("2026-01-31T12:00:00.001Z", 1),
+            ("2026-01-31T12:00:01Z", 0), ("2026-02-01", 0),
+        ]:  # fmt: skip
+            self.assertEqual(len(self.names(f"?since={since}")), count, since)
+
+    def test_by_default_50(self) -> None:
+        for _ in range(50):
+            self.post(REFUSED)
+        self.assertEqual(len(self.names()), 50)
+
+    def test_what_cannot_be_asked_says_what_can(self) -> None:
+        for query, expected in [
+            ("limit=0", "a number from 1 to 1000"), ("limit=1001", "a number from 1 to 1000"),
+            ("limit=x", "a number"), ("status=40", "a status such as 400, or 4xx"),
+            ("status=999", "a status"), ("pattern=Offer", "the name of a pattern"),
+            ("since=yesterday", "a time in UTC such as"), ("since=2026-01-31T12:00%2B01:00", "UTC"),
+            ("before=2026-01-31", "the name of a delivery"), ("limt=5", "limit"),
+            ("q=%FF", "utf-8"),
+        ]:  # fmt: skip
+            for path in ("/deliveries", "/"):
+                with self.subTest(query, path=path):
+                    problem = self.assert_problem(self.ask("GET", f"{path}?{query}"), 400)
+                    self.assertIn(expected, problem["detail"])
+
+    def test_a_single_one_can_be_had_by_its_name(self) -> None:
+        for delivery in self.deliveries():
+            self.assertEqual(self.ask("GET", f"/deliveries/{delivery['name']}").json(), delivery)
+        unknown = "20200101_000000_" + "0" * 32
+        self.assert_problem(self.ask("GET", f"/deliveries/{unknown}"), 404)
+        self.assert_problem(self.ask("DELETE", f"/deliveries/{delivery['name']}"), 405)
+
+
+class Event(NamedTuple):
+    id: str
+    data: Any
+
+
+class Listener:
+    """A client that listens to the deliveries as they come; it is ready once it has been made."""
+
+    def __init__(self, server: Any, path: str = "/deliveries", **headers: str) -> None:
+        self.connection = socket.create_connection(address(server), timeout=10)
+        lines = [f"GET {path} HTTP/1.1", "Host: localhost", "Accept: text/event-stream"]
+        lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+        self.connection.sendall("\r\n".join([*lines, "", ""]).encode())
+        self.stream = self.connection.makefile("rb")
+        status_line = self.stream.readline()
+        self.answer = read_answer(status_line, self.stream)
+
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stream.close()
+        self.connection.close()
+
+    def event(self) -> Event:
+        """Wait for the next event."""
+        for _ in range(10):  # there is a comment every second
+            lines = list(iter(self.stream.readline, b"\n"))
+            fields = dict(
+                line.decode().rstrip("\n").split(": ", 1) for line in lines if line != b":\n"
+            )
+            if fields:
+                return Event(fields["id"], json.loads(fields["data"]))
+        raise AssertionError("no event came")
+
+
+class EventsTest(DeliveriesTest):
+    def listen(self, path: str = "/deliveries", **headers: str) -> Listener:
+        listener = Listener(self.server, path, **headers)
+        self.addCleanup(listener.__exit__)
+        self.assertEqual(listener.answer.status, 200)
+        return listener
+
+    def test_deliveries_come_as_they_are_answered(self) -> None:
+        self.post()  # before anybody listens
+        listener = self.listen()
+        self.assertEqual(listener.answer.headers["Content-Type"], "text/event-stream")
+        for document in (ACCEPT, REFUSED, b"no"):
+            self.post(document)
+            newest = self.deliveries()[0]
+            self.assertEqual(listener.event(), Event(newest["name"], newest))
+
+    def test_who_comes_back_misses_nothing(self) -> None:
+        listener = self.listen()
+        self.post()
+        last = listener.event().id
+        listener.__exit__()
+        missed = [self.post(REFUSED).status for _ in range(3)]
+        self.server.server_close()
+        with serving(STORE_DIR=self.server.store.directory) as again:
+            with Listener(again, Last_Event_ID=last) as back:
+                self.assertEqual([back.event().data["status"] for _ in missed], missed)
+                ask(again, "POST", "/inbox", ACCEPT)
+                self.assertEqual(back.event().data["status"], 201)
+
+    def test_the_last_event_counts_more_than_the_url(self) -> None:
+        for _ in range(3):
+            self.post()
+        third, second, first = self.names()
+        path = f"/deliveries?since={first}"
+        self.assertEqual(self.listen(path).event().id, second)
+        self.assertEqual(self.listen(path, Last_Event_ID=second).event().id, third)
+
+    def test_an_id_that_nobody_knows_brings_everything(self) -> None:
+        self.post()
+        self.post()
+        for last in ("20200101_000000_" + "0" * 32, "?", "2020-01-01"):
+            listener = self.listen(Last_Event_ID=last)
+            self.assertEqual([listener.event().id, listener.event().id], self.names()[::-1])
+
+    def test_they_may_be_selected(self) -> None:
+        listener = self.listen("/deliveries?status=4xx&q=JSON")
+        for document in (ACCEPT, REFUSED, b"no"):
+            self.post(document)
+        self.assertEqual(listener.event().id, self.names()[0])
+
+    def test_a_log_that_begins_anew_is_followed_from_its_beginning(self) -> None:
+        for _ in range(3):
+            self.post()
+        listener = self.listen()
+        for forget in (self.path.unlink, lambda: self.ask("DELETE", "/inbox")):
+            forget()
+            expected: list[str] = []
+            for _ in range(5):  # longer than the one before
+                self.post(REFUSED)
+                expected.insert(0, self.names()[0])
+            self.assertEqual([listener.event().id for _ in range(5)], expected[::-1])
+
+    def test_a_log_that_was_cut_short_is_followed_still(self) -> None:
+        self.post()
+        listener = self.listen(Last_Event_ID="?")
+        listener.event()
+        self.post()
+        listener.event()
+        first = self.path.read_bytes().splitlines(keepends=True)[0]
+        self.path.write_bytes(first + b"{torn")
+        self.post(REFUSED)
+        while listener.event().data["status"] != 400:
+            pass
+
+    def test_what_another_inbox_on_the_same_store_gets_comes_too(self) -> None:
+        listener = self.listen()
+        with serving(STORE_DIR=self.server.store.directory) as other:
+            ask(other, "POST", "/inbox", ACCEPT)
+        self.assertEqual(listener.event().data["status"], 201)
+
+    def test_one_that_stops_reading_costs_nobody_anything(self) -> None:
+        deaf = [self.listen() for _ in range(5)]
+        large = changed(REFUSED, "summary", "x" * 900_000)
+        listener = self.listen()
+        for _ in range(10):  # more than fits into the buffers of a connection
+            self.assertEqual(self.post(large).status, 400)
+            self.assertEqual(listener.event().data["status"], 400)
+        started = time.monotonic()
+        self.server.server_close()  # waits for all that is served
+        self.assertLess(time.monotonic() - started, self.server.settings.REQUEST_TIMEOUT / 2)
+        self.assertEqual(len(deaf), 5)
+
+    def test_one_that_leaves_is_forgotten(self) -> None:
+        before = set(threading.enumerate())
+        listener = self.listen()
+        (thread,) = set(threading.enumerate()) - before
+        listener.__exit__()
+        thread.join(10)
+        self.assertFalse(thread.is_alive())
+        self.assertFalse([line for line in self.log_lines() if "lost" in line])
+
+    def test_head_is_told_what_there_is(self) -> None:
+        answer = self.ask("HEAD", "/deliveries", headers={"Accept": "text/event-stream"})
+        self.assertEqual(answer.headers["Content-Type"], "text/event-stream")
+
+    def test_who_can_read_both_gets_what_they_prefer(self) -> None:
+        for accept, kind in [
+            ("*/*", "application/json"), ("application/json", "application/json"),
+            ("text/event-stream", "text/event-stream"), ("text/html", "text/html; charset=utf-8"),
+            ("text/event-stream;q=0.5, application/json", "application/json"),
+        ]:  # fmt: skip
+            answer = self.ask("HEAD", "/deliveries", headers={"Accept": accept})
+            self.assertEqual(answer.headers["Content-Type"], kind, accept)
+
+
+class CrowdTest(DeliveriesTest):
+    settings = {"MAX_CONNECTIONS": 2}
+
+    def test_listeners_make_room_for_deliveries(self) -> None:
+        with Listener(self.server), Listener(self.server):
+            self.assert_serves()
+
+
+# --- Pages ---------------------------------------------------------------------------------------
+
+VOID = frozenset("meta link input br".split())
+
+
+class Page(html.parser.HTMLParser):
+    """A page that was read: its elements, and that each of them is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[Element] = []
+        self.open: list[Element] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        element = Element(tag, {name: value or "" for name, value in attributes}, [])
+        self.elements.append(element)
+        if tag not in VOID:
+            self.open.append(element)
+
+    def handle_endtag(self, tag: str) -> None:
+        element = self.open.pop()
+        assert element.tag == tag, (element.tag, tag)
+
+    def handle_data(self, data: str) -> None:
+        for element in self.open:
+            element.texts.append(data)
+
+    def all(self, tag: str, **attributes: str) -> list[Element]:
+        wanted = {name.rstrip("_"): value for name, value in attributes.items()}
+        return [
+            element
+            for element in self.elements
+            if element.tag == tag and wanted.items() <= element.attributes.items()
+        ]
+
+    def one(self, tag: str, **attributes: str) -> Element:
+        (element,) = self.all(tag, **attributes)
+        return element
+
+    @property
+    def rows(self) -> list[str]:
+        return [
+            row.text for row in self.all("a") if row.attributes.get("id", "").startswith("row-")
+        ]
+
+
+class Element(NamedTuple):
+    tag: str
+    attributes: dict[str, str]
+    texts: list[str]
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.texts).split())
+
+
+class PageTest(DeliveriesTest):
+    def page(self, path: str = "/") -> Page:
+        answer = self.ask("GET", path, headers=HTML)
+        self.assertEqual(answer.status, 200, answer)
+        self.assertTrue(answer.headers["Content-Type"].startswith("text/html"))
+        return Page(answer.body.decode())
+
+    def newest(self) -> Page:
+        return self.page("/deliveries/" + self.names()[0])
+
+    def test_the_list_says_what_came_and_what_became_of_it(self) -> None:
+        self.post(OFFER)
+        self.post(changed(ACCEPT, "origin.inbox", ABSENT))
+        self.post(REFUSED)
+        self.post(b"no")
+        rows = self.page().rows
+        self.assertEqual(len(rows), 4)
+        expected: list[list[Any]] = [
+            ["400 refused", "the body is not JSON"],
+            ["400 refused", "Request Review", "https://orcid.org/0000-0002-1825-0097",
+             PREPRINT["id"], "2 errors: id must be", "origin must be an object; id should"],
+            ["201 stored", "Accept", JOURNAL["id"], OFFER_ID, "origin.inbox is missing"],
+            ["201 stored", "Request Review", REPOSITORY["id"], PREPRINT["id"]],
+        ]  # fmt: skip
+        for row, texts in zip(rows, expected):
+            self.assertRegex(row, "^[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2} ")
+            for text in texts:
+                self.assertIn(text, row)
+
+    def test_findings_stand_beside_the_members_they_are_about(self) -> None:
+        self.post(changed(REFUSED, "target.inbox", ABSENT))
+        page = self.newest()
+        self.assertEqual(page.one("h1").text, "400 refused Request Review")
+        problem = self.post(changed(REFUSED, "target.inbox", ABSENT)).json()
+        findings = problem["errors"] + problem["warnings"]
+        marked = {
+            "/id": '"id": "offer-1",',
+            "/origin": '"origin": "https://r.example.org/",',
+            "/target/inbox": '"target": {',  # where it is missing
+            "/object/ietf:cite-as": '"object": {',
+        }
+        self.assertEqual({finding["pointer"] for finding in findings}, set(marked))
+        for number, finding in enumerate(sorted(findings, key=lambda each: each["level"]), 1):
+            item = page.one("li", id=f"finding-{number}")
+            self.assertIn(finding["message"], item.text)
+            self.assertIn(coarinbox.LEVELS[finding["level"]], item.text)
+            self.assertEqual(page.one("a", href=f"#at-{number}").text, finding["pointer"])
+            (mark,) = (mark for mark in page.all("mark") if f"[{number}]" in mark.text)
+            self.assertTrue(mark.text.startswith(marked[finding["pointer"]] + " ["), mark.text)
+            self.assertLessEqual(mark.attributes["class"], finding["level"])  # the gravest of all
+            self.assertEqual(
+                page.one("a", href=f"#finding-{number}").attributes["id"], f"at-{number}"
+            )
+            self.assertEqual(len(page.all("a", href=f"../constraints#{finding['code']}")), 1)
+        self.assertEqual(len(page.all("mark")), 4)
+
+    def test_the_payload_is_shown_as_json_line_by_line(self) -> None:
+        document = {"@id": 1, "a/b~c": {"text": "ü\n\u202e", "numbers": [1, 2.5, None], "no": {}}}
+        self.post({**document, "list": [[], {"x": True}]})
+        self.assertEqual("".join(self.newest().all("pre")[0].texts).strip().splitlines()[1:], [
+            '  "@id": 1,',
+            '  "a/b~c": {',
+            r'    "text": "ü\n\u202e",',
+            '    "numbers": [1, 2.5, null],',
+            '    "no": {}',
+            "  },",
+            '  "list": [',
+            "    [],",
+            "    {",
+            '      "x": true',
+            "    }",
+            "  ]",
+            "}",
+        ])  # fmt: skip
+
+    def test_whatever_came_instead_of_json_is_shown(self) -> None:
+        for body, shown in [
+            (b"<p>no\r\nJSON\t", "<p>no JSON\\t"), (b"\xff\0", "\\xff\\u0000"), (b"", ""),
+        ]:  # fmt: skip
+            self.post(body)
+            self.assertEqual(self.newest().all("pre")[0].text, shown)
+
+    def test_the_request_is_shown_without_secrets(self) -> None:
+        self.post(REFUSED, Authorization="Bearer s3cret", X_Trace="<b>")
+        request = self.newest().all("pre")[1].text
+        self.assertTrue(request.startswith("POST /inbox Host: "), request)
+        self.assertIn("X-Trace: <b>", request)
+        self.assertIn("Authorization: (masked)", request)
+
+    def test_a_conversation_is_shown_with_what_it_lacks(self) -> None:
+        def conversation() -> tuple[list[str], list[str]]:
+            page = self.newest()
+            current = [row.text for row in page.all("a", aria_current="page")]
+            self.assertFalse(current)
+            return page.rows, [note.text for note in page.all("p", class_="warning")]
+
+        self.post(NOTIFICATIONS["Undo Offer"])
+        rows, notes = conversation()
+        self.assertEqual(rows, [])
+        self.assertEqual(notes, [f"It replies to {OFFER_ID}, which was never received here."])
+        self.post(changed(OFFER, "id", "urn:uuid:another"))
+        self.assertEqual(conversation(), ([], []))
+        self.post(changed(OFFER, "origin", ABSENT))
+        self.post(OFFER)
+        self.post(ACCEPT)
+        rows, notes = conversation()
+        self.assertEqual(notes, [])
+        verdicts = [re.sub("https?:.*|urn:.*", "", row[20:]).strip() for row in rows]
+        self.assertEqual(verdicts, [
+            "201 stored Undo Offer", "400 refused Request Review", "201 stored Request Review",
+            "201 stored Accept",
+        ])  # fmt: skip
+
+    def test_a_notification_has_the_same_view_at_its_own_address(self) -> None:
+        path = path_of(self.post().headers["Location"])
+        views = [self.page(path), self.newest()]
+        self.assertEqual(views[0].one("main").texts, views[1].one("main").texts)
+        self.assertIn(path, views[0].one("dl").text)
+
+    def test_one_that_was_removed_keeps_its_delivery(self) -> None:
+        path = path_of(self.post().headers["Location"])
+        self.ask("DELETE", path)
+        self.assertIn("no longer stored", self.newest().all("pre")[0].text)
+        self.assert_problem(self.ask("GET", path, headers=HTML), 404)
+
+    def test_one_that_was_dropped_into_the_store_is_shown_too(self) -> None:
+        name = "20200101_000000_" + "a" * 32
+        for body, text in ((json.dumps(REFUSED).encode(), "offer-1"), (b"no", "no")):
+            pathlib.Path(self.server.store.path(name)).write_bytes(body)
+            page = self.page(f"/inbox/{name}")
+            self.assertIn("found", page.one("h1").text)
+            self.assertIn(text, page.all("pre")[0].text)
+
+    @unittest.skipUnless(shutil.which("curl"), "curl is not installed")
+    def test_an_empty_inbox_says_how_to_send_the_first_notification(self) -> None:
+        url, command = ("".join(pre.texts) for pre in self.page().all("pre", class_="copy"))
+        self.assertEqual(url, self.server.base.replace("localhost", "127.0.0.1") + "/inbox")
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=20)
+        self.assertIn("201 Created", done.stdout)
+        self.assertEqual(self.deliveries()[0]["findings"], [])
+        self.assertEqual(len(self.page().rows), 1)
+
+    def test_the_filter_works_by_itself(self) -> None:
+        for document in (ACCEPT, REFUSED, OFFER):
+            self.post(document)
+        page = self.page("/?q=offer-1&status=4xx")
+        self.assertEqual(len(page.rows), 1)
+        self.assertEqual(page.one("input").attributes["value"], "offer-1")
+        chosen = [option for option in page.all("option") if "selected" in option.attributes]
+        self.assertEqual([option.attributes["value"] for option in chosen], ["4xx"])
+        self.assertEqual(len(self.page("/?q=&status=").rows), 3)
+        nothing = self.page("/?q=%22%3E%3Cb%3E")
+        self.assertIn("No delivery is like that", nothing.one("div", id="deliveries").text)
+        self.assertEqual(nothing.one("input").attributes["value"], '"><b>')
+
+    def test_older_deliveries_are_a_link_away(self) -> None:
+        for number in range(120):
+            self.post(changed(REFUSED, "id", f"number {number}"))
+        seen, path = [], "/?status=400"
+        while path:
+            page = self.page(path)
+            seen += page.rows
+            older = [link for link in page.all("a") if link.text == "Older deliveries"]
+            path = "/" + older[0].attributes["href"] if older else ""
+        self.assertEqual(len(seen), 120)
+        self.assertEqual(len(set(self.names("?limit=1000"))), 120)
+
+    def test_every_link_leads_somewhere(self) -> None:
+        for document in (OFFER, ACCEPT, REFUSED, b"no"):
+            self.post(document)
+        base = "http://{}:{}".format(*address(self.server))
+        seen, waiting = set(), {"/", "/inbox", "/inbox/", "/deliveries"}
+        while waiting:
+            path = waiting.pop()
+            seen.add(path)
+            page = self.page(path)
+            ids = [
+                element.attributes["id"] for element in page.elements if "id" in element.attributes
+            ]
+            self.assertEqual(len(set(ids)), len(ids), "an id comes twice")
+            for link in page.all("a"):
+                url = urllib.parse.urljoin(base + path, link.attributes["href"])
+                target, _, fragment = url.partition("#")
+                if target == base + path and fragment:
+                    self.assertIn(fragment, ids)
+                elif target.startswith(base) and path_of(target) not in seen:
+                    waiting.add(path_of(target))
+        self.assertGreater(len(seen), 10)
+
+    def test_no_text_can_become_markup_or_an_address(self) -> None:
+        for hostile in HOSTILE:
+            self.post(hostile)
+        pages = [self.page(), *(self.page(f"/deliveries/{name}") for name in self.names())]
+        self.assertGreater(len(pages), 10)
+        allowed = set("html head meta title link style body header a code span button main h1 h2 p"
+                      " dl dt dd div section ol li pre mark b time form label input select option"
+                      " script".split())  # fmt: skip
+        for page in pages:
+            self.assertEqual({element.tag for element in page.elements} - allowed, set())
+            self.assertEqual(len(page.all("script")), 1)
+            for element in page.elements:
+                href = element.attributes.get("href", "")
+                self.assertRegex(href, r"\A(https?://|\.?\./|[#?]|data:,\Z|\Z)")
+                self.assertFalse([name for name in element.attributes if name.startswith("on")])
+            text = "".join(page.one("main").texts)
+            self.assertEqual([c for c in text if not c.isprintable() and c != "\n"], [])
+            self.assertLess(len(text), 600_000)
+
+    def test_nothing_runs_but_the_script_of_the_page_itself(self) -> None:
+        self.post(REFUSED)
+        for path in ("/", "/inbox", "/constraints", "/deliveries/" + self.names()[0]):
+            answer = self.ask("GET", path, headers=HTML)
+            self.assertEqual(answer.headers["X-Content-Type-Options"], "nosniff")
+            policy = dict(
+                directive.split(maxsplit=1)
+                for directive in answer.headers["Content-Security-Policy"].split("; ")
+            )
+            page = Page(answer.body.decode())
+            for kind in ("script", "style"):
+                digest = hashlib.sha256("".join(page.one(kind).texts).encode()).digest()
+                source = f"'sha256-{base64.b64encode(digest).decode()}'"
+                self.assertEqual(policy[f"{kind}-src"], source)
+            self.assertEqual(policy["default-src"], "'none'")
+            self.assertEqual(policy["frame-ancestors"], "'none'")
+            self.assertNotIn("unsafe", str(policy))
+
+
+def hostile_notifications() -> list[Any]:
+    """Make notifications that would do harm if any of their texts were taken for something else."""
+    texts = [
+        "<script>window.hacked = 1</script>", "\"'><img src=x onerror='window.hacked = 1'>",
+        "</pre></mark><svg onload=window.hacked=1>", "javascript:window.hacked=1",
+        "data:text/html,<script>window.hacked=1</script>", "{style}{script}{{0}}%s&lt;b&gt;",
+        "\u202e\u2066reversed\u200b\u0000\u0085\u2028", "x" * 2**20, "<!--", "]]>", "\ud800", "",
+        "http://example.org/\"onmouseover=\"window.hacked=1", "https://example.org/' autofocus='",
+    ]  # fmt: skip
+
+    def everywhere(value: Any, text: str) -> Any:
+        if isinstance(value, dict):
+            return {name: everywhere(child, text) for name, child in value.items()}
+        return [text] if isinstance(value, list) else text
+
+    small = [text for text in texts if len(text) < 2**20]
+    hostile = [everywhere(OFFER, text) for text in texts[:7]]
+    hostile += [{**ACCEPT, member: text} for text in small for member in ("id", "inReplyTo", text)]
+    hostile += [changed(OFFER, "object.id", text) for text in texts]
+    hostile += [{**OFFER, **{f"member {number}": "<b>" for number in range(10_000)}}]
+    hostile += [text.encode("utf-8", "replace") for text in texts]
+    return hostile
+
+
+HOSTILE = hostile_notifications()
+
+
+class ForeignPageTest(DeliveriesTest):
+    def test_the_pages_of_other_sites_cannot_empty_the_inbox(self) -> None:
+        host, port = address(self.server)
+        path = path_of(self.post().headers["Location"])
+        for headers in [
+            {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Origin": ""},
+            {"Origin": f"http://{host}:{port + 1}"}, {"Origin": f"http://{host}"},
+            {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"},
+            {"Sec-Fetch-Site": "same-origin", "Origin": "https://evil.example"},
+        ]:  # fmt: skip
+            for where in ("/inbox", path):
+                with self.subTest(headers, where=where):
+                    self.assert_problem(self.ask("DELETE", where, headers=headers), 403)
+        self.assertEqual(len(self.stored()), 1)
+        self.assertEqual(len(self.deliveries()), 1)
+
+    def test_its_own_page_can(self) -> None:
+        host, port = address(self.server)
+        headers: dict[str, str]
+        for headers in [
+            {},
+            {"Origin": f"http://{host}:{port}", "Sec-Fetch-Site": "same-origin"},
+            {"Origin": f"http://LOCALHOST:{port}", "Host": f"localhost:{port}"},
+            {"Sec-Fetch-Site": "none"},
+        ]:
+            with self.subTest(headers):
+                self.post()
+                self.assertEqual(self.ask("DELETE", "/inbox", headers=headers).status, 204)
+                self.assertEqual(self.stored(), [])
+
+    def test_reading_changes_nothing(self) -> None:
+        self.post()
+        for path in ("/", "/inbox", "/deliveries", "/constraints", path_of(self.listed()[0])):
+            for method in ("GET", "HEAD", "OPTIONS"):
+                self.ask(method, path)
+        self.assertEqual((len(self.stored()), len(self.deliveries())), (1, 1))
 
 
 # --- The program ---------------------------------------------------------------------------------
