@@ -822,7 +822,7 @@ ABOUT_LENGTH = 1000  # characters that are kept of each
 
 CONVERSATION = 50  # deliveries that are shown of one, the newest
 MAX_LINES = 2000  # of a payload that are shown
-MARK = 64  # octets at the beginning of a line that tell it from others: they hold its name
+MARK = 64  # octets at the beginning of a line: they hold its name
 HEARTBEAT = 1.0  # seconds after which those who follow the log learn that there is nothing new
 
 
@@ -998,6 +998,20 @@ def open_file(path: str, flags: int) -> int:
     return os.open(path, flags, 0o666)
 
 
+class Bookmark(NamedTuple):
+    """A place in the log of the deliveries, and a line by which to know that log again."""
+
+    place: int  # offset of what is to be read next
+    line: int  # offset of some line that was there
+    beginning: bytes  # of that line, with the name of its delivery
+
+    def find(self, file: IO[bytes]) -> int:
+        """Go to the place, or to the beginning of the file if that is not the log that it was."""
+        file.seek(self.line)
+        known = file.read(len(self.beginning)) == self.beginning
+        return file.seek(min(self.place, file.seek(0, os.SEEK_END)) if known else 0)
+
+
 class DeliveryLog:
     """All attempts to deliver a notification, one JSON object a line, the last one at the end.
 
@@ -1074,31 +1088,26 @@ class DeliveryLog:
         )
         return list(itertools.islice(found, CONVERSATION))[::-1]
 
-    def position(self, query: Query) -> int:
-        """Find the offset from which `follow` has what is wanted: the end, if nobody says."""
+    def bookmark(self, query: Query) -> Bookmark:
+        """Find the place from which `follow` has what is wanted: the end, if nobody says."""
         with self.reading() as file:
+            first = file.read(MARK)
             size = file.seek(0, os.SEEK_END)
             for end, line in backwards(file) if query.since else ():
                 delivery = Delivery.from_json(line)
                 if delivery and query.ends_at(delivery):
-                    return min(end + 1, size)
-        return 0 if query.since else size
+                    return Bookmark(min(end + 1, size), end - len(line), line[:MARK])
+        return Bookmark(0 if query.since else size, 0, first)
 
-    def follow(self, position: int) -> Iterator[Delivery | None]:
-        """Yield the deliveries from an offset on, as they come, and None where none comes soon."""
-        anchor, mark = 0, b""  # where some line that was read begins, and how
+    def follow(self, bookmark: Bookmark) -> Iterator[Delivery | None]:
+        """Yield the deliveries from a place on, as they come, and None where none comes soon."""
         while True:
             with self.reading() as file:
-                file.seek(anchor)
-                if file.read(len(mark)) != mark:  # this is not the log that it was
-                    position, mark = 0, b""
-                if not mark:
-                    anchor, mark = file.seek(0), file.read(MARK)
-                seen = file.seek(min(position, file.seek(0, os.SEEK_END)))
+                place = seen = bookmark.find(file)
                 for line in file:
                     seen += len(line)
                     if line.endswith(b"\n"):
-                        anchor, mark, position = position, line[:MARK], seen
+                        place, bookmark = seen, Bookmark(seen, place, line[:MARK])
                         delivery = Delivery.from_json(line)
                         if delivery:
                             yield delivery
@@ -2093,9 +2102,9 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         if self.prefers("text/event-stream"):
             query = query._replace(since=self.headers.get("Last-Event-ID", query.since))
             with store_problems():
-                position = self.server.deliveries.position(query)
+                bookmark = self.server.deliveries.bookmark(query)
             return Response(
-                200, self.events(query, position), {"Content-Type": "text/event-stream"}
+                200, self.events(query, bookmark), {"Content-Type": "text/event-stream"}
             )
         if self.wants_html():
             return self.get_home()
@@ -2103,10 +2112,10 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             deliveries = self.server.deliveries.select(query)
         return json_response(200, {"deliveries": [delivery.as_json() for delivery in deliveries]})
 
-    def events(self, query: Query, position: int) -> Generator[bytes, None, None]:
+    def events(self, query: Query, bookmark: Bookmark) -> Generator[bytes, None, None]:
         """Yield deliveries as server-sent events (HTML section 9.2)."""
         with self.server.idling(self.connection, socket.SHUT_RDWR):
-            for delivery in self.server.deliveries.follow(position):
+            for delivery in self.server.deliveries.follow(bookmark):
                 if delivery is None:
                     yield b":\n\n"  # or nobody would notice that the client has left
                 elif query.matches(delivery):
