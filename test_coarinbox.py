@@ -2609,6 +2609,219 @@ class ForeignPageTest(DeliveriesTest):
         self.assertEqual((len(self.stored()), len(self.deliveries())), (1, 1))
 
 
+# --- Browser -------------------------------------------------------------------------------------
+
+BROWSER = shutil.which("chromium") and shutil.which("chromedriver")
+SELENIUM = importlib.util.find_spec("selenium")
+AXE = HERE / ".ci/work/node_modules/axe-core/axe.min.js"  # where .ci/run puts it
+QUIET = (
+    "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
+    " disable-component-update disable-sync"
+).split()
+
+
+@unittest.skipUnless(BROWSER and SELENIUM, "chromium, chromedriver or selenium is not installed")
+class BrowserTest(DeliveriesTest):
+    """Tests in a real browser, which all of them share."""
+
+    driver: Any
+    profile: tempfile.TemporaryDirectory[str]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        from selenium import webdriver
+
+        options = webdriver.ChromeOptions()
+        options.binary_location = str(shutil.which("chromium"))
+        cls.profile = tempfile.TemporaryDirectory()
+        for argument in [*QUIET, f"user-data-dir={cls.profile.name}"]:
+            options.add_argument(f"--{argument}")
+        service = webdriver.ChromeService(shutil.which("chromedriver"))
+        cls.driver = webdriver.Chrome(options=options, service=service)
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        cls.driver.quit()
+        cls.profile.cleanup()
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.addCleanup(self.driver.get, "about:blank")
+        self.window(1280, 900)
+        self.scripts(True)
+
+    def window(self, width: int, height: int, scheme: str = "light") -> None:
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+    def scripts(self, on: bool) -> None:
+        self.driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": not on})
+
+    def open(self, path: str = "/", live: bool = True) -> None:
+        self.driver.get(self.server.base + path)
+        if live:
+            self.wait_for("#state", "live")
+
+    def all(self, selector: str) -> list[Any]:
+        found = self.driver.find_elements("css selector", selector)
+        assert isinstance(found, list)
+        return found
+
+    def text(self, selector: str) -> str:
+        return " ".join(" ".join(element.text for element in self.all(selector)).split())
+
+    def wait_for(self, selector: str, text: str, seconds: float = 10) -> None:
+        """Wait until some element holds a text."""
+        from selenium.common.exceptions import StaleElementReferenceException as Stale
+        from selenium.webdriver.support.wait import WebDriverWait
+
+        wait = WebDriverWait(self.driver, seconds, 0.02, ignored_exceptions=[Stale])
+        wait.until(lambda _: text in self.text(selector), f"no {text!r} in {selector}")
+
+    def run_script(self, script: str, *arguments: Any) -> Any:
+        return self.driver.execute_script(script, *arguments)
+
+    @unittest.skipUnless(importlib.util.find_spec("coarnotify"), "coarnotify is not installed")
+    def test_a_refusal_appears_within_a_second_with_its_reasons(self) -> None:
+        import coarnotify.client
+        import coarnotify.exceptions
+        import coarnotify.patterns
+
+        self.open()
+        self.run_script("window.mark = 1")
+        client = coarnotify.client.COARNotifyClient(self.server.base + "/inbox")
+        offer = changed(OFFER, "origin.id", "urn:uuid:origin")
+        notification = coarnotify.patterns.RequestReview(offer, validate_stream_on_construct=False)
+        with self.assertRaisesRegex(coarnotify.exceptions.NotifyException, "response: 400$"):
+            client.send(notification, validate=False)
+        self.wait_for("#deliveries", "origin.id must be an HTTP URI", seconds=1)
+        self.assertEqual(self.run_script("return window.mark"), 1, "the page was loaded again")
+        live = self.text("#deliveries")
+
+        self.all("#deliveries a")[0].click()
+        self.wait_for("h1", "400 refused Request Review")
+        (finding,) = self.all("ol.findings li")
+        self.assertIn("origin.id must be an HTTP URI", finding.text)
+        self.assertEqual(self.text("mark"), '"id": "urn:uuid:origin", [1]')
+        (payload, _) = self.all("pre")
+        self.assertGreater(finding.rect["x"], payload.rect["x"] + payload.rect["width"])
+        self.assertLess(abs(finding.rect["y"] - payload.rect["y"]), 50)
+
+        self.scripts(False)
+        self.open(live=False)
+        self.assertEqual(self.text("#deliveries"), live)
+        self.assertFalse(self.all("#empty:not([hidden])"))
+        self.all("#deliveries a")[0].click()
+        self.assertEqual(self.text("mark"), '"id": "urn:uuid:origin", [1]')
+
+    def test_a_conversation_grows_while_one_looks(self) -> None:
+        self.post(OFFER)
+        self.open("/deliveries/" + self.names()[0])
+        self.assertIn("Nothing else", self.text("#conversation"))
+        self.post(ACCEPT)
+        self.wait_for("#conversation", "201 stored Accept")
+
+    def test_the_filter_narrows_while_one_types(self) -> None:
+        for document in (ACCEPT, REFUSED):
+            self.post(document)
+        self.open()
+        (box,) = self.all("#q")
+        box.send_keys("offer-1")
+        self.wait_for("#deliveries", "Request Review")
+        self.wait_until_gone("Accept")
+        self.assertIn("q=offer-1", self.driver.current_url)
+        self.post(ACCEPT)  # does not match
+        self.post(changed(REFUSED, "summary", "2"))
+        self.wait_for_rows(2)
+        self.assertNotIn("Accept", self.text("#deliveries"))
+        self.assertEqual(self.run_script("return document.activeElement.id"), "q")
+
+    def wait_until_gone(self, text: str) -> None:
+        from selenium.webdriver.support.wait import WebDriverWait
+
+        WebDriverWait(self.driver, 10, 0.02).until(lambda _: text not in self.text("#deliveries"))
+
+    def wait_for_rows(self, count: int) -> None:
+        from selenium.webdriver.support.wait import WebDriverWait
+
+        rows = "#deliveries .rows a"
+        WebDriverWait(self.driver, 10, 0.02).until(lambda _: len(self.all(rows)) == count)
+
+    def test_the_keyboard_stays_where_it_is(self) -> None:
+        self.post()
+        self.open()
+        (row,) = self.all("#deliveries a")
+        self.run_script("arguments[0].focus()", row)
+        self.post(REFUSED)
+        self.wait_for_rows(2)
+        focused = self.run_script("return document.activeElement.id")
+        self.assertEqual(focused, "row-" + self.names()[1])
+
+    def test_the_button_empties_the_inbox_after_asking(self) -> None:
+        self.post()
+        self.open()
+        for answer, left in (("dismiss", 1), ("accept", 0)):
+            self.all("#empty")[0].click()
+            getattr(self.driver.switch_to.alert, answer)()
+            self.wait_for_rows(left)
+            self.assertEqual(len(self.stored()), left)
+        self.wait_for("#deliveries", self.server.base + "/inbox")
+
+    def test_it_is_live_again_after_a_restart(self) -> None:
+        self.open()
+        settings = {"PORT": address(self.server)[1], "STORE_DIR": self.server.store.directory}
+        self.server.server_close()
+        self.wait_for("#state", "not connected")
+        with serving(**settings) as again:
+            ask(again, "POST", "/inbox", ACCEPT)
+            self.wait_for("#deliveries", "201 stored")
+            self.wait_for("#state", "live")
+
+    def test_nothing_hostile_runs_or_breaks_the_layout(self) -> None:
+        for hostile in HOSTILE:
+            self.post(hostile)
+        paths = ["/", *(f"/deliveries/{name}" for name in self.names())]
+        self.assertGreater(len(paths), 30)
+        for width in (1280, 400):
+            self.window(width, 900)
+            for path in paths if width == 400 else paths[:8]:
+                with self.subTest(path, width=width):
+                    self.open(path, live=False)
+                    self.assertIsNone(self.run_script("return window.hacked"))
+                    scrolls = "return document.documentElement.scrollWidth - innerWidth"
+                    self.assertLessEqual(self.run_script(scrolls), 0)
+        violations = [line for line in self.driver.get_log("browser") if "Security" in str(line)]
+        self.assertEqual(violations, [])
+
+    @unittest.skipUnless(AXE.exists(), "axe-core is not installed")
+    def test_everybody_can_use_it(self) -> None:
+        self.open()
+        self.check_accessibility("empty")
+        for document in (OFFER, ACCEPT, REFUSED, b"no"):
+            self.post(document)
+        details = [f"/deliveries/{name}" for name in self.names()]
+        for scheme in ("light", "dark"):
+            for width in (1280, 400):
+                self.window(width, 900, scheme)
+                for path in ("/", "/?q=nothing+like+it", "/constraints", *details):
+                    self.open(path)
+                    self.check_accessibility(f"{path}, {width}, {scheme}")
+
+    def check_accessibility(self, where: str) -> None:
+        self.run_script(AXE.read_text(encoding="utf-8"))
+        results = self.driver.execute_async_script(
+            "axe.run().then(arguments[arguments.length - 1], arguments[arguments.length - 1])"
+        )
+        self.assertGreater(len(results["passes"]), 10)
+        problems = [
+            (violation["id"], [node["html"] for node in violation["nodes"]][:3])
+            for violation in results["violations"]
+        ]
+        self.assertEqual(problems, [], where)
+
+
 # --- The program ---------------------------------------------------------------------------------
 
 
