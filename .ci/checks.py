@@ -43,7 +43,17 @@ VENV_PYTHON = str(VENV / "bin/python")
 COVERAGE = [VENV_PYTHON, "-m", "coverage"]
 MYPY_FILES = ("coarinbox.py", "test_coarinbox.py", ".ci/checks.py")
 # The programs that the tests need, and their Debian packages.
-PROGRAMS = {"curl": "curl", "openssl": "openssl", "unshare": "util-linux", "nsenter": "util-linux"}
+PROGRAMS = {
+    "curl": "curl",
+    "openssl": "openssl",
+    "unshare": "util-linux",
+    "nsenter": "util-linux",
+    "chromium": "chromium",
+    "chromedriver": "chromium-driver",
+    "npm": "npm",
+}
+AXE = "axe-core@4.14.1"  # the check for accessibility, from npm
+AXE_FILE = ROOT / ".ci/work/node_modules/axe-core/axe.min.js"
 
 
 # --- Commands ------------------------------------------------------------------------------------
@@ -260,6 +270,14 @@ def install_requirements(base: str) -> Report:
     return report
 
 
+def install_axe() -> Report:
+    version = AXE_FILE.with_name("package.json")
+    if version.is_file() and f'"version": "{AXE.partition("@")[2]}"' in version.read_text():
+        return Report(1, 0, "it is there")
+    options = ["--no-save", "--no-package-lock", "--no-audit", "--no-fund", "--ignore-scripts"]
+    return check(["npm", "install", "--prefix", str(ROOT / ".ci/work"), *options, AXE])
+
+
 # --- Steps ---------------------------------------------------------------------------------------
 
 
@@ -276,6 +294,7 @@ def steps() -> list[Step]:
         Step("Tests, as in the README", partial(unittests, [sys.executable, "-m", "unittest"])),
         Step("Packages from Debian", install_packages),
         Step("Packages from PyPI", partial(install_requirements, choose_base(interpreters))),
+        Step("Packages from npm", install_axe),
         Step("Format", partial(check, [*ruff, "format", "--check", "."])),
         Step("Lint", partial(check, [*ruff, "check", "."])),
         Step("Types", partial(check, [*mypy, *MYPY_FILES])),
