@@ -12,8 +12,8 @@
     python coarinbox.py --config local.cfg   the same, configured
 
 Notifications are checked against the COAR Notify specification, stored octet for octet and served
-back; what is refused is answered with everything that is wrong with it. The file needs nothing but
-Python and may be copied into another project.
+back; what is refused is answered with everything that is wrong with it. The page at / shows every
+delivery as it comes. The file needs nothing but Python and may be copied into another project.
 
 Each section uses only what stands above it: documents, configuration, rules, storage, pages, HTTP,
 server, command line. The one exception is that an HTTP request asks the server it came through.
@@ -821,7 +821,6 @@ ABOUT = ("id", "inReplyTo", "origin.id", "actor.name", "actor.id", "object.id")
 ABOUT_LENGTH = 1000  # characters that are kept of each
 
 CONVERSATION = 50  # deliveries that are shown of one, the newest
-MAX_LINES = 2000  # of a payload that are shown
 MARK = 64  # octets at the beginning of a line: they hold its name
 HEARTBEAT = 1.0  # seconds after which those who follow the log learn that there is nothing new
 
@@ -895,26 +894,14 @@ class Delivery(NamedTuple):
             text = entry.pop("body", None)
             body = octets if text is None else text.encode("utf-8", "replace")
             delivery = cls(**entry, findings=findings, body=body)
-            texts = [*delivery.about.values(), *(part for each in findings for part in each[:-1])]
+            delivery.headers.items()
+            texts = [delivery.name, delivery.time, delivery.client, delivery.target]
+            texts += [delivery.detail, delivery.pattern or "", *delivery.about.values()]
+            texts += [part for finding in findings for part in finding[:-1]]
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
             return None
-        usable = all(isinstance(value, kind) for value, kind in zip(delivery, DELIVERY_KINDS))
-        return delivery if usable and all(isinstance(text, str) for text in texts) else None
-
-
-# Of the members of a delivery, in their order.
-DELIVERY_KINDS: tuple[Any, ...] = (
-    str,
-    str,
-    str,
-    str,
-    dict,
-    int,
-    str,
-    (str, type(None)),
-    dict,
-    list,
-)
+        usable = isinstance(delivery.status, int) and all(isinstance(text, str) for text in texts)
+        return delivery if usable else None
 
 
 def found(name: str, octets: bytes) -> Delivery:
@@ -1030,7 +1017,9 @@ class DeliveryLog:
         with self.changed, open(self.path, "a+b", buffering=0, opener=open_file) as file:
             end = file.seek(0, os.SEEK_END)
             file.seek(max(0, end - 1))
-            if file.read(1) not in (b"", b"\n"):  # the last line was cut short
+            if file.read(1) not in (b"", b"\n"):
+                # The last line was cut short, or another process is just writing it: then an
+                # empty line will follow.
                 line = b"\n" + line
             if file.write(line) < len(line):
                 file.truncate(end)
@@ -1124,6 +1113,9 @@ class DeliveryLog:
 
 # --- Pages ---------------------------------------------------------------------------------------
 
+MAX_LINES = 2000  # of a payload that are shown
+MAX_LENGTH = 2000  # characters of a text that are shown
+
 STYLE = """
 :root {
   color-scheme: light dark;
@@ -1172,7 +1164,7 @@ ol.findings { margin: 0; padding-left: 1.75rem; }
 ol.findings li { margin-bottom: .5rem; padding: .25rem .5rem; }
 ol.findings p { margin: 0; }
 :target, mark:has(:target) { outline: 2px solid var(--link); }
-table { border-collapse: collapse; }
+table { border-collapse: collapse; table-layout: fixed; width: 100%; }
 td, th { padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line);
   text-align: left; vertical-align: top; }
 @media (max-width: 50rem) {
@@ -1338,10 +1330,11 @@ FINDING = """
 CONSTRAINTS = """<h1>Constraints</h1>
 <dl>{meanings}</dl>
 <table>
-<tr><th scope="col">Code</th><th scope="col">Demand</th><th scope="col">Levels</th></tr>{rows}
+<tr><th scope="col">Code</th><th scope="col">The member is to</th><th scope="col">Levels</th></tr>
+{rows}
 </table>"""
 CONSTRAINT = """
-<tr id="{code}"><td>{code}</td><td>{member} must {demand}</td><td>{levels}</td></tr>"""
+<tr id="{code}"><td><code>{code}</code></td><td>{demand}</td><td>{levels}</td></tr>"""
 
 
 class Html(NamedTuple):
@@ -1350,7 +1343,7 @@ class Html(NamedTuple):
     text: str
 
 
-def clip(text: str, length: int = 2000) -> str:
+def clip(text: str, length: int = MAX_LENGTH) -> str:
     return text if len(text) <= length else f"{text[:length]}… ({len(text)} characters)"
 
 
@@ -1521,14 +1514,20 @@ def as_json(value: Any) -> str:
 
 
 def constraints_page(site: Site) -> Html:
-    entries = []
-    for entry in constraints():
-        levels = ", ".join(f"{name} {level}" for name, level in entry["levels"].items())
-        member = entry["member"] or "the notification"
-        entries.append(fill(CONSTRAINT, **{**entry, "member": member, "levels": levels}))
+    rows = [fill(CONSTRAINT, **{**entry, "levels": levels(entry)}) for entry in constraints()]
     meanings = [fill(FACT, name=level, value=meaning) for level, meaning in LEVELS.items()]
-    content = fill(CONSTRAINTS, meanings=meanings, rows=entries)
+    content = fill(CONSTRAINTS, meanings=meanings, rows=rows)
     return page(site, "Constraints · coarinbox", content)
+
+
+def levels(entry: Mapping[str, Any]) -> str:
+    """Say which patterns a constraint has at which level."""
+    named: dict[str, list[str]] = {}
+    for name, level in entry["levels"].items():
+        named.setdefault(level, []).append(name)
+    if len(next(iter(named.values()))) == len(PATTERNS):
+        return f"{level}: every pattern"
+    return "; ".join(f"{level}: {', '.join(names)}" for level, names in named.items())
 
 
 # --- HTTP ----------------------------------------------------------------------------------------

@@ -1799,7 +1799,7 @@ class DeliveriesTest(InboxTest):
         return pathlib.Path(self.server.store.directory, "deliveries.jsonl")
 
     def lines(self) -> list[Any]:
-        return [json.loads(line) for line in self.path.read_bytes().splitlines()]
+        return [json.loads(line) for line in self.path.read_bytes().splitlines() if line]
 
     def deliveries(self, query: str = "") -> list[Any]:
         answer = self.ask("GET", f"/deliveries{query}")
@@ -3357,11 +3357,11 @@ class ReadmeTest(ProgramTest):
     @unittest.skipUnless(shutil.which("curl"), "curl is not installed")
     def test_the_commands_print_what_it_says(self) -> None:
         sessions = [block for block in self.blocks("console") if block.startswith("$ ")]
-        self.assertEqual(len(sessions), 2)
+        self.assertEqual(len(sessions), 3)
         name = re.compile("[0-9]{8}_[0-9]{6}_[0-9a-f]{32}")
         with running(self.command("--port", "0"), cwd=self.directory) as inbox:
             for session in sessions:
-                command, closing, output = session[2:].partition("}'\n")
+                command, closing, output = session[2:].partition("'\n")
                 here = command.replace("5005", str(inbox.server_address[1])) + closing
                 done = subprocess.run(
                     here, shell=True, cwd=self.directory, capture_output=True, text=True, timeout=20
