@@ -895,9 +895,15 @@ class Delivery(NamedTuple):
             body = octets if text is None else text.encode("utf-8", "replace")
             delivery = cls(**entry, findings=findings, body=body)
             delivery.headers.items()
-            texts = [delivery.name, delivery.time, delivery.client, delivery.target]
-            texts += [delivery.detail, delivery.pattern or "", *delivery.about.values()]
-            texts += [part for finding in findings for part in finding[:-1]]
+            texts = [
+                delivery.name,
+                delivery.time,
+                delivery.client,
+                delivery.target,
+                delivery.detail,
+            ]
+            texts += [] if delivery.pattern is None else [delivery.pattern]
+            texts += [*delivery.about.values(), *(part for each in findings for part in each[:-1])]
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
             return None
         usable = isinstance(delivery.status, int) and all(isinstance(text, str) for text in texts)
@@ -1058,14 +1064,14 @@ class DeliveryLog:
                 return delivery
         raise KeyError(name)
 
-    def select(self, query: Query) -> list[Delivery]:
-        """Find the deliveries that somebody wants to see, the newest first."""
+    def select(self, query: Query, limit: int) -> list[Delivery]:
+        """Find at most so many of the deliveries that somebody wants to see, the newest first."""
         deliveries = self.newest_first()
         if query.before:
             deliveries = itertools.dropwhile(lambda each: each.name != query.before, deliveries)
             next(deliveries, None)
         recent = itertools.takewhile(lambda each: not query.ends_at(each), deliveries)
-        return list(itertools.islice(filter(query.matches, recent), int(query.limit)))
+        return list(itertools.islice(filter(query.matches, recent), limit))
 
     def conversation(self, about: Mapping[str, str]) -> list[Delivery]:
         """Find what a notification answers, what answers it, and itself, the oldest first."""
@@ -1137,60 +1143,76 @@ code, pre, time { font-family: ui-monospace, monospace; font-size: .9em; }
 pre { margin: 0; padding: .5rem .75rem; border: 1px solid var(--line); white-space: pre-wrap; }
 header, form { display: flex; flex-wrap: wrap; gap: .25rem 1rem; align-items: center; }
 header { padding: .5rem 0; border-bottom: 1px solid var(--line); }
-header > a:first-child { font-weight: 600; color: var(--ink); text-decoration: none; }
-header button { margin-left: auto; }
 [hidden] { display: none; }
-input, select, button { font: inherit; color: inherit; background: var(--paper);
-  border: 1px solid var(--faint); border-radius: 3px; padding: .1rem .5rem; }
+input, select, button { font: inherit; line-height: inherit; height: 1.75rem; color: inherit;
+  background: var(--paper); border: 1px solid var(--faint); border-radius: 3px; }
+#q { width: 16rem; }
+#empty { margin-left: auto; }
 .copy { user-select: all; }
 .faint, dt, time { color: var(--faint); }
 .stored, .queued { color: var(--good); }
 .refused { color: var(--bad); }
 .failed, .warning { color: var(--odd); }
-ol.rows { list-style: none; margin: .5rem 0; padding: 0; border-top: 1px solid var(--line); }
-ol.rows a { display: grid; grid-template-columns: 10.5rem 6.5rem 13rem 1fr 1fr; gap: 0 1rem;
-  padding: .25rem .5rem; border-bottom: 1px solid var(--line);
+#newest { position: absolute; clip-path: inset(50%); }
+ol.rows { list-style: none; margin: .25rem -.5rem; padding: 0; }
+ol.rows a, .columns { display: grid; grid-template-columns: 10rem 6rem 13rem 1fr 1fr;
+  gap: 0 1rem; align-items: baseline; }
+ol.rows a { padding: .25rem .5rem; border-top: 1px solid var(--line);
   color: inherit; text-decoration: none; }
 ol.rows a:hover, ol.rows a[aria-current] { background: var(--S); }
 ol.rows span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 ol.rows .why { grid-column: 2 / -1; }
+.columns { margin: 1rem 0 0; font-size: .9em; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; margin: .5rem 0; }
 dd { margin: 0; }
 .beside { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 0 1.5rem; }
 .beside > section:first-child { order: 1; }
-mark { color: inherit; }
-.E { background: var(--E); } .M { background: var(--M); } .S { background: var(--S); }
+.E { --tint: var(--E); --edge: var(--bad); }
+.M { --tint: var(--M); --edge: var(--odd); }
+.S { --tint: var(--S); --edge: var(--link); }
+mark { display: block; margin: 0 -.75rem; padding: 0 .75rem; color: inherit;
+  background: var(--tint); }
 ol.findings { margin: 0; padding-left: 1.75rem; }
-ol.findings li { margin-bottom: .5rem; padding: .25rem .5rem; }
+ol.findings li { margin-bottom: .5rem; padding-left: .5rem; border-left: 3px solid var(--edge); }
 ol.findings p { margin: 0; }
-:target, mark:has(:target) { outline: 2px solid var(--link); }
+ol.findings .faint { font-size: .9em; }
+li:target, tr:target, mark:has(:target) { outline: 2px solid var(--link); }
 table { border-collapse: collapse; table-layout: fixed; width: 100%; }
 td, th { padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line);
   text-align: left; vertical-align: top; }
-@media (max-width: 50rem) {
-  ol.rows a { grid-template-columns: 1fr 1fr; }
+@media (max-width: 60rem) {
+  .beside, label:has(#q), td { display: block; }
+  .columns, thead { display: none; }
+  ol.rows a { grid-template-columns: max-content 1fr; }
   ol.rows span, ol.rows .why { grid-column: 1 / -1; }
-  .beside { display: block; }
+  ol.rows .why { white-space: normal; }
 }
 """
 
 # The server renders everything; the script fetches the page again and exchanges what is `live`.
 SCRIPT = """
-const home = document.querySelector("header a").href;
+const home = document.querySelector("nav a").href;
 const filter = document.querySelector("form");
-const empty = document.getElementById("empty");
 const state = document.getElementById("state");
 let wanted = false, busy = false, events;
 
-async function exchange() {
-  const response = await fetch(location.href, {headers: {Accept: "text/html"}});
-  const page = new DOMParser().parseFromString(await response.text(), "text/html");
-  const focus = document.activeElement.id;
-  for (const part of response.ok ? document.querySelectorAll(".live") : []) {
-    const fresh = page.getElementById(part.id);
-    if (fresh.innerHTML !== part.innerHTML) part.replaceChildren(...fresh.childNodes);
+function say(text, kind) {
+  state.textContent = text;
+  state.className = kind;
+}
+
+function exchange(part, fresh) {
+  const rows = part.querySelector("ol"), found = fresh.querySelector("ol");
+  if (!rows || !found) return part.replaceChildren(...fresh.childNodes);
+  // Row by row, so that nothing moves under the eyes, the pointer or the focus of a reader.
+  const keys = list => [...list.children].map(row => row.firstElementChild.id);
+  const left = keys(found);
+  for (const row of [...rows.children]) {
+    if (!left.includes(row.firstElementChild.id)) row.remove();
   }
-  if (focus) document.getElementById(focus)?.focus();
+  [...found.children].forEach((row, index) => {
+    if (keys(rows)[index] !== left[index]) rows.insertBefore(row, rows.children[index] ?? null);
+  });
 }
 
 async function refresh() {
@@ -1199,7 +1221,15 @@ async function refresh() {
   busy = true;
   while (wanted) {
     wanted = false;
-    try { await exchange(); } catch { state.textContent = "not connected"; }
+    const answer = await fetch(location.href, {headers: {Accept: "text/html"}}).catch(() => null);
+    if (!answer?.ok) {
+      say(answer?.status === 404 ? "removed" : "not connected", "refused");
+      continue;
+    }
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    for (const part of document.querySelectorAll(".live")) {
+      exchange(part, page.getElementById(part.id));
+    }
   }
   busy = false;
 }
@@ -1208,21 +1238,27 @@ function listen() {
   events?.close();  // a browser has few connections for all the pages that are open
   if (document.hidden) return;
   events = new EventSource(home + "deliveries");
-  events.onopen = () => { state.textContent = "live"; refresh(); };
+  events.onopen = () => { say("live", "faint"); refresh(); };
   events.onmessage = refresh;
-  events.onerror = () => { state.textContent = "not connected"; };
+  events.onerror = () => say("not connected", "refused");
 }
 
-filter?.addEventListener("input", () => {
-  history.replaceState(null, "", "?" + new URLSearchParams(new FormData(filter)));
-  refresh();
-});
-empty.hidden = false;
-empty.addEventListener("click", async () => {
+async function empty() {
   if (!confirm("Remove all notifications and deliveries from the inbox?")) return;
-  const response = await fetch(home + "inbox", {method: "DELETE"});
-  if (response.ok) location.href = home; else alert((await response.json()).detail);
-});
+  const answer = await fetch(home + "inbox", {method: "DELETE"}).catch(() => null);
+  if (answer?.ok) location.href = home;
+  else alert(answer ? (await answer.json()).detail : "The inbox cannot be reached.");
+}
+
+if (filter) {
+  const button = document.getElementById("empty");
+  document.getElementById("filter").hidden = !(button.hidden = false);
+  button.addEventListener("click", empty);
+  filter.addEventListener("input", () => {
+    history.replaceState(null, "", "?" + new URLSearchParams(new FormData(filter)));
+    refresh();
+  });
+}
 document.addEventListener("visibilitychange", listen);
 listen();
 """
@@ -1248,11 +1284,9 @@ PAGE = """<!doctype html>
 </head>
 <body>
 <header>
-<a href="{root}">coarinbox</a>
-<code class="copy">{inbox}</code>
-<a href="{root}constraints">Constraints</a>
-<span id="state" role="status" class="faint"></span>
-<button id="empty" hidden>Empty the inbox</button>
+<b>coarinbox</b> <code class="copy">{inbox}</code>
+<nav><a href="{root}">Deliveries</a> · <a href="{root}constraints">Constraints</a></nav>
+<span id="state" role="status"></span>
 </header>
 <main>
 {content}
@@ -1264,15 +1298,20 @@ PAGE = """<!doctype html>
 
 HOME = """<h1>Deliveries</h1>
 <form role="search">
-<label>Filter <input id="q" type="search" name="q" value="{q}" autocomplete="off"></label>
+<label>Filter <input id="q" type="search" name="q" value="{q}" autocomplete="off"
+placeholder="pattern, id, origin, finding …"></label>
 <label>Status <select id="status" name="status">{options}</select></label>
-<button>Filter</button>
+<button id="filter">Filter</button>
+<button id="empty" type="button" hidden>Empty the inbox</button>
 </form>
 <p id="newest" class="live" role="status">{newest}</p>
-<div id="deliveries" class="live">{deliveries}</div>"""
+<p class="columns faint" aria-hidden="true"><span>Time (UTC)</span> <span>Verdict</span>
+<span>Pattern</span> <span>Origin</span> <span>Object</span></p>
+<div id="deliveries" class="live">{deliveries}</div>
+<p id="more" class="live">{more}</p>"""
 
 OPTION = """<option value="{value}"{selected}>{label}</option>"""
-STATUSES = {"": "all", "2xx": "2xx accepted", "4xx": "4xx refused", "5xx": "5xx failed"}
+STATUSES = {"": "all", "2xx": "2xx stored", "4xx": "4xx refused", "5xx": "5xx failed"}
 
 ROWS = """<ol class="rows">{rows}</ol>"""
 
@@ -1282,7 +1321,8 @@ ROW = """
 <span>{pattern}</span> <span class="faint">{sender}</span> <span class="faint">{subject}</span>
 <span class="why {kind}">{reasons}</span></a></li>"""
 
-OLDER = """<p><a href="?{query}">Older deliveries</a></p>"""
+NEWEST = """<a href="{query}">Newest deliveries</a> """
+OLDER = """<a href="{query}">Older deliveries</a>"""
 
 NOTE = """<p class="{kind}">{text}</p>"""
 
@@ -1307,12 +1347,13 @@ DELIVERY = """<h1><span class="{verdict}">{status} {verdict}</span> {pattern}</h
 <dl>{facts}</dl>
 <div class="beside">
 <section aria-labelledby="findings"><h2 id="findings">Findings</h2>
-<ol class="findings">{items}</ol></section>
+{findings}</section>
 <section aria-labelledby="payload"><h2 id="payload">Payload</h2>
-<pre>{payload}</pre></section>
+{payload}</section>
 </div>
-<section id="conversation" class="live"><h2>Conversation</h2>
-{conversation}</section>
+<section><h2>Conversation</h2>
+<div id="missing" class="live">{missing}</div>
+<div id="conversation" class="live">{conversation}</div></section>
 <section><h2>Request</h2>
 <pre>POST {target}
 {head}</pre></section>"""
@@ -1320,18 +1361,21 @@ DELIVERY = """<h1><span class="{verdict}">{status} {verdict}</span> {pattern}</h
 FACT = """<dt>{name}</dt><dd>{value}</dd>"""
 LINK = """<a href="{url}">{url}</a>"""
 LINE = """{text}\n"""
-MARKED_LINE = """<mark class="{level}">{text}{references}</mark>\n"""
+MARKED_LINE = """<mark class="{level}">{text}{references}</mark>"""
 REFERENCE = """ <a id="at-{number}" href="#finding-{number}">[{number}]</a>"""
 FINDING = """
 <li id="finding-{number}" class="{level}"><p>{message}</p>
-<a href="#at-{number}">{place}</a> · {meaning} ·
-<a href="{root}constraints#{code}">{code}</a> · <a href="{spec}">specification</a></li>"""
+<p class="faint"><a href="#at-{number}">{place}</a> · {meaning} ·
+<a href="{root}constraints#{code}">{code}</a> · <a href="{spec}">specification</a></p></li>"""
+FINDINGS = """<ol class="findings">{items}</ol>"""
+PAYLOAD = """<pre>{lines}</pre>
+<p class="faint">Indented. <a href="{root}deliveries/{name}/body">As it came</a></p>"""
 
 CONSTRAINTS = """<h1>Constraints</h1>
 <dl>{meanings}</dl>
 <table>
-<tr><th scope="col">Code</th><th scope="col">The member is to</th><th scope="col">Levels</th></tr>
-{rows}
+<thead><tr><th>Code</th><th>The member is to</th><th>Levels</th></tr></thead>
+<tbody>{rows}</tbody>
 </table>"""
 CONSTRAINT = """
 <tr id="{code}"><td><code>{code}</code></td><td>{demand}</td><td>{levels}</td></tr>"""
@@ -1386,8 +1430,8 @@ def rows(site: Site, deliveries: Sequence[Delivery], current: str = "") -> Html:
     """List deliveries, each with the reasons for its verdict; the current one is marked."""
     items = []
     for delivery in deliveries:
-        messages = "; ".join(finding.message for finding in by_level(delivery.findings))
-        reasons = clip(": ".join(text for text in (delivery.detail, messages) if text), 500)
+        messages = [finding.message for finding in by_level(delivery.findings)]
+        reasons = clip("; ".join(messages) or delivery.detail, 500)
         kind = delivery.verdict if delivery.detail else "warning"
         here = Html(' aria-current="page"') if delivery.name == current else ""
         item = fill(ROW, delivery, root=site.root, current=here, kind=kind, reasons=reasons)
@@ -1395,77 +1439,108 @@ def rows(site: Site, deliveries: Sequence[Delivery], current: str = "") -> Html:
     return fill(ROWS, rows=items)
 
 
+def note(text: str, kind: str = "faint") -> Html:
+    return fill(NOTE, kind=kind, text=text)
+
+
 def home_page(site: Site, query: Query, deliveries: Sequence[Delivery]) -> Html:
-    """Show the deliveries that a query selects, or how to make the first one."""
-    newest, content = "", [fill(NOTE, kind="faint", text="No delivery is like that.")]
-    if deliveries:
-        newest = f"Times are UTC. The newest: {deliveries[0].moment}, {deliveries[0].verdict}."
-        content = [rows(site, deliveries)]
+    """Show the deliveries that a query selects, or how to make the first one.
+
+    There may be one delivery more than are to be shown, which means that there are older ones.
+    """
+    shown_, newest, content = deliveries[: int(query.limit)], "", note("No delivery matches.")
+    if shown_:
+        newest = f"The newest: {shown_[0].moment}, {shown_[0].status} {shown_[0].verdict}."
+        content = rows(site, shown_)
     elif query == Query():
-        content = [fill(EMPTY, site)]
-    if len(deliveries) == int(query.limit):
-        older = query._replace(before=deliveries[-1].name)._asdict()
-        content.append(fill(OLDER, query=urlencode({k: v for k, v in older.items() if v})))
+        content = fill(EMPTY, site)
     options = [
         fill(OPTION, value=value, label=label, selected=Html(" selected" * (value == query.status)))
         for value, label in STATUSES.items()
     ]
-    home = fill(HOME, query, options=options, newest=newest, deliveries=content)
+    more = turn_page(query, deliveries)
+    home = fill(HOME, query, options=options, newest=newest, deliveries=content, more=more)
     return page(site, "Deliveries · coarinbox", home)
+
+
+def turn_page(query: Query, deliveries: Sequence[Delivery]) -> list[Html]:
+    limit, links = int(query.limit), []
+    if query.before:
+        links.append(fill(NEWEST, query=as_query(query._replace(before=""))))
+    if len(deliveries) > limit:
+        older = query._replace(before=deliveries[limit - 1].name)
+        links.append(fill(OLDER, query=as_query(older)))
+    return links
+
+
+def as_query(query: Query) -> str:
+    return "?" + urlencode({name: value for name, value in query._asdict().items() if value})
 
 
 def delivery_page(
     site: Site, delivery: Delivery, octets: bytes | None, around: Sequence[Delivery]
 ) -> Html:
     """Show a delivery: what is wrong with it beside its payload, and what belongs to it."""
-    findings = by_level(delivery.findings)
-    stored = {"stored as": f"{site.inbox}/{delivery.name}"} if delivery.body is None else {}
+    stored = {} if delivery.detail else {"stored as": f"{site.inbox}/{delivery.name}"}
     facts = {"time": delivery.time, "client": delivery.client, **stored, **delivery.about}
     content = fill(
         DELIVERY,
         delivery,
         facts=[fill(FACT, name=name, value=linked(value)) for name, value in facts.items()],
-        items=[listed(site, *numbered) for numbered in enumerate(findings, 1)],
-        payload=payload(octets, findings),
+        findings=findings_list(site, delivery),
+        payload=payload(site, delivery, octets),
+        missing=missing(delivery, around),
         conversation=conversation(site, delivery, around),
         head=[fill(LINE, text=f"{name}: {value}") for name, value in delivery.headers.items()],
     )
-    return page(site, f"{delivery.status} {delivery.verdict} · coarinbox", content)
+    title = f"{delivery.status} {delivery.verdict} {delivery.pattern or ''} · coarinbox"
+    return page(site, title, content)
 
 
 def linked(value: str) -> str | Html:
     return fill(LINK, url=value) if is_http_uri(value) else value
 
 
-def listed(site: Site, number: int, finding: Finding) -> Html:
-    place, meaning = finding.pointer or "the notification", LEVELS.get(finding.level)
-    return fill(FINDING, finding, root=site.root, number=number, place=place, meaning=meaning)
+def findings_list(site: Site, delivery: Delivery) -> Html:
+    if not delivery.findings:
+        return note("Not checked." if delivery.detail else "None.")
+    items = []
+    for number, finding in enumerate(by_level(delivery.findings), 1):
+        place, meaning = finding.pointer or "the notification", LEVELS.get(finding.level)
+        common = {"root": site.root, "number": number, "place": place, "meaning": meaning}
+        items.append(fill(FINDING, finding, **common))
+    return fill(FINDINGS, items=items)
 
 
-def conversation(site: Site, delivery: Delivery, around: Sequence[Delivery]) -> list[Html]:
+def missing(delivery: Delivery, around: Sequence[Delivery]) -> Html | str:
+    asked = delivery.about.get("inReplyTo")
+    if not asked or any(other.about.get("id") == asked for other in around):
+        return ""
+    return note(f"It replies to {clip(asked, 200)}, which was never received here.", "warning")
+
+
+def conversation(site: Site, delivery: Delivery, around: Sequence[Delivery]) -> Html:
     """Show what a notification answers, and what answers it."""
-    parts, asked = [], delivery.about.get("inReplyTo")
-    if asked and all(other.about.get("id") != asked for other in around):
-        text = f"It replies to {clip(asked, 200)}, which was never received here."
-        parts.append(fill(NOTE, kind="warning", text=text))
     if all(other.name == delivery.name for other in around):
-        return [*parts, fill(NOTE, kind="faint", text="Nothing else belongs to it.")]
-    return [*parts, rows(site, around, delivery.name)]
+        return note("No other delivery belongs to it.")
+    return rows(site, around, delivery.name)
 
 
-def payload(octets: bytes | None, findings: Sequence[Finding]) -> list[Html]:
+def payload(site: Site, delivery: Delivery, octets: bytes | None) -> Html:
     """Show a notification, or what came in place of one, with the numbers of the findings."""
-    if octets is None:
-        return [fill(LINE, text="It is no longer stored.")]
+    if not octets:
+        return note("It is no longer stored." if octets is None else "Nothing of it was read.")
     try:
         lines = outline(parse(octets))
     except ValueError:
         lines = ((None, text) for text in octets.decode("utf-8", "backslashreplace").splitlines())
     first = list(itertools.islice(lines, MAX_LINES))
-    marks = locate(findings, {pointer for pointer, _ in first})
-    shown = [payload_line(text, marks.get(pointer, [])) for pointer, text in first]
+    marks = locate(by_level(delivery.findings), {pointer for pointer, _ in first})
+    shown_ = [payload_line(text, marks.get(pointer, [])) for pointer, text in first]
     rest = sum(1 for _ in lines)
-    return [*shown, *([fill(LINE, text=f"… and {rest} lines more")] if rest else [])]
+    if rest:
+        shown_.append(fill(LINE, text=f"… and {rest} lines more"))
+    return fill(PAYLOAD, delivery, root=site.root, lines=shown_)
 
 
 def payload_line(text: str, marks: Sequence[tuple[int, Finding]]) -> Html:
@@ -1513,9 +1588,13 @@ def as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def constraints_page(site: Site) -> Html:
+def constraints_page(site: Site, refused: Sequence[str]) -> Html:
+    """Show the rules, and which of their levels this inbox refuses."""
     rows = [fill(CONSTRAINT, **{**entry, "levels": levels(entry)}) for entry in constraints()]
-    meanings = [fill(FACT, name=level, value=meaning) for level, meaning in LEVELS.items()]
+    meanings = [
+        fill(FACT, name=level, value=meaning + "; refused here" * (level in refused))
+        for level, meaning in LEVELS.items()
+    ]
     content = fill(CONSTRAINTS, meanings=meanings, rows=rows)
     return page(site, "Constraints · coarinbox", content)
 
@@ -1616,7 +1695,7 @@ def store_problems() -> Iterator[None]:
     try:
         yield
     except KeyError:
-        raise Problem(404, "no notification has this name") from None
+        raise Problem(404, "nothing has this name") from None
     except OSError as error:
         LOG.error("the store failed: %s", error)
         full = errno.errorcode.get(error.errno or 0) in ("ENOSPC", "EDQUOT")
@@ -1841,6 +1920,12 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     def version_string(self) -> str:
         return self.server_version
 
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """Log a request, unless the script of a page makes it again and again by itself."""
+        by_script = self.headers.get("Sec-Fetch-Dest") == "empty" and self.command == "GET"
+        if not by_script or self.server.settings.DEBUG:
+            super().log_request(code, size)
+
     def log_message(self, format: str, *args: Any) -> None:
         # Escaped: what clients send must not pass for lines of the log.
         LOG.info("%s %s", self.client_address[0], visible(format % args))
@@ -1865,12 +1950,9 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     def shown_headers(self) -> dict[str, str]:
         """The headers, those of one name joined (RFC 9110 section 5.3), without secrets."""
-        return {
-            name: "(masked)"
-            if name.lower() in SECRET
-            else ", ".join(self.headers.get_all(name, []))
-            for name in self.headers
-        }
+        joined = {name: ", ".join(self.headers.get_all(name, [])) for name in self.headers}
+        secret = {name: "(masked)" for name in joined if name.lower() in SECRET}
+        return {**joined, **secret}
 
     @property
     def host(self) -> str:
@@ -2039,7 +2121,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     def get_home(self) -> Response:
         query = self.query()
         with store_problems():
-            deliveries = self.server.deliveries.select(query)
+            deliveries = self.server.deliveries.select(query, int(query.limit) + 1)
         link = f'<{self.base}/inbox>; rel="http://www.w3.org/ns/ldp#inbox"'
         return html_response(home_page(self.site, query, deliveries), {"Link": link})
 
@@ -2059,8 +2141,10 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     def post_inbox(self) -> Response:
         """Take a notification in (LDN section 3.3.2); a 2xx is a promise that it is stored."""
+        if self.continue_expected:
+            self.check_content()
+        octets = self.read_body()  # even if its type is wrong: people want to see what they sent
         self.check_content()
-        octets = self.read_body()
         if self.server.settings.DEBUG:
             self.log_message("%s", octets.decode("utf-8", "backslashreplace"))
         receipt = self.judge(octets)
@@ -2108,7 +2192,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         if self.wants_html():
             return self.get_home()
         with store_problems():
-            deliveries = self.server.deliveries.select(query)
+            deliveries = self.server.deliveries.select(query, int(query.limit))
         return json_response(200, {"deliveries": [delivery.as_json() for delivery in deliveries]})
 
     def events(self, query: Query, bookmark: Bookmark) -> Generator[bytes, None, None]:
@@ -2127,21 +2211,32 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         return self.show(delivery) if self.wants_html() else json_response(200, delivery.as_json())
 
     def show(self, delivery: Delivery) -> Response:
-        octets = delivery.body
         with store_problems():
             around = self.server.deliveries.conversation(delivery.about)
-            if octets is None:
-                with contextlib.suppress(KeyError):
-                    octets = self.server.store.read(delivery.name)
+            octets = self.body_of(delivery)
         return html_response(delivery_page(self.site, delivery, octets, around))
 
+    def body_of(self, delivery: Delivery) -> bytes | None:
+        with contextlib.suppress(KeyError):
+            return self.server.store.read(delivery.name) if delivery.body is None else delivery.body
+        return None
+
+    def get_body(self, name: str) -> Response:
+        """Show what came, octet for octet, whatever it is: as text, which no browser will run."""
+        with store_problems():
+            octets = self.body_of(self.server.deliveries.find(name))
+            if octets is None:
+                raise KeyError(name)
+        return Response(200, octets, {"Content-Type": "text/plain; charset=utf-8"})
+
     def get_constraints(self) -> Response:
+        refused = REFUSED[self.server.settings.VALIDATE_INCOMING]
         if self.wants_html():
-            return html_response(constraints_page(self.site))
+            return html_response(constraints_page(self.site, refused))
         document = {
             "specification": SPECIFICATION,
             "levels": LEVELS,
-            "refused": REFUSED[self.server.settings.VALIDATE_INCOMING],
+            "refused": refused,
             "constraints": constraints(),
         }
         return json_response(200, document)
@@ -2152,6 +2247,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         f"/inbox/(?P<name>{NAME})": {"GET": get_notification, "DELETE": delete_notification},
         "/deliveries": {"GET": get_deliveries},
         f"/deliveries/(?P<name>{NAME})": {"GET": get_delivery},
+        f"/deliveries/(?P<name>{NAME})/body": {"GET": get_body},
         "/constraints": {"GET": get_constraints},
     }
 
