@@ -1341,7 +1341,7 @@ class BadBodyTest(InboxTest):
                 self.assertIn(helpful, answer.headers)
                 self.assertIn("constrainedBy", answer.headers["Link"])
         octets = f"POST /inbox HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(BODY)}\r\n\r\n"
-        (answer,) = raw(self.server, octets.encode() + BODY)
+        (answer,) = raw(self.server, octets.encode() + BODY, "half-close")
         self.assert_problem(answer, 415)
         self.assertEqual(self.post(Content_Encoding="Identity").status, 201)
 
