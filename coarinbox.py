@@ -888,7 +888,7 @@ class Delivery(NamedTuple):
     def from_json(cls, line: bytes) -> Delivery | None:
         """Read what `as_json` wrote; None where it was torn, or edited beyond use."""
         try:
-            entry = json.loads(line)
+            entry = parse(line)
             findings = [Finding(**finding) for finding in entry.pop("findings")]
             octets = base64.b64decode(entry.pop("body_base64", ""), validate=True) or None
             text = entry.pop("body", None)
@@ -906,8 +906,9 @@ class Delivery(NamedTuple):
             texts += [*delivery.about.values(), *(part for each in findings for part in each[:-1])]
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
             return None
-        usable = isinstance(delivery.status, int) and all(isinstance(text, str) for text in texts)
-        return delivery if usable else None
+        if not isinstance(delivery.status, int) or not all(isinstance(text, str) for text in texts):
+            return None
+        return delivery if re.fullmatch(NAME, delivery.name) else None
 
 
 def found(name: str, octets: bytes) -> Delivery:
@@ -933,10 +934,11 @@ class Query(NamedTuple):
     q: str = ""  # holding this text
 
     def matches(self, delivery: Delivery) -> bool:
+        text = self.q.casefold()
         return (
             re.fullmatch(self.status.replace("x", ".") or ".*", str(delivery.status)) is not None
             and self.pattern in ("", delivery.pattern)
-            and any(self.q.casefold() in text.casefold() for text in delivery.texts())
+            and any(text in each.casefold() for each in delivery.texts())
         )
 
     def ends_at(self, delivery: Delivery) -> bool:
@@ -998,11 +1000,12 @@ class Bookmark(NamedTuple):
     line: int  # offset of some line that was there
     beginning: bytes  # of that line, with the name of its delivery
 
-    def find(self, file: IO[bytes]) -> int:
+    def find(self, file: IO[bytes]) -> Bookmark:
         """Go to the place, or to the beginning of the file if that is not the log that it was."""
         file.seek(self.line)
         known = file.read(len(self.beginning)) == self.beginning
-        return file.seek(min(self.place, file.seek(0, os.SEEK_END)) if known else 0)
+        mark = self if known else Bookmark(0, 0, b"")
+        return mark._replace(place=file.seek(min(mark.place, file.seek(0, os.SEEK_END))))
 
 
 class DeliveryLog:
@@ -1017,10 +1020,12 @@ class DeliveryLog:
         self.changed = threading.Condition()
 
     def append(self, delivery: Delivery) -> None:
-        """Write a delivery at the end of the log, whole or not at all."""
-        line = json.dumps(delivery.as_json()).encode() + b"\n"
+        """Write a delivery at the end of the log, with the time, whole or not at all."""
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         with self.changed, open(self.path, "a+b", buffering=0, opener=open_file) as file:
+            # Here, so that the lines are in the order of their times.
+            now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")[:-6] + "Z"
+            line = json.dumps(delivery._replace(time=now).as_json()).encode() + b"\n"
             end = file.seek(0, os.SEEK_END)
             file.seek(max(0, end - 1))
             if file.read(1) not in (b"", b"\n"):
@@ -1057,12 +1062,9 @@ class DeliveryLog:
                 if delivery:
                     yield delivery
 
-    def find(self, name: str) -> Delivery:
-        """Find a delivery by its name. Raises `KeyError`."""
-        for delivery in self.newest_first(name):
-            if delivery.name == name:
-                return delivery
-        raise KeyError(name)
+    def find(self, name: str) -> Delivery | None:
+        """Find a delivery by its name."""
+        return next((each for each in self.newest_first(name) if each.name == name), None)
 
     def select(self, query: Query, limit: int) -> list[Delivery]:
         """Find at most so many of the deliveries that somebody wants to see, the newest first."""
@@ -1074,14 +1076,21 @@ class DeliveryLog:
         return list(itertools.islice(filter(query.matches, recent), limit))
 
     def conversation(self, about: Mapping[str, str]) -> list[Delivery]:
-        """Find what a notification answers, what answers it, and itself, the oldest first."""
-        ids = {about[member] for member in ("id", "inReplyTo") if about.get(member)}
+        """Find what a notification answers, what answers it, and itself, the oldest first.
+
+        Of very many, these are the newest, and what it answers.
+        """
+        own, asked = about.get("id"), about.get("inReplyTo")
+        ids = {text for text in (own, asked) if text}
         found = (
             delivery
             for delivery in (self.newest_first(*ids) if ids else ())
             if not ids.isdisjoint((delivery.about.get("id"), delivery.about.get("inReplyTo")))
         )
-        return list(itertools.islice(found, CONVERSATION))[::-1]
+        newest = list(itertools.islice(found, CONVERSATION))
+        known = any(delivery.about.get("id") == asked for delivery in newest)
+        older = (delivery for delivery in found if delivery.about.get("id") == asked and not known)
+        return [*itertools.islice(older, 1), *reversed(newest)]
 
     def bookmark(self, query: Query) -> Bookmark:
         """Find the place from which `follow` has what is wanted: the end, if nobody says."""
@@ -1097,24 +1106,29 @@ class DeliveryLog:
     def follow(self, bookmark: Bookmark) -> Iterator[Delivery | None]:
         """Yield the deliveries from a place on, as they come, and None where none comes soon."""
         while True:
+            state = self.state()
             with self.reading() as file:
-                place = seen = bookmark.find(file)
+                bookmark = bookmark.find(file)
                 for line in file:
-                    seen += len(line)
                     if line.endswith(b"\n"):
-                        place, bookmark = seen, Bookmark(seen, place, line[:MARK])
+                        place = bookmark.place
+                        bookmark = Bookmark(place + len(line), place, line[:MARK])
                         delivery = Delivery.from_json(line)
                         if delivery:
                             yield delivery
-            with self.changed:
-                if self.size() == seen:
-                    self.changed.wait(HEARTBEAT)
-            yield None
+            while state == self.state():
+                with self.changed:
+                    if state == self.state():
+                        self.changed.wait(HEARTBEAT)
+                yield None
 
-    def size(self) -> int:
-        with contextlib.suppress(FileNotFoundError):
-            return os.stat(self.path).st_size
-        return 0
+    def state(self) -> tuple[int, ...]:
+        """Return what is another whenever the file is."""
+        try:
+            status = os.stat(self.path)
+        except FileNotFoundError:
+            return ()
+        return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 # --- Pages ---------------------------------------------------------------------------------------
@@ -1359,14 +1373,14 @@ DELIVERY = """<h1><span class="{verdict}">{status} {verdict}</span> {pattern}</h
 {head}</pre></section>"""
 
 FACT = """<dt>{name}</dt><dd>{value}</dd>"""
-LINK = """<a href="{url}">{url}</a>"""
+LINK = """<a href="{url}">{text}</a>"""
 LINE = """{text}\n"""
 MARKED_LINE = """<mark class="{level}">{text}{references}</mark>"""
 REFERENCE = """ <a id="at-{number}" href="#finding-{number}">[{number}]</a>"""
 FINDING = """
 <li id="finding-{number}" class="{level}"><p>{message}</p>
 <p class="faint"><a href="#at-{number}">{place}</a> · {meaning} ·
-<a href="{root}constraints#{code}">{code}</a> · <a href="{spec}">specification</a></p></li>"""
+<a href="{root}constraints#{code}">{code}</a> · {specification}</p></li>"""
 FINDINGS = """<ol class="findings">{items}</ol>"""
 PAYLOAD = """<pre>{lines}</pre>
 <p class="faint">Indented. <a href="{root}deliveries/{name}/body">As it came</a></p>"""
@@ -1379,6 +1393,9 @@ CONSTRAINTS = """<h1>Constraints</h1>
 </table>"""
 CONSTRAINT = """
 <tr id="{code}"><td><code>{code}</code></td><td>{demand}</td><td>{levels}</td></tr>"""
+
+
+Path = tuple[str, ...]
 
 
 class Html(NamedTuple):
@@ -1497,8 +1514,8 @@ def delivery_page(
     return page(site, title, content)
 
 
-def linked(value: str) -> str | Html:
-    return fill(LINK, url=value) if is_http_uri(value) else value
+def linked(value: str, text: str = "") -> str | Html:
+    return fill(LINK, url=value, text=text or value) if is_http_uri(value) else value
 
 
 def findings_list(site: Site, delivery: Delivery) -> Html:
@@ -1508,7 +1525,8 @@ def findings_list(site: Site, delivery: Delivery) -> Html:
     for number, finding in enumerate(by_level(delivery.findings), 1):
         place, meaning = finding.pointer or "the notification", LEVELS.get(finding.level)
         common = {"root": site.root, "number": number, "place": place, "meaning": meaning}
-        items.append(fill(FINDING, finding, **common))
+        specification = linked(finding.spec, "specification")
+        items.append(fill(FINDING, finding, **common, specification=specification))
     return fill(FINDINGS, items=items)
 
 
@@ -1516,7 +1534,7 @@ def missing(delivery: Delivery, around: Sequence[Delivery]) -> Html | str:
     asked = delivery.about.get("inReplyTo")
     if not asked or any(other.about.get("id") == asked for other in around):
         return ""
-    return note(f"It replies to {clip(asked, 200)}, which was never received here.", "warning")
+    return note(f"It replies to {clip(asked, 200)}, which was never delivered here.", "warning")
 
 
 def conversation(site: Site, delivery: Delivery, around: Sequence[Delivery]) -> Html:
@@ -1535,11 +1553,10 @@ def payload(site: Site, delivery: Delivery, octets: bytes | None) -> Html:
     except ValueError:
         lines = ((None, text) for text in octets.decode("utf-8", "backslashreplace").splitlines())
     first = list(itertools.islice(lines, MAX_LINES))
-    marks = locate(by_level(delivery.findings), {pointer for pointer, _ in first})
-    shown_ = [payload_line(text, marks.get(pointer, [])) for pointer, text in first]
-    rest = sum(1 for _ in lines)
-    if rest:
-        shown_.append(fill(LINE, text=f"… and {rest} lines more"))
+    marks = locate(by_level(delivery.findings), {path for path, _ in first})
+    shown_ = [payload_line(text, marks.get(path, [])) for path, text in first]
+    if next(lines, None):
+        shown_.append(fill(LINE, text=f"… only {MAX_LINES} lines are shown"))
     return fill(PAYLOAD, delivery, root=site.root, lines=shown_)
 
 
@@ -1551,37 +1568,37 @@ def payload_line(text: str, marks: Sequence[tuple[int, Finding]]) -> Html:
 
 
 def locate(
-    findings: Sequence[Finding], pointers: Collection[str | None]
-) -> dict[str | None, list[tuple[int, Finding]]]:
-    """Number the findings, and collect them by pointer: their own, or that of the next parent."""
-    marks: dict[str | None, list[tuple[int, Finding]]] = {}
+    findings: Sequence[Finding], paths: Collection[Path | None]
+) -> dict[Path | None, list[tuple[int, Finding]]]:
+    """Number the findings, and collect them by path: their own, or that of the next parent."""
+    marks: dict[Path | None, list[tuple[int, Finding]]] = {}
     for number, finding in enumerate(findings, 1):
-        pointer = finding.pointer
-        while pointer and pointer not in pointers:
-            pointer = pointer.rpartition("/")[0]
-        marks.setdefault(pointer, []).append((number, finding))
+        path = tuple(finding.pointer.split("/")[1:])  # no rule has a member with "/" or "~"
+        while path and path not in paths:
+            path = path[:-1]
+        marks.setdefault(path, []).append((number, finding))
     return marks
 
 
 def outline(
-    value: Any, pointer: str = "", key: str = "", comma: str = ""
-) -> Iterator[tuple[str | None, str]]:
-    """Yield the lines of a document as JSON, each with the pointer to what begins on it."""
+    value: Any, path: Path = (), before: str = "", after: str = ""
+) -> Iterator[tuple[Path | None, str]]:
+    """Yield the lines of a document as JSON, each with the path to what begins on it."""
     children: list[tuple[str, str, Any]] = []
     if isinstance(value, dict):
         children = [(name, f"{as_json(name)}: ", child) for name, child in value.items()]
     elif isinstance(value, list) and any(isinstance(child, (dict, list)) for child in value):
         children = [(str(index), "", child) for index, child in enumerate(value)]
     if not children:
-        yield pointer, f"{key}{as_json(value)}{comma}"
+        yield path, f"{before}{as_json(value)}{after}"
         return
     opening, closing = "{}" if isinstance(value, dict) else "[]"
-    yield pointer, key + opening
-    for number, (name, label, child) in enumerate(children, 1):
-        place = f"{pointer}/{name.replace('~', '~0').replace('/', '~1')}"  # RFC 6901 section 3
-        for where, line in outline(child, place, label, "," if number < len(children) else ""):
-            yield where, "  " + line
-    yield None, closing + comma
+    margin = "  " * len(path)
+    yield path, before + opening
+    for number, (name, key, child) in enumerate(children, 1):
+        comma = "," if number < len(children) else ""
+        yield from outline(child, (*path, name), f"{margin}  {key}", comma)
+    yield None, margin + closing + after
 
 
 def as_json(value: Any) -> str:
@@ -1627,6 +1644,8 @@ LINGER = 2.0
 
 
 INBOX = "/inbox/?"
+# The beginning of a request that delivers a notification, even if the rest is malformed.
+DELIVERS = re.compile(f"POST +(https?://[^/? ]*)?{INBOX}[?\\s]".encode(), re.IGNORECASE)
 
 # Headers whose values are nobody else's business.
 SECRET = frozenset({"authorization", "cookie", "proxy-authorization"})
@@ -1689,17 +1708,25 @@ def quality(media_type: str, accept: str) -> float:
     return 0.0
 
 
+def authority(url: str) -> str:
+    """Return the host of a URL, with its port unless that is the usual one."""
+    host = url.lower().partition("//")[2].partition("/")[0].rpartition("@")[2]
+    return re.sub(":(80|443)$", "", host)
+
+
 @contextlib.contextmanager
 def store_problems() -> Iterator[None]:
     """Turn what goes wrong with the store into problems."""
     try:
         yield
     except KeyError:
-        raise Problem(404, "nothing has this name") from None
+        raise Problem(404, "no notification has this name") from None
     except OSError as error:
         LOG.error("the store failed: %s", error)
         full = errno.errorcode.get(error.errno or 0) in ("ENOSPC", "EDQUOT")
-        raise Problem(507 if full else 500, f"the store failed: {error.strerror}") from error
+        raise Problem(
+            507 if full else 500, f"the store failed: {error.strerror or error}"
+        ) from error
 
 
 class DeadlineReader(io.RawIOBase):
@@ -1774,7 +1801,8 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         self.continue_expected = False
         self.command, self.requestline, self.request_version = "", "", self.protocol_version
-        self.path, self.headers, self.body = "", http.client.HTTPMessage(), bytearray()
+        self.raw_requestline, self.path = b"", ""
+        self.headers, self.body = http.client.HTTPMessage(), bytearray()
         self.document: Any = None
         self.findings: list[Finding] = []
         self.name = ""
@@ -1801,7 +1829,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         self.requestline = line.rstrip("\r\n")
         if not re.fullmatch(r"[!-~]+ [!-~]+ HTTP/[1-9]\.[0-9]\r\n", line):
             raise Problem(400, f"the request line is malformed: {line!r:.80}")
-        self.command, self.path, _ = self.requestline.split(" ")
+        self.path = line.split()[1]
         self.rfile = io.BytesIO(self.read_head())
         super().parse_request()
         self.rfile = self.incoming
@@ -1815,12 +1843,15 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     def read_head(self) -> bytes:
         """Read the header lines; the base class answers for those that are too long or too many."""
         head = b""
-        for _ in range(MAX_HEADERS + 1):
+        for number in range(1, MAX_HEADERS + 2):
             line = self.incoming.readline(MAX_LINE + 1)
             if line == b"\r\n" or len(line) > MAX_LINE:
                 return head + line
             if not HEADER.fullmatch(line):
-                raise Problem(400, f"a header line is malformed: {line!r:.80}")
+                # Its value may be a secret, and the headers before it are worth knowing.
+                self.headers = http.client.parse_headers(io.BytesIO(head))
+                name = line.partition(b":")[0][:80] if line[:1].strip() and b":" in line else b""
+                raise Problem(400, f"header line {number} is malformed: {name!r}")
             head += line.rstrip() + b"\r\n"
         return head
 
@@ -1871,7 +1902,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         """Send an answer; nothing but `100 Continue` is sent elsewhere."""
         if response.detail:
             self.log_message("%s", response.detail)
-        if self.requestline.startswith("POST ") and re.fullmatch(INBOX, self.resource):
+        if DELIVERS.match(self.raw_requestline):
             self.record(response)
         whole = isinstance(response.body, bytes)
         self.close_connection |= self.unread or self.server.closing or not whole
@@ -1901,9 +1932,9 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         pattern = pattern_of(self.document)
         delivery = Delivery(
             name=self.name or new_name(),
-            time=datetime.now(timezone.utc).isoformat(timespec="milliseconds")[:-6] + "Z",
+            time="",
             client=self.client_address[0],
-            target=self.path,
+            target=self.target,
             headers=self.shown_headers(),
             status=int(response.status),
             detail=response.detail,
@@ -1995,11 +2026,11 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     def check_site(self) -> None:
         """Refuse what the page of another site asks for (Fetch Metadata, RFC 6454)."""
         site, origin = self.headers.get("Sec-Fetch-Site", "none"), self.headers.get("Origin")
-        ours = (self.host, urlsplit(self.server.base).netloc)
-        if site not in ("same-origin", "none") or (
-            origin is not None and origin.lower().partition("://")[2] not in ours
-        ):
-            raise Problem(403, f"this is not for pages of other sites, such as {origin or site}")
+        ours = (authority(f"//{self.host}"), authority(self.server.base))
+        foreign = origin is not None and authority(origin) not in ours
+        if site not in ("same-origin", "none") or foreign:
+            detail = f"this is not for pages of other sites, such as {origin or site}; set BASE_URL"
+            raise Problem(403, detail)
 
     def prefers(self, media_type: str) -> bool:
         """Whether the client would rather have this media type than JSON."""
@@ -2077,8 +2108,9 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             raise Problem(411, "the request has neither Content-Length nor a chunked body")
         self.check_size(self.length or 0)
         if self.continue_expected:
-            self.send_response_only(HTTPStatus.CONTINUE)
-            self.end_headers()
+            with contextlib.suppress(OSError):  # a client that has left will not send its body
+                self.send_response_only(HTTPStatus.CONTINUE)
+                self.end_headers()
         if self.chunked:
             self.read_chunks()
         else:
@@ -2159,8 +2191,9 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         """Forget the notifications and the deliveries, for the next test."""
         self.check_site()
         with store_problems():
-            self.server.store.clear()
+            # In this order, or what arrives meanwhile would be stored without a line in the log.
             self.server.deliveries.clear()
+            self.server.store.clear()
         return Response(204)
 
     def get_notification(self, name: str) -> Response:
@@ -2168,10 +2201,9 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             octets = self.server.store.read(name)
         if not self.wants_html():
             return Response(200, octets, {"Content-Type": JSON_LD})
-        try:
-            return self.show(self.server.deliveries.find(name))
-        except KeyError:
-            return self.show(found(name, octets))
+        with store_problems():
+            delivery = self.server.deliveries.find(name) or found(name, octets)
+        return self.show(delivery)
 
     def delete_notification(self, name: str) -> Response:
         self.check_site()
@@ -2206,9 +2238,15 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
                     yield f"id: {delivery.name}\ndata: {data}\n\n".encode()
 
     def get_delivery(self, name: str) -> Response:
+        delivery = self.delivery(name)
+        return self.show(delivery) if self.wants_html() else json_response(200, delivery.as_json())
+
+    def delivery(self, name: str) -> Delivery:
         with store_problems():
             delivery = self.server.deliveries.find(name)
-        return self.show(delivery) if self.wants_html() else json_response(200, delivery.as_json())
+        if delivery is None:
+            raise Problem(404, "no delivery has this name")
+        return delivery
 
     def show(self, delivery: Delivery) -> Response:
         with store_problems():
@@ -2223,10 +2261,11 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     def get_body(self, name: str) -> Response:
         """Show what came, octet for octet, whatever it is: as text, which no browser will run."""
+        delivery = self.delivery(name)
         with store_problems():
-            octets = self.body_of(self.server.deliveries.find(name))
-            if octets is None:
-                raise KeyError(name)
+            octets = self.body_of(delivery)
+        if octets is None:
+            raise Problem(404, "it is no longer stored")
         return Response(200, octets, {"Content-Type": "text/plain; charset=utf-8"})
 
     def get_constraints(self) -> Response:
@@ -2344,8 +2383,10 @@ class InboxServer(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection in its own thread; wait, or end an idle one, if there are too many."""
-        while not self.slots.acquire(timeout=0.1):
+        patience = 0.0
+        while not self.slots.acquire(timeout=patience):
             self.hang_up(1)
+            patience = 0.1
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:

@@ -23,6 +23,7 @@ import importlib.util
 import json
 import logging
 import logging.handlers
+import math
 import operator
 import os
 import pathlib
@@ -1833,6 +1834,9 @@ class DeliveryLogTest(DeliveriesTest):
             (post_head(), 411, "neither", ""),
             (post_head("Content-Length: 10001"), 413, "larger than 10000", ""),
             (post_head().replace(b"1.1", b"3.1"), 505, "3.1", ""),
+            (post_head().replace(b"HTTP/1.1", b"FTP/1.1"), 400, "the request line", ""),
+            (b"POST /inbox?" + b"x" * 70_000, 414, "", ""),
+            (post_head().replace(b"/inbox", b"http://localhost/inbox"), 411, "neither", ""),
             (post_head("Content-Length: 7").replace(b"/inbox", b"/inbox/?a=b") + b'{"a":1}',
              400, "not a valid notification", '{"a":1}'),
         ]  # fmt: skip
@@ -1910,6 +1914,24 @@ class DeliveryLogTest(DeliveriesTest):
         self.assertNotIn(b"s3cret", self.path.read_bytes())
         self.assertEqual(self.lines()[0]["headers"]["Authorization"], "(masked)")
 
+    def test_secrets_do_not_leak_through_what_is_malformed(self) -> None:
+        for line in (
+            "Authorization : Bearer s3cret",
+            "X: y\r\n s3cret",
+            "Authorization: s3cret\x07",
+        ):
+            (answer,) = raw(self.server, post_head("User-Agent: tester", line), "half-close")
+            self.assertEqual(answer.status, 400)
+            self.assertNotIn(b"s3cret", answer.body)
+        raw(self.server, post_head("Authorization: s3cret")[:-4], "half-close")
+        raw(
+            self.server, post_head().replace(b"/in", b"http://me:s3cret@localhost/in"), "half-close"
+        )
+        self.assertEqual(len(self.lines()), 5)
+        self.assertNotIn(b"s3cret", self.path.read_bytes())
+        for line in self.lines()[:3]:  # what came before the malformed one is worth knowing
+            self.assertEqual(line["headers"]["User-Agent"], "tester")
+
     def test_headers_of_one_name_are_joined(self) -> None:
         raw(self.server, post_head("X-Trace: a", "x-trace: b", "Content-Length: 0"), "half-close")
         self.assertEqual(self.lines()[0]["headers"]["X-Trace"], "a, b")
@@ -1929,6 +1951,8 @@ class DeliveryLogTest(DeliveriesTest):
         bad: list[Any] = [{**good, member: 5} for member in good if member != "status"]
         bad += [{**good, "status": "400"}, {**good, "pattern": []}, {**good, "stranger": ""}]
         needed = good.keys() - {"body"}
+        bad += [{**good, "name": "\ud800"}, {**good, "name": good["name"] + "\ndata: x"}]
+        bad += [{**good, "headers": {"a": math.nan}}, {**good, "headers": {"a": math.inf}}]
         bad += [{name: good[name] for name in good if name != left_out} for left_out in needed]
         bad += [{**good, "findings": [finding]} for finding in (None, {}, {"level": "E"}, [1])]
         bad += [{**good, "findings": [{**good["findings"][0], "message": 1}]}]
@@ -1971,6 +1995,23 @@ class DeliveryLogTest(DeliveriesTest):
         self.assertEqual(self.deliveries(), [])
         self.assertEqual(self.ask("DELETE", "/inbox").status, 204)
 
+    def test_what_is_stored_while_the_inbox_is_emptied_has_its_line(self) -> None:
+        for number in range(300):
+            path = self.server.store.path(f"20200101_000000_{number:032}")
+            pathlib.Path(path).write_bytes(BODY)
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            emptied = pool.submit(self.ask, "DELETE", "/inbox")
+            pool.map(lambda _: self.post(), range(40))
+        self.assertEqual(emptied.result().status, 204)
+        self.assertLessEqual(set(self.stored()), set(self.names()))
+
+    def test_the_lines_are_in_the_order_of_their_times(self) -> None:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            pool.map(lambda _: self.post(REFUSED), range(200))
+        times = [line["time"] for line in self.lines()]
+        self.assertEqual(len(times), 200)
+        self.assertEqual(times, sorted(times))
+
     def test_two_inboxes_may_share_a_log(self) -> None:
         with serving(STORE_DIR=self.server.store.directory) as other:
             with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -2006,7 +2047,8 @@ class DeliveryLogFaultTest(DeliveriesTest):
         self.assert_serves()
         self.assertEqual(len(self.stored()), 1)
         self.assertIn("a delivery could not be logged", self.log_lines()[-2])
-        self.assert_problem(self.ask("GET", "/deliveries"), 500)
+        for path in ("/deliveries", "/", f"/inbox/{self.stored()[0]}"):
+            self.assert_problem(self.ask("GET", path, headers=HTML), 500)
         self.path.rmdir()
         self.assert_serves()
         self.assertEqual(self.statuses(), [201])
@@ -2198,7 +2240,22 @@ class EventsTest(DeliveriesTest):
                 expected.insert(0, self.names()[0])
             self.assertEqual([listener.event().id for _ in range(5)], expected[::-1])
 
-    def test_a_log_that_was_cut_short_is_followed_still(self) -> None:
+    def test_a_log_that_was_cut_short_is_followed_from_there(self) -> None:
+        for _ in range(4):
+            self.post()
+        listener, whole = self.listen(), self.path.read_bytes()
+        for rest in (whole.splitlines(keepends=True)[0], whole[:-100], b""):
+            self.path.write_bytes(rest)
+            self.assertEqual(listener.stream.readline(), b":\n")  # it has looked around since
+            listener.stream.readline()
+            for _ in range(5):
+                self.post(REFUSED)
+            expected = self.names()[:5][::-1]
+            while expected:
+                if listener.event().id == expected[0]:
+                    expected.pop(0)
+
+    def test_a_log_that_was_cut_and_has_grown_is_followed_still(self) -> None:
         self.post()
         listener = self.listen(Last_Event_ID="?")
         listener.event()
@@ -2423,7 +2480,7 @@ class PageTest(DeliveriesTest):
         self.post(NOTIFICATIONS["Undo Offer"])
         rows, notes = conversation()
         self.assertEqual(rows, [])
-        self.assertEqual(notes, [f"It replies to {OFFER_ID}, which was never received here."])
+        self.assertEqual(notes, [f"It replies to {OFFER_ID}, which was never delivered here."])
         self.post(changed(OFFER, "id", "urn:uuid:another"))
         self.assertEqual(conversation(), ([], []))
         self.post(changed(OFFER, "origin", ABSENT))
@@ -2436,6 +2493,37 @@ class PageTest(DeliveriesTest):
             "201 stored Undo Offer", "400 refused Request Review", "201 stored Request Review",
             "201 stored Accept",
         ])  # fmt: skip
+
+    def test_many_answers_do_not_hide_what_they_answer(self) -> None:
+        self.post(OFFER)
+        for _ in range(60):
+            self.post(ACCEPT)
+        page = self.newest()
+        self.assertEqual(page.all("p", class_="warning"), [])
+        self.assertEqual(len(page.rows), 51)
+        self.assertIn("Request Review", page.rows[0])
+
+    def test_a_page_is_not_much_larger_than_what_it_shows(self) -> None:
+        long_name, members = "k" * 500_000, {str(number): 0 for number in range(9_000)}
+        self.post(changed(REFUSED, "summary", {long_name: members}))
+        self.post(changed(REFUSED, "summary", {long_name: [{}] * 100_000}))
+        for name in self.names():
+            tracemalloc.start()
+            page = self.page(f"/deliveries/{name}")
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            self.assertLess(len(str(page.one("main").texts)), 1_000_000)
+            self.assertLess(peak, 100_000_000)
+
+    def test_only_web_addresses_become_links(self) -> None:
+        self.post(REFUSED)
+        line = self.path.read_text().replace(
+            "https://coar-notify.net/spec", "javascript:alert(1)//"
+        )
+        self.path.write_text(line)
+        page = self.newest()
+        self.assertEqual([link for link in page.all("a") if "java" in str(link.attributes)], [])
+        self.assertTrue(page.all("li", id="finding-1"))
 
     def test_a_notification_has_the_same_view_at_its_own_address(self) -> None:
         path = path_of(self.post().headers["Location"])
@@ -2612,6 +2700,17 @@ class ForeignPageTest(DeliveriesTest):
                 self.post()
                 self.assertEqual(self.ask("DELETE", "/inbox", headers=headers).status, 204)
                 self.assertEqual(self.stored(), [])
+
+    def test_behind_a_proxy_its_own_page_is_that_of_base_url(self) -> None:
+        origin = {"Origin": "https://inbox.example.org", "Sec-Fetch-Site": "same-origin"}
+        for base in (
+            "https://Inbox.example.org/coar",
+            "https://inbox.example.org:443",
+            "http://other",
+        ):
+            with serving(BASE_URL=base) as proxied:
+                status = ask(proxied, "DELETE", "/inbox", headers=origin).status
+                self.assertEqual(status, 403 if "other" in base else 204, base)
 
     def test_reading_changes_nothing(self) -> None:
         self.post()
