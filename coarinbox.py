@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import collections
 import contextlib
 import dataclasses
 import difflib
@@ -46,6 +47,7 @@ import socket
 import socketserver
 import stat
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -693,6 +695,16 @@ def validate(document: Any) -> list[Finding]:
     return list(findings.values())
 
 
+def judge(document: Any, mode: bool | str) -> tuple[list[Finding], list[Finding]]:
+    """Validate a document; returns what it is refused for in a mode, and the warnings."""
+    findings = validate(document)
+    refused = REFUSED[mode] if isinstance(document, (dict, list)) else (E,)
+    return (
+        [finding for finding in findings if finding.level in refused],
+        [finding for finding in findings if finding.level not in refused],
+    )
+
+
 def constraints() -> list[dict[str, Any]]:
     """List the rules, one entry for each code, with the level it has for each pattern."""
     listed: dict[str, dict[str, Any]] = {}
@@ -844,15 +856,24 @@ class Delivery(NamedTuple):
     pattern: str | None
     about: Mapping[str, Any]  # see `summary`
     findings: Sequence[Finding]
-    body: bytes | None = None  # as far as it came; None if it was stored
+    body: bytes | None = None  # as far as it came; None in the log if it was stored
+    simulated: bool = False  # whether the failure was asked for
 
     @property
     def verdict(self) -> str:
         if not self.status:
-            return "found"
+            return "dropped" if self.time else "found"
         if self.status >= HTTPStatus.BAD_REQUEST:
             return "refused" if self.status < HTTPStatus.INTERNAL_SERVER_ERROR else "failed"
         return "queued" if self.status == HTTPStatus.ACCEPTED else "stored"
+
+    @property
+    def notification(self) -> Any:
+        """The document that was sent; None if it is not JSON, or not at hand."""
+        try:
+            return None if self.body is None else parse(self.body)
+        except ValueError:
+            return None
 
     @property
     def moment(self) -> str:
@@ -866,6 +887,10 @@ class Delivery(NamedTuple):
     @property
     def subject(self) -> str | None:
         return self.about.get("object.id")
+
+    def has_status(self, wanted: str) -> bool:
+        """Whether the status is 400, say, or 4xx, or any where nothing is wanted."""
+        return re.fullmatch(wanted.replace("x", ".") or ".*", str(self.status)) is not None
 
     def texts(self) -> Iterator[str]:
         """Yield what a search looks into."""
@@ -906,7 +931,9 @@ class Delivery(NamedTuple):
             texts += [*delivery.about.values(), *(part for each in findings for part in each[:-1])]
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
             return None
-        if not isinstance(delivery.status, int) or not all(isinstance(text, str) for text in texts):
+        if type(delivery.status) is not int or type(delivery.simulated) is not bool:
+            return None
+        if not all(isinstance(text, str) for text in texts):
             return None
         return delivery if re.fullmatch(NAME, delivery.name) else None
 
@@ -936,7 +963,7 @@ class Query(NamedTuple):
     def matches(self, delivery: Delivery) -> bool:
         text = self.q.casefold()
         return (
-            re.fullmatch(self.status.replace("x", ".") or ".*", str(delivery.status)) is not None
+            delivery.has_status(self.status)
             and self.pattern in ("", delivery.pattern)
             and any(text in each.casefold() for each in delivery.texts())
         )
@@ -961,16 +988,16 @@ PARAMETERS = {
 }
 
 
-def parse_query(text: str) -> Query:
+def parse_query(text: str, parameters: Mapping[str, tuple[str, str]]) -> dict[str, str]:
     """Read the query of a URL. Raises `ValueError`, saying what may be asked for."""
     values = dict(parse_qsl(text, errors="strict"))
     for name, value in values.items():
-        if name not in PARAMETERS:
-            raise ValueError(f"{shown(name)} is no parameter, but {', '.join(PARAMETERS)} are")
-        expression, expected = PARAMETERS[name]
+        if name not in parameters:
+            raise ValueError(f"{shown(name)} is no parameter, but {', '.join(parameters)} are")
+        expression, expected = parameters[name]
         if not re.fullmatch(expression, value):
             raise ValueError(f"{name} is {shown(value)}, expected {expected}")
-    return Query(**values)
+    return values
 
 
 def backwards(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -1004,8 +1031,11 @@ class Bookmark(NamedTuple):
         """Go to the place, or to the beginning of the file if that is not the log that it was."""
         file.seek(self.line)
         known = file.read(len(self.beginning)) == self.beginning
-        mark = self if known else Bookmark(0, 0, b"")
+        mark = self if known else BEGINNING
         return mark._replace(place=file.seek(min(mark.place, file.seek(0, os.SEEK_END))))
+
+
+BEGINNING = Bookmark(0, 0, b"")
 
 
 class DeliveryLog:
@@ -1103,8 +1133,13 @@ class DeliveryLog:
                     return Bookmark(min(end + 1, size), end - len(line), line[:MARK])
         return Bookmark(0 if query.since else size, 0, first)
 
-    def follow(self, bookmark: Bookmark) -> Iterator[Delivery | None]:
-        """Yield the deliveries from a place on, as they come, and None where none comes soon."""
+    def follow(
+        self, bookmark: Bookmark, patience: Callable[[], float] = lambda: HEARTBEAT
+    ) -> Iterator[Delivery | None]:
+        """Yield the deliveries from a place on, as they come.
+
+        Yields None when none has come for some seconds, `patience`, or when it is woken.
+        """
         while True:
             state = self.state()
             with self.reading() as file:
@@ -1119,7 +1154,7 @@ class DeliveryLog:
             while state == self.state():
                 with self.changed:
                     if state == self.state():
-                        self.changed.wait(HEARTBEAT)
+                        self.changed.wait(patience())
                 yield None
 
     def state(self) -> tuple[int, ...]:
@@ -1166,7 +1201,7 @@ input, select, button { font: inherit; line-height: inherit; height: 1.75rem; co
 .faint, dt, time { color: var(--faint); }
 .stored, .queued { color: var(--good); }
 .refused { color: var(--bad); }
-.failed, .warning { color: var(--odd); }
+.failed, .dropped, .warning { color: var(--odd); }
 #newest { position: absolute; clip-path: inset(50%); }
 ol.rows { list-style: none; margin: .25rem -.5rem; padding: 0; }
 ol.rows a, .columns { display: grid; grid-template-columns: 10rem 6rem 13rem 1fr 1fr;
@@ -1683,12 +1718,13 @@ class Problem(Exception):
         self, status: int, detail: str, headers: Mapping[str, str] = {}, **members: Any
     ) -> None:
         super().__init__(detail)
-        self.status, self.detail = HTTPStatus(status), detail
+        self.status, self.detail = int(status), detail
         self.headers, self.members = headers, members
 
     def response(self) -> Response:
         """Make the problem document (RFC 9457)."""
-        title = {"type": "about:blank", "title": self.status.phrase, "status": self.status}
+        phrase = http.client.responses.get(self.status, "Error")
+        title = {"type": "about:blank", "title": phrase, "status": self.status}
         document = {**title, "detail": self.detail, **self.members}
         response = json_response(self.status, document, "application/problem+json", self.headers)
         return response._replace(detail=self.detail)
@@ -1712,6 +1748,72 @@ def authority(url: str) -> str:
     """Return the host of a URL, with its port unless that is the usual one."""
     host = url.lower().partition("//")[2].partition("/")[0].rpartition("@")[2]
     return re.sub(":(80|443)$", "", host)
+
+
+class Failure(NamedTuple):
+    """What an attempt to deliver meets, because a test wants it to."""
+
+    status: int = 0  # of the answer
+    times: int = 0  # how many attempts at each notification; 0 for all
+    retry_after: str = ""  # seconds, or an HTTP date (RFC 9110 section 10.2.3)
+    delay: float = 0  # seconds until the answer
+    close: bool = False  # whether there is no answer at all
+
+    @classmethod
+    def from_query(cls, values: Mapping[str, str]) -> Failure:
+        return cls(
+            status=int(values.get("status", 0)),
+            times=int(values.get("times", 0)),
+            retry_after=values.get("retry-after", ""),
+            delay=float(values.get("delay", 0)),
+            close="close" in values,
+        )
+
+    def headers(self, inbox: str) -> dict[str, str]:
+        retry = {"Retry-After": self.retry_after} if self.retry_after else {}
+        return {**retry, **({"Location": inbox} if self.status < HTTPStatus.BAD_REQUEST else {})}
+
+
+# What the values in the query of the inbox must be, as a regular expression and in words.
+FAILURE_PARAMETERS = {
+    "status": ("[345][0-9]{2}", "a status from 300 to 599"),
+    "times": ("[1-9][0-9]{0,5}", "a number from 1 to 999999"),
+    "retry-after": (
+        "[0-9]{1,9}|[A-Z][a-z]{2}, [0-9]{2} [A-Z][a-z]{2} [0-9]{4} [0-9]{2}(:[0-9]{2}){2} GMT",
+        "a number of seconds or an HTTP date",
+    ),
+    "delay": (r"[0-9]{1,4}(\.[0-9]{1,9})?", "a number of seconds, at most 9999"),
+    "close": ("1", "1"),
+}
+
+
+class Failures:
+    """The failures that are due: those that were lined up first, then those that URLs ask for."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.next: collections.deque[Failure] = collections.deque()
+        self.met: dict[tuple[Failure, str], int] = {}  # attempts that failed, the latest last
+
+    def due(self, failure: Failure, id_: str) -> Failure | None:
+        """Return what the next attempt at the notification with this id has to meet."""
+        with self.lock:
+            if self.next:
+                return self.next.popleft()
+            attempts = self.met.pop((failure, id_), 0)
+            if failure.times:
+                self.met[failure, id_] = min(attempts + 1, failure.times)
+            for oldest in list(itertools.islice(self.met, max(0, len(self.met) - MAX_MET))):
+                del self.met[oldest]
+            return failure if failure != Failure() and attempts < (failure.times or 1) else None
+
+    def clear(self) -> None:
+        with self.lock:
+            self.next.clear()
+            self.met.clear()
+
+
+MAX_MET = 10_000  # notifications whose failed attempts are counted
 
 
 @contextlib.contextmanager
@@ -1805,7 +1907,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         self.headers, self.body = http.client.HTTPMessage(), bytearray()
         self.document: Any = None
         self.findings: list[Finding] = []
-        self.name = ""
+        self.name, self.simulated = "", False
         try:
             if self.request_begins():
                 super().handle_one_request()
@@ -1874,7 +1976,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         except (Problem, OSError):
             raise
         except Exception as error:
-            LOG.exception("a fault of the inbox itself")
+            self.server.fault(error)
             raise Problem(500, "a fault of the inbox itself; its log says more") from error
         self.reply(response)
 
@@ -1904,8 +2006,11 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             self.log_message("%s", response.detail)
         if DELIVERS.match(self.raw_requestline):
             self.record(response)
+        if not response.status:
+            self.close_connection = True
+            return
         whole = isinstance(response.body, bytes)
-        self.close_connection |= self.unread or self.server.closing or not whole
+        self.close_connection |= self.unread or self.server.closing.is_set() or not whole
         self.connection.settimeout(self.server.settings.REQUEST_TIMEOUT)
         self.send_response(response.status)
         for name, value in response.headers.items():
@@ -1942,6 +2047,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             about=summary(self.document),
             findings=self.findings,
             body=None if self.name else bytes(self.body),
+            simulated=self.simulated,
         )
         try:
             self.server.deliveries.append(delivery)
@@ -2041,9 +2147,9 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     def wants_html(self) -> bool:
         return self.prefers("text/html")
 
-    def query(self) -> Query:
+    def query(self, parameters: Mapping[str, tuple[str, str]] = PARAMETERS) -> dict[str, str]:
         try:
-            return parse_query(self.target.partition("?")[2])
+            return parse_query(self.target.partition("?")[2], parameters)
         except ValueError as error:
             raise Problem(400, str(error)) from error
 
@@ -2064,26 +2170,39 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             detail = f"Content-Encoding is {coding}, expected none"
             raise self.constraint(415, detail, {"Accept-Encoding": "identity"})
 
-    def judge(self, octets: bytes) -> dict[str, Any]:
+    def check_notification(self, octets: bytes) -> dict[str, Any]:
         """Return the pattern and the warnings of a notification; refuse it if it is not valid."""
         try:
-            self.document = document = parse(octets)
+            self.document = parse(octets)
         except ValueError as error:
             raise self.constraint(400, f"the body is not JSON: {error}") from error
-        mode = self.server.settings.VALIDATE_INCOMING
-        refused = REFUSED[mode] if isinstance(document, (dict, list)) else (E,)
-        pattern = pattern_of(document)
-        result: dict[str, Any] = {"pattern": pattern.name if pattern else None}
-        self.findings = findings = validate(document)
-        for finding in findings:
+        errors, warnings = judge(self.document, self.server.settings.VALIDATE_INCOMING)
+        self.findings = errors + warnings
+        for finding in self.findings:
             self.log_message("%s %s", finding.level, finding.message)
-        errors = [finding.as_json() for finding in findings if finding.level in refused]
-        warnings = [finding.as_json() for finding in findings if finding.level not in refused]
+        pattern = pattern_of(self.document)
+        result: dict[str, Any] = {
+            "pattern": pattern.name if pattern else None,
+            "warnings": [finding.as_json() for finding in warnings],
+        }
         if errors:
             count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
-            detail = f"not a valid notification: {count}"
-            raise self.constraint(400, detail, **result, errors=errors, warnings=warnings)
-        return {**result, "warnings": warnings}
+            result["errors"] = [finding.as_json() for finding in errors]
+            raise self.constraint(400, f"not a valid notification: {count}", **result)
+        return result
+
+    def simulate(self, failure: Failure) -> None:
+        """Meet an attempt with a failure instead of storing the notification, if one is due."""
+        id_ = str(lookup(self.document, "id")[1])
+        due = self.server.failures.due(failure, id_)
+        if not due:
+            return
+        self.simulated = True
+        self.server.closing.wait(due.delay)
+        if due.status:
+            raise Problem(due.status, "a simulated failure", due.headers(f"{self.base}/inbox"))
+        if due.close:
+            raise Problem(0, "a simulated failure: the connection ends without an answer")
 
     # The body of a request (RFC 9112 sections 6 and 7)
 
@@ -2151,7 +2270,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     # The resources
 
     def get_home(self) -> Response:
-        query = self.query()
+        query = Query(**self.query())
         with store_problems():
             deliveries = self.server.deliveries.select(query, int(query.limit) + 1)
         link = f'<{self.base}/inbox>; rel="http://www.w3.org/ns/ldp#inbox"'
@@ -2179,7 +2298,9 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         self.check_content()
         if self.server.settings.DEBUG:
             self.log_message("%s", octets.decode("utf-8", "backslashreplace"))
-        receipt = self.judge(octets)
+        failure = Failure.from_query(self.query(FAILURE_PARAMETERS))
+        receipt = self.check_notification(octets)
+        self.simulate(failure)
         with store_problems():
             self.name = self.server.store.add(octets)
         location = f"{self.base}/inbox/{self.name}"
@@ -2213,7 +2334,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     def get_deliveries(self) -> Response:
         """List the deliveries, the newest first, or send them as they come."""
-        query = self.query()
+        query = Query(**self.query())
         if self.prefers("text/event-stream"):
             query = query._replace(since=self.headers.get("Last-Event-ID", query.since))
             with store_problems():
@@ -2327,7 +2448,10 @@ class InboxServer(http.server.ThreadingHTTPServer):
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.serving = self.closing = False
+        self.serving, self.closing = False, threading.Event()
+        self.failures = Failures()
+        self.faults: list[BaseException] = []  # of the inbox itself; there should be none
+        self.connections: set[socket.socket] = set()
         self.lock = threading.Lock()
         # How to end the connections that may be ended; the one that was idle longest is first.
         self.idle: dict[socket.socket, int] = {}
@@ -2387,9 +2511,11 @@ class InboxServer(http.server.ThreadingHTTPServer):
         while not self.slots.acquire(timeout=patience):
             self.hang_up(1)
             patience = 0.1
+        self.connections.add(request)
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
+        self.connections.discard(request)
         super().shutdown_request(request)
         self.slots.release()
 
@@ -2399,7 +2525,7 @@ class InboxServer(http.server.ThreadingHTTPServer):
         with self.lock:
             self.idle[connection] = how
         try:
-            if self.closing:
+            if self.closing.is_set():
                 self.hang_up()
             yield
         finally:
@@ -2417,7 +2543,7 @@ class InboxServer(http.server.ThreadingHTTPServer):
 
     def serve_forever(self, poll_interval: float = 0.1) -> None:
         with self.lock:
-            if self.closing:
+            if self.closing.is_set():
                 return
             self.serving = True
         try:
@@ -2428,7 +2554,7 @@ class InboxServer(http.server.ThreadingHTTPServer):
     def shutdown(self) -> None:
         """Stop `serve_forever`, from another thread, or keep it from ever beginning."""
         with self.lock:
-            self.closing = True
+            self.closing.set()
         if self.serving:  # or the base class would wait for the end of what has not begun
             super().shutdown()
 
@@ -2437,9 +2563,195 @@ class InboxServer(http.server.ThreadingHTTPServer):
         self.hang_up()
         super().server_close()
 
+    def abort(self) -> None:
+        """Close without waiting for clients: what has not been answered yet will not be."""
+        self.shutdown()
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(connection, socket.SHUT_RDWR)
+        self.server_close()
+
+    def fault(self, error: BaseException) -> None:
+        LOG.error("a fault of the inbox itself", exc_info=error)
+        self.faults.append(error)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):  # an OSError is a connection that broke
-            LOG.exception("a fault of the inbox itself")
+        error = sys.exc_info()[1]
+        if error and not isinstance(error, OSError):  # an OSError is a connection that broke
+            self.fault(error)
+
+
+# --- Test double ---------------------------------------------------------------------------------
+
+
+class Wanted(NamedTuple):
+    """What a test looks for among the deliveries."""
+
+    predicate: Callable[[Delivery], object] | None
+    type: str
+    pattern: str
+    in_reply_to: str
+    status: str
+
+    def mismatch(self, delivery: Delivery) -> str:
+        """Return the first reason why a delivery is not wanted; empty if it is."""
+        types, asked = (lookup(delivery.notification, name)[1] for name in ("type", "inReplyTo"))
+        if not delivery.has_status(self.status):
+            reasons = [finding.message for finding in delivery.findings]
+            return "; ".join(reasons) or delivery.detail or f"its status is not {self.status}"
+        if self.type and self.type not in types_of(types):
+            return f"its type is {shown(types)}"
+        if self.pattern not in ("", delivery.pattern):
+            return f"its pattern is {delivery.pattern}"
+        if self.in_reply_to not in ("", asked):
+            return f"its inReplyTo is {shown(asked)}"
+        return self.disapproval(delivery)
+
+    def disapproval(self, delivery: Delivery) -> str:
+        try:
+            approved = self.predicate is None or self.predicate(delivery)
+        except Exception as error:  # such as a KeyError, because it looks for what is not there
+            return f"the predicate raises {error!r}"
+        return "" if approved else "the predicate is false"
+
+
+class Inbox:
+    """An inbox within a test, see `running`."""
+
+    def __init__(self, server: InboxServer) -> None:
+        self.server = server
+
+    @property
+    def url(self) -> str:
+        """The URL to send notifications to."""
+        return f"{self.server.base}/inbox"
+
+    @property
+    def deliveries(self) -> list[Delivery]:
+        """Every attempt so far, the first one first; see `Delivery`."""
+        return [self.complete(each) for each in self.server.deliveries.newest_first()][::-1]
+
+    @property
+    def notifications(self) -> list[Any]:
+        """The documents of the notifications that were stored, the first one first."""
+        stored = (each for each in self.deliveries if each.has_status("2xx"))
+        return [each.notification for each in stored if each.body is not None]
+
+    def complete(self, delivery: Delivery) -> Delivery:
+        """Add the body of what was stored."""
+        with contextlib.suppress(KeyError):
+            return delivery._replace(body=delivery.body or self.server.store.read(delivery.name))
+        return delivery
+
+    def wait_for(
+        self,
+        predicate: Callable[[Delivery], object] | None = None,
+        *,
+        type: str = "",
+        pattern: str = "",
+        in_reply_to: str = "",
+        status: str | int = "2xx",
+        timeout: float = 5,
+    ) -> Delivery:
+        """Return the first delivery that is all that is wanted; wait for it if need be.
+
+        `status` is that of the answer, such as 503 or "4xx", or "" for any: unless it is given, a
+        delivery counts when it was accepted. `timeout` is in seconds. Raises `AssertionError`,
+        saying what did arrive, when the time is over.
+        """
+        wanted = Wanted(predicate, type, pattern, in_reply_to, str(status))
+        others = []
+        for delivery in self.arriving(timeout):
+            reason = wanted.mismatch(delivery)
+            if not reason:
+                return delivery
+            others.append(f"\n  {described(delivery)}: {reason}")
+        came = "".join(others) or " nothing"
+        raise AssertionError(f"no such delivery within {timeout:g} s; what came:{came}")
+
+    def assert_none(
+        self,
+        predicate: Callable[[Delivery], object] | None = None,
+        *,
+        type: str = "",
+        pattern: str = "",
+        in_reply_to: str = "",
+        status: str | int = "",
+        within: float = 0,
+    ) -> None:
+        """Raise `AssertionError` if such a delivery, accepted or not, has come or comes in time.
+
+        `within` is in seconds.
+        """
+        wanted = Wanted(predicate, type, pattern, in_reply_to, str(status))
+        for delivery in self.arriving(within):
+            if not wanted.mismatch(delivery):
+                raise AssertionError(f"an unexpected delivery: {described(delivery)}")
+
+    def arriving(self, seconds: float) -> Iterator[Delivery]:
+        """Yield the deliveries so far and those that come in so many seconds."""
+        deadline = time.monotonic() + seconds
+
+        def remaining() -> float:
+            return max(0, deadline - time.monotonic())
+
+        for delivery in self.server.deliveries.follow(BEGINNING, remaining):
+            if delivery:
+                yield self.complete(delivery)
+            elif not remaining():
+                return
+
+    def clear(self) -> None:
+        """Forget all deliveries, notifications, and failures that were to come."""
+        self.server.deliveries.clear()
+        self.server.store.clear()
+        self.server.failures.clear()
+
+    def fail_next(
+        self, status: int, times: int = 1, retry_after: int | str | None = None, delay: float = 0
+    ) -> None:
+        """Answer the next attempts, so many times, with a failure.
+
+        Attempts that are refused anyway do not count. `retry_after` is seconds or an HTTP date,
+        `delay` seconds. Raises `ValueError` when a value is unusable.
+        """
+        values = {"status": status, "times": times, "retry-after": retry_after, "delay": delay}
+        given = urlencode({name: value for name, value in values.items() if value is not None})
+        failure = Failure.from_query(parse_query(given, FAILURE_PARAMETERS))
+        self.server.failures.next.extend([failure] * times)
+
+
+def described(delivery: Delivery) -> str:
+    about = delivery.about.get("id", "without an id")
+    return f"{delivery.status} {delivery.verdict} {delivery.pattern or 'no pattern'} {about}"
+
+
+@contextlib.contextmanager
+def running(**settings: Any) -> Iterator[Inbox]:
+    """Run an inbox while a block lasts, quietly: on a free port, with a store that is removed.
+
+        with coarinbox.running(VALIDATE_INCOMING="strict") as inbox:
+            send_something(inbox.url)
+            delivery = inbox.wait_for(type="Offer")
+
+    The settings are those of a configuration file. Raises `ConfigurationError` if they cannot be
+    used, and `RuntimeError` at the end of the block if the inbox itself has failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="coarinbox-") as directory:
+        defaults = {"PORT": 0, "STORE_DIR": directory, "FSYNC": False}
+        server = InboxServer(Settings(**{**defaults, **settings}))
+        thread = threading.Thread(target=server.serve_forever, args=(POLL,))
+        thread.start()
+        try:
+            yield Inbox(server)
+        finally:
+            server.abort()
+            thread.join()
+    if server.faults:
+        raise RuntimeError("the inbox itself has failed") from server.faults[0]
+
+
+POLL = 0.005  # seconds that the end of a `running` block may wait for the server
 
 
 # --- Command line --------------------------------------------------------------------------------
@@ -2458,6 +2770,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--host", metavar="H", dest="HOST", help="address to listen on")
     add("--port", metavar="N", dest="PORT", type=int, help="port to listen on, 0 for a free one")
     add("-d", action="store_true", dest="DEBUG_PYCHARM", help="attach to a PyCharm debug server")
+    add("--check", metavar="FILE", nargs="+", help="validate files, - or directories, and end")
     add("--version", action="version", version=f"coarinbox {__version__}")
     return parser.parse_args(arguments)
 
@@ -2473,6 +2786,47 @@ def attach_debugger(host: str, port: int) -> None:
         LOG.warning("no debugger: it needs the package pydevd-pycharm (pip install pydevd-pycharm)")
     except OSError as error:
         LOG.warning("no debugger: %s:%s: %s", host, port, error)
+
+
+def files_below(path: str) -> Iterator[str]:
+    """Yield a file itself, or the JSON files in a directory."""
+    if not os.path.isdir(path):
+        yield path
+    for directory, _, names in os.walk(path):
+        yield from (os.path.join(directory, name) for name in names if JSON_FILE.search(name))
+
+
+JSON_FILE = re.compile(r"\.json(ld)?\Z")
+
+
+def check_file(path: str, mode: bool | str) -> bool:
+    """Print a line for each finding in a file; returns whether an inbox would refuse it.
+
+    Raises `OSError` when the file cannot be read.
+    """
+    with open(path, "rb") if path != "-" else contextlib.nullcontext(sys.stdin.buffer) as file:
+        octets = file.read()
+    try:
+        errors, warnings = judge(parse(octets), mode)
+    except ValueError as error:
+        print(f"{path}: {E} - json it is not JSON: {error}")
+        return True
+    for level, pointer, code, message, *_ in errors + warnings:
+        print(f"{path}: {level} {pointer or '-'} {code} {message}")
+    return bool(errors)
+
+
+def check(paths: list[str], mode: bool | str) -> int:
+    """Validate files; returns the exit status: 1 if one is refused, 2 if one is unreadable."""
+    status = 0
+    for path in paths:
+        for file in sorted(files_below(path)) or [os.path.join(path, "*.json")]:
+            try:
+                status = max(status, int(check_file(file, mode)))
+            except OSError as error:
+                print(f"coarinbox: {file}: {error.strerror}", file=sys.stderr)
+                status = 2
+    return status
 
 
 def run(server: InboxServer) -> None:
@@ -2503,7 +2857,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = vars(parse_arguments(arguments))
     filename = options.pop("config", None) or os.environ.get("COARNOTIFY_SETTINGS")
     try:
+        paths = options.pop("check", [])
         settings = configure(filename, options)
+        if paths:
+            return check(paths, settings.VALIDATE_INCOMING)
         if settings.DEBUG_PYCHARM:
             attach_debugger(settings.DEBUG_PYCHARM_SERVER, settings.DEBUG_PYCHARM_PORT)
         run(InboxServer(settings))
