@@ -41,7 +41,9 @@ import time
 import tracemalloc
 import unittest
 import unittest.mock
+import urllib.error
 import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -3286,6 +3288,394 @@ UNUSABLE: dict[str, list[Any]] = {
 }  # fmt: skip
 
 
+# --- Test double ---------------------------------------------------------------------------------
+
+
+def send(url: str, document: Any = ACCEPT) -> Answer:
+    """Send a notification the way a user's code would, knowing only the URL of the inbox."""
+    body = document if isinstance(document, bytes) else json.dumps(document).encode()
+    request = urllib.request.Request(url, body, {"Content-Type": JSON_LD})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return Answer(response.status, response.headers, response.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return Answer(error.code, error.headers, error.read())  # type: ignore[arg-type]
+
+
+class RunningTest(unittest.TestCase):
+    def test_a_test_of_five_lines(self) -> None:
+        with coarinbox.running() as inbox:
+            send(inbox.url, OFFER)
+            delivery = inbox.wait_for(type="Offer", timeout=5)
+            assert delivery.notification["object"]["id"] == PREPRINT["id"]
+        self.assertEqual((delivery.status, delivery.pattern), (201, "Request Review"))
+
+    def test_it_shows_what_came_and_what_was_stored(self) -> None:
+        with coarinbox.running() as inbox:
+            self.assertEqual((inbox.deliveries, inbox.notifications), ([], []))
+            for document in (OFFER, REFUSED, b"no", ACCEPT):
+                send(inbox.url, document)
+            self.assertEqual([each.status for each in inbox.deliveries], [201, 400, 400, 201])
+            sent = [each.notification for each in inbox.deliveries]
+            self.assertEqual(sent, [OFFER, REFUSED, None, ACCEPT])
+            self.assertEqual(inbox.notifications, [OFFER, ACCEPT])
+            self.assertEqual(inbox.deliveries[1].findings[0].code, "id-absolute-uri")
+            inbox.clear()
+            self.assertEqual((inbox.deliveries, inbox.notifications), ([], []))
+
+    def test_settings_are_arguments(self) -> None:
+        with coarinbox.running(VALIDATE_INCOMING="strict", RESPONSE_STATUS=202) as inbox:
+            self.assertEqual(send(inbox.url, changed(ACCEPT, "actor.id", ABSENT)).status, 400)
+            self.assertEqual(send(inbox.url).status, 202)
+        with self.assertRaisesRegex(coarinbox.ConfigurationError, "PORT"):
+            with coarinbox.running(PORT="none"):
+                self.fail("it runs")
+        with self.assertRaisesRegex(TypeError, "TOKN"):
+            with coarinbox.running(TOKN="x"):
+                self.fail("it runs")
+
+    def test_several_at_once_are_independent(self) -> None:
+        with coarinbox.running() as first, coarinbox.running() as second:
+            first.fail_next(503)
+            self.assertEqual(send(second.url).status, 201)
+            self.assertEqual(send(first.url).status, 503)
+            self.assertEqual((len(first.deliveries), len(second.deliveries)), (1, 1))
+            second.clear()
+            self.assertEqual(len(first.deliveries), 1)
+
+    def test_it_waits_for_what_is_still_to_come(self) -> None:
+        with coarinbox.running() as inbox, concurrent.futures.ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(inbox.wait_for, in_reply_to=OFFER_ID)
+            self.assertFalse(waiting.done())
+            send(inbox.url, OFFER)
+            send(inbox.url, ACCEPT)
+            self.assertEqual(waiting.result().notification, ACCEPT)
+            inbox.clear()
+            waiting = pool.submit(inbox.wait_for)
+            send(inbox.url, OFFER)
+            self.assertEqual(waiting.result().notification, OFFER)
+
+    def test_each_demand_selects(self) -> None:
+        with coarinbox.running() as inbox:
+            for document in (OFFER, ACCEPT, REFUSED):
+                send(inbox.url, document)
+            offer, accept, refused = inbox.deliveries
+            self.assertEqual(inbox.wait_for(timeout=0), offer)
+            self.assertEqual(inbox.wait_for(type="Accept", timeout=0), accept)
+            self.assertEqual(inbox.wait_for(type="coar-notify:ReviewAction", timeout=0), offer)
+            self.assertEqual(inbox.wait_for(pattern="Request Review", timeout=0), offer)
+            self.assertEqual(inbox.wait_for(in_reply_to=OFFER_ID, timeout=0), accept)
+            self.assertEqual(inbox.wait_for(status=400, timeout=0), refused)
+            self.assertEqual(inbox.wait_for(status="4xx", type="Offer", timeout=0), refused)
+            self.assertEqual(inbox.wait_for(lambda each: "inReplyTo" in each.about), accept)
+
+    def test_what_does_not_come_is_an_assertion_that_says_what_did(self) -> None:
+        with coarinbox.running() as inbox:
+            with self.assertRaisesRegex(AssertionError, "within 0 s; what came: nothing"):
+                inbox.wait_for(timeout=0)
+            for document in (OFFER, REFUSED, b"no"):
+                send(inbox.url, document)
+            demands: list[tuple[dict[str, Any], list[str]]] = [
+                ({"type": "Reject"}, ["its type is ['Offer', 'coar-notify:ReviewAction']"]),
+                ({"pattern": "Reject"}, ["its pattern is Request Review"]),
+                ({"in_reply_to": OFFER_ID}, ["its inReplyTo is None"]),
+                ({"predicate": lambda each: False}, ["the predicate is false"]),
+                ({"predicate": lambda each: each.about["x"]}, ["the predicate raises KeyError"]),
+                ({"type": "Reject", "status": "4xx"}, ["its status is not 4xx", "its type is ["]),
+            ]  # fmt: skip
+            for demand, reasons in demands:
+                with self.subTest(demand), self.assertRaises(AssertionError) as caught:
+                    inbox.wait_for(**demand, timeout=0)
+                lines = str(caught.exception).splitlines()
+                self.assertEqual(len(lines), 4, lines)
+                for reason in reasons:
+                    self.assertIn(reason, str(caught.exception))
+            self.assertIn("400 refused Request Review offer-1: its type is", lines[2])
+
+    def test_a_refusal_is_told_with_its_reasons(self) -> None:
+        with coarinbox.running() as inbox:
+            send(inbox.url, REFUSED)
+            send(inbox.url, b"no")
+            with self.assertRaises(AssertionError) as caught:
+                inbox.wait_for(type="Offer", timeout=0)
+            first, second = str(caught.exception).splitlines()[1:]
+            self.assertIn("origin must be an object", first)
+            self.assertIn("the body is not JSON", second)
+
+    def test_that_nothing_comes_can_be_asserted(self) -> None:
+        with coarinbox.running() as inbox:
+            inbox.assert_none(within=0.01)
+            send(inbox.url, REFUSED)
+            with self.assertRaisesRegex(AssertionError, "unexpected delivery: 400 refused Request"):
+                inbox.assert_none()
+            inbox.assert_none(type="Accept")
+            inbox.assert_none(status="2xx")
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                waiting = pool.submit(inbox.assert_none, type="Accept", within=5)
+                send(inbox.url, ACCEPT)
+                self.assertIsInstance(waiting.exception(), AssertionError)
+
+    def test_the_next_attempts_fail_as_told(self) -> None:
+        with coarinbox.running() as inbox:
+            inbox.fail_next(503, times=2, retry_after=7)
+            inbox.fail_next(429, retry_after="Fri, 01 Jan 2027 00:00:00 GMT")
+            answers = [send(inbox.url) for _ in range(4)]
+            self.assertEqual([answer.status for answer in answers], [503, 503, 429, 201])
+            self.assertEqual([answer.headers["Retry-After"] for answer in answers],
+                             ["7", "7", "Fri, 01 Jan 2027 00:00:00 GMT", None])  # fmt: skip
+            self.assertEqual([each.simulated for each in inbox.deliveries], [True] * 3 + [False])
+            self.assertEqual(len(inbox.notifications), 1)
+            self.assertEqual(inbox.wait_for(status=503).notification, ACCEPT)
+            inbox.fail_next(500)
+            inbox.clear()
+            self.assertEqual(send(inbox.url).status, 201)
+
+    def test_a_failure_that_cannot_be_is_refused(self) -> None:
+        with coarinbox.running() as inbox:
+            for arguments in [
+                {"status": 200}, {"status": 600}, {"status": 503, "times": 0},
+                {"status": 503, "retry_after": "soon"}, {"status": 503, "delay": -1},
+            ]:  # fmt: skip
+                with self.subTest(arguments), self.assertRaisesRegex(ValueError, "expected"):
+                    inbox.fail_next(**arguments)  # type: ignore[arg-type]
+            self.assertEqual(send(inbox.url).status, 201)
+
+    def test_a_fault_of_the_inbox_surfaces(self) -> None:
+        with self.assertLogs("coarinbox", "ERROR"), self.assertRaises(RuntimeError) as caught:
+            with coarinbox.running() as inbox:
+                with unittest.mock.patch("coarinbox.validate", side_effect=ZeroDivisionError):
+                    self.assertEqual(send(inbox.url).status, 500)
+        self.assertIsInstance(caught.exception.__cause__, ZeroDivisionError)
+
+    def test_an_exception_in_the_block_leaves_nothing_behind(self) -> None:
+        with self.assertRaises(ZeroDivisionError):
+            with coarinbox.running() as inbox:
+                directory = inbox.server.store.directory
+                raise ZeroDivisionError
+        self.assertFalse(os.path.exists(directory))
+        self.assertFalse(can_connect(address(inbox.server)))
+
+    def test_it_ends_at_once_whatever_clients_do(self) -> None:
+        before = set(threading.enumerate())
+        with contextlib.ExitStack() as clients:
+            with coarinbox.running() as inbox:
+                inbox.fail_next(503, delay=3600)
+                for octets in [
+                    b"", b"POST /in", post_head("Content-Length: 9") + b"half",
+                    post_head(f"Content-Length: {len(BODY)}") + BODY,
+                ]:  # fmt: skip
+                    client = socket.create_connection(address(inbox.server), timeout=10)
+                    clients.enter_context(client).sendall(octets)
+                clients.enter_context(Listener(inbox.server))
+                started = time.monotonic()
+            self.assertLess(time.monotonic() - started, 2)
+            self.assertEqual(set(threading.enumerate()), before)
+
+    @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "this system does not list descriptors")
+    def test_a_hundred_in_a_row_leave_nothing_behind(self) -> None:
+        def left() -> tuple[int, int, int]:
+            temporary = [name for name in os.listdir(tempfile.gettempdir()) if "coarinbox-" in name]
+            return len(os.listdir("/proc/self/fd")), threading.active_count(), len(temporary)
+
+        before = left()
+        for _ in range(100):
+            with coarinbox.running() as inbox:
+                send(inbox.url)
+        self.assertEqual(left(), before)
+
+    def test_it_is_quiet(self) -> None:
+        code = (
+            "import coarinbox, urllib.request, urllib.error\n"
+            "with coarinbox.running() as inbox:\n"
+            "    try: urllib.request.urlopen(inbox.url, b'no')\n"
+            "    except urllib.error.HTTPError as error: error.close()\n"
+        )
+        command = [sys.executable, "-W", "error", "-c", code]
+        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=20)
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
+
+
+class SimulatedFailureTest(DeliveriesTest):
+    """Failures that are chosen by the URL of the inbox."""
+
+    def send(self, query: str, document: Any = ACCEPT) -> Answer:
+        return self.ask("POST", f"/inbox?{query}", document)
+
+    def test_the_first_attempts_at_each_notification_fail(self) -> None:
+        query = "status=503&times=2&retry-after=1"
+        for document in (ACCEPT, OFFER):
+            answers = [self.send(query, document) for _ in range(4)]
+            self.assertEqual([answer.status for answer in answers], [503, 503, 201, 201])
+            self.assertEqual(answers[0].headers["Retry-After"], "1")
+            self.assertIn("simulated", self.assert_problem(answers[0], 503)["detail"])
+            self.assertNotIn("Retry-After", answers[2].headers)
+        self.assertEqual(len(self.stored()), 4)
+
+    def test_without_a_number_all_of_them_fail(self) -> None:
+        for _ in range(3):
+            self.assert_problem(self.send("status=500"), 500)
+        self.assertEqual(self.post().status, 201)
+
+    def test_any_status_can_be_chosen(self) -> None:
+        for status in (301, 304, 400, 404, 418, 429, 451, 499, 500, 503, 599):
+            with self.subTest(status):
+                answer = self.send(f"status={status}")
+                self.assertEqual(answer.status, status)
+                self.assertEqual("Location" in answer.headers, status < 400)
+        self.assertEqual(self.stored(), [])
+
+    def test_a_redirect_leads_to_the_plain_inbox(self) -> None:
+        answer = self.send("status=307")
+        inbox = "http://{}:{}/inbox".format(*address(self.server))
+        self.assertEqual(answer.headers["Location"], inbox)
+        self.assertEqual(self.ask("POST", path_of(answer.headers["Location"]), ACCEPT).status, 201)
+
+    def test_an_answer_can_be_late(self) -> None:
+        started = time.monotonic()
+        self.assertEqual(self.send("delay=0.2&status=503&times=1").status, 503)
+        self.assertGreaterEqual(time.monotonic() - started, 0.2)
+        self.assertEqual(self.send("delay=0.01").status, 201)
+
+    def test_there_can_be_no_answer_at_all(self) -> None:
+        with self.assertRaises(http.client.RemoteDisconnected):
+            self.send("close=1&times=1")
+        self.assertEqual(self.send("close=1&times=1").status, 201)
+        self.assertEqual([line["status"] for line in self.lines()], [0, 201])
+
+    def test_each_is_logged_as_simulated(self) -> None:
+        self.send("status=503&times=1")
+        self.send("status=503&times=1")
+        first, second = self.lines()
+        self.assertEqual((first["simulated"], second["simulated"]), (True, False))
+        self.assertEqual(json.loads(first["body"]), ACCEPT)
+        self.assertEqual(first["target"], "/inbox?status=503&times=1")
+        page = Page(self.ask("GET", "/", headers=HTML).body.decode())
+        self.assertIn("a simulated failure", page.rows[1])
+
+    def test_what_is_refused_anyway_is_refused_first(self) -> None:
+        query = "status=503&times=1"
+        self.assert_problem(self.send(query, REFUSED), 400)
+        self.assert_problem(self.send(query, b"no"), 400)
+        self.assert_problem(self.send(query, b"x" * 2_000_000), 413)
+        self.assert_problem(self.send(query), 503)
+        with serving(TOKEN="secret") as closed:
+            self.assertEqual(ask(closed, "POST", f"/inbox?{query}", ACCEPT).status, 401)
+
+    def test_a_bad_value_is_refused_with_what_is_expected(self) -> None:
+        for query, expected in [
+            ("status=200", "a status from 300 to 599"), ("status=x", "a status"),
+            ("times=0&status=503", "a number from 1"), ("retry-after=soon", "an HTTP date"),
+            ("delay=-1", "a number of seconds"), ("delay=99999", "at most 9999"),
+            ("close=0", "expected 1"), ("stauts=503", "status, times, retry-after, delay, close"),
+        ]:  # fmt: skip
+            with self.subTest(query):
+                self.assertIn(expected, self.assert_problem(self.send(query), 400)["detail"])
+        self.assertEqual(self.stored(), [])
+
+    def test_the_count_of_attempts_has_bounds(self) -> None:
+        with unittest.mock.patch("coarinbox.MAX_MET", 10):
+            for number in range(30):
+                document = changed(ACCEPT, "id", f"urn:x:{number}")
+                self.assertEqual(self.send("status=503&times=1", document).status, 503)
+            self.assertLessEqual(len(self.server.failures.met), 10)
+            self.assertEqual(self.send("status=503&times=1", document).status, 201)
+
+    @unittest.skipUnless(importlib.util.find_spec("coarnotify"), "coarnotify is not installed")
+    def test_what_coarnotify_makes_of_each_is_what_the_readme_says(self) -> None:
+        import coarnotify.client
+        import coarnotify.patterns
+
+        table = re.findall(r"^\| `\?(\S+)` \| (.*?) \|", ReadmeTest.README, re.MULTILINE)
+        self.assertGreater(len(table), 5)
+        for query, expected in table:
+            url = f"{self.server.base}/inbox?{query}"
+            client = coarnotify.client.COARNotifyClient(url)
+            try:
+                response = client.send(coarnotify.patterns.RequestReview(copy.deepcopy(OFFER)))
+                observed = f"`{response.action}`"
+            except Exception as error:
+                observed = f"`{type(error).__name__}: {error}`"
+            with self.subTest(query):
+                self.assertTrue(observed.startswith(expected.rstrip("`…")), observed)
+
+    @unittest.skipUnless(shutil.which("node"), "node is not installed")
+    def test_a_client_in_another_language(self) -> None:
+        script = """
+            const [url, body] = process.argv.slice(1);
+            const headers = {"Content-Type": "application/ld+json"};
+            const post = query => fetch(url + query, {method: "POST", headers, body})
+                .then(answer => answer.status, () => "failed");
+            (async () => {
+                for (const query of ["?status=503&times=1", "?status=503&times=1", "?status=307",
+                    "?status=302", "?close=1", "?delay=0.01"]) console.log(await post(query));
+            })();
+        """
+        command = ["node", "-e", script, self.server.base + "/inbox", BODY.decode()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        self.assertEqual(done.stdout.split(), ["503", "201", "201", "200", "failed", "201"])
+
+
+class CheckTest(ProgramTest):
+    def check(self, *arguments: str, stdin: str = "") -> tuple[int, list[str], str]:
+        done = subprocess.run(
+            self.command(*arguments), cwd=self.directory, env=environment(), input=stdin,
+            capture_output=True, text=True, timeout=20,
+        )  # fmt: skip
+        return done.returncode, done.stdout.splitlines(), done.stderr
+
+    def write(self, name: str, document: Any) -> str:
+        path = self.directory / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_bytes(document if isinstance(document, bytes) else json.dumps(document).encode())
+        return name
+
+    def test_each_finding_has_a_line(self) -> None:
+        name = self.write("refused.json", changed(REFUSED, "object.ietf:cite-as", PREPRINT["id"]))
+        status, lines, _ = self.check("--check", name)
+        self.assertEqual(status, 1)
+        self.assertEqual(lines, [
+            "refused.json: E /id id-absolute-uri id must be an absolute URI",
+            "refused.json: E /origin origin-object origin must be an object",
+            "refused.json: S /id id-preferred id should be a hyphenated urn:uuid: or an HTTP URI",
+        ])  # fmt: skip
+
+    def test_the_exit_status_tells_the_verdict(self) -> None:
+        good, bad = self.write("good.json", ACCEPT), self.write("bad.json", REFUSED)
+        warned = self.write("warned.json", changed(ACCEPT, "@context", ABSENT))
+        broken, scalar = self.write("broken.json", b"{"), self.write("scalar.json", 5)
+        strict = self.write("strict.cfg", b'VALIDATE_INCOMING = "strict"')
+        lax = self.write("lax.cfg", b"VALIDATE_INCOMING = False")
+        for arguments, expected, count in [
+            ([good], 0, 0), ([bad], 1, 4), ([good, bad], 1, 4), ([warned], 0, 1), ([broken], 1, 1),
+            ([warned, "--config", strict], 1, 1), ([bad, "--config", lax], 0, 4),
+            ([scalar, "--config", lax], 1, 1), ([broken, "--config", lax], 1, 1),
+            (["missing.json"], 2, 0), ([bad, "missing.json", good], 2, 4),
+        ]:  # fmt: skip
+            with self.subTest(arguments):
+                status, lines, stderr = self.check("--check", *arguments)
+                self.assertEqual((status, len(lines)), (expected, count), (lines, stderr))
+                self.assertEqual("missing.json: No such file" in stderr, expected == 2)
+
+    def test_directories_are_searched(self) -> None:
+        for name in ("a/2.jsonld", "a/1.json", "a/b/3.json", "a/notes.txt", "a/deliveries.jsonl"):
+            self.write(name, [])
+        status, lines, _ = self.check("--check", "a")
+        self.assertEqual(status, 1)
+        checked = [line.partition(":")[0] for line in lines]
+        self.assertEqual(checked, ["a/1.json", "a/2.jsonld", "a/b/3.json"])
+        (self.directory / "empty").mkdir()
+        status, _, stderr = self.check("--check", "empty")
+        self.assertEqual(status, 2)
+        self.assertIn("empty/*.json", stderr)
+
+    def test_standard_input(self) -> None:
+        self.assertEqual(self.check("--check", "-", stdin=json.dumps(ACCEPT))[:2], (0, []))
+        status, lines, _ = self.check("--check", "-", stdin="[]")
+        self.assertEqual(status, 1)
+        self.assertEqual(lines, ["-: E - notification-object the notification must be an object"])
+
+
 # --- Closed doors --------------------------------------------------------------------------------
 
 
@@ -3460,6 +3850,22 @@ class ClientTest(ProgramTest):
 # --- The files -----------------------------------------------------------------------------------
 
 
+# The code of somebody who tries again when an inbox is busy, and a program around it.
+MY_CODE = """
+import json, urllib.error, urllib.request
+
+def request_review(inbox):
+    for attempt in range(3):
+        body = json.dumps({}).encode()
+        request = urllib.request.Request(inbox, body, {{"Content-Type": "application/ld+json"}})
+        try:
+            return urllib.request.urlopen(request).close()
+        except urllib.error.HTTPError as error:
+            error.close()
+"""
+MY_PROGRAM = "my_code.request_review(sys.argv[1])\n"
+
+
 class ReadmeTest(ProgramTest):
     README = (HERE / "README.md").read_text(encoding="utf-8")
 
@@ -3495,20 +3901,50 @@ class ReadmeTest(ProgramTest):
         settings = [(name, repr(value)) for name, value in vars(coarinbox.Settings()).items()]
         self.assertEqual(rows, settings)
 
-    def test_the_python_example_works(self) -> None:
-        (example,) = self.blocks("python")
+    def lay_out(self) -> None:
+        """Put the module into a directory, with the code that the examples test."""
+        shutil.copy(MODULE, self.directory)
+        (self.directory / "my_code.py").write_text(MY_CODE.format(OFFER))
+        program = self.directory / "my-program"
+        program.write_text(f"#!{sys.executable}\nimport my_code, sys\n" + MY_PROGRAM)
+        program.chmod(0o755)
 
-        def send_review_request(url: str) -> None:
-            parts = urllib.parse.urlsplit(url)
-            connection = http.client.HTTPConnection(parts.netloc, timeout=10)
-            offer = NOTIFICATIONS["Request Review"]
-            self.assertEqual(ask_on(connection, "POST", parts.path, offer).status, 201)
-            connection.close()
+    def run_example(self, *command: str) -> str:
+        done = subprocess.run(
+            command,
+            cwd=self.directory,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        return done.stdout + done.stderr
 
-        names: dict[str, Any] = {"send_review_request": send_review_request}
-        exec(example, names)
-        self.assertEqual(names["received"], [NOTIFICATIONS["Request Review"]])
-        shutil.rmtree(names["settings"].STORE_DIR)
+    def test_the_example_for_unittest_passes(self) -> None:
+        self.lay_out()
+        (self.directory / "test_review.py").write_text(self.blocks("python")[0])
+        self.assertIn("Ran 1 test", self.run_example(sys.executable, "-m", "unittest"))
+
+    @unittest.skipUnless(importlib.util.find_spec("pytest"), "pytest is not installed")
+    def test_the_example_for_pytest_passes(self) -> None:
+        self.lay_out()
+        (self.directory / "test_review.py").write_text(self.blocks("python")[1])
+        self.assertIn(
+            "1 passed", self.run_example(sys.executable, "-m", "pytest", "-p", "no:cacheprovider")
+        )
+
+    @unittest.skipUnless(shutil.which("curl"), "curl is not installed")
+    def test_the_example_for_the_shell_works(self) -> None:
+        self.lay_out()
+        (self.directory / "python").symlink_to(sys.executable)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        (script,) = self.blocks("sh")
+        path = f"PATH={self.directory}:$PATH\n"
+        output = self.run_example("sh", "-ec", path + script.replace("5006", port))
+        self.assertIn("Request Review", output)
 
     def test_the_flags_are_those_of_the_program(self) -> None:
         done = subprocess.run(self.command("--help"), capture_output=True, text=True, check=True)

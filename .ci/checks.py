@@ -50,6 +50,7 @@ PROGRAMS = {
     "nsenter": "util-linux",
     "chromium": "chromium",
     "chromedriver": "chromium-driver",
+    "node": "nodejs",
     "npm": "npm",
 }
 AXE = "axe-core@4.14.1"  # the check for accessibility, from npm
