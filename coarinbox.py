@@ -15,8 +15,11 @@ Notifications are checked against the COAR Notify specification, stored octet fo
 back; what is refused is answered with everything that is wrong with it. The page at / shows every
 delivery as it comes. The file needs nothing but Python and may be copied into another project.
 
-Each section uses only what stands above it: documents, configuration, rules, storage, pages, HTTP,
-server, command line. The one exception is that an HTTP request asks the server it came through.
+In a test, `running` gives an inbox that lasts as long as a block.
+
+Each section uses only what stands above it: documents, configuration, rules, storage, deliveries,
+pages, HTTP, server, test double, command line. The one exception is that an HTTP request asks the
+server it came through.
 """
 
 from __future__ import annotations
@@ -828,12 +831,14 @@ class Store:
                 self.remove(name)
 
 
+# --- Deliveries ----------------------------------------------------------------------------------
+
 # The members that say what a notification is about: who sent it, and its place in a conversation.
 ABOUT = ("id", "inReplyTo", "origin.id", "actor.name", "actor.id", "object.id")
 ABOUT_LENGTH = 1000  # characters that are kept of each
 
-CONVERSATION = 50  # deliveries that are shown of one, the newest
-MARK = 64  # octets at the beginning of a line: they hold its name
+CONVERSATION = 50  # deliveries that are found of one, the newest
+MARK = 64  # octets at the beginning of a line in the log: they hold its name
 HEARTBEAT = 1.0  # seconds after which those who follow the log learn that there is nothing new
 
 
@@ -919,23 +924,19 @@ class Delivery(NamedTuple):
             text = entry.pop("body", None)
             body = octets if text is None else text.encode("utf-8", "replace")
             delivery = cls(**entry, findings=findings, body=body)
-            delivery.headers.items()
-            texts = [
-                delivery.name,
-                delivery.time,
-                delivery.client,
-                delivery.target,
-                delivery.detail,
-            ]
+            texts = [*delivery[:4], delivery.detail, *delivery.about.values()]
+            texts += [text for finding in findings for text in finding[:-1]]
             texts += [] if delivery.pattern is None else [delivery.pattern]
-            texts += [*delivery.about.values(), *(part for each in findings for part in each[:-1])]
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
             return None
-        if type(delivery.status) is not int or type(delivery.simulated) is not bool:
-            return None
-        if not all(isinstance(text, str) for text in texts):
-            return None
-        return delivery if re.fullmatch(NAME, delivery.name) else None
+        usable = (
+            all(isinstance(text, str) for text in texts)
+            and isinstance(delivery.headers, dict)
+            and type(delivery.status) is int
+            and type(delivery.simulated) is bool
+            and re.fullmatch(NAME, delivery.name)
+        )
+        return delivery if usable else None
 
 
 def found(name: str, octets: bytes) -> Delivery:
@@ -1677,7 +1678,6 @@ MAX_LINE = 65536
 # Seconds for which a connection that ends early is still read, so that its client gets the answer.
 LINGER = 2.0
 
-
 INBOX = "/inbox/?"
 # The beginning of a request that delivers a notification, even if the rest is malformed.
 DELIVERS = re.compile(f"POST +(https?://[^/? ]*)?{INBOX}[?\\s]".encode(), re.IGNORECASE)
@@ -1787,6 +1787,9 @@ FAILURE_PARAMETERS = {
 }
 
 
+MAX_MET = 10_000  # notifications whose attempts are counted
+
+
 class Failures:
     """The failures that are due: those that were lined up first, then those that URLs ask for."""
 
@@ -1811,9 +1814,6 @@ class Failures:
         with self.lock:
             self.next.clear()
             self.met.clear()
-
-
-MAX_MET = 10_000  # notifications whose failed attempts are counted
 
 
 @contextlib.contextmanager
@@ -2583,6 +2583,8 @@ class InboxServer(http.server.ThreadingHTTPServer):
 
 # --- Test double ---------------------------------------------------------------------------------
 
+POLL = 0.005  # seconds that the end of a `running` block may wait for the server
+
 
 class Wanted(NamedTuple):
     """What a test looks for among the deliveries."""
@@ -2751,9 +2753,6 @@ def running(**settings: Any) -> Iterator[Inbox]:
         raise RuntimeError("the inbox itself has failed") from server.faults[0]
 
 
-POLL = 0.005  # seconds that the end of a `running` block may wait for the server
-
-
 # --- Command line --------------------------------------------------------------------------------
 
 
@@ -2788,15 +2787,15 @@ def attach_debugger(host: str, port: int) -> None:
         LOG.warning("no debugger: %s:%s: %s", host, port, error)
 
 
+JSON_FILE = re.compile(r"\.json(ld)?\Z")
+
+
 def files_below(path: str) -> Iterator[str]:
     """Yield a file itself, or the JSON files in a directory."""
     if not os.path.isdir(path):
         yield path
     for directory, _, names in os.walk(path):
         yield from (os.path.join(directory, name) for name in names if JSON_FILE.search(name))
-
-
-JSON_FILE = re.compile(r"\.json(ld)?\Z")
 
 
 def check_file(path: str, mode: bool | str) -> bool:
