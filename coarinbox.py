@@ -873,6 +873,10 @@ class Delivery(NamedTuple):
         return "queued" if self.status == HTTPStatus.ACCEPTED else "stored"
 
     @property
+    def outcome(self) -> str:
+        return f"{self.status} {self.verdict}" if self.status else self.verdict
+
+    @property
     def notification(self) -> Any:
         """The document that was sent; None if it is not JSON, or not at hand."""
         try:
@@ -1367,7 +1371,7 @@ ROWS = """<ol class="rows">{rows}</ol>"""
 
 ROW = """
 <li><a id="row-{name}" href="{root}deliveries/{name}"{current}>
-<time datetime="{time}">{moment}</time> <b class="{verdict}">{status} {verdict}</b>
+<time datetime="{time}">{moment}</time> <b class="{verdict}">{outcome}</b>
 <span>{pattern}</span> <span class="faint">{sender}</span> <span class="faint">{subject}</span>
 <span class="why {kind}">{reasons}</span></a></li>"""
 
@@ -1392,7 +1396,7 @@ EMPTY = """<p>Nothing has been delivered yet. The inbox, ready to copy:</p>
   "object": {"id": "https://review.example.com/review/7", "type": ["Page", "sorg:Review"],
              "ietf:cite-as": "https://doi.org/10.5555/98765"}}'</pre>"""
 
-DELIVERY = """<h1><span class="{verdict}">{status} {verdict}</span> {pattern}</h1>
+DELIVERY = """<h1><span class="{verdict}">{outcome}</span> {pattern}</h1>
 <p>{detail}</p>
 <dl>{facts}</dl>
 <div class="beside">
@@ -1503,7 +1507,7 @@ def home_page(site: Site, query: Query, deliveries: Sequence[Delivery]) -> Html:
     """
     shown_, newest, content = deliveries[: int(query.limit)], "", note("No delivery matches.")
     if shown_:
-        newest = f"The newest: {shown_[0].moment}, {shown_[0].status} {shown_[0].verdict}."
+        newest = f"The newest: {shown_[0].moment}, {shown_[0].outcome}."
         content = rows(site, shown_)
     elif query == Query():
         content = fill(EMPTY, site)
@@ -1546,7 +1550,7 @@ def delivery_page(
         conversation=conversation(site, delivery, around),
         head=[fill(LINE, text=f"{name}: {value}") for name, value in delivery.headers.items()],
     )
-    title = f"{delivery.status} {delivery.verdict} {delivery.pattern or ''} · coarinbox"
+    title = f"{delivery.outcome} {delivery.pattern or ''} · coarinbox"
     return page(site, title, content)
 
 
@@ -1556,7 +1560,7 @@ def linked(value: str, text: str = "") -> str | Html:
 
 def findings_list(site: Site, delivery: Delivery) -> Html:
     if not delivery.findings:
-        return note("Not checked." if delivery.detail else "None.")
+        return note("None." if delivery.pattern else "Not checked.")
     items = []
     for number, finding in enumerate(by_level(delivery.findings), 1):
         place, meaning = finding.pointer or "the notification", LEVELS.get(finding.level)
@@ -2725,7 +2729,7 @@ class Inbox:
 
 def described(delivery: Delivery) -> str:
     about = delivery.about.get("id", "without an id")
-    return f"{delivery.status} {delivery.verdict} {delivery.pattern or 'no pattern'} {about}"
+    return f"{delivery.outcome} {delivery.pattern or 'no pattern'} {about}"
 
 
 @contextlib.contextmanager

@@ -2547,7 +2547,7 @@ class PageTest(DeliveriesTest):
         for body, text in ((json.dumps(REFUSED).encode(), "offer-1"), (b"no", "no")):
             pathlib.Path(self.server.store.path(name)).write_bytes(body)
             page = self.page(f"/inbox/{name}")
-            self.assertIn("found", page.one("h1").text)
+            self.assertTrue(page.one("h1").text.startswith("found"))
             self.assertIn(text, page.all("pre")[0].text)
 
     @unittest.skipUnless(shutil.which("curl"), "curl is not installed")
@@ -3552,6 +3552,9 @@ class SimulatedFailureTest(DeliveriesTest):
         self.assertEqual(first["target"], "/inbox?status=503&times=1")
         page = Page(self.ask("GET", "/", headers=HTML).body.decode())
         self.assertIn("a simulated failure", page.rows[1])
+        path = f"/deliveries/{first['name']}"
+        page = Page(self.ask("GET", path, headers=HTML).body.decode())
+        self.assertIn("Findings None.", page.one("main").text)
 
     def test_what_is_refused_anyway_is_refused_first(self) -> None:
         query = "status=503&times=1"
