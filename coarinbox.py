@@ -2559,6 +2559,8 @@ class InboxServer(http.server.ThreadingHTTPServer):
         """Stop `serve_forever`, from another thread, or keep it from ever beginning."""
         with self.lock:
             self.closing.set()
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)  # so that `serve_forever` looks up at once
         if self.serving:  # or the base class would wait for the end of what has not begun
             super().shutdown()
 
@@ -2587,7 +2589,7 @@ class InboxServer(http.server.ThreadingHTTPServer):
 
 # --- Test double ---------------------------------------------------------------------------------
 
-POLL = 0.005  # seconds that the end of a `running` block may wait for the server
+POLL = 0.05  # seconds that the end of a `running` block may wait where nothing wakes the server
 
 
 class Wanted(NamedTuple):
