@@ -1269,21 +1269,22 @@ function exchange(part, fresh) {
   });
 }
 
+async function renew() {
+  const answer = await fetch(location.href, {headers: {Accept: "text/html"}});
+  if (!answer.ok) return say(answer.status === 404 ? "removed" : "not connected", "refused");
+  const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+  for (const part of document.querySelectorAll(".live")) {
+    exchange(part, page.getElementById(part.id));
+  }
+}
+
 async function refresh() {
   wanted = true;
   if (busy) return;
   busy = true;
   while (wanted) {
     wanted = false;
-    const answer = await fetch(location.href, {headers: {Accept: "text/html"}}).catch(() => null);
-    if (!answer?.ok) {
-      say(answer?.status === 404 ? "removed" : "not connected", "refused");
-      continue;
-    }
-    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-    for (const part of document.querySelectorAll(".live")) {
-      exchange(part, page.getElementById(part.id));
-    }
+    await renew().catch(() => say("not connected", "refused"));
   }
   busy = false;
 }
