@@ -56,7 +56,7 @@ import time
 import traceback
 import types
 import uuid
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from http import HTTPStatus
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
@@ -292,6 +292,15 @@ class Settings:
             raise ConfigurationError("SSL_KEY is set, expected SSL_CERT beside it")
 
 
+KNOWN = [field.name for field in dataclasses.fields(Settings)]
+
+
+def unknown(name: str, kind: str, known: Iterable[str]) -> str:
+    """Say that a name is unknown, and which known one is nearest."""
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)
+    return f"unknown {kind} {name}; nearest: {', '.join(nearest)}"
+
+
 def failing_line(filename: str, error: BaseException) -> int | None:
     if isinstance(error, SyntaxError) and error.filename == filename:
         return error.lineno
@@ -326,13 +335,11 @@ def configure(filename: str | None, flags: Mapping[str, Any]) -> Settings:
     Names that are no setting of ours are passed over with a warning: the file may be shared with
     a Flask application. Raises `ConfigurationError`.
     """
-    known = [field.name for field in dataclasses.fields(Settings)]
     values = read_configuration(filename) if filename else {}
     for name in values:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-            LOG.warning("%s: unknown setting %s ignored; nearest: %s", filename, name, nearest)
-    ours = {name: value for name, value in values.items() if name in known}
+        if name not in KNOWN:
+            LOG.warning("%s: ignored: %s", filename, unknown(name, "setting", KNOWN))
+    ours = {name: value for name, value in values.items() if name in KNOWN}
     try:
         settings = Settings(**ours)
     except ConfigurationError as error:
@@ -842,6 +849,10 @@ MARK = 64  # octets at the beginning of a line in the log: they hold its name
 HEARTBEAT = 1.0  # seconds after which those who follow the log learn that there is nothing new
 
 
+def utc_now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")[:-6] + "Z"
+
+
 def summary(document: Any) -> dict[str, str]:
     """Collect the members in `ABOUT`, by their dotted names, as far as they are strings."""
     values = ((member, lookup(document, member)[1]) for member in ABOUT)
@@ -870,6 +881,8 @@ class Delivery(NamedTuple):
             return "dropped" if self.time else "found"
         if self.status >= HTTPStatus.BAD_REQUEST:
             return "refused" if self.status < HTTPStatus.INTERNAL_SERVER_ERROR else "failed"
+        if self.status >= HTTPStatus.MULTIPLE_CHOICES:
+            return "redirected"
         return "queued" if self.status == HTTPStatus.ACCEPTED else "stored"
 
     @property
@@ -982,8 +995,8 @@ class Query(NamedTuple):
 # What the values in a query must be, as a regular expression and in words.
 PARAMETERS = {
     "limit": ("[1-9][0-9]{0,2}|1000", "a number from 1 to 1000"),
-    "status": ("[1-5]([0-9]{2}|xx)", "a status such as 400, or 4xx"),
-    "pattern": ("|".join(pattern.name for pattern in PATTERNS), "the name of a pattern"),
+    "status": ("0|[1-5]([0-9]{2}|xx)", "a status such as 400, or 4xx, or 0 for no answer"),
+    "pattern": ("|".join(RULES), "one of " + ", ".join(RULES)),
     "since": (
         NAME + r"|[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]+)?)?Z)?",
         "the name of a delivery, or a time in UTC such as 2026-01-31T12:00:00Z",
@@ -1059,8 +1072,7 @@ class DeliveryLog:
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         with self.changed, open(self.path, "a+b", buffering=0, opener=open_file) as file:
             # Here, so that the lines are in the order of their times.
-            now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")[:-6] + "Z"
-            line = json.dumps(delivery._replace(time=now).as_json()).encode() + b"\n"
+            line = json.dumps(delivery._replace(time=utc_now()).as_json()).encode() + b"\n"
             end = file.seek(0, os.SEEK_END)
             file.seek(max(0, end - 1))
             if file.read(1) not in (b"", b"\n"):
@@ -1206,7 +1218,7 @@ input, select, button { font: inherit; line-height: inherit; height: 1.75rem; co
 .faint, dt, time { color: var(--faint); }
 .stored, .queued { color: var(--good); }
 .refused { color: var(--bad); }
-.failed, .dropped, .warning { color: var(--odd); }
+.failed, .dropped, .redirected, .warning { color: var(--odd); }
 #newest { position: absolute; clip-path: inset(50%); }
 ol.rows { list-style: none; margin: .25rem -.5rem; padding: 0; }
 ol.rows a, .columns { display: grid; grid-template-columns: 10rem 6rem 13rem 1fr 1fr;
@@ -1766,6 +1778,9 @@ class Failure(NamedTuple):
 
     @classmethod
     def from_query(cls, values: Mapping[str, str]) -> Failure:
+        """Take the parameters of a URL. Raises `ValueError` if they do not make a failure."""
+        if values and not values.keys() & {"status", "delay", "close"}:
+            raise ValueError("a failure needs a status, a delay or close")
         return cls(
             status=int(values.get("status", 0)),
             times=int(values.get("times", 0)),
@@ -1787,7 +1802,7 @@ FAILURE_PARAMETERS = {
         "[0-9]{1,9}|[A-Z][a-z]{2}, [0-9]{2} [A-Z][a-z]{2} [0-9]{4} [0-9]{2}(:[0-9]{2}){2} GMT",
         "a number of seconds or an HTTP date",
     ),
-    "delay": (r"[0-9]{1,4}(\.[0-9]{1,9})?", "a number of seconds, at most 9999"),
+    "delay": (r"[0-9]{1,4}(\.[0-9]{1,9})?|\.[0-9]{1,9}", "a number of seconds, at most 9999"),
     "close": ("1", "1"),
 }
 
@@ -1923,12 +1938,14 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         """Wait for a request; False if none comes in time, or the client or the server stops."""
         patience = self.server.settings.REQUEST_TIMEOUT
         self.wire.deadline = time.monotonic() + patience
-        with self.server.idling(self.connection), contextlib.suppress(Problem):
+        with self.server.idling(self.connection) as idle, contextlib.suppress(Problem):
             while self.incoming.peek(1)[:1] in (b"\r", b"\n"):  # RFC 9112 section 2.2
                 self.incoming.read(1)
             self.unread = self.incoming.peek(1) != b""
         self.wire.deadline = time.monotonic() + patience
-        return self.unread
+        # A request that has come in the moment in which its connection was ended has not begun: its
+        # client gets no answer, and may send it again.
+        return self.unread and not idle.ended
 
     def parse_request(self) -> bool:
         """Parse the head of a request (RFC 9112 sections 2 to 6); faults are raised."""
@@ -2023,10 +2040,11 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         self.send_header("Vary", "Accept")
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("Connection", "close" if self.close_connection else "keep-alive")
-        if isinstance(response.body, bytes) and response.status != HTTPStatus.NO_CONTENT:
+        bodiless = response.status in (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
+        if isinstance(response.body, bytes) and not bodiless:
             self.send_header("Content-Length", str(len(response.body)))
         self.end_headers()
-        if self.command != "HEAD":
+        if self.command != "HEAD" and not bodiless:
             self.send_body(response.body)
 
     def send_body(self, body: bytes | Generator[bytes, None, None]) -> None:
@@ -2198,16 +2216,17 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     def simulate(self, failure: Failure) -> None:
         """Meet an attempt with a failure instead of storing the notification, if one is due."""
-        id_ = str(lookup(self.document, "id")[1])
-        due = self.server.failures.due(failure, id_)
+        id_ = lookup(self.document, "id")[1]
+        known_by = id_ if isinstance(id_, str) else hashlib.sha256(self.body).hexdigest()
+        due = self.server.failures.due(failure, known_by)
         if not due:
             return
         self.simulated = True
         self.server.closing.wait(due.delay)
-        if due.status:
-            raise Problem(due.status, "a simulated failure", due.headers(f"{self.base}/inbox"))
         if due.close:
             raise Problem(0, "a simulated failure: the connection ends without an answer")
+        if due.status:
+            raise Problem(due.status, "a simulated failure", due.headers(f"{self.base}/inbox"))
 
     # The body of a request (RFC 9112 sections 6 and 7)
 
@@ -2303,7 +2322,10 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         self.check_content()
         if self.server.settings.DEBUG:
             self.log_message("%s", octets.decode("utf-8", "backslashreplace"))
-        failure = Failure.from_query(self.query(FAILURE_PARAMETERS))
+        try:
+            failure = Failure.from_query(self.query(FAILURE_PARAMETERS))
+        except ValueError as error:
+            raise Problem(400, str(error)) from error
         receipt = self.check_notification(octets)
         self.simulate(failure)
         with store_problems():
@@ -2320,6 +2342,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             # In this order, or what arrives meanwhile would be stored without a line in the log.
             self.server.deliveries.clear()
             self.server.store.clear()
+            self.server.failures.clear()
         return Response(204)
 
     def get_notification(self, name: str) -> Response:
@@ -2440,6 +2463,21 @@ def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | No
     return context
 
 
+@dataclasses.dataclass(eq=False)
+class Idle:
+    """A connection that may be ended, because nobody waits for an answer on it."""
+
+    connection: socket.socket
+    how: int  # as for `socket.shutdown`
+    ended: bool = False
+
+    def end(self) -> None:
+        self.ended = True
+        with contextlib.suppress(OSError):
+            # Not the method of a TLS socket, which would go on without encryption.
+            socket.socket.shutdown(self.connection, self.how)
+
+
 class InboxServer(http.server.ThreadingHTTPServer):
     """An inbox that listens as soon as it is made and serves from `serve_forever` to `shutdown`.
 
@@ -2458,8 +2496,7 @@ class InboxServer(http.server.ThreadingHTTPServer):
         self.faults: list[BaseException] = []  # of the inbox itself; there should be none
         self.connections: set[socket.socket] = set()
         self.lock = threading.Lock()
-        # How to end the connections that may be ended; the one that was idle longest is first.
-        self.idle: dict[socket.socket, int] = {}
+        self.idle: dict[Idle, None] = {}  # the one that was idle longest is first
         self.slots = threading.Semaphore(settings.MAX_CONNECTIONS)
         self.address_family = socket.AF_INET6 if ":" in settings.HOST else socket.AF_INET
         with unusable(f"SSL_CERT {settings.SSL_CERT!r}, SSL_KEY {settings.SSL_KEY!r}"):
@@ -2514,6 +2551,9 @@ class InboxServer(http.server.ThreadingHTTPServer):
         """Serve a connection in its own thread; wait, or end an idle one, if there are too many."""
         patience = 0.0
         while not self.slots.acquire(timeout=patience):
+            if self.closing.is_set():
+                super().shutdown_request(request)
+                return
             self.hang_up(1)
             patience = 0.1
         self.connections.add(request)
@@ -2525,25 +2565,25 @@ class InboxServer(http.server.ThreadingHTTPServer):
         self.slots.release()
 
     @contextlib.contextmanager
-    def idling(self, connection: socket.socket, how: int = socket.SHUT_RD) -> Iterator[None]:
+    def idling(self, connection: socket.socket, how: int = socket.SHUT_RD) -> Iterator[Idle]:
         """Mark a connection as one that may be ended: nobody waits for an answer on it."""
+        idle = Idle(connection, how)
         with self.lock:
-            self.idle[connection] = how
+            self.idle[idle] = None
         try:
             if self.closing.is_set():
                 self.hang_up()
-            yield
+            yield idle
         finally:
             with self.lock:
-                self.idle.pop(connection, None)
+                self.idle.pop(idle, None)
 
     def hang_up(self, most: int | None = None) -> None:
         """End the connections that were idle longest."""
         with self.lock:
-            for connection, how in list(self.idle.items())[:most]:
-                with contextlib.suppress(OSError):
-                    # Not the method of a TLS socket, which would go on without encryption.
-                    socket.socket.shutdown(connection, how)
+            for idle in list(self.idle)[:most]:
+                del self.idle[idle]
+                idle.end()
         self.deliveries.wake()
 
     def serve_forever(self, poll_interval: float = 0.1) -> None:
@@ -2593,6 +2633,9 @@ class InboxServer(http.server.ThreadingHTTPServer):
 POLL = 0.05  # seconds that the end of a `running` block may wait where nothing wakes the server
 
 
+KNOWN_TYPES = frozenset(name for pattern in PATTERNS for name in pattern.types)
+
+
 class Wanted(NamedTuple):
     """What a test looks for among the deliveries."""
 
@@ -2602,26 +2645,40 @@ class Wanted(NamedTuple):
     in_reply_to: str
     status: str
 
+    def check(self) -> Wanted:
+        """Refuse what no delivery could ever be, lest a misspelt test passes or waits in vain."""
+        if self.predicate is not None and not callable(self.predicate):
+            raise TypeError(f"the predicate {shown(self.predicate)} cannot be called")
+        for kind, name, known in (
+            ("type", self.type, KNOWN_TYPES),
+            ("pattern", self.pattern, RULES),
+        ):
+            if name and name not in known:
+                raise ValueError(unknown(name, kind, known))
+        expression, expected = PARAMETERS["status"]
+        if self.status and not re.fullmatch(expression, self.status):
+            raise ValueError(f"status is {shown(self.status)}, expected {expected}")
+        return self
+
+    def __str__(self) -> str:
+        given = {name: value for name, value in self._asdict().items() if value}
+        return ", ".join(f"{name}={shown(value)}" for name, value in given.items()) or "any"
+
     def mismatch(self, delivery: Delivery) -> str:
         """Return the first reason why a delivery is not wanted; empty if it is."""
         types, asked = (lookup(delivery.notification, name)[1] for name in ("type", "inReplyTo"))
         if not delivery.has_status(self.status):
-            reasons = [finding.message for finding in delivery.findings]
-            return "; ".join(reasons) or delivery.detail or f"its status is not {self.status}"
+            refused = delivery.verdict == "refused" and not delivery.simulated
+            reasons = by_level(delivery.findings) if refused else []
+            listed = "; ".join(f"{finding.level} {finding.message}" for finding in reasons)
+            return listed or delivery.detail or f"its status is not {self.status}"
         if self.type and self.type not in types_of(types):
             return f"its type is {shown(types)}"
         if self.pattern not in ("", delivery.pattern):
             return f"its pattern is {delivery.pattern}"
         if self.in_reply_to not in ("", asked):
             return f"its inReplyTo is {shown(asked)}"
-        return self.disapproval(delivery)
-
-    def disapproval(self, delivery: Delivery) -> str:
-        try:
-            approved = self.predicate is None or self.predicate(delivery)
-        except Exception as error:  # such as a KeyError, because it looks for what is not there
-            return f"the predicate raises {error!r}"
-        return "" if approved else "the predicate is false"
+        return "" if not self.predicate or self.predicate(delivery) else "the predicate is false"
 
 
 class Inbox:
@@ -2636,9 +2693,15 @@ class Inbox:
         return f"{self.server.base}/inbox"
 
     @property
+    def log(self) -> DeliveryLog:
+        if self.server.closing.is_set():
+            raise RuntimeError("the inbox is closed; look at it inside the `with` block")
+        return self.server.deliveries
+
+    @property
     def deliveries(self) -> list[Delivery]:
         """Every attempt so far, the first one first; see `Delivery`."""
-        return [self.complete(each) for each in self.server.deliveries.newest_first()][::-1]
+        return [self.complete(each) for each in self.log.newest_first()][::-1]
 
     @property
     def notifications(self) -> list[Any]:
@@ -2664,19 +2727,25 @@ class Inbox:
     ) -> Delivery:
         """Return the first delivery that is all that is wanted; wait for it if need be.
 
-        `status` is that of the answer, such as 503 or "4xx", or "" for any: unless it is given, a
-        delivery counts when it was accepted. `timeout` is in seconds. Raises `AssertionError`,
-        saying what did arrive, when the time is over.
+        `status` is that of the answer, such as 503 or "4xx", 0 for none, or "" for any: unless it
+        is given, a delivery counts when it was accepted. `timeout` is in seconds. Raises
+        `AssertionError`, saying what did arrive, when the time is over, and `ValueError` when
+        nothing could ever be like that.
         """
-        wanted = Wanted(predicate, type, pattern, in_reply_to, str(status))
+        wanted = Wanted(predicate, type, pattern, in_reply_to, str(status)).check()
         others = []
         for delivery in self.arriving(timeout):
-            reason = wanted.mismatch(delivery)
+            try:
+                reason = wanted.mismatch(delivery)
+            except (
+                Exception
+            ) as error:  # such as a KeyError, for want of what the predicate looks at
+                reason = f"the predicate raises {error!r}"
             if not reason:
                 return delivery
             others.append(f"\n  {described(delivery)}: {reason}")
         came = "".join(others) or " nothing"
-        raise AssertionError(f"no such delivery within {timeout:g} s; what came:{came}")
+        raise AssertionError(f"no delivery with {wanted} within {timeout:g} s; what came:{came}")
 
     def assert_none(
         self,
@@ -2690,49 +2759,57 @@ class Inbox:
     ) -> None:
         """Raise `AssertionError` if such a delivery, accepted or not, has come or comes in time.
 
-        `within` is in seconds.
+        `within` is in seconds. What the predicate raises is raised.
         """
-        wanted = Wanted(predicate, type, pattern, in_reply_to, str(status))
+        wanted = Wanted(predicate, type, pattern, in_reply_to, str(status)).check()
         for delivery in self.arriving(within):
             if not wanted.mismatch(delivery):
                 raise AssertionError(f"an unexpected delivery: {described(delivery)}")
 
     def arriving(self, seconds: float) -> Iterator[Delivery]:
         """Yield the deliveries so far and those that come in so many seconds."""
-        deadline = time.monotonic() + seconds
+        start, deadline = utc_now(), time.monotonic() + seconds
 
         def remaining() -> float:
             return max(0, deadline - time.monotonic())
 
-        for delivery in self.server.deliveries.follow(BEGINNING, remaining):
+        for delivery in self.log.follow(BEGINNING, remaining):
+            if not remaining() and (not delivery or delivery.time > start):
+                return
             if delivery:
                 yield self.complete(delivery)
-            elif not remaining():
-                return
 
     def clear(self) -> None:
         """Forget all deliveries, notifications, and failures that were to come."""
-        self.server.deliveries.clear()
+        self.log.clear()
         self.server.store.clear()
         self.server.failures.clear()
 
     def fail_next(
-        self, status: int, times: int = 1, retry_after: int | str | None = None, delay: float = 0
+        self,
+        status: int | None = None,
+        times: int = 1,
+        retry_after: int | str | None = None,
+        delay: float = 0,
+        close: bool = False,
     ) -> None:
-        """Answer the next attempts, so many times, with a failure.
+        """Let the next attempts, so many times, fail: with a status, or with no answer at all.
 
         Attempts that are refused anyway do not count. `retry_after` is seconds or an HTTP date,
         `delay` seconds. Raises `ValueError` when a value is unusable.
         """
-        values = {"status": status, "times": times, "retry-after": retry_after, "delay": delay}
-        given = urlencode({name: value for name, value in values.items() if value is not None})
-        failure = Failure.from_query(parse_query(given, FAILURE_PARAMETERS))
-        self.server.failures.next.extend([failure] * times)
+        given = {"times": str(times)}
+        given.update({} if status is None else {"status": str(status)})
+        given.update({} if retry_after is None else {"retry-after": str(retry_after)})
+        given.update({"delay": f"{delay:.9f}"} if delay else {})
+        given.update({"close": "1"} if close else {})
+        failure = Failure.from_query(parse_query(urlencode(given), FAILURE_PARAMETERS))
+        self.server.failures.next.extend([failure] * failure.times)
 
 
 def described(delivery: Delivery) -> str:
     about = delivery.about.get("id", "without an id")
-    return f"{delivery.outcome} {delivery.pattern or 'no pattern'} {about}"
+    return visible(f"{delivery.outcome} {delivery.pattern or 'no pattern'} {about}")
 
 
 @contextlib.contextmanager
@@ -2747,6 +2824,8 @@ def running(**settings: Any) -> Iterator[Inbox]:
     used, and `RuntimeError` at the end of the block if the inbox itself has failed.
     """
     with tempfile.TemporaryDirectory(prefix="coarinbox-") as directory:
+        for name in settings.keys() - set(KNOWN):
+            raise ConfigurationError(unknown(name, "setting", KNOWN))
         defaults = {"PORT": 0, "STORE_DIR": directory, "FSYNC": False}
         server = InboxServer(Settings(**{**defaults, **settings}))
         thread = threading.Thread(target=server.serve_forever, args=(POLL,))
@@ -2776,7 +2855,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--host", metavar="H", dest="HOST", help="address to listen on")
     add("--port", metavar="N", dest="PORT", type=int, help="port to listen on, 0 for a free one")
     add("-d", action="store_true", dest="DEBUG_PYCHARM", help="attach to a PyCharm debug server")
-    add("--check", metavar="FILE", nargs="+", help="validate files, - or directories, and end")
+    add(
+        "--check",
+        metavar="FILE",
+        nargs="+",
+        action="extend",
+        help="validate files, - or directories, and end",
+    )
     add("--version", action="version", version=f"coarinbox {__version__}")
     return parser.parse_args(arguments)
 
@@ -2797,42 +2882,53 @@ def attach_debugger(host: str, port: int) -> None:
 JSON_FILE = re.compile(r"\.json(ld)?\Z")
 
 
-def files_below(path: str) -> Iterator[str]:
-    """Yield a file itself, or the JSON files in a directory."""
+def files_below(path: str, onerror: Callable[[OSError], object]) -> list[str]:
+    """List a file itself, or the JSON files in a directory."""
     if not os.path.isdir(path):
-        yield path
-    for directory, _, names in os.walk(path):
-        yield from (os.path.join(directory, name) for name in names if JSON_FILE.search(name))
+        return [path]
+    tree = os.walk(path, onerror=onerror)
+    files = (os.path.join(folder, name) for folder, _, names in tree for name in names)
+    return sorted(file for file in files if JSON_FILE.search(file) and os.path.isfile(file))
 
 
-def check_file(path: str, mode: bool | str) -> bool:
-    """Print a line for each finding in a file; returns whether an inbox would refuse it.
+def read_file(path: str) -> bytes:
+    if path == "-":
+        return sys.stdin.buffer.read()
+    with open(path, "rb") as file:
+        return file.read()
 
-    Raises `OSError` when the file cannot be read.
-    """
-    with open(path, "rb") if path != "-" else contextlib.nullcontext(sys.stdin.buffer) as file:
-        octets = file.read()
+
+def check_file(octets: bytes, settings: Settings) -> tuple[list[str], bool]:
+    """Return a line for each finding in a notification, and whether an inbox would refuse it."""
     try:
-        errors, warnings = judge(parse(octets), mode)
+        errors, warnings = judge(parse(octets), settings.VALIDATE_INCOMING)
     except ValueError as error:
-        print(f"{path}: {E} - json it is not JSON: {error}")
-        return True
-    for level, pointer, code, message, *_ in errors + warnings:
-        print(f"{path}: {level} {pointer or '-'} {code} {message}")
-    return bool(errors)
+        return [f"{E} - json it is not JSON: {error}"], True
+    lines = [
+        f"{finding.level} {finding.pointer or '-'} {finding.code} {finding.message}"
+        for finding in errors + warnings
+    ]
+    if len(octets) > settings.MAX_CONTENT_LENGTH:
+        lines.append(f"{E} - size it is larger than {settings.MAX_CONTENT_LENGTH} octets")
+    return lines, bool(errors) or len(octets) > settings.MAX_CONTENT_LENGTH
 
 
-def check(paths: list[str], mode: bool | str) -> int:
+def check(paths: list[str], settings: Settings) -> int:
     """Validate files; returns the exit status: 1 if one is refused, 2 if one is unreadable."""
-    status = 0
-    for path in paths:
-        for file in sorted(files_below(path)) or [os.path.join(path, "*.json")]:
-            try:
-                status = max(status, int(check_file(file, mode)))
-            except OSError as error:
-                print(f"coarinbox: {file}: {error.strerror}", file=sys.stderr)
-                status = 2
-    return status
+    errors: list[OSError] = []
+    verdicts = []
+    for file in (file for path in paths for file in files_below(path, errors.append)):
+        try:
+            lines, refused = check_file(read_file(file), settings)
+        except OSError as error:
+            errors.append(error)
+            continue
+        verdicts.append(refused)
+        print("".join(f"{visible(file)}: {line}\n" for line in lines), end="")
+    for each in errors:
+        print(visible(f"coarinbox: {each.filename}: {each.strerror}"), file=sys.stderr)
+    print(f"coarinbox: {len(verdicts)} checked", file=sys.stderr)
+    return 2 if errors or not verdicts else int(any(verdicts))
 
 
 def run(server: InboxServer) -> None:
@@ -2866,7 +2962,9 @@ def main(arguments: list[str] | None = None) -> int:
         paths = options.pop("check", [])
         settings = configure(filename, options)
         if paths:
-            return check(paths, settings.VALIDATE_INCOMING)
+            if isinstance(sys.stdout, io.TextIOWrapper):
+                sys.stdout.reconfigure(errors="backslashreplace")
+            return check(paths, settings)
         if settings.DEBUG_PYCHARM:
             attach_debugger(settings.DEBUG_PYCHARM_SERVER, settings.DEBUG_PYCHARM_PORT)
         run(InboxServer(settings))

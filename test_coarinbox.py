@@ -2117,7 +2117,7 @@ class QueryTest(DeliveriesTest):
         for query, expected in [
             ("limit=0", "a number from 1 to 1000"), ("limit=1001", "a number from 1 to 1000"),
             ("limit=x", "a number"), ("status=40", "a status such as 400, or 4xx"),
-            ("status=999", "a status"), ("pattern=Offer", "the name of a pattern"),
+            ("status=999", "a status"), ("pattern=Offer", "one of Accept, Announce"),
             ("since=yesterday", "a time in UTC such as"), ("since=2026-01-31T12:00%2B01:00", "UTC"),
             ("before=2026-01-31", "the name of a delivery"), ("limt=5", "limit"),
             ("q=%FF", "utf-8"),
@@ -2318,6 +2318,27 @@ class CrowdTest(DeliveriesTest):
     def test_listeners_make_room_for_deliveries(self) -> None:
         with Listener(self.server), Listener(self.server):
             self.assert_serves()
+
+
+class ScarceTest(DeliveriesTest):
+    settings = {"MAX_CONNECTIONS": 3}
+
+    def test_no_request_is_cut_off_by_making_room(self) -> None:
+        """A client whose idle connection was ended tries again; none is told that it broke off."""
+
+        def post_often(_: int) -> None:
+            connection = http.client.HTTPConnection(*address(self.server), timeout=10)
+            for _ in range(40):
+                for _ in range(20):
+                    with contextlib.suppress(OSError, http.client.HTTPException):
+                        ask_on(connection, "POST", "/inbox", ACCEPT)
+                        break
+                    connection.close()
+            connection.close()
+
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            list(pool.map(post_often, range(6)))
+        self.assertEqual(set(self.statuses("?limit=1000")), {201})
 
 
 # --- Pages ---------------------------------------------------------------------------------------
@@ -3331,7 +3352,7 @@ class RunningTest(unittest.TestCase):
         with self.assertRaisesRegex(coarinbox.ConfigurationError, "PORT"):
             with coarinbox.running(PORT="none"):
                 self.fail("it runs")
-        with self.assertRaisesRegex(TypeError, "TOKN"):
+        with self.assertRaisesRegex(coarinbox.ConfigurationError, "TOKN; nearest: TOKEN"):
             with coarinbox.running(TOKN="x"):
                 self.fail("it runs")
 
@@ -3372,7 +3393,9 @@ class RunningTest(unittest.TestCase):
 
     def test_what_does_not_come_is_an_assertion_that_says_what_did(self) -> None:
         with coarinbox.running() as inbox:
-            with self.assertRaisesRegex(AssertionError, "within 0 s; what came: nothing"):
+            with self.assertRaisesRegex(
+                AssertionError, "no delivery with status='2xx' within 0 s; what came: nothing"
+            ):
                 inbox.wait_for(timeout=0)
             for document in (OFFER, REFUSED, b"no"):
                 send(inbox.url, document)
@@ -3397,11 +3420,39 @@ class RunningTest(unittest.TestCase):
         with coarinbox.running() as inbox:
             send(inbox.url, REFUSED)
             send(inbox.url, b"no")
+            inbox.fail_next(503)
+            send(inbox.url, changed(OFFER, "actor", ABSENT))
             with self.assertRaises(AssertionError) as caught:
                 inbox.wait_for(type="Offer", timeout=0)
-            first, second = str(caught.exception).splitlines()[1:]
-            self.assertIn("origin must be an object", first)
+            wanted, first, second, third = str(caught.exception).splitlines()
+            self.assertIn("type='Offer'", wanted)
+            self.assertIn("E origin must be an object", first)
             self.assertIn("the body is not JSON", second)
+            self.assertTrue(third.endswith(": a simulated failure"), third)
+
+    def test_what_no_delivery_could_ever_be_is_refused(self) -> None:
+        with coarinbox.running() as inbox:
+            send(inbox.url, OFFER)
+            demands: list[tuple[dict[str, Any], str]] = [
+                ({"pattern": "RequestReview"}, "nearest: Request Review"),
+                ({"type": "Ofer"}, "nearest: Offer"), ({"status": "2x"}, "a status such as"),
+                ({"type": "ReviewAction"}, "nearest: coar-notify:ReviewAction"),
+            ]  # fmt: skip
+            for demand, expected in demands:
+                for method in (inbox.wait_for, inbox.assert_none):
+                    with self.subTest(demand), self.assertRaisesRegex(ValueError, expected):
+                        method(**demand)
+            with self.assertRaisesRegex(TypeError, "Request Review"):
+                inbox.assert_none("Request Review")  # type: ignore[arg-type]
+            with self.assertRaises(KeyError):
+                inbox.assert_none(lambda each: each.notification["objekt"])
+
+    def test_after_the_block_there_is_nothing_to_look_at(self) -> None:
+        with coarinbox.running() as inbox:
+            send(inbox.url)
+        for look in (lambda: inbox.deliveries, inbox.wait_for, inbox.assert_none, inbox.clear):
+            with self.assertRaisesRegex(RuntimeError, "inside the `with` block"):
+                look()
 
     def test_that_nothing_comes_can_be_asserted(self) -> None:
         with coarinbox.running() as inbox:
@@ -3427,6 +3478,10 @@ class RunningTest(unittest.TestCase):
             self.assertEqual([each.simulated for each in inbox.deliveries], [True] * 3 + [False])
             self.assertEqual(len(inbox.notifications), 1)
             self.assertEqual(inbox.wait_for(status=503).notification, ACCEPT)
+            inbox.fail_next(close=True)
+            with self.assertRaises(http.client.RemoteDisconnected):
+                send(inbox.url)
+            self.assertEqual(inbox.wait_for(status=0).verdict, "dropped")
             inbox.fail_next(500)
             inbox.clear()
             self.assertEqual(send(inbox.url).status, 201)
@@ -3435,9 +3490,10 @@ class RunningTest(unittest.TestCase):
         with coarinbox.running() as inbox:
             for arguments in [
                 {"status": 200}, {"status": 600}, {"status": 503, "times": 0},
-                {"status": 503, "retry_after": "soon"}, {"status": 503, "delay": -1},
+                {"status": 503, "retry_after": "soon"}, {"status": 503, "delay": -1}, {},
+                {"status": 503, "times": None}, {"retry_after": 1}, {"delay": 10_000},
             ]:  # fmt: skip
-                with self.subTest(arguments), self.assertRaisesRegex(ValueError, "expected"):
+                with self.subTest(arguments), self.assertRaisesRegex(ValueError, "expected|needs"):
                     inbox.fail_next(**arguments)  # type: ignore[arg-type]
             self.assertEqual(send(inbox.url).status, 201)
 
@@ -3448,6 +3504,20 @@ class RunningTest(unittest.TestCase):
                     self.assertEqual(send(inbox.url).status, 500)
         self.assertIsInstance(caught.exception.__cause__, ZeroDivisionError)
 
+    def test_a_steady_sender_does_not_keep_it_waiting(self) -> None:
+        with coarinbox.running() as inbox, concurrent.futures.ThreadPoolExecutor(1) as pool:
+            enough = threading.Event()
+
+            def flood() -> None:
+                while not enough.is_set():
+                    send(inbox.url)
+
+            flooding = pool.submit(flood)
+            with self.assertRaises(AssertionError):
+                inbox.wait_for(lambda each: time.sleep(0.02), timeout=0.2)
+            enough.set()
+            flooding.result()
+
     def test_an_exception_in_the_block_leaves_nothing_behind(self) -> None:
         with self.assertRaises(ZeroDivisionError):
             with coarinbox.running() as inbox:
@@ -3455,6 +3525,18 @@ class RunningTest(unittest.TestCase):
                 raise ZeroDivisionError
         self.assertFalse(os.path.exists(directory))
         self.assertFalse(can_connect(address(inbox.server)))
+
+    def test_it_ends_at_once_when_more_clients_wait_than_it_serves(self) -> None:
+        with contextlib.ExitStack() as clients:
+            with coarinbox.running(MAX_CONNECTIONS=1) as inbox:
+                for _ in range(2):
+                    client = socket.create_connection(address(inbox.server), timeout=10)
+                    clients.enter_context(client)
+                    client.sendall(post_head("Content-Length: 9", "Expect: 100-continue"))
+                    if _ == 0:
+                        client.recv(1)
+                started = time.monotonic()
+            self.assertLess(time.monotonic() - started, 2)
 
     def test_it_ends_at_once_whatever_clients_do(self) -> None:
         before = set(threading.enumerate())
@@ -3525,10 +3607,32 @@ class SimulatedFailureTest(DeliveriesTest):
                 self.assertEqual("Location" in answer.headers, status < 400)
         self.assertEqual(self.stored(), [])
 
+    def test_a_304_has_no_body_that_could_pass_for_the_next_answer(self) -> None:
+        connection = http.client.HTTPConnection(*address(self.server), timeout=10)
+        for query, status in (("?status=304", 304), ("", 201)):
+            answer = ask_on(connection, "POST", f"/inbox{query}", ACCEPT)
+            self.assertEqual(answer.status, status)
+        connection.close()
+
+    def test_emptying_the_inbox_forgets_the_attempts(self) -> None:
+        for _ in range(2):
+            self.assertEqual(self.send("status=503&times=1").status, 503)
+            self.ask("DELETE", "/inbox")
+
+    def test_without_an_id_the_body_tells_notifications_apart(self) -> None:
+        with serving(VALIDATE_INCOMING=False) as lax:
+            for document in ({"a": 1}, {"b": 1}, {"a": 1}, {"id": "None"}):
+                ask(lax, "POST", "/inbox?status=503&times=1", document)
+            listed = ask(lax, "GET", "/deliveries").json()["deliveries"]
+            self.assertEqual([each["status"] for each in listed], [503, 201, 503, 503])
+
     def test_a_redirect_leads_to_the_plain_inbox(self) -> None:
         answer = self.send("status=307")
         inbox = "http://{}:{}/inbox".format(*address(self.server))
         self.assertEqual(answer.headers["Location"], inbox)
+        self.assertIn(
+            "307 redirected", Page(self.ask("GET", "/", headers=HTML).body.decode()).rows[0]
+        )
         self.assertEqual(self.ask("POST", path_of(answer.headers["Location"]), ACCEPT).status, 201)
 
     def test_an_answer_can_be_late(self) -> None:
@@ -3570,7 +3674,8 @@ class SimulatedFailureTest(DeliveriesTest):
             ("status=200", "a status from 300 to 599"), ("status=x", "a status"),
             ("times=0&status=503", "a number from 1"), ("retry-after=soon", "an HTTP date"),
             ("delay=-1", "a number of seconds"), ("delay=99999", "at most 9999"),
-            ("close=0", "expected 1"), ("stauts=503", "status, times, retry-after, delay, close"),
+            ("close=0", "expected 1"), ("times=1", "needs a status"),
+            ("stauts=503", "status, times, retry-after, delay, close"),
         ]:  # fmt: skip
             with self.subTest(query):
                 self.assertIn(expected, self.assert_problem(self.send(query), 400)["detail"])
@@ -3670,7 +3775,21 @@ class CheckTest(ProgramTest):
         (self.directory / "empty").mkdir()
         status, _, stderr = self.check("--check", "empty")
         self.assertEqual(status, 2)
-        self.assertIn("empty/*.json", stderr)
+        self.assertIn("0 checked", stderr)
+
+    def test_what_is_no_file_is_passed_over_and_what_is_too_large_is_refused(self) -> None:
+        self.write("a/large.json", changed(ACCEPT, "summary", "x" * 2_000_000))
+        if hasattr(os, "mkfifo"):
+            os.mkfifo(self.directory / "a/pipe.json")
+        status, lines, _ = self.check("--check", "a", "--check", "a/large.json")
+        self.assertEqual(status, 1)
+        self.assertEqual(lines, ["a/large.json: E - size it is larger than 1048576 octets"] * 2)
+
+    def test_odd_names_do_not_break_the_lines(self) -> None:
+        name = self.write("two\nlines.json", [])
+        _, lines, stderr = self.check("--check", name)
+        self.assertEqual(len(lines), 1, lines)
+        self.assertNotIn("Traceback", stderr)
 
     def test_standard_input(self) -> None:
         self.assertEqual(self.check("--check", "-", stdin=json.dumps(ACCEPT))[:2], (0, []))
