@@ -292,7 +292,7 @@ class Settings:
             raise ConfigurationError("SSL_KEY is set, expected SSL_CERT beside it")
 
 
-KNOWN = [field.name for field in dataclasses.fields(Settings)]
+SETTING_NAMES = [field.name for field in dataclasses.fields(Settings)]
 
 
 def unknown(name: str, kind: str, known: Iterable[str]) -> str:
@@ -337,9 +337,9 @@ def configure(filename: str | None, flags: Mapping[str, Any]) -> Settings:
     """
     values = read_configuration(filename) if filename else {}
     for name in values:
-        if name not in KNOWN:
-            LOG.warning("%s: ignored: %s", filename, unknown(name, "setting", KNOWN))
-    ours = {name: value for name, value in values.items() if name in KNOWN}
+        if name not in SETTING_NAMES:
+            LOG.warning("%s: ignored: %s", filename, unknown(name, "setting", SETTING_NAMES))
+    ours = {name: value for name, value in values.items() if name in SETTING_NAMES}
     try:
         settings = Settings(**ours)
     except ConfigurationError as error:
@@ -968,30 +968,6 @@ def found(name: str, octets: bytes) -> Delivery:
     return Delivery(name, "", "", "", {}, 0, detail, pattern and pattern.name, about, findings)
 
 
-class Query(NamedTuple):
-    """Which deliveries somebody wants to see; its members are the parameters of a URL."""
-
-    limit: str = "50"  # at most so many, the newest ones
-    status: str = ""  # of the answer, such as 400 or 4xx
-    pattern: str = ""
-    since: str = ""  # after the delivery of this name, or from this time on
-    before: str = ""  # before the delivery of this name
-    q: str = ""  # holding this text
-
-    def matches(self, delivery: Delivery) -> bool:
-        text = self.q.casefold()
-        return (
-            delivery.has_status(self.status)
-            and self.pattern in ("", delivery.pattern)
-            and any(text in each.casefold() for each in delivery.texts())
-        )
-
-    def ends_at(self, delivery: Delivery) -> bool:
-        """Whether neither this delivery is wanted nor those before it."""
-        moment = self.since.rstrip("Z") if "-" in self.since else ""
-        return delivery.name == self.since or delivery.time < moment
-
-
 # What the values in a query must be, as a regular expression and in words.
 PARAMETERS = {
     "limit": ("[1-9][0-9]{0,2}|1000", "a number from 1 to 1000"),
@@ -1016,6 +992,35 @@ def parse_query(text: str, parameters: Mapping[str, tuple[str, str]]) -> dict[st
         if not re.fullmatch(expression, value):
             raise ValueError(f"{name} is {shown(value)}, expected {expected}")
     return values
+
+
+class Query(NamedTuple):
+    """Which deliveries somebody wants to see; its members are the parameters of a URL."""
+
+    limit: str = "50"  # at most so many, the newest ones
+    status: str = ""  # of the answer, such as 400 or 4xx
+    pattern: str = ""
+    since: str = ""  # after the delivery of this name, or from this time on
+    before: str = ""  # before the delivery of this name
+    q: str = ""  # holding this text
+
+    @classmethod
+    def from_query(cls, text: str) -> Query:
+        """Read the query of a URL. Raises `ValueError`."""
+        return cls(**parse_query(text, PARAMETERS))
+
+    def matches(self, delivery: Delivery) -> bool:
+        text = self.q.casefold()
+        return (
+            delivery.has_status(self.status)
+            and self.pattern in ("", delivery.pattern)
+            and any(text in each.casefold() for each in delivery.texts())
+        )
+
+    def ends_at(self, delivery: Delivery) -> bool:
+        """Whether neither this delivery is wanted nor those before it."""
+        moment = self.since.rstrip("Z") if "-" in self.since else ""
+        return delivery.name == self.since or delivery.time < moment
 
 
 def backwards(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -1767,6 +1772,19 @@ def authority(url: str) -> str:
     return re.sub(":(80|443)$", "", host)
 
 
+# What the values in the query of the inbox must be, as a regular expression and in words.
+FAILURE_PARAMETERS = {
+    "status": ("[345][0-9]{2}", "a status from 300 to 599"),
+    "times": ("[1-9][0-9]{0,5}", "a number from 1 to 999999"),
+    "retry-after": (
+        "[0-9]{1,9}|[A-Z][a-z]{2}, [0-9]{2} [A-Z][a-z]{2} [0-9]{4} [0-9]{2}(:[0-9]{2}){2} GMT",
+        "a number of seconds or an HTTP date",
+    ),
+    "delay": (r"[0-9]{1,4}(\.[0-9]{1,9})?|\.[0-9]{1,9}", "a number of seconds, at most 9999"),
+    "close": ("1", "1"),
+}
+
+
 class Failure(NamedTuple):
     """What an attempt to deliver meets, because a test wants it to."""
 
@@ -1777,8 +1795,9 @@ class Failure(NamedTuple):
     close: bool = False  # whether there is no answer at all
 
     @classmethod
-    def from_query(cls, values: Mapping[str, str]) -> Failure:
-        """Take the parameters of a URL. Raises `ValueError` if they do not make a failure."""
+    def from_query(cls, text: str) -> Failure:
+        """Read the query of a URL. Raises `ValueError` if it does not make a failure."""
+        values = parse_query(text, FAILURE_PARAMETERS)
         if values and not values.keys() & {"status", "delay", "close"}:
             raise ValueError("a failure needs a status, a delay or close")
         return cls(
@@ -1792,19 +1811,6 @@ class Failure(NamedTuple):
     def headers(self, inbox: str) -> dict[str, str]:
         retry = {"Retry-After": self.retry_after} if self.retry_after else {}
         return {**retry, **({"Location": inbox} if self.status < HTTPStatus.BAD_REQUEST else {})}
-
-
-# What the values in the query of the inbox must be, as a regular expression and in words.
-FAILURE_PARAMETERS = {
-    "status": ("[345][0-9]{2}", "a status from 300 to 599"),
-    "times": ("[1-9][0-9]{0,5}", "a number from 1 to 999999"),
-    "retry-after": (
-        "[0-9]{1,9}|[A-Z][a-z]{2}, [0-9]{2} [A-Z][a-z]{2} [0-9]{4} [0-9]{2}(:[0-9]{2}){2} GMT",
-        "a number of seconds or an HTTP date",
-    ),
-    "delay": (r"[0-9]{1,4}(\.[0-9]{1,9})?|\.[0-9]{1,9}", "a number of seconds, at most 9999"),
-    "close": ("1", "1"),
-}
 
 
 MAX_MET = 10_000  # notifications whose attempts are counted
@@ -2170,9 +2176,11 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     def wants_html(self) -> bool:
         return self.prefers("text/html")
 
-    def query(self, parameters: Mapping[str, tuple[str, str]] = PARAMETERS) -> dict[str, str]:
+    @contextlib.contextmanager
+    def query(self) -> Iterator[str]:
+        """Hand out the query of the URL; what is wrong with it is a problem."""
         try:
-            return parse_query(self.target.partition("?")[2], parameters)
+            yield self.target.partition("?")[2]
         except ValueError as error:
             raise Problem(400, str(error)) from error
 
@@ -2294,7 +2302,8 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     # The resources
 
     def get_home(self) -> Response:
-        query = Query(**self.query())
+        with self.query() as text:
+            query = Query.from_query(text)
         with store_problems():
             deliveries = self.server.deliveries.select(query, int(query.limit) + 1)
         link = f'<{self.base}/inbox>; rel="http://www.w3.org/ns/ldp#inbox"'
@@ -2322,10 +2331,8 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         self.check_content()
         if self.server.settings.DEBUG:
             self.log_message("%s", octets.decode("utf-8", "backslashreplace"))
-        try:
-            failure = Failure.from_query(self.query(FAILURE_PARAMETERS))
-        except ValueError as error:
-            raise Problem(400, str(error)) from error
+        with self.query() as text:
+            failure = Failure.from_query(text)
         receipt = self.check_notification(octets)
         self.simulate(failure)
         with store_problems():
@@ -2362,7 +2369,8 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     def get_deliveries(self) -> Response:
         """List the deliveries, the newest first, or send them as they come."""
-        query = Query(**self.query())
+        with self.query() as text:
+            query = Query.from_query(text)
         if self.prefers("text/event-stream"):
             query = query._replace(since=self.headers.get("Last-Event-ID", query.since))
             with store_problems():
@@ -2631,8 +2639,6 @@ class InboxServer(http.server.ThreadingHTTPServer):
 # --- Test double ---------------------------------------------------------------------------------
 
 POLL = 0.05  # seconds that the end of a `running` block may wait where nothing wakes the server
-
-
 KNOWN_TYPES = frozenset(name for pattern in PATTERNS for name in pattern.types)
 
 
@@ -2649,12 +2655,10 @@ class Wanted(NamedTuple):
         """Refuse what no delivery could ever be, lest a misspelt test passes or waits in vain."""
         if self.predicate is not None and not callable(self.predicate):
             raise TypeError(f"the predicate {shown(self.predicate)} cannot be called")
-        for kind, name, known in (
-            ("type", self.type, KNOWN_TYPES),
-            ("pattern", self.pattern, RULES),
-        ):
-            if name and name not in known:
-                raise ValueError(unknown(name, kind, known))
+        if self.type and self.type not in KNOWN_TYPES:
+            raise ValueError(unknown(self.type, "type", KNOWN_TYPES))
+        if self.pattern and self.pattern not in RULES:
+            raise ValueError(unknown(self.pattern, "pattern", RULES))
         expression, expected = PARAMETERS["status"]
         if self.status and not re.fullmatch(expression, self.status):
             raise ValueError(f"status is {shown(self.status)}, expected {expected}")
@@ -2666,12 +2670,13 @@ class Wanted(NamedTuple):
 
     def mismatch(self, delivery: Delivery) -> str:
         """Return the first reason why a delivery is not wanted; empty if it is."""
-        types, asked = (lookup(delivery.notification, name)[1] for name in ("type", "inReplyTo"))
         if not delivery.has_status(self.status):
             refused = delivery.verdict == "refused" and not delivery.simulated
             reasons = by_level(delivery.findings) if refused else []
             listed = "; ".join(f"{finding.level} {finding.message}" for finding in reasons)
             return listed or delivery.detail or f"its status is not {self.status}"
+        document = delivery.notification
+        types, asked = lookup(document, "type")[1], lookup(document, "inReplyTo")[1]
         if self.type and self.type not in types_of(types):
             return f"its type is {shown(types)}"
         if self.pattern not in ("", delivery.pattern):
@@ -2737,9 +2742,7 @@ class Inbox:
         for delivery in self.arriving(timeout):
             try:
                 reason = wanted.mismatch(delivery)
-            except (
-                Exception
-            ) as error:  # such as a KeyError, for want of what the predicate looks at
+            except Exception as error:  # it may look for members that another one has
                 reason = f"the predicate raises {error!r}"
             if not reason:
                 return delivery
@@ -2798,12 +2801,15 @@ class Inbox:
         Attempts that are refused anyway do not count. `retry_after` is seconds or an HTTP date,
         `delay` seconds. Raises `ValueError` when a value is unusable.
         """
-        given = {"times": str(times)}
-        given.update({} if status is None else {"status": str(status)})
-        given.update({} if retry_after is None else {"retry-after": str(retry_after)})
-        given.update({"delay": f"{delay:.9f}"} if delay else {})
-        given.update({"close": "1"} if close else {})
-        failure = Failure.from_query(parse_query(urlencode(given), FAILURE_PARAMETERS))
+        given = {
+            "status": status,
+            "times": str(times),
+            "retry-after": retry_after,
+            "delay": f"{delay:.9f}" if delay else None,
+            "close": 1 if close else None,
+        }
+        query = urlencode({name: value for name, value in given.items() if value is not None})
+        failure = Failure.from_query(query)
         self.server.failures.next.extend([failure] * failure.times)
 
 
@@ -2824,8 +2830,8 @@ def running(**settings: Any) -> Iterator[Inbox]:
     used, and `RuntimeError` at the end of the block if the inbox itself has failed.
     """
     with tempfile.TemporaryDirectory(prefix="coarinbox-") as directory:
-        for name in settings.keys() - set(KNOWN):
-            raise ConfigurationError(unknown(name, "setting", KNOWN))
+        for name in settings.keys() - set(SETTING_NAMES):
+            raise ConfigurationError(unknown(name, "setting", SETTING_NAMES))
         defaults = {"PORT": 0, "STORE_DIR": directory, "FSYNC": False}
         server = InboxServer(Settings(**{**defaults, **settings}))
         thread = threading.Thread(target=server.serve_forever, args=(POLL,))
