@@ -3556,15 +3556,16 @@ class RunningTest(unittest.TestCase):
 
     @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "this system does not list descriptors")
     def test_a_hundred_in_a_row_leave_nothing_behind(self) -> None:
-        def left() -> tuple[int, int, int]:
-            temporary = [name for name in os.listdir(tempfile.gettempdir()) if "coarinbox-" in name]
-            return len(os.listdir("/proc/self/fd")), threading.active_count(), len(temporary)
+        def left() -> tuple[int, int, list[str]]:
+            return len(os.listdir("/proc/self/fd")), threading.active_count(), os.listdir(temporary)
 
-        before = left()
-        for _ in range(100):
-            with coarinbox.running() as inbox:
-                send(inbox.url)
-        self.assertEqual(left(), before)
+        with tempfile.TemporaryDirectory() as temporary:
+            with unittest.mock.patch("tempfile.tempdir", temporary):
+                before = left()
+                for _ in range(100):
+                    with coarinbox.running() as inbox:
+                        send(inbox.url)
+                self.assertEqual(left(), before)
 
     def test_it_is_quiet(self) -> None:
         code = (
