@@ -1152,7 +1152,7 @@ class DeliveryLog:
             for end, line in backwards(file) if query.since else ():
                 delivery = Delivery.from_json(line)
                 if delivery and query.ends_at(delivery):
-                    return Bookmark(min(end + 1, size), end - len(line), line[:MARK])
+                    return Bookmark(end, end - len(line), line[:MARK])
         return Bookmark(0 if query.since else size, 0, first)
 
     def follow(
