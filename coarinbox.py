@@ -1226,7 +1226,7 @@ input, select, button { font: inherit; line-height: inherit; height: 1.75rem; co
 .failed, .dropped, .redirected, .warning { color: var(--odd); }
 #newest { position: absolute; clip-path: inset(50%); }
 ol.rows { list-style: none; margin: .25rem -.5rem; padding: 0; }
-ol.rows a, .columns { display: grid; grid-template-columns: 10rem 6rem 13rem 1fr 1fr;
+ol.rows a, .columns { display: grid; grid-template-columns: 10rem 7.5rem 13rem 1fr 1fr;
   gap: 0 1rem; align-items: baseline; }
 ol.rows a { padding: .25rem .5rem; border-top: 1px solid var(--line);
   color: inherit; text-decoration: none; }
@@ -1249,11 +1249,12 @@ ol.findings p { margin: 0; }
 ol.findings .faint { font-size: .9em; }
 li:target, tr:target, mark:has(:target) { outline: 2px solid var(--link); }
 table { border-collapse: collapse; table-layout: fixed; width: 100%; }
-td, th { padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line);
-  text-align: left; vertical-align: top; }
+tr { border-bottom: 1px solid var(--line); }
+td, th { padding: .25rem .75rem .25rem 0; text-align: left; vertical-align: top; }
 @media (max-width: 60rem) {
   .beside, label:has(#q), td { display: block; }
   .columns, thead { display: none; }
+  td { padding: 0; }
   ol.rows a { grid-template-columns: max-content 1fr; }
   ol.rows span, ol.rows .why { grid-column: 1 / -1; }
   ol.rows .why { white-space: normal; }
