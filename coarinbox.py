@@ -1071,6 +1071,7 @@ class DeliveryLog:
     def __init__(self, path: str) -> None:
         self.path = path
         self.changed = threading.Condition()
+        self.alarms = 0
 
     def append(self, delivery: Delivery) -> None:
         """Write a delivery at the end of the log, with the time, whole or not at all."""
@@ -1096,6 +1097,7 @@ class DeliveryLog:
     def wake(self) -> None:
         """Have those who `follow` look around at once."""
         with self.changed:
+            self.alarms += 1
             self.changed.notify_all()
 
     def reading(self) -> IO[bytes]:
@@ -1160,7 +1162,8 @@ class DeliveryLog:
     ) -> Iterator[Delivery | None]:
         """Yield the deliveries from a place on, as they come.
 
-        Yields None when none has come for some seconds, `patience`, or when it is woken.
+        Yields None when all have been read, and whenever some seconds, `patience`, have brought
+        none, or `wake` is called.
         """
         while True:
             state = self.state()
@@ -1174,10 +1177,13 @@ class DeliveryLog:
                         if delivery:
                             yield delivery
             while state == self.state():
-                with self.changed:
-                    if state == self.state():
-                        self.changed.wait(patience())
+                alarms = (
+                    self.alarms
+                )  # one that comes while the caller looks around must not be lost
                 yield None
+                with self.changed:
+                    if (state, alarms) == (self.state(), self.alarms):
+                        self.changed.wait(patience())
 
     def state(self) -> tuple[int, ...]:
         """Return what is another whenever the file is."""
