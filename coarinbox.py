@@ -2659,16 +2659,22 @@ class Wanted(NamedTuple):
     status: str
 
     def check(self) -> Wanted:
-        """Refuse what no delivery could ever be, lest a misspelt test passes or waits in vain."""
+        """Refuse what no delivery could ever be, lest a misspelt test passes or waits in vain.
+
+        Raises `AssertionError`, and `TypeError` for a predicate that is none. A type may be any,
+        but not nearly one that a pattern has.
+        """
         if self.predicate is not None and not callable(self.predicate):
             raise TypeError(f"the predicate {shown(self.predicate)} cannot be called")
-        if self.type and self.type not in KNOWN_TYPES:
-            raise ValueError(unknown(self.type, "type", KNOWN_TYPES))
+        for spelt in (self.type, f"coar-notify:{self.type}"):
+            near = difflib.get_close_matches(spelt, KNOWN_TYPES, cutoff=0.85)
+            if near and self.type not in KNOWN_TYPES:
+                raise AssertionError(unknown(self.type, "type", near))
         if self.pattern and self.pattern not in RULES:
-            raise ValueError(unknown(self.pattern, "pattern", RULES))
+            raise AssertionError(unknown(self.pattern, "pattern", RULES))
         expression, expected = PARAMETERS["status"]
         if self.status and not re.fullmatch(expression, self.status):
-            raise ValueError(f"status is {shown(self.status)}, expected {expected}")
+            raise AssertionError(f"status is {shown(self.status)}, expected {expected}")
         return self
 
     def __str__(self) -> str:
@@ -2741,8 +2747,8 @@ class Inbox:
 
         `status` is that of the answer, such as 503 or "4xx", 0 for none, or "" for any: unless it
         is given, a delivery counts when it was accepted. `timeout` is in seconds. Raises
-        `AssertionError`, saying what did arrive, when the time is over, and `ValueError` when
-        nothing could ever be like that.
+        `AssertionError`, saying what did arrive, when the time is over, and at once when nothing
+        could ever be like that.
         """
         wanted = Wanted(predicate, type, pattern, in_reply_to, str(status)).check()
         others = []
