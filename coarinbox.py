@@ -1050,11 +1050,14 @@ class Bookmark(NamedTuple):
     line: int  # offset of some line that was there
     beginning: bytes  # of that line, with the name of its delivery
 
+    def holds(self, file: IO[bytes]) -> bool:
+        """Whether a file is still the log that it was."""
+        file.seek(self.line)
+        return file.read(len(self.beginning)) == self.beginning
+
     def find(self, file: IO[bytes]) -> Bookmark:
         """Go to the place, or to the beginning of the file if that is not the log that it was."""
-        file.seek(self.line)
-        known = file.read(len(self.beginning)) == self.beginning
-        mark = self if known else BEGINNING
+        mark = self if self.holds(file) else BEGINNING
         return mark._replace(place=file.seek(min(mark.place, file.seek(0, os.SEEK_END))))
 
 
@@ -1168,14 +1171,17 @@ class DeliveryLog:
         while True:
             state = self.state()
             with self.reading() as file:
-                bookmark = bookmark.find(file)
+                found = bookmark = bookmark.find(file)
                 for line in file:
-                    if line.endswith(b"\n"):
-                        place = bookmark.place
-                        bookmark = Bookmark(place + len(line), place, line[:MARK])
-                        delivery = Delivery.from_json(line)
-                        if delivery:
-                            yield delivery
+                    if not line.endswith(b"\n"):
+                        break
+                    place, delivery = bookmark.place, Delivery.from_json(line)
+                    bookmark = bookmark._replace(place=place + len(line))
+                    if delivery:
+                        bookmark = Bookmark(bookmark.place, place, line[:MARK])
+                        yield delivery
+                if not found.holds(file):  # nor may it change while it is read
+                    bookmark = BEGINNING
             while state == self.state():
                 alarms = (
                     self.alarms

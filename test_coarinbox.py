@@ -2277,6 +2277,24 @@ class EventsTest(DeliveriesTest):
                 if listener.event().id == expected[0]:
                     expected.pop(0)
 
+    def test_a_log_that_is_replaced_while_it_is_read_is_read_again(self) -> None:
+        listener, find = self.listen(), coarinbox.Bookmark.find
+        for _ in range(4):
+            self.post()
+            listener.event()
+
+        def find_and_replace(mark: Any, file: Any) -> Any:
+            found = find(mark, file)
+            self.path.write_bytes(self.path.read_bytes().replace(b'"name": "2', b'"name": "1'))
+            return found
+
+        with unittest.mock.patch.object(coarinbox.Bookmark, "find", find_and_replace):
+            self.post()
+            names: set[str] = set()
+            while len(names) < 5:
+                names.add(listener.event().id)
+        self.assertEqual(names, set(self.names()))
+
     def test_a_log_that_was_cut_and_has_grown_is_followed_still(self) -> None:
         self.post()
         listener = self.listen(Last_Event_ID="?")
