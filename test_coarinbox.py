@@ -2284,8 +2284,9 @@ class EventsTest(DeliveriesTest):
             listener.event()
 
         def find_and_replace(mark: Any, file: Any) -> Any:
-            found = find(mark, file)
-            self.path.write_bytes(self.path.read_bytes().replace(b'"name": "2', b'"name": "1'))
+            found, log = find(mark, file), self.path.read_bytes()
+            if b'"name": "2' in log:
+                self.path.write_bytes(log.replace(b'"name": "2', b'"name": "1'))
             return found
 
         with unittest.mock.patch.object(coarinbox.Bookmark, "find", find_and_replace):
