@@ -41,7 +41,7 @@ REQUIREMENTS = ROOT / ".ci/requirements.txt"
 VENV = ROOT / ".ci/work/venv"
 VENV_PYTHON = str(VENV / "bin/python")
 COVERAGE = [VENV_PYTHON, "-m", "coverage"]
-MYPY_FILES = ("coarinbox.py", "test_coarinbox.py", ".ci/checks.py")
+MYPY_FILES = ("coarinbox.py", "test_coarinbox.py", ".ci/checks.py", ".ci/bench.py", ".ci/floor.py")
 # The programs that the tests need, and their Debian packages.
 PROGRAMS = {
     "curl": "curl",
@@ -52,6 +52,7 @@ PROGRAMS = {
     "chromedriver": "chromium-driver",
     "node": "nodejs",
     "npm": "npm",
+    "wrk": "wrk",
 }
 AXE = "axe-core@4.14.1"  # the check for accessibility, from npm
 AXE_FILE = ROOT / ".ci/work/node_modules/axe-core/axe.min.js"
