@@ -30,7 +30,9 @@ import collections
 import contextlib
 import dataclasses
 import difflib
+import email.utils
 import errno
+import functools
 import hashlib
 import html
 import http.client
@@ -113,7 +115,8 @@ def parse(octets: bytes) -> Any:
         if text.startswith("\ufeff"):
             raise ValueError("it starts with a byte order mark (RFC 8259 section 8.1)")
         document = DECODER.decode(text)
-        if depth(document) > MAX_DEPTH:
+        # Most texts have not even that many brackets.
+        if text.count("{") + text.count("[") > MAX_DEPTH and depth(document) > MAX_DEPTH:
             raise RecursionError
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error.reason} at octet {error.start}") from error
@@ -128,6 +131,8 @@ def visible(text: str) -> str:
     Control characters and line breaks are such, but also the marks that reverse the direction of
     writing, and spaces that are none.
     """
+    if text.isprintable():
+        return text
     return "".join(
         character if character.isprintable() else json.dumps(character)[1:-1] for character in text
     )
@@ -148,15 +153,17 @@ def lookup(document: Any, member: str) -> tuple[bool, Any]:
 
 
 # What RFC 3986 and RFC 3987 forbid everywhere in a URI, and the parts they divide one into.
-FORBIDDEN = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff<>\"{}|\\^`]")
+FORBIDDEN = r"\s\x00-\x1f\x7f-\x9f\ud800-\udfff<>\"{}|\\^`"
 URI = re.compile(
-    r"""
+    rf"""
     (?P<scheme> [A-Za-z][A-Za-z0-9+.-]* ) :
-    (?: // (?: [^/?\#@\[\]]* @ )?                                # user information
-        (?P<host> \[ [^/?\#@\]]* \] | [^/?\#@\[\]:]* )
-        (?: : [0-9]+ )? (?= [/?\#] | \Z )                        # port
+    (?: // (?: [^/?\#@\[\]{FORBIDDEN}]* @ )?                # user information
+        (?P<host> \[ [^/?\#@\]{FORBIDDEN}]* \] | [^/?\#@\[\]:{FORBIDDEN}]* )
+        (?: : [0-9]+ )? (?= [/?\#] | \Z )                   # port
       | (?! // ) )
-    [^?\#\[\]]* (?: \? [^\#]* )? (?: \# [^\#\[\]]* )?            # path, query, fragment
+    [^?\#\[\]{FORBIDDEN}]*                                 # path
+    (?: \? [^\#{FORBIDDEN}]* )?                            # query
+    (?: \# [^\#\[\]{FORBIDDEN}]* )?                        # fragment
     """,
     re.VERBOSE,
 )
@@ -175,20 +182,30 @@ def ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | Non
         return None
 
 
-def is_uri(value: Any) -> bool:
-    """Whether value is an absolute URI (RFC 3986 section 4.3, with a fragment allowed)."""
-    match = URI.fullmatch(value) if isinstance(value, str) and not FORBIDDEN.search(value) else None
+def scheme_of(value: Any) -> str:
+    """Return the scheme of an absolute URI (RFC 3986 section 4.3), in lower case.
+
+    A fragment is allowed. Returns the empty string for anything else.
+    """
+    match = URI.fullmatch(value) if isinstance(value, str) else None
     if not match:
-        return False
-    host = match["host"] or ""
+        return ""
+    scheme, host = match["scheme"].lower(), match["host"] or ""
     if host.startswith("["):
-        return ip_address(host) is not None
-    return host != "" or match["scheme"].lower() not in ("http", "https")
+        usable = ip_address(host) is not None
+    else:
+        usable = host != "" or scheme not in ("http", "https")
+    return scheme if usable else ""
+
+
+def is_uri(value: Any) -> bool:
+    """Whether value is an absolute URI."""
+    return scheme_of(value) != ""
 
 
 def is_http_uri(value: Any) -> bool:
     """Whether value is an absolute URI with scheme http or https and a host."""
-    return is_uri(value) and value.partition(":")[0].lower() in ("http", "https")
+    return scheme_of(value) in ("http", "https")
 
 
 # --- Configuration -------------------------------------------------------------------------------
@@ -420,9 +437,15 @@ def types_of(value: Any) -> frozenset[str]:
     return frozenset(name for name in names if isinstance(name, str))
 
 
+# Nearly every notification has just the types of its pattern.
+BY_TYPES = {frozenset(pattern.types): pattern for pattern in PATTERNS}
+
+
 def pattern_of(document: Any) -> Pattern | None:
     """Find the pattern that a notification claims by its `type`, the most specific that fits."""
     types = types_of(lookup(document, "type")[1])
+    if types in BY_TYPES:
+        return BY_TYPES[types]
     fitting = [pattern for pattern in PATTERNS if types.issuperset(pattern.types)]
     return max(fitting, key=lambda pattern: len(pattern.types), default=None)
 
@@ -454,7 +477,7 @@ def names_no_variant(value: Any) -> bool:
 
 
 def is_preferred_id(value: Any) -> bool:
-    return is_http_uri(value) or (is_uri(value) and bool(UUID_URN.fullmatch(value)))
+    return is_http_uri(value) or (is_text(value) and bool(UUID_URN.fullmatch(value)))
 
 
 def is_media_type(value: Any) -> bool:
@@ -547,21 +570,27 @@ class Rule(NamedTuple):
     def code(self, need: str) -> str:
         return f"{self.member or 'notification'}-{need}"
 
-    def examine(self, notification: Any, prefix: str, spec: str) -> Finding | None:
-        """Apply the rule to a notification that stands at the pointer `prefix`."""
-        reached, value = lookup(notification, self.member)
+    def examine(self, values: Mapping[str, Any], prefix: str, spec: str) -> Finding | None:
+        """Apply the rule to the members of a notification that stands at the pointer `prefix`."""
+        if self.member not in values:
+            return None  # it has no place, and why is the business of another rule
+        value = values[self.member]
         if value is None:
-            level, need = (self.absent if reached else OK), "required"
+            level, need = self.absent, "required"
+        elif self.holds(values, value):
+            return None
         else:
-            level, need = (OK if self.holds(notification, value) else self.wrong), self.check.name
+            level, need = self.wrong, self.check.name
         if not level:
             return None
         pointer = prefix + ("/" + self.member.replace(".", "/") if self.member else "")
         message = self.message(level, pointer, value)
         return Finding(level, pointer, self.code(need), message, spec, abridged(value))
 
-    def holds(self, notification: Any, value: Any) -> bool:
-        beside = [lookup(notification, member)[1] for member in self.check.beside]
+    def holds(self, values: Mapping[str, Any], value: Any) -> bool:
+        if not self.check.beside:
+            return self.check.holds(value)
+        beside = [values.get(member) for member in self.check.beside]
         return None in beside or self.check.holds(value, *beside)
 
     def message(self, level: str, pointer: str, value: Any) -> str:
@@ -674,6 +703,20 @@ EMBEDDED: Mapping[str, tuple[Rule, ...]] = {
 }
 
 
+def collect(document: Any, rules: Iterable[Rule]) -> dict[str, Any]:
+    """Look up the members that rules are about, by their dotted names; None is one that is missing.
+
+    Where the parent of a member is not an object, there is no entry for it.
+    """
+    values = {"": document}
+    for rule in rules:
+        if rule.member not in values:
+            parent, _, name = rule.member.rpartition(".")
+            if isinstance(values.get(parent), dict):  # the rule for the parent comes first
+                values[rule.member] = values[parent].get(name)
+    return values
+
+
 def parts(document: Any) -> Iterator[tuple[str, Any, Pattern | None, tuple[Rule, ...]]]:
     """Yield the notification and, where it answers one that it embeds, that one, and so on.
 
@@ -697,8 +740,9 @@ def validate(document: Any) -> list[Finding]:
     findings: dict[str, Finding] = {}
     for prefix, part, pattern, rules in parts(document):
         spec = pattern.spec if pattern else SPECIFICATION
+        values = collect(part, rules)
         for rule in rules:
-            finding = rule.examine(part, prefix, spec)
+            finding = rule.examine(values, prefix, spec)
             if finding:
                 # An answer and the offer in it make some of the same demands of its object.
                 findings.setdefault(finding.message, finding)
@@ -776,9 +820,8 @@ class Store:
         """
         name = new_name()
         draft = os.path.join(self.directory, f".{name}.part")
-        os.makedirs(self.directory, exist_ok=True)
         try:
-            with open(draft, "xb") as file:
+            with self.create(draft) as file:
                 file.write(octets)
                 file.flush()
                 if self.fsync:
@@ -788,6 +831,13 @@ class Store:
             with contextlib.suppress(OSError):
                 os.remove(draft)
         return name
+
+    def create(self, path: str) -> IO[bytes]:
+        try:
+            return open(path, "xb")
+        except FileNotFoundError:  # somebody removed the directory
+            os.makedirs(self.directory, exist_ok=True)
+            return open(path, "xb")
 
     def publish(self, draft: str, path: str) -> None:
         try:
@@ -1075,23 +1125,35 @@ class DeliveryLog:
         self.path = path
         self.changed = threading.Condition()
         self.alarms = 0
+        self.end = 0  # offset of the end of our last line, after which nothing need be looked at
 
     def append(self, delivery: Delivery) -> None:
         """Write a delivery at the end of the log, with the time, whole or not at all."""
-        os.makedirs(os.path.dirname(self.path), exist_ok=True)
-        with self.changed, open(self.path, "a+b", buffering=0, opener=open_file) as file:
+        with self.changed, self.writing() as file:
             # Here, so that the lines are in the order of their times.
             line = json.dumps(delivery._replace(time=utc_now()).as_json()).encode() + b"\n"
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(0, end - 1))
-            if file.read(1) not in (b"", b"\n"):
+            end = file.tell()
+            if end != self.end and not self.is_whole(file):
                 # The last line was cut short, or another process is just writing it: then an
                 # empty line will follow.
                 line = b"\n" + line
             if file.write(line) < len(line):
                 file.truncate(end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.end = end + len(line)
             self.changed.notify_all()
+
+    def writing(self) -> IO[bytes]:
+        try:
+            return open(self.path, "a+b", buffering=0, opener=open_file)
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            return open(self.path, "a+b", buffering=0, opener=open_file)
+
+    def is_whole(self, file: IO[bytes]) -> bool:
+        """Whether the last line of a log has its end."""
+        file.seek(max(0, file.tell() - 1))
+        return file.read(1) in (b"", b"\n")
 
     def clear(self) -> None:
         with self.changed, contextlib.suppress(FileNotFoundError):
@@ -1700,15 +1762,23 @@ def levels(entry: Mapping[str, Any]) -> str:
 # --- HTTP ----------------------------------------------------------------------------------------
 
 JSON_LD = "application/ld+json"
+JSON_TYPE = re.compile(r"(?i:application/([^\s;]+\+)?json)[ \t]*(;|\Z)")
 ACCEPT_POST = f"{JSON_LD}, application/json, application/activity+json"
 
 # The Host header (RFC 9110 section 7.2).
-HOST = r"((\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]+)?)?"
-# A header line (RFC 9112 section 5), held to the letter: whatever another reader of the same
-# octets could take for something else, a line folded or ended otherwise, is refused.
-HEADER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n")
+HOST = re.compile(r"((\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]+)?)?")
+# The request line and a header line (RFC 9112 sections 3 and 5), held to the letter: whatever
+# another reader of the same octets could take for something else, a line folded or ended otherwise,
+# is refused. The target of a request is a path, or a whole URL.
+REQUEST_LINE = re.compile(
+    r"([!-~]+) (?=[!-~])(?:(?i:https?)://([!-.0->@-~]*))?([!-~]*) (HTTP/[1-9]\.[0-9])\r\n"
+)
+HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n")
 MAX_HEADERS = 100  # as in `http.client`
 MAX_LINE = 65536
+
+# Answers that have no body (RFC 9110 section 6.4.1).
+BODILESS = (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
 
 # Seconds for which a connection that ends early is still read, so that its client gets the answer.
 LINGER = 2.0
@@ -1725,7 +1795,7 @@ class Response(NamedTuple):
     """Status, body and own headers of an answer; `reply` adds the headers that all have."""
 
     status: int
-    body: bytes | Generator[bytes, None, None] = b""  # what is generated ends the connection
+    body: bytes | Generator[bytes, None, None] = b""
     headers: Mapping[str, str] = {}
     detail: str = ""  # why it is an error
 
@@ -1777,6 +1847,11 @@ def quality(media_type: str, accept: str) -> float:
         if name in weights:
             return weights[name]
     return 0.0
+
+
+@functools.lru_cache(maxsize=1)
+def http_date(second: int) -> str:
+    return email.utils.formatdate(second, usegmt=True)
 
 
 def authority(url: str) -> str:
@@ -1942,9 +2017,12 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         self.continue_expected = False
         self.command, self.requestline, self.request_version = "", "", self.protocol_version
-        self.raw_requestline, self.path = b"", ""
-        self.headers, self.body = http.client.HTTPMessage(), bytearray()
+        self.raw_requestline, self.path, self.host = b"", "", ""
+        self.fields: dict[str, str] = {}  # of the head, by their names in lower case
+        self.spelling: dict[str, str] = {}  # of these names
+        self.body = bytearray()
         self.document: Any = None
+        self.pattern: str | None = None
         self.findings: list[Finding] = []
         self.name, self.simulated = "", False
         try:
@@ -1970,38 +2048,50 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         """Parse the head of a request (RFC 9112 sections 2 to 6); faults are raised."""
         line = self.raw_requestline.decode("latin-1")
         self.requestline = line.rstrip("\r\n")
-        if not re.fullmatch(r"[!-~]+ [!-~]+ HTTP/[1-9]\.[0-9]\r\n", line):
+        match = REQUEST_LINE.fullmatch(line)
+        if not match:
             raise Problem(400, f"the request line is malformed: {line!r:.80}")
-        self.path = line.split()[1]
-        self.rfile = io.BytesIO(self.read_head())
-        super().parse_request()
-        self.rfile = self.incoming
+        self.command, authority, self.path, self.request_version = match.groups()
+        if authority is not None or self.path.startswith("/"):
+            self.path = "/" + self.path.lstrip("/")
+        for name, value in self.read_fields():
+            key = name.lower()
+            self.spelling.setdefault(key, name)
+            # RFC 9110 section 5.3
+            self.fields[key] = f"{self.fields[key]}, {value}" if key in self.fields else value
+        self.host = self.fields.get("host", "") if authority is None else authority
         if self.server.settings.DEBUG:
             self.log_message("%s", self.requestline)
             for name, value in self.shown_headers().items():
                 self.log_message("%s: %s", name, value)
+        self.check_version()
         self.check_framing()
         return True
 
-    def read_head(self) -> bytes:
-        """Read the header lines; the base class answers for those that are too long or too many."""
-        head = b""
+    def read_fields(self) -> Iterator[tuple[str, str]]:
+        """Read header lines up to the empty one; yield their names and values."""
         for number in range(1, MAX_HEADERS + 2):
             line = self.incoming.readline(MAX_LINE + 1)
-            if line == b"\r\n" or len(line) > MAX_LINE:
-                return head + line
-            if not HEADER.fullmatch(line):
-                # Its value may be a secret, and the headers before it are worth knowing.
-                self.headers = http.client.parse_headers(io.BytesIO(head))
+            if line == b"\r\n":
+                return
+            if len(line) > MAX_LINE:
+                raise Problem(431, f"header line {number} is longer than {MAX_LINE} octets")
+            match = HEADER.fullmatch(line)
+            if not match:  # its value may be a secret
                 name = line.partition(b":")[0][:80] if line[:1].strip() and b":" in line else b""
                 raise Problem(400, f"header line {number} is malformed: {name!r}")
-            head += line.rstrip() + b"\r\n"
-        return head
+            yield match[1].decode("latin-1"), match[2].strip().decode("latin-1")
+        raise Problem(431, f"there are more than {MAX_HEADERS} header lines")
 
-    def handle_expect_100(self) -> bool:
-        # Not yet: `read_body` sends the 100 once nothing else stands in the body's way.
-        self.continue_expected = True
-        return True
+    def check_version(self) -> None:
+        """Find out what the version of HTTP means for the connection (RFC 9112 section 9.3)."""
+        if not self.request_version.startswith("HTTP/1."):
+            raise Problem(505, f"{self.request_version} is not spoken here, but HTTP/1.1 is")
+        old = self.request_version == "HTTP/1.0"
+        options = re.split("[ \t]*,[ \t]*", self.fields.get("connection", "").lower())
+        self.close_connection = "close" in options or (old and "keep-alive" not in options)
+        # `read_body` sends the 100 once nothing else stands in the body's way.
+        self.continue_expected = not old and self.fields.get("expect", "").lower() == "100-continue"
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Raise what the base class would send as HTML."""
@@ -2028,7 +2118,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         self.check_host()
         self.check_token()
         for path, verbs in self.ROUTES.items():
-            match = re.fullmatch(path, self.resource)
+            match = path.fullmatch(self.resource)
             if match:
                 verb = "GET" if self.command == "HEAD" else self.command
                 if verb in verbs:
@@ -2050,42 +2140,60 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         if not response.status:
             self.close_connection = True
             return
-        whole = isinstance(response.body, bytes)
-        self.close_connection |= self.unread or self.server.closing.is_set() or not whole
+        endless = not isinstance(response.body, bytes) and not self.takes_chunks
+        self.close_connection |= endless or self.unread or self.server.closing.is_set()
         self.connection.settimeout(self.server.settings.REQUEST_TIMEOUT)
-        self.send_response(response.status)
-        for name, value in response.headers.items():
-            self.send_header(name, value)
-        self.send_header("Vary", "Accept")
-        self.send_header("X-Content-Type-Options", "nosniff")
-        self.send_header("Connection", "close" if self.close_connection else "keep-alive")
-        bodiless = response.status in (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
-        if isinstance(response.body, bytes) and not bodiless:
-            self.send_header("Content-Length", str(len(response.body)))
-        self.end_headers()
-        if self.command != "HEAD" and not bodiless:
-            self.send_body(response.body)
+        self.log_request(response.status)
+        head = self.head(response)
+        if self.command == "HEAD" or response.status in BODILESS:
+            self.wfile.write(head)
+        elif isinstance(response.body, bytes):
+            self.wfile.write(head + response.body)  # at once, or it is two packets
+        else:
+            self.wfile.write(head)
+            self.send_pieces(response.body)
 
-    def send_body(self, body: bytes | Generator[bytes, None, None]) -> None:
-        if isinstance(body, bytes):
-            self.wfile.write(body)
-            return
-        with contextlib.suppress(OSError), contextlib.closing(body):  # who listens may leave
-            for octets in body:
-                self.wfile.write(octets)
+    def head(self, response: Response) -> bytes:
+        """Write the status line and the headers of an answer."""
+        if response.status in BODILESS:
+            framing = {}
+        elif isinstance(response.body, bytes):
+            framing = {"Content-Length": str(len(response.body))}
+        else:
+            framing = {"Transfer-Encoding": "chunked"} if self.takes_chunks else {}
+        fields = {
+            "Server": self.server_version,
+            "Date": http_date(int(time.time())),
+            **response.headers,
+            "Vary": "Accept",
+            "X-Content-Type-Options": "nosniff",
+            "Connection": "close" if self.close_connection else "keep-alive",
+            **framing,
+        }
+        phrase = http.client.responses.get(response.status, "")
+        lines = [f"{name}: {value}\r\n" for name, value in fields.items()]
+        return f"HTTP/1.1 {response.status} {phrase}\r\n{''.join(lines)}\r\n".encode("latin-1")
+
+    def send_pieces(self, pieces: Generator[bytes, None, None]) -> None:
+        """Send a body of unknown length; where it breaks off, the connection ends."""
+        over, self.close_connection = self.close_connection, True
+        with contextlib.suppress(OSError), contextlib.closing(pieces):  # who listens may leave
+            for octets in itertools.chain(pieces, [b""]):
+                chunk = b"%x\r\n%b\r\n" % (len(octets), octets)  # RFC 9112 section 7.1
+                self.wfile.write(chunk if self.takes_chunks else octets)
+            self.close_connection = over
 
     def record(self, response: Response) -> None:
         """Put a delivery into the log; that this fails is no reason to refuse it."""
-        pattern = pattern_of(self.document)
         delivery = Delivery(
             name=self.name or new_name(),
             time="",
             client=self.client_address[0],
-            target=self.target,
+            target=self.path,
             headers=self.shown_headers(),
             status=int(response.status),
             detail=response.detail,
-            pattern=pattern.name if pattern else None,
+            pattern=self.pattern,
             about=summary(self.document),
             findings=self.findings,
             body=None if self.name else bytes(self.body),
@@ -2096,12 +2204,9 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         except OSError as error:
             LOG.error("a delivery could not be logged: %s", error)
 
-    def version_string(self) -> str:
-        return self.server_version
-
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """Log a request, unless the script of a page makes it again and again by itself."""
-        by_script = self.headers.get("Sec-Fetch-Dest") == "empty" and self.command == "GET"
+        by_script = self.fields.get("sec-fetch-dest") == "empty" and self.command == "GET"
         if not by_script or self.server.settings.DEBUG:
             super().log_request(code, size)
 
@@ -2112,13 +2217,12 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     # What a request says about itself
 
     @property
-    def target(self) -> str:
-        """Path and query, also where the request line has a whole URL (RFC 9112 section 3.2)."""
-        return re.sub("(?i)^https?://[^/?]*/?", "/", self.path)
+    def takes_chunks(self) -> bool:
+        return self.request_version != "HTTP/1.0"
 
     @property
     def resource(self) -> str:
-        return self.target.partition("?")[0]
+        return self.path.partition("?")[0]
 
     @property
     def site(self) -> Site:
@@ -2128,19 +2232,11 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         return Site(root, f"{self.base}/inbox", token)
 
     def shown_headers(self) -> dict[str, str]:
-        """The headers, those of one name joined (RFC 9110 section 5.3), without secrets."""
-        joined = {name: ", ".join(self.headers.get_all(name, [])) for name in self.headers}
-        secret = {name: "(masked)" for name in joined if name.lower() in SECRET}
-        return {**joined, **secret}
-
-    @property
-    def host(self) -> str:
-        """The name that the client calls us by, with the port; empty where it does not say."""
-        whole = re.match("(?i)https?://([^/?]*)", self.path)
-        names = [whole[1]] if whole else self.headers.get_all("Host", [""])
-        if len(names) > 1 or not re.fullmatch(HOST, names[0]):
-            raise Problem(400, "the Host header is malformed")
-        return names[0]
+        """The headers as they were sent, without secrets."""
+        return {
+            self.spelling[key]: "(masked)" if key in SECRET else value
+            for key, value in self.fields.items()
+        }
 
     @property
     def base(self) -> str:
@@ -2150,6 +2246,8 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         return f"{self.server.scheme}://{self.host}"
 
     def check_host(self) -> None:
+        if not HOST.fullmatch(self.host):
+            raise Problem(400, "the Host header is malformed")
         if not self.server.answers_to(re.sub(":[0-9]+$", "", self.host)):
             detail = f"an inbox on loopback does not answer to {self.host}; set BASE_URL to its URL"
             raise Problem(421, detail)
@@ -2159,7 +2257,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         token = self.server.settings.TOKEN
         if token is None:
             return
-        scheme, _, given = self.headers.get("Authorization", "").partition(" ")
+        scheme, _, given = self.fields.get("authorization", "").partition(" ")
         octets = given.encode("latin-1") if scheme.lower() in ("bearer", "basic") else b""
         if scheme.lower() == "basic":
             try:
@@ -2173,7 +2271,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     def check_site(self) -> None:
         """Refuse what the page of another site asks for (Fetch Metadata, RFC 6454)."""
-        site, origin = self.headers.get("Sec-Fetch-Site", "none"), self.headers.get("Origin")
+        site, origin = self.fields.get("sec-fetch-site", "none"), self.fields.get("origin")
         ours = (authority(f"//{self.host}"), authority(self.server.base))
         foreign = origin is not None and authority(origin) not in ours
         if site not in ("same-origin", "none") or foreign:
@@ -2182,7 +2280,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     def prefers(self, media_type: str) -> bool:
         """Whether the client would rather have this media type than JSON."""
-        accept = ",".join(self.headers.get_all("Accept", ["*/*"]))
+        accept = self.fields.get("accept", "*/*")
         data = max(quality(JSON_LD, accept), quality("application/json", accept))
         return quality(media_type, accept) > data
 
@@ -2193,7 +2291,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     def query(self) -> Iterator[str]:
         """Hand out the query of the URL; what is wrong with it is a problem."""
         try:
-            yield self.target.partition("?")[2]
+            yield self.path.partition("?")[2]
         except ValueError as error:
             raise Problem(400, str(error)) from error
 
@@ -2205,11 +2303,11 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         return Problem(status, detail, {"Link": link, **headers}, **members)
 
     def check_content(self) -> None:
-        if not re.fullmatch(r"application/(json|\S+\+json)", self.headers.get_content_type()):
-            given = self.headers.get("Content-Type", "missing")
+        given = self.fields.get("content-type", "missing")
+        if not JSON_TYPE.match(given):
             detail = f"Content-Type is {given}, expected {ACCEPT_POST} or the like"
             raise self.constraint(415, detail, {"Accept-Post": ACCEPT_POST})
-        coding = self.headers.get("Content-Encoding", "identity").lower()
+        coding = self.fields.get("content-encoding", "identity").lower()
         if coding != "identity":
             detail = f"Content-Encoding is {coding}, expected none"
             raise self.constraint(415, detail, {"Accept-Encoding": "identity"})
@@ -2225,8 +2323,9 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         for finding in self.findings:
             self.log_message("%s %s", finding.level, finding.message)
         pattern = pattern_of(self.document)
+        self.pattern = pattern and pattern.name
         result: dict[str, Any] = {
-            "pattern": pattern.name if pattern else None,
+            "pattern": self.pattern,
             "warnings": [finding.as_json() for finding in warnings],
         }
         if errors:
@@ -2253,17 +2352,16 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     def check_framing(self) -> None:
         """Find out how the body ends, for every verb: the next request begins there."""
-        codings = [coding.lower() for coding in self.headers.get_all("Transfer-Encoding", [])]
-        lengths = set(self.headers.get_all("Content-Length", []))
-        if codings and (lengths or self.request_version == "HTTP/1.0"):
+        coding, length = self.fields.get("transfer-encoding"), self.fields.get("content-length")
+        if coding is not None and (length is not None or self.request_version == "HTTP/1.0"):
             raise Problem(400, "Transfer-Encoding goes with HTTP/1.1 and without Content-Length")
-        if codings not in ([], ["chunked"]):
+        if coding is not None and coding.lower() != "chunked":
             raise Problem(400, "the only transfer coding that works here is chunked")
-        if len(lengths) > 1 or not all(re.fullmatch("[0-9]+", length) for length in lengths):
+        if length is not None and not re.fullmatch("[0-9]+", length):
             raise Problem(400, "Content-Length is not one number of octets")
-        self.chunked = bool(codings)
+        self.chunked = coding is not None
         # 20 digits are too large whatever follows; thousands more would be slow to convert.
-        self.length = next((int(length.lstrip("0")[:20] or "0") for length in lengths), None)
+        self.length = None if length is None else int(length.lstrip("0")[:20] or "0")
         self.unread = self.chunked or bool(self.length)
 
     def read_body(self) -> bytes:
@@ -2300,8 +2398,8 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             self.read_part(size)
             if self.incoming.read(2) != b"\r\n":
                 raise Problem(400, "the body's chunks are malformed: one is longer than its size")
-        if not (b"\r\n" + self.read_head()).endswith(b"\r\n\r\n"):
-            raise Problem(400, "the trailer after the body's chunks is too long")
+        for _ in self.read_fields():
+            pass  # nobody needs the trailer
 
     def read_part(self, size: int) -> None:
         """Add so many octets to the body; what has come stays there when the rest does not."""
@@ -2330,7 +2428,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             names = self.server.store.names()
         listing = {
             "@context": {"ldp": "http://www.w3.org/ns/ldp#"},
-            "@id": self.base + self.target,
+            "@id": self.base + self.path,
             "@type": "ldp:Container",
             "ldp:contains": [{"@id": f"{self.base}/inbox/{name}"} for name in names],
         }
@@ -2385,7 +2483,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         with self.query() as text:
             query = Query.from_query(text)
         if self.prefers("text/event-stream"):
-            query = query._replace(since=self.headers.get("Last-Event-ID", query.since))
+            query = query._replace(since=self.fields.get("last-event-id", query.since))
             with store_problems():
                 bookmark = self.server.deliveries.bookmark(query)
             return Response(
@@ -2450,14 +2548,17 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         }
         return json_response(200, document)
 
-    ROUTES: Mapping[str, Mapping[str, Callable[..., Response]]] = {
-        "/": {"GET": get_home},
-        INBOX: {"GET": get_inbox, "POST": post_inbox, "DELETE": delete_inbox},
-        f"/inbox/(?P<name>{NAME})": {"GET": get_notification, "DELETE": delete_notification},
-        "/deliveries": {"GET": get_deliveries},
-        f"/deliveries/(?P<name>{NAME})": {"GET": get_delivery},
-        f"/deliveries/(?P<name>{NAME})/body": {"GET": get_body},
-        "/constraints": {"GET": get_constraints},
+    ROUTES: Mapping[re.Pattern[str], Mapping[str, Callable[..., Response]]] = {
+        re.compile(INBOX): {"GET": get_inbox, "POST": post_inbox, "DELETE": delete_inbox},
+        re.compile(f"/inbox/(?P<name>{NAME})"): {
+            "GET": get_notification,
+            "DELETE": delete_notification,
+        },
+        re.compile("/"): {"GET": get_home},
+        re.compile("/deliveries"): {"GET": get_deliveries},
+        re.compile(f"/deliveries/(?P<name>{NAME})"): {"GET": get_delivery},
+        re.compile(f"/deliveries/(?P<name>{NAME})/body"): {"GET": get_body},
+        re.compile("/constraints"): {"GET": get_constraints},
     }
 
 

@@ -1383,10 +1383,12 @@ class FramingTest(InboxTest):
             b"5\r\nhello, too long\r\n0\r\n\r\n", b"5\nhello\n0\n\n", b" 5\r\nhello\r\n0\r\n\r\n",
             b"5\r\nhelloXX0\r\n\r\n",
             b"5" * 17 + b"\r\n", b"5;" + b"x" * 2000 + b"\r\nhello\r\n0\r\n\r\n",
-            b"0\r\n" + b"X: y\r\n" * 200 + b"\r\n", b"0\r\nX: " + b"y" * 70000 + b"\r\n\r\n",
         ]:  # fmt: skip
             with self.subTest(chunks[:40]):
                 self.refuse(head + chunks, 400)
+        for trailer in (b"X: y\r\n" * 200, b"X: " + b"y" * 70000 + b"\r\n"):
+            with self.subTest(trailer[:40]):
+                self.refuse(head + b"0\r\n" + trailer + b"\r\n", 431)
         for chunks in (b"", b"5", b"5\r\nhel", b"5\r\nhello", b"5\r\nhello\r\n"):
             with self.subTest(chunks):
                 self.refuse(head + chunks, 400, "half-close")
@@ -1404,6 +1406,7 @@ class FramingTest(InboxTest):
     def test_lengths_that_contradict_each_other(self) -> None:
         right, wrong = f"Content-Length: {len(BODY)}", f"Content-Length: {len(BODY) + 1}"
         self.refuse(post_head(right, wrong) + BODY, 400)
+        self.refuse(post_head(right, right) + BODY, 400)  # even so: RFC 9110 section 8.6
         self.refuse(post_head(right, "Transfer-Encoding: chunked") + chunked(BODY, 100), 400)
         self.refuse(post_head("Transfer-Encoding: gzip, chunked") + chunked(BODY, 100), 400)
         self.refuse(post_head("Transfer-Encoding: identity") + BODY, 400)
@@ -1411,12 +1414,9 @@ class FramingTest(InboxTest):
             self.refuse(post_head(f"Transfer-Encoding: {coding}") + chunked(BODY, 100), 400)
         old = post_head("Transfer-Encoding: chunked").replace(b"HTTP/1.1", b"HTTP/1.0")
         self.refuse(old + chunked(BODY, 100), 400)
-        for head in (
-            post_head(right, right),
-            post_head("Content-Length: 000" + "0" * 99 + right[16:]),
-        ):
-            (answer,) = raw(self.server, head + BODY, "half-close")
-            self.assertEqual(answer.status, 201)
+        head = post_head("Content-Length: 000" + "0" * 99 + right[16:])
+        (answer,) = raw(self.server, head + BODY, "half-close")
+        self.assertEqual(answer.status, 201)
 
     def test_a_body_that_ends_early(self) -> None:
         head = post_head(f"Content-Length: {len(BODY) + 1}")
@@ -2162,13 +2162,10 @@ class Listener:
     """A client that listens to the deliveries as they come; it is ready once it has been made."""
 
     def __init__(self, server: Any, path: str = "/deliveries", **headers: str) -> None:
-        self.connection = socket.create_connection(address(server), timeout=10)
-        lines = [f"GET {path} HTTP/1.1", "Host: localhost", "Accept: text/event-stream"]
-        lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-        self.connection.sendall("\r\n".join([*lines, "", ""]).encode())
-        self.stream = self.connection.makefile("rb")
-        status_line = self.stream.readline()
-        self.answer = read_answer(status_line, self.stream)
+        self.connection = http.client.HTTPConnection(*address(server), timeout=10)
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.connection.request("GET", path, headers={"Accept": "text/event-stream", **named})
+        self.stream = self.connection.getresponse()
 
     def __enter__(self) -> Listener:
         return self
@@ -2204,13 +2201,13 @@ class EventsTest(DeliveriesTest):
     def listen(self, path: str = "/deliveries", **headers: str) -> Listener:
         listener = Listener(self.server, path, **headers)
         self.addCleanup(listener.__exit__)
-        self.assertEqual(listener.answer.status, 200)
+        self.assertEqual(listener.stream.status, 200)
         return listener
 
     def test_deliveries_come_as_they_are_answered(self) -> None:
         self.post()  # before anybody listens
         listener = self.listen()
-        self.assertEqual(listener.answer.headers["Content-Type"], "text/event-stream")
+        self.assertEqual(listener.stream.headers["Content-Type"], "text/event-stream")
         for document in (ACCEPT, REFUSED, b"no"):
             self.post(document)
             newest = self.deliveries()[0]
