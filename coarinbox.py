@@ -1131,7 +1131,7 @@ class DeliveryLog:
         """Write a delivery at the end of the log, with the time, whole or not at all."""
         with self.changed, self.writing() as file:
             # Here, so that the lines are in the order of their times.
-            line = json.dumps(delivery._replace(time=utc_now()).as_json()).encode() + b"\n"
+            line = json.dumps({**delivery.as_json(), "time": utc_now()}).encode() + b"\n"
             end = file.tell()
             if end != self.end and not self.is_whole(file):
                 # The last line was cut short, or another process is just writing it: then an
@@ -1766,7 +1766,7 @@ JSON_TYPE = re.compile(r"(?i:application/([^\s;]+\+)?json)[ \t]*(;|\Z)")
 ACCEPT_POST = f"{JSON_LD}, application/json, application/activity+json"
 
 # The Host header (RFC 9110 section 7.2).
-HOST = re.compile(r"((\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]+)?)?")
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+|(?!:))(?::[0-9]+)?")
 # The request line and a header line (RFC 9112 sections 3 and 5), held to the letter: whatever
 # another reader of the same octets could take for something else, a line folded or ended otherwise,
 # is refused. The target of a request is a path, or a whole URL.
@@ -1885,6 +1885,8 @@ class Failure(NamedTuple):
     @classmethod
     def from_query(cls, text: str) -> Failure:
         """Read the query of a URL. Raises `ValueError` if it does not make a failure."""
+        if not text:
+            return cls()
         values = parse_query(text, FAILURE_PARAMETERS)
         if values and not values.keys() & {"status", "delay", "close"}:
             raise ValueError("a failure needs a status, a delay or close")
@@ -1917,12 +1919,14 @@ class Failures:
         with self.lock:
             if self.next:
                 return self.next.popleft()
+            if failure == Failure():
+                return None
             attempts = self.met.pop((failure, id_), 0)
             if failure.times:
                 self.met[failure, id_] = min(attempts + 1, failure.times)
             for oldest in list(itertools.islice(self.met, max(0, len(self.met) - MAX_MET))):
                 del self.met[oldest]
-            return failure if failure != Failure() and attempts < (failure.times or 1) else None
+            return failure if attempts < (failure.times or 1) else None
 
     def clear(self) -> None:
         with self.lock:
@@ -1945,6 +1949,13 @@ def store_problems() -> Iterator[None]:
         ) from error
 
 
+def set_patience(connection: socket.socket, seconds: float) -> None:
+    """Set the time-out of a socket, unless it is as good as that: it would be a system call."""
+    now = connection.gettimeout()
+    if now is None or not 0.99 * now <= seconds <= now:
+        connection.settimeout(seconds)
+
+
 class DeadlineReader(io.RawIOBase):
     """Reads from a socket until a deadline, however slowly octets drip in.
 
@@ -1962,7 +1973,7 @@ class DeadlineReader(io.RawIOBase):
         remaining = self.deadline - time.monotonic()
         try:
             if remaining > 0:
-                self.connection.settimeout(remaining)
+                set_patience(self.connection, remaining)
                 return self.connection.recv_into(buffer)
         except ConnectionError:
             return 0  # a client that is gone will send no more
@@ -2036,9 +2047,11 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         patience = self.server.settings.REQUEST_TIMEOUT
         self.wire.deadline = time.monotonic() + patience
         with self.server.idling(self.connection) as idle, contextlib.suppress(Problem):
-            while self.incoming.peek(1)[:1] in (b"\r", b"\n"):  # RFC 9112 section 2.2
+            octets = self.incoming.peek(1)
+            while octets[:1] in (b"\r", b"\n"):  # RFC 9112 section 2.2
                 self.incoming.read(1)
-            self.unread = self.incoming.peek(1) != b""
+                octets = self.incoming.peek(1)
+            self.unread = octets != b""
         self.wire.deadline = time.monotonic() + patience
         # A request that has come in the moment in which its connection was ended has not begun: its
         # client gets no answer, and may send it again.
@@ -2142,7 +2155,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             return
         endless = not isinstance(response.body, bytes) and not self.takes_chunks
         self.close_connection |= endless or self.unread or self.server.closing.is_set()
-        self.connection.settimeout(self.server.settings.REQUEST_TIMEOUT)
+        set_patience(self.connection, self.server.settings.REQUEST_TIMEOUT)
         self.log_request(response.status)
         head = self.head(response)
         if self.command == "HEAD" or response.status in BODILESS:
@@ -2246,9 +2259,10 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         return f"{self.server.scheme}://{self.host}"
 
     def check_host(self) -> None:
-        if not HOST.fullmatch(self.host):
+        match = HOST.fullmatch(self.host)
+        if not match:
             raise Problem(400, "the Host header is malformed")
-        if not self.server.answers_to(re.sub(":[0-9]+$", "", self.host)):
+        if not self.server.answers_to(match[1]):
             detail = f"an inbox on loopback does not answer to {self.host}; set BASE_URL to its URL"
             raise Problem(421, detail)
 
@@ -2652,12 +2666,15 @@ class InboxServer(http.server.ThreadingHTTPServer):
 
         Otherwise a web page could have its own host name resolve to loopback (DNS rebinding).
         """
-        name, bound = host.lower().rstrip("."), str(self.server_address[0])
-        ip, own_ip = ip_address(name), ip_address(f"[{bound}]" if ":" in bound else bound)
-        if not name or not own_ip or not own_ip.is_loopback:
+        name = host.lower().rstrip(".")
+        if name in ("", "localhost"):
+            return True
+        bound, ip = str(self.server_address[0]), ip_address(name)
+        own_ip = ip_address(f"[{bound}]" if ":" in bound else bound)
+        if not own_ip or not own_ip.is_loopback:
             return True
         known = urlsplit(self.settings.BASE_URL or "").hostname or ""
-        is_local = ip.is_loopback if ip else f".{name}".endswith(".localhost")
+        is_local = ip.is_loopback if ip else name.endswith(".localhost")
         return is_local or name.strip("[]") == known.rstrip(".")
 
     def get_request(self) -> tuple[socket.socket, Any]:
