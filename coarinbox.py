@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
@@ -47,9 +48,11 @@ import operator
 import os
 import re
 import secrets
+import selectors
 import signal
 import socket
 import socketserver
+import ssl
 import stat
 import sys
 import tempfile
@@ -61,11 +64,8 @@ import uuid
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from http import HTTPStatus
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode, urlsplit
-
-if TYPE_CHECKING:
-    import ssl
 
 __version__ = "0.1.0"
 
@@ -1783,6 +1783,9 @@ BODILESS = (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
 # Seconds for which a connection that ends early is still read, so that its client gets the answer.
 LINGER = 2.0
 
+# Seconds that a client may take over a request, or an answer, even if others want to be served.
+GRACE = 1.0
+
 INBOX = "/inbox/?"
 # The beginning of a request that delivers a notification, even if the rest is malformed.
 DELIVERS = re.compile(f"POST +(https?://[^/? ]*)?{INBOX}[?\\s]".encode(), re.IGNORECASE)
@@ -1949,37 +1952,74 @@ def store_problems() -> Iterator[None]:
         ) from error
 
 
-def set_patience(connection: socket.socket, seconds: float) -> None:
-    """Set the time-out of a socket, unless it is as good as that: it would be a system call."""
-    now = connection.gettimeout()
-    if now is None or not 0.99 * now <= seconds <= now:
-        connection.settimeout(seconds)
+WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
-class DeadlineReader(io.RawIOBase):
-    """Reads from a socket until a deadline, however slowly octets drip in.
+class Wire(io.RawIOBase):
+    """What comes from a client, and goes to it, until a deadline, however slowly octets drip.
 
-    A socket's own time-out begins anew with every octet. Raises `Problem` at the deadline.
+    Raises `Problem` at the deadline.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
-        self.deadline = math.inf
+    def __init__(self, handler: InboxHandler) -> None:
+        self.handler, self.connection = handler, handler.connection
+        self.waits = True  # whether reading waits for the client, or else finds nothing
+        self.ended = False  # whether the client will send no more
+        self.connection.setblocking(False)
+
+    def start(self, seconds: float) -> None:
+        """Give the client so long."""
+        self.began = time.monotonic()
+        self.deadline = self.began + seconds
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
-        remaining = self.deadline - time.monotonic()
+    def readinto(self, buffer: Any) -> Any:
         try:
-            if remaining > 0:
-                set_patience(self.connection, remaining)
-                return self.connection.recv_into(buffer)
+            size = self.connection.recv_into(buffer)
+        except WOULD_BLOCK:
+            if not self.waits:
+                return None
+            size = self.read_in_time(buffer)
         except ConnectionError:
-            return 0  # a client that is gone will send no more
+            size = 0  # a client that is gone will send no more
+        self.ended = size == 0
+        return size
+
+    def read_in_time(self, buffer: Any) -> Any:
+        try:
+            with self.patiently(socket.SHUT_RD):
+                size = self.connection.recv_into(buffer)
         except socket.timeout:
-            pass
-        raise Problem(408, "the request was not complete in time (REQUEST_TIMEOUT)")
+            detail = "the request was not complete in time (REQUEST_TIMEOUT)"
+            raise Problem(408, detail) from None
+        except ConnectionError:
+            size = 0
+        if not size and self.handler.evicted:
+            detail = "the request was not complete when others came (MAX_CONNECTIONS)"
+            raise Problem(503, detail, {"Retry-After": "1"})
+        return size
+
+    def send(self, octets: bytes) -> None:
+        """Send all. Raises `OSError` if the client is gone, or does not take it in time."""
+        try:
+            sent = self.connection.send(octets)
+        except WOULD_BLOCK:
+            sent = 0
+        if sent < len(octets):
+            with self.patiently(socket.SHUT_RDWR):
+                self.connection.sendall(memoryview(octets)[sent:])
+
+    @contextlib.contextmanager
+    def patiently(self, how: int) -> Iterator[None]:
+        """Wait for the client in the block, until the deadline, while others are served."""
+        with self.handler.server.away(self.handler, Wait(self.began, how, begun=True)):
+            self.connection.settimeout(max(0.001, self.deadline - time.monotonic()))
+            try:
+                yield
+            finally:
+                self.connection.setblocking(False)
 
 
 class InboxHandler(http.server.BaseHTTPRequestHandler):
@@ -1997,11 +2037,19 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     server: InboxServer
     raw_requestline: bytes
 
+    def __init__(self, request: Any, client_address: Any, server: InboxServer) -> None:
+        # The base class would serve the connection to its end.
+        self.request, self.client_address, self.server = request, client_address, server
+        self.setup()
+
     def setup(self) -> None:
         super().setup()
         self.rfile.close()
-        self.wire = DeadlineReader(self.connection)
+        self.wire = Wire(self)
         self.rfile = self.incoming = io.BufferedReader(self.wire)
+        self.close_connection = False
+        self.watched = False  # whether the server looks for requests on the connection
+        self.evicted = False  # whether it was ended for the sake of others
         self.unread = False  # whether the connection holds octets that belong to this request
 
     def finish(self) -> None:
@@ -2012,17 +2060,37 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         if self.unread:
             with contextlib.suppress(OSError, Problem):
                 self.connection.shutdown(socket.SHUT_WR)
-                self.wire.deadline = time.monotonic() + LINGER
+                self.wire.start(LINGER)
                 while self.incoming.read1():
                     pass
         super().finish()
 
     def handle(self) -> None:
-        """Serve requests until the connection ends, or breaks, which is no fault of ours."""
+        """Serve the requests that have come; that the connection breaks is no fault of ours."""
         try:
-            super().handle()
+            while self.request_begins():
+                self.handle_one_request()
+                if self.close_connection:
+                    break
+                self.server.rest(self)
         except OSError as error:
             self.log_message("connection lost: %s", error)
+            self.close_connection = True
+
+    def request_begins(self) -> bool:
+        """Whether some of a request is there."""
+        self.wire.waits = False
+        octets = self.incoming.peek(1)
+        while octets[:1] in (b"\r", b"\n"):  # RFC 9112 section 2.2
+            self.incoming.read(1)
+            octets = self.incoming.peek(1)
+        self.wire.waits = True
+        self.unread = octets != b""
+        # A request that has come in the moment in which its connection was ended has not begun: its
+        # client gets no answer, and may send it again.
+        begun = self.unread and self.server.begin(self)
+        self.close_connection = not begun and (self.unread or self.wire.ended)
+        return begun
 
     def handle_one_request(self) -> None:
         self.close_connection = True
@@ -2036,26 +2104,11 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         self.pattern: str | None = None
         self.findings: list[Finding] = []
         self.name, self.simulated = "", False
+        self.wire.start(self.server.settings.REQUEST_TIMEOUT)
         try:
-            if self.request_begins():
-                super().handle_one_request()
+            super().handle_one_request()
         except Problem as problem:
             self.reply(problem.response())
-
-    def request_begins(self) -> bool:
-        """Wait for a request; False if none comes in time, or the client or the server stops."""
-        patience = self.server.settings.REQUEST_TIMEOUT
-        self.wire.deadline = time.monotonic() + patience
-        with self.server.idling(self.connection) as idle, contextlib.suppress(Problem):
-            octets = self.incoming.peek(1)
-            while octets[:1] in (b"\r", b"\n"):  # RFC 9112 section 2.2
-                self.incoming.read(1)
-                octets = self.incoming.peek(1)
-            self.unread = octets != b""
-        self.wire.deadline = time.monotonic() + patience
-        # A request that has come in the moment in which its connection was ended has not begun: its
-        # client gets no answer, and may send it again.
-        return self.unread and not idle.ended
 
     def parse_request(self) -> bool:
         """Parse the head of a request (RFC 9112 sections 2 to 6); faults are raised."""
@@ -2128,6 +2181,8 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     def route(self) -> Response:
         """Find the resource and let it answer."""
+        if self.command != "POST":
+            self.server.resign(self)  # reading from the store may take its time
         self.check_host()
         self.check_token()
         for path, verbs in self.ROUTES.items():
@@ -2155,15 +2210,15 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             return
         endless = not isinstance(response.body, bytes) and not self.takes_chunks
         self.close_connection |= endless or self.unread or self.server.closing.is_set()
-        set_patience(self.connection, self.server.settings.REQUEST_TIMEOUT)
+        self.wire.start(self.server.settings.REQUEST_TIMEOUT)
         self.log_request(response.status)
         head = self.head(response)
         if self.command == "HEAD" or response.status in BODILESS:
-            self.wfile.write(head)
+            self.wire.send(head)
         elif isinstance(response.body, bytes):
-            self.wfile.write(head + response.body)  # at once, or it is two packets
+            self.wire.send(head + response.body)  # at once, or it is two packets
         else:
-            self.wfile.write(head)
+            self.wire.send(head)
             self.send_pieces(response.body)
 
     def head(self, response: Response) -> bytes:
@@ -2193,7 +2248,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(OSError), contextlib.closing(pieces):  # who listens may leave
             for octets in itertools.chain(pieces, [b""]):
                 chunk = b"%x\r\n%b\r\n" % (len(octets), octets)  # RFC 9112 section 7.1
-                self.wfile.write(chunk if self.takes_chunks else octets)
+                self.wire.send(chunk if self.takes_chunks else octets)
             self.close_connection = over
 
     def record(self, response: Response) -> None:
@@ -2356,7 +2411,9 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         if not due:
             return
         self.simulated = True
-        self.server.closing.wait(due.delay)
+        if due.delay:
+            self.server.resign(self)
+            self.server.closing.wait(due.delay)
         if due.close:
             raise Problem(0, "a simulated failure: the connection ends without an answer")
         if due.status:
@@ -2385,8 +2442,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         self.check_size(self.length or 0)
         if self.continue_expected:
             with contextlib.suppress(OSError):  # a client that has left will not send its body
-                self.send_response_only(HTTPStatus.CONTINUE)
-                self.end_headers()
+                self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         if self.chunked:
             self.read_chunks()
         else:
@@ -2460,6 +2516,8 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             failure = Failure.from_query(text)
         receipt = self.check_notification(octets)
         self.simulate(failure)
+        if self.server.store.fsync:
+            self.server.resign(self)
         with store_problems():
             self.name = self.server.store.add(octets)
         location = f"{self.base}/inbox/{self.name}"
@@ -2511,7 +2569,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     def events(self, query: Query, bookmark: Bookmark) -> Generator[bytes, None, None]:
         """Yield deliveries as server-sent events (HTML section 9.2)."""
-        with self.server.idling(self.connection, socket.SHUT_RDWR):
+        with self.server.away(self, Wait(time.monotonic(), socket.SHUT_RDWR)):
             for delivery in self.server.deliveries.follow(bookmark):
                 if delivery is None:
                     yield b":\n\n"  # or nobody would notice that the client has left
@@ -2591,49 +2649,49 @@ def unusable(what: str) -> Iterator[None]:
 def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | None:
     if certificate is None:
         return None
-    import ssl  # costs more than everything else at start
-
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_cert_chain(certificate, key)
     return context
 
 
-@dataclasses.dataclass(eq=False)
-class Idle:
-    """A connection that may be ended, because nobody waits for an answer on it."""
+class Wait(NamedTuple):
+    """What a connection waits for."""
 
-    connection: socket.socket
-    how: int  # as for `socket.shutdown`
-    ended: bool = False
-
-    def end(self) -> None:
-        self.ended = True
-        with contextlib.suppress(OSError):
-            # Not the method of a TLS socket, which would go on without encryption.
-            socket.socket.shutdown(self.connection, self.how)
+    since: float  # monotonic
+    how: int  # to end it, as for `socket.shutdown`
+    begun: bool = (
+        False  # whether it is for a client to send a request to its end, or take an answer
+    )
 
 
-class InboxServer(http.server.ThreadingHTTPServer):
+class InboxServer(http.server.HTTPServer):
     """An inbox that listens as soon as it is made and serves from `serve_forever` to `shutdown`.
 
     `server_close`, or the end of a `with` block, shuts it down and waits for the requests in
     flight. Raises `ConfigurationError` when a setting cannot be put into practice.
+
+    One thread, the leader, serves every request as long as there is nothing to wait for: threads
+    of one interpreter, if they run in turns, slow each other down at each call of the system. Who
+    has to wait, for a client, the disk or the end of a long list, calls `resign` before; then
+    another thread leads, and this one ends when it has answered.
     """
 
-    daemon_threads = False  # nobody waits for daemons
-    allow_reuse_port = False  # two inboxes on one port would share what arrives
     request_queue_size = 1024
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.serving, self.closing = False, threading.Event()
+        self.closing = threading.Event()
         self.failures = Failures()
         self.faults: list[BaseException] = []  # of the inbox itself; there should be none
-        self.connections: set[socket.socket] = set()
         self.lock = threading.Lock()
-        self.idle: dict[Idle, None] = {}  # the one that was idle longest is first
-        self.slots = threading.Semaphore(settings.MAX_CONNECTIONS)
+        self.connections: set[InboxHandler] = set()
+        self.waiting: dict[InboxHandler, Wait] = {}
+        self.selector = selectors.DefaultSelector()
+        self.leader = 0  # the thread that leads
+        self.listening, self.poll_interval, self.next_look = False, 0.1, 0.0
+        # While some connections are being ended there may be more than MAX_CONNECTIONS.
+        self.threads = concurrent.futures.ThreadPoolExecutor(2 * settings.MAX_CONNECTIONS + 1)
         self.address_family = socket.AF_INET6 if ":" in settings.HOST else socket.AF_INET
         with unusable(f"SSL_CERT {settings.SSL_CERT!r}, SSL_KEY {settings.SSL_KEY!r}"):
             self.tls = tls_context(settings.SSL_CERT, settings.SSL_KEY)
@@ -2642,6 +2700,7 @@ class InboxServer(http.server.ThreadingHTTPServer):
             self.deliveries = DeliveryLog(os.path.join(self.store.directory, "deliveries.jsonl"))
         with unusable(f"HOST {settings.HOST!r}, PORT {settings.PORT}"):
             super().__init__((settings.HOST, settings.PORT), InboxHandler)
+        self.socket.setblocking(False)
 
     def server_bind(self) -> None:
         if self.settings.HOST == "::":
@@ -2677,94 +2736,212 @@ class InboxServer(http.server.ThreadingHTTPServer):
         is_local = ip.is_loopback if ip else name.endswith(".localhost")
         return is_local or name.strip("[]") == known.rstrip(".")
 
+    # The threads
+
+    def serve_forever(self, poll_interval: float = 0.1) -> None:
+        self.poll_interval = poll_interval
+        with self.lock:
+            if not self.closing.is_set():
+                self.threads.submit(self.lead)
+        self.closing.wait()
+
+    def lead(self) -> None:
+        """Serve what comes, one request after another, until another thread leads."""
+        self.leader = threading.get_ident()
+        while not self.closing.is_set():
+            self.listen(True)
+            for key, _ in self.selector.select(self.poll_interval):
+                if self.closing.is_set():
+                    break
+                if key.data:
+                    self.attend(key.data)
+                else:
+                    self.accept()
+                if self.leader != threading.get_ident():
+                    return
+            self.end_overdue()
+
+    def resign(self, handler: InboxHandler) -> None:
+        """Let another thread lead, if this one does: it has to wait while it serves `handler`."""
+        if self.leader != threading.get_ident() or self.closing.is_set():
+            return
+        self.watch(handler, False)
+        self.leader = 0
+        try:
+            self.threads.submit(self.lead)
+        except RuntimeError as error:
+            # The next thread that is free will lead, at the latest this one.
+            LOG.error("all wait for one connection: %s", error)
+
+    def attend(self, handler: InboxHandler) -> None:
+        """Serve the requests that have come on a connection."""
+        try:
+            handler.handle()
+        except Exception as error:
+            self.fault(error)
+            handler.close_connection = True
+        if handler.close_connection:
+            self.drop(handler)
+        else:
+            self.watch(handler, True)
+
+    @contextlib.contextmanager
+    def away(self, handler: InboxHandler, wait: Wait) -> Iterator[None]:
+        """Let others be served while this thread waits; what it waits for may end meanwhile."""
+        self.resign(handler)
+        with self.lock:
+            before = self.waiting.get(handler)
+            self.waiting[handler] = before or wait
+        try:
+            if self.closing.is_set():
+                self.hang_up()
+            yield
+        finally:
+            with self.lock:
+                self.waiting.pop(handler, None)
+                if before and not handler.evicted:
+                    self.waiting[handler] = before
+
+    # The connections
+
+    def accept(self) -> None:
+        """Take a connection; if there are too many, end another one, or take it later."""
+        if len(self.connections) >= self.settings.MAX_CONNECTIONS and not self.make_room():
+            self.listen(False)
+            return
+        try:
+            request, client_address = self.get_request()
+            handler = InboxHandler(request, client_address, self)
+        except OSError as error:
+            if not isinstance(error, BlockingIOError):  # there may be no descriptors
+                LOG.error("a connection could not be taken: %s", error)
+                self.make_room()
+                self.listen(False)
+            return
+        with self.lock:
+            self.connections.add(handler)
+        self.rest(handler)
+        self.watch(handler, True)
+
     def get_request(self) -> tuple[socket.socket, Any]:
         connection, address = super().get_request()
         if self.tls:
-            # The handshake comes with the first read: in the connection's thread, with a deadline.
+            # The handshake comes with the first read, so that nobody waits for it.
             connection = self.tls.wrap_socket(
                 connection, server_side=True, do_handshake_on_connect=False
             )
         return connection, address
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a connection in its own thread; wait, or end an idle one, if there are too many."""
-        patience = 0.0
-        while not self.slots.acquire(timeout=patience):
-            if self.closing.is_set():
-                super().shutdown_request(request)
-                return
-            self.hang_up(1)
-            patience = 0.1
-        self.connections.add(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        self.connections.discard(request)
-        super().shutdown_request(request)
-        self.slots.release()
-
-    @contextlib.contextmanager
-    def idling(self, connection: socket.socket, how: int = socket.SHUT_RD) -> Iterator[Idle]:
-        """Mark a connection as one that may be ended: nobody waits for an answer on it."""
-        idle = Idle(connection, how)
-        with self.lock:
-            self.idle[idle] = None
-        try:
-            if self.closing.is_set():
-                self.hang_up()
-            yield idle
-        finally:
+    def listen(self, wanted: bool) -> None:
+        """Look for new connections, or not for now."""
+        if wanted != self.listening:
             with self.lock:
-                self.idle.pop(idle, None)
+                self.listening = wanted
+                if wanted:
+                    self.selector.register(self.socket, selectors.EVENT_READ)
+                else:
+                    self.selector.unregister(self.socket)
 
-    def hang_up(self, most: int | None = None) -> None:
-        """End the connections that were idle longest."""
-        with self.lock:
-            for idle in list(self.idle)[:most]:
-                del self.idle[idle]
-                idle.end()
-        self.deliveries.wake()
+    def watch(self, handler: InboxHandler, wanted: bool) -> None:
+        """Look for requests on a connection, or not for now."""
+        if wanted != handler.watched:
+            with self.lock:
+                handler.watched = wanted
+                if wanted:
+                    self.selector.register(handler.connection, selectors.EVENT_READ, handler)
+                else:
+                    self.selector.unregister(handler.connection)
 
-    def serve_forever(self, poll_interval: float = 0.1) -> None:
+    def rest(self, handler: InboxHandler) -> None:
+        """Note that a connection waits for its next request."""
         with self.lock:
-            if self.closing.is_set():
-                return
-            self.serving = True
+            self.waiting[handler] = Wait(time.monotonic(), socket.SHUT_RD)
+
+    def begin(self, handler: InboxHandler) -> bool:
+        """Note that a request has begun; False if its connection was ended before."""
+        with self.lock:
+            return self.waiting.pop(handler, None) is not None
+
+    def drop(self, handler: InboxHandler) -> None:
+        """Close a connection."""
         try:
-            super().serve_forever(poll_interval)
+            handler.finish()
         finally:
-            self.serving = False
+            self.watch(handler, False)
+            self.shutdown_request(handler.request)
+            with self.lock:
+                self.waiting.pop(handler, None)
+                self.connections.discard(handler)
+
+    def end(self, handler: InboxHandler) -> None:
+        """Have a connection end that is waiting."""
+        wait, handler.evicted = self.waiting.pop(handler), True
+        with contextlib.suppress(OSError):
+            # Not the method of a TLS socket, which would go on without encryption.
+            socket.socket.shutdown(handler.connection, wait.how)
+
+    def make_room(self) -> bool:
+        """End the connection that has waited longest; one that has just begun has its time."""
+        with self.lock:
+            now, many = time.monotonic(), len(self.connections)
+            endable = [
+                (wait.since, id(handler), handler)
+                for handler, wait in self.waiting.items()
+                if not wait.begun or now - wait.since > GRACE
+            ]
+            if not endable or many >= 2 * self.settings.MAX_CONNECTIONS:
+                return False
+            self.end(min(endable)[2])
+        self.deliveries.wake()
+        return True
+
+    def end_overdue(self) -> None:
+        """End the connections on which no request comes."""
+        now = time.monotonic()
+        if now < self.next_look:
+            return
+        self.next_look = now + self.poll_interval
+        oldest = now - self.settings.REQUEST_TIMEOUT
+        with self.lock:
+            for handler, wait in list(self.waiting.items()):
+                if wait.how == socket.SHUT_RD and not wait.begun and wait.since < oldest:
+                    self.end(handler)
+
+    def hang_up(self) -> None:
+        """End the connections that nobody waits for an answer on."""
+        with self.lock:
+            for handler, wait in list(self.waiting.items()):
+                if not wait.begun:
+                    self.end(handler)
+        self.deliveries.wake()
 
     def shutdown(self) -> None:
         """Stop `serve_forever`, from another thread, or keep it from ever beginning."""
         with self.lock:
             self.closing.set()
         with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)  # so that `serve_forever` looks up at once
-        if self.serving:  # or the base class would wait for the end of what has not begun
-            super().shutdown()
+            self.socket.shutdown(socket.SHUT_RDWR)  # so that `lead` looks up at once
 
     def server_close(self) -> None:
         self.shutdown()
         self.hang_up()
+        self.threads.shutdown()
+        for handler in list(self.connections):
+            self.drop(handler)
+        self.selector.close()
         super().server_close()
 
     def abort(self) -> None:
         """Close without waiting for clients: what has not been answered yet will not be."""
         self.shutdown()
-        for connection in list(self.connections):
+        for handler in list(self.connections):
             with contextlib.suppress(OSError):
-                socket.socket.shutdown(connection, socket.SHUT_RDWR)
+                socket.socket.shutdown(handler.connection, socket.SHUT_RDWR)
         self.server_close()
 
     def fault(self, error: BaseException) -> None:
         LOG.error("a fault of the inbox itself", exc_info=error)
         self.faults.append(error)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        error = sys.exc_info()[1]
-        if error and not isinstance(error, OSError):  # an OSError is a connection that broke
-            self.fault(error)
 
 
 # --- Test double ---------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ import unittest.mock
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import coarinbox
@@ -292,6 +292,13 @@ class InboxTest(unittest.TestCase):
         context = serving(**self.settings)
         self.server = context.__enter__()
         self.addCleanup(context.__exit__, None, None, None)
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Look again and again whether something is so; it must be within ten seconds."""
+        deadline = time.monotonic() + 10
+        while not condition():
+            self.assertLess(time.monotonic(), deadline, "it did not happen")
+            time.sleep(0)  # it needs the interpreter
 
     def check_log(self) -> None:
         faults = [line.getMessage() for line in self.log if line.levelno >= logging.ERROR]
@@ -2324,12 +2331,10 @@ class EventsTest(DeliveriesTest):
         self.assertEqual(len(deaf), 5)
 
     def test_one_that_leaves_is_forgotten(self) -> None:
-        before = set(threading.enumerate())
         listener = self.listen()
-        (thread,) = set(threading.enumerate()) - before
+        self.assertEqual(len(self.server.connections), 1)
         listener.__exit__()
-        thread.join(10)
-        self.assertFalse(thread.is_alive())
+        self.wait_until(lambda: not self.server.connections)
         self.assertFalse([line for line in self.log_lines() if "lost" in line])
 
     def test_head_is_told_what_there_is(self) -> None:
@@ -3574,7 +3579,7 @@ class RunningTest(unittest.TestCase):
             with coarinbox.running(MAX_CONNECTIONS=1) as inbox:
                 connect().recv(1)  # its request has begun
                 waiting = threading.Event()
-                inbox.server.hang_up = lambda *_: waiting.set()  # type: ignore[method-assign]
+                inbox.server.make_room = waiting.set  # type: ignore[method-assign, assignment]
                 connect()
                 self.assertTrue(waiting.wait(10))
                 started = time.monotonic()
