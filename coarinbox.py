@@ -2743,7 +2743,8 @@ class InboxServer(http.server.HTTPServer):
         with self.lock:
             if not self.closing.is_set():
                 self.threads.submit(self.lead)
-        self.closing.wait()
+        while not self.closing.wait(poll_interval):
+            pass  # a signal may wait for this thread to look up
 
     def lead(self) -> None:
         """Serve what comes, one request after another, until another thread leads."""
