@@ -35,6 +35,7 @@ import email.utils
 import errno
 import functools
 import hashlib
+import heapq
 import html
 import http.client
 import http.server
@@ -778,6 +779,8 @@ def constraints() -> list[dict[str, Any]]:
 
 NAME = "[0-9]{8}_[0-9]{6}_[0-9a-f]{32}"
 SUFFIX = ".json"
+BATCH = 20_000  # names that are held in memory
+FILE_NAME = re.compile(NAME + re.escape(SUFFIX))
 
 
 def new_name() -> str:
@@ -800,18 +803,22 @@ class Store:
     def path(self, name: str) -> str:
         return os.path.join(self.directory, name + SUFFIX)
 
-    def names(self) -> list[str]:
-        """List the names of the notifications by the second in which they arrived."""
-        try:
-            with os.scandir(self.directory) as entries:
-                return sorted(
-                    entry.name[: -len(SUFFIX)]
-                    for entry in entries
-                    if re.fullmatch(NAME + re.escape(SUFFIX), entry.name)
-                    and entry.is_file(follow_symlinks=False)
-                )
-        except FileNotFoundError:
-            return []
+    def names(self) -> Iterator[str]:
+        """Yield the names of the notifications by the second in which they arrived.
+
+        Looks through the directory again for every `BATCH` of them, so as not to hold them all.
+        """
+        last, complete = "", False
+        while not complete:
+            batch = heapq.nsmallest(BATCH, (name for name in self.unsorted() if name > last))
+            yield from batch
+            last, complete = batch[-1] if batch else "", len(batch) < BATCH
+
+    def unsorted(self) -> Iterator[str]:
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.directory) as entries:
+            for entry in entries:
+                if FILE_NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                    yield entry.name[: -len(SUFFIX)]
 
     def add(self, octets: bytes) -> str:
         """Store a notification under a new name, which is returned once it is complete.
@@ -883,7 +890,7 @@ class Store:
 
     def clear(self) -> None:
         """Remove every notification."""
-        for name in self.names():
+        for name in list(self.names()):
             with contextlib.suppress(KeyError):
                 self.remove(name)
 
@@ -1185,14 +1192,14 @@ class DeliveryLog:
         """Find a delivery by its name."""
         return next((each for each in self.newest_first(name) if each.name == name), None)
 
-    def select(self, query: Query, limit: int) -> list[Delivery]:
+    def select(self, query: Query, limit: int) -> Iterator[Delivery]:
         """Find at most so many of the deliveries that somebody wants to see, the newest first."""
         deliveries = self.newest_first()
         if query.before:
             deliveries = itertools.dropwhile(lambda each: each.name != query.before, deliveries)
             next(deliveries, None)
         recent = itertools.takewhile(lambda each: not query.ends_at(each), deliveries)
-        return list(itertools.islice(filter(query.matches, recent), limit))
+        return itertools.islice(filter(query.matches, recent), limit)
 
     def conversation(self, about: Mapping[str, str]) -> list[Delivery]:
         """Find what a notification answers, what answers it, and itself, the oldest first.
@@ -1780,6 +1787,8 @@ MAX_LINE = 65536
 # Answers that have no body (RFC 9110 section 6.4.1).
 BODILESS = (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
 
+PIECE = 65536  # characters, about, of a long list that are sent at once
+
 # Seconds for which a connection that ends early is still read, so that its client gets the answer.
 LINGER = 2.0
 
@@ -1808,6 +1817,36 @@ def json_response(
 ) -> Response:
     body = json.dumps(document, indent=2).encode() + b"\n"
     return Response(status, body, {"Content-Type": kind, **headers})
+
+
+def json_list(
+    document: Mapping[str, Any], member: str, texts: Iterable[str], kind: str = "application/json"
+) -> Response:
+    """Answer with a document whose last member is a list of texts, each of which is JSON.
+
+    It is sent while it is read. What goes wrong with the first of it is raised here.
+    """
+    head, _, tail = json.dumps({**document, member: []}, indent=2).rpartition("[]")
+    pieces = in_pieces(head + "[", texts, f"\n  ]{tail}\n")
+    first, second = next(pieces), next(pieces, b"")
+    body = resumed(first + second, pieces) if second else first
+    return Response(200, body, {"Content-Type": kind})
+
+
+def in_pieces(head: str, texts: Iterable[str], tail: str) -> Generator[bytes, None, None]:
+    piece, separator = head, "\n    "
+    for text in texts:
+        piece += separator + text
+        separator = ",\n    "
+        if len(piece) > PIECE:
+            yield piece.encode()
+            piece = ""
+    yield (piece + tail).encode()
+
+
+def resumed(start: bytes, rest: Generator[bytes, None, None]) -> Generator[bytes, None, None]:
+    yield start
+    yield from rest
 
 
 def html_response(page: Html, headers: Mapping[str, str] = {}) -> Response:
@@ -2486,7 +2525,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         with self.query() as text:
             query = Query.from_query(text)
         with store_problems():
-            deliveries = self.server.deliveries.select(query, int(query.limit) + 1)
+            deliveries = list(self.server.deliveries.select(query, int(query.limit) + 1))
         link = f'<{self.base}/inbox>; rel="http://www.w3.org/ns/ldp#inbox"'
         return html_response(home_page(self.site, query, deliveries), {"Link": link})
 
@@ -2494,15 +2533,16 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         """List the notifications (LDN section 3.3.1)."""
         if self.wants_html():
             return self.get_home()
-        with store_problems():
-            names = self.server.store.names()
+        base = self.base
         listing = {
             "@context": {"ldp": "http://www.w3.org/ns/ldp#"},
-            "@id": self.base + self.path,
+            "@id": base + self.path,
             "@type": "ldp:Container",
-            "ldp:contains": [{"@id": f"{self.base}/inbox/{name}"} for name in names],
         }
-        return json_response(200, listing, JSON_LD)
+        with store_problems():
+            names = self.server.store.names()
+            contained = (json.dumps({"@id": f"{base}/inbox/{name}"}) for name in names)
+            return json_list(listing, "ldp:contains", contained, JSON_LD)
 
     def post_inbox(self) -> Response:
         """Take a notification in (LDN section 3.3.2); a 2xx is a promise that it is stored."""
@@ -2565,7 +2605,8 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             return self.get_home()
         with store_problems():
             deliveries = self.server.deliveries.select(query, int(query.limit))
-        return json_response(200, {"deliveries": [delivery.as_json() for delivery in deliveries]})
+            texts = (json.dumps(delivery.as_json(), indent=2) for delivery in deliveries)
+            return json_list({}, "deliveries", (text.replace("\n", "\n    ") for text in texts))
 
     def events(self, query: Query, bookmark: Bookmark) -> Generator[bytes, None, None]:
         """Yield deliveries as server-sent events (HTML section 9.2)."""

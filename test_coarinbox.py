@@ -316,7 +316,7 @@ class InboxTest(unittest.TestCase):
         return self.ask("POST", "/inbox", document, names)
 
     def stored(self) -> list[str]:
-        return self.server.store.names()
+        return list(self.server.store.names())
 
     def listed(self, **more: Any) -> list[str]:
         listing = self.ask("GET", "/inbox", **more).json()
@@ -1226,10 +1226,10 @@ class ValidationModeTest(unittest.TestCase):
         with serving(VALIDATE_INCOMING=mode) as server:
             for document, status, errors, warnings_ in expected:
                 with self.subTest(document=document):
-                    before = len(server.store.names())
+                    before = len(list(server.store.names()))
                     answer = ask(server, "POST", "/inbox", document)
                     self.assertEqual(answer.status, status)
-                    stored = len(server.store.names()) - before
+                    stored = len(list(server.store.names())) - before
                     self.assertEqual(stored, 1 if status == 201 else 0)
                     for name, levels in (("errors", errors), ("warnings", warnings_)):
                         found = (entry["level"] for entry in answer.json().get(name, []))
@@ -1694,7 +1694,7 @@ class StorageTest(InboxTest):
             ask(other, "POST", "/inbox", ACCEPT)
             self.post()
             self.assertEqual(len(self.stored()), 2)
-            self.assertEqual(self.stored(), other.store.names())
+            self.assertEqual(self.stored(), list(other.store.names()))
 
     def test_notifications_are_listed_oldest_first(self) -> None:
         names = [
