@@ -499,6 +499,10 @@ class Check(NamedTuple):
     beside: tuple[str, ...] = ()
     hint: Callable[[Any], str] = lambda value: ""
 
+    def holds_beside(self, value: Any, values: Mapping[str, Any]) -> bool:
+        others = [values.get(member) for member in self.beside]
+        return None in others or self.holds(value, *others)
+
 
 def include(name: str, types: frozenset[str], what: str) -> Check:
     return Check(name, f"include {what}", lambda value: not types.isdisjoint(types_of(value)))
@@ -575,24 +579,18 @@ class Rule(NamedTuple):
         """Apply the rule to the members of a notification that stands at the pointer `prefix`."""
         if self.member not in values:
             return None  # it has no place, and why is the business of another rule
-        value = values[self.member]
+        value, check = values[self.member], self.check
         if value is None:
             level, need = self.absent, "required"
-        elif self.holds(values, value):
+        elif check.holds(value) if not check.beside else check.holds_beside(value, values):
             return None
         else:
-            level, need = self.wrong, self.check.name
+            level, need = self.wrong, check.name
         if not level:
             return None
         pointer = prefix + ("/" + self.member.replace(".", "/") if self.member else "")
         message = self.message(level, pointer, value)
         return Finding(level, pointer, self.code(need), message, spec, abridged(value))
-
-    def holds(self, values: Mapping[str, Any], value: Any) -> bool:
-        if not self.check.beside:
-            return self.check.holds(value)
-        beside = [values.get(member) for member in self.check.beside]
-        return None in beside or self.check.holds(value, *beside)
 
     def message(self, level: str, pointer: str, value: Any) -> str:
         where = pointer[1:].replace("/", ".") or "the notification"
@@ -829,8 +827,8 @@ class Store:
         draft = os.path.join(self.directory, f".{name}.part")
         try:
             with self.create(draft) as file:
-                file.write(octets)
-                file.flush()
+                if file.write(octets) < len(octets):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 if self.fsync:
                     os.fsync(file.fileno())
             self.publish(draft, self.path(name))
@@ -841,10 +839,10 @@ class Store:
 
     def create(self, path: str) -> IO[bytes]:
         try:
-            return open(path, "xb")
+            return open(path, "xb", buffering=0)
         except FileNotFoundError:  # somebody removed the directory
             os.makedirs(self.directory, exist_ok=True)
-            return open(path, "xb")
+            return open(path, "xb", buffering=0)
 
     def publish(self, draft: str, path: str) -> None:
         try:
