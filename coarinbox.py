@@ -1791,7 +1791,7 @@ PIECE = 65536  # characters, about, of a long list that are sent at once
 LINGER = 2.0
 
 # Seconds that a client may take over a request, or an answer, even if others want to be served.
-GRACE = 1.0
+GRACE = 0.5
 
 INBOX = "/inbox/?"
 # The beginning of a request that delivers a notification, even if the rest is malformed.
@@ -2105,11 +2105,15 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     def handle(self) -> None:
         """Serve the requests that have come; that the connection breaks is no fault of ours."""
         try:
+            again = False
             while self.request_begins():
+                if again:
+                    self.server.resign(self)  # nobody is to wait for a second request
                 self.handle_one_request()
                 if self.close_connection:
                     break
                 self.server.rest(self)
+                again = True
         except OSError as error:
             self.log_message("connection lost: %s", error)
             self.close_connection = True
@@ -2790,7 +2794,9 @@ class InboxServer(http.server.HTTPServer):
         self.leader = threading.get_ident()
         while not self.closing.is_set():
             self.listen(True)
-            for key, _ in self.selector.select(self.poll_interval):
+            events = self.selector.select(self.poll_interval)
+            # Those who have sent something come before new connections, which may need their room.
+            for key, _ in sorted(events, key=lambda event: event[0].data is None):
                 if self.closing.is_set():
                     break
                 if key.data:

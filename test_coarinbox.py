@@ -20,6 +20,7 @@ import hashlib
 import html.parser
 import http.client
 import importlib.util
+import itertools
 import json
 import logging
 import logging.handlers
@@ -3854,6 +3855,274 @@ class CheckTest(ProgramTest):
 
 
 # --- Closed doors --------------------------------------------------------------------------------
+
+
+# --- Faults --------------------------------------------------------------------------------------
+
+PROC = os.path.isdir("/proc/self/fd")
+
+
+def post_until_it_ends(inbox: Program, acknowledged: list[str], document: bytes) -> None:
+    """Send a notification again and again, on one connection, and note where each is stored."""
+    connection = http.client.HTTPConnection(*inbox.server_address, timeout=10)
+    with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(connection):
+        while True:
+            answer = ask_on(connection, "POST", "/inbox", document)
+            assert answer.status == 201, answer
+            acknowledged.append(path_of(answer.headers["Location"]))
+
+
+class UnderLoadTest(ProgramTest):
+    document = json.dumps({**ACCEPT, "summary": "x" * 20_000}).encode()
+
+    @contextlib.contextmanager
+    def load(self, *inboxes: Program) -> Iterator[list[str]]:
+        """Let four clients send to each inbox, from before the block until the inbox ends."""
+        acknowledged: list[str] = []
+        threads = [
+            threading.Thread(target=post_until_it_ends, args=(inbox, acknowledged, self.document))
+            for inbox in inboxes * 4
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            while len(acknowledged) < 100 and any(map(threading.Thread.is_alive, threads)):
+                time.sleep(0)
+            yield acknowledged
+        finally:
+            for inbox in inboxes:
+                inbox.process.terminate()
+            for thread in threads:
+                thread.join()
+
+    def stored(self) -> set[str]:
+        files = (self.directory / "notifications").glob("*.json")
+        return {f"/inbox/{file.stem}" for file in files if file.read_bytes() == self.document}
+
+    def test_sigterm_leaves_no_request_that_had_begun_without_its_answer(self) -> None:
+        for fsync in (True, False):
+            path = self.config(f"FSYNC = {fsync}")
+            command = self.command("--port", "0", "--config", path)
+            with running(command, cwd=self.directory) as inbox:
+                with self.load(inbox) as acknowledged:
+                    status, log = inbox.stop()
+            self.assertEqual(status, 0)
+            self.assertNotIn("Traceback", log)
+            self.assertGreaterEqual(len(acknowledged), 100)
+            self.assertEqual(self.stored(), set(acknowledged))
+            self.assertEqual(len(files_in(self.directory / "notifications")), len(acknowledged))
+            shutil.rmtree(self.directory / "notifications")
+
+    def test_two_inboxes_on_one_store_lose_nothing_and_list_everything(self) -> None:
+        command = self.command("--port", "0")
+        with contextlib.ExitStack() as stack:
+            inboxes = [stack.enter_context(running(command, cwd=self.directory)) for _ in range(2)]
+            with self.load(*inboxes) as acknowledged:
+                known = set(acknowledged)
+                for inbox in inboxes:
+                    contained = inbox.ask("GET", "/inbox").json()["ldp:contains"]
+                    self.assertLessEqual(known, {path_of(entry["@id"]) for entry in contained})
+                    lines = inbox.ask("GET", "/deliveries?limit=1000").json()["deliveries"]
+                    self.assertLessEqual(known, {f"/inbox/{line['name']}" for line in lines})
+        self.assertEqual(self.stored(), set(acknowledged))
+        log = (self.directory / "notifications/deliveries.jsonl").read_text().split("\n")
+        names = [json.loads(line)["name"] for line in log if line]
+        self.assertEqual(sorted(f"/inbox/{name}" for name in names), sorted(acknowledged))
+
+
+class BadConnectionsTest(ProgramTest):
+    """A thousand connections that are bad for others, where 128 are served at once.
+
+    In good time means: the first answer after the others have had half a second (`GRACE`) for each
+    128 of them, which makes four seconds, and then each at once.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        path = self.config("FSYNC = False")
+        program = running(self.command("--port", "0", "--config", path), cwd=self.directory)
+        self.inbox = program.__enter__()
+        self.addCleanup(program.__exit__, None, None, None)
+        large = changed(REFUSED, "summary", "x" * 900_000)
+        for _ in range(8):
+            self.assertEqual(self.inbox.ask("POST", "/inbox", large).status, 400)
+
+    def connect(self, octets: bytes) -> socket.socket:
+        connection = socket.socket()
+        self.addCleanup(connection.close)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(10)
+        connection.connect(self.inbox.server_address)
+        connection.sendall(octets)
+        return connection
+
+    def drip(self, connections: list[socket.socket], over: threading.Event) -> None:
+        """Send a header line on each, and read an octet from each, until it is over."""
+        for connection in connections:
+            connection.setblocking(False)
+        while not over.wait(0.2):
+            for connection in connections:
+                with contextlib.suppress(OSError):
+                    connection.send(b"X: y\r\n")
+                    connection.recv(1)
+
+    def assert_served_in_good_time(self, *kinds: bytes) -> None:
+        bad = [self.connect(octets) for octets in itertools.islice(itertools.cycle(kinds), 1000)]
+        self.assertEqual(len(bad), 1000)
+        over = threading.Event()
+        thread = threading.Thread(target=self.drip, args=(bad, over))
+        thread.start()
+        try:
+            for patience in (8, *[2] * 20):
+                started = time.monotonic()
+                self.assertEqual(self.inbox.ask("POST", "/inbox", ACCEPT).status, 201)
+                self.assertLess(time.monotonic() - started, patience)
+            if PROC:
+                descriptors = os.listdir(f"/proc/{self.inbox.process.pid}/fd")
+                self.assertLess(len(descriptors), 300)
+        finally:
+            over.set()
+            thread.join()
+
+    def test_that_send_nothing(self) -> None:
+        self.assert_served_in_good_time(b"")
+
+    def test_that_never_end_their_request_or_do_not_read_the_answer(self) -> None:
+        endless = (b"", b"POST /inbox HT", b"GET / HTTP/1.1\r\nHost: localhost\r\n")
+        deaf = b"GET /deliveries HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        self.assert_served_in_good_time(*endless * 3, deaf)
+
+
+class ScarcityTest(InboxTest):
+    settings = {"MAX_CONNECTIONS": 2}
+
+    def test_requests_that_do_not_end_make_room(self) -> None:
+        with contextlib.ExitStack() as clients:
+            slow = []
+            for head in (post_head("Content-Length: 9"), b"POST /in"):
+                slow.append(socket.create_connection(address(self.server), 10))
+                clients.enter_context(slow[-1]).sendall(head)
+            self.assertEqual(self.post().status, 201)
+            with slow[0].makefile("rb") as stream:
+                answer = read_answer(stream.readline(), stream)
+            self.assert_problem(answer, 503)
+            self.assertEqual(answer.headers["Retry-After"], "1")
+            self.assertIn("MAX_CONNECTIONS", answer.json()["detail"])
+
+    def test_all_are_served_where_no_thread_can_be_started(self) -> None:
+        error = RuntimeError("can't start new thread")
+        with unittest.mock.patch("threading.Thread.start", side_effect=error):
+            with self.assertLogs("coarinbox", "ERROR"):
+                for _ in range(3):
+                    self.assertEqual(self.ask("GET", "/inbox").status, 200)
+                    self.assertEqual(self.post().status, 201)
+        self.faults_expected = True
+        self.assertEqual(self.ask("GET", "/inbox").status, 200)
+        self.assertEqual(self.server.faults, [])
+
+    def test_a_client_that_sends_many_requests_at_once_keeps_nobody_waiting(self) -> None:
+        request = post_head(f"Content-Length: {len(BODY)}") + BODY
+        with socket.create_connection(address(self.server), timeout=10) as greedy:
+            thread = threading.Thread(target=greedy.sendall, args=(request * 500,))
+            thread.start()
+            with greedy.makefile("rb") as stream:
+                self.assertEqual(read_answer(stream.readline(), stream).status, 201)
+                self.assertEqual(self.ask("GET", "/constraints").status, 200)
+                self.assertLess(len(self.stored()), 500)
+                for _ in range(499):
+                    self.assertEqual(read_answer(stream.readline(), stream).status, 201)
+            thread.join()
+        self.assertEqual(len(self.stored()), 500)
+
+    def test_a_clock_that_is_set_back(self) -> None:
+        self.post()
+        with unittest.mock.patch("time.gmtime", return_value=time.gmtime(0)):
+            earlier = path_of(self.post().headers["Location"])
+        self.assertIn("/19700101_000000_", earlier)
+        self.assertEqual(self.ask("GET", earlier).body, BODY)
+        self.assertEqual(len(self.listed()), 2)
+        deliveries = self.ask("GET", "/deliveries").json()["deliveries"]
+        self.assertEqual(earlier, f"/inbox/{deliveries[0]['name']}")
+
+    def test_a_store_that_is_taken_away_and_put_back(self) -> None:
+        first = path_of(self.post().headers["Location"])
+        directory = self.server.store.directory
+        os.rename(directory, directory + ".away")
+        second = path_of(self.post().headers["Location"])
+        self.assertEqual(
+            (self.ask("GET", first).status, self.ask("GET", second).status), (404, 200)
+        )
+        shutil.rmtree(directory)
+        os.rename(directory + ".away", directory)
+        self.assertEqual(self.ask("GET", first).body, BODY)
+        self.assertEqual(self.post().status, 201)
+
+
+class DescriptorsTest(ProgramTest):
+    @unittest.skipUnless(PROC, "the limit of descriptors needs a POSIX shell")
+    def test_when_they_are_used_up_nothing_is_lost_and_service_resumes(self) -> None:
+        command = ["sh", "-c", 'ulimit -n 24 && exec "$@"', "sh", *self.command("--port", "0")]
+        with running(command, cwd=self.directory) as inbox:
+            with contextlib.ExitStack() as clients:
+                for _ in range(60):
+                    clients.enter_context(socket.create_connection(inbox.server_address, 10))
+                statuses = [inbox.ask("POST", "/inbox", ACCEPT).status for _ in range(20)]
+            self.assertLessEqual(set(statuses), {201, 500})
+            while statuses[-1] == 500 or len(statuses) == 20:  # until it sees that they have left
+                statuses.append(inbox.ask("POST", "/inbox", ACCEPT).status)
+            status, log = inbox.stop()
+        self.assertEqual(status, 0)
+        self.assertNotIn("Traceback", log)
+        self.assertIn("Too many open files", log)
+        stored = [
+            name for name in files_in(self.directory / "notifications") if "jsonl" not in name
+        ]
+        self.assertEqual(len(stored), statuses.count(201))
+
+
+class ManyTest(InboxTest):
+    def test_a_long_list_is_sent_in_pieces_and_in_order(self) -> None:
+        names = sorted(coarinbox.new_name() for _ in range(3000))
+        for name in names:
+            pathlib.Path(self.server.store.path(name)).write_bytes(BODY)
+        with unittest.mock.patch("coarinbox.BATCH", 700):
+            answer = self.ask("GET", "/inbox")
+        listed = [path_of(entry["@id"]) for entry in answer.json()["ldp:contains"]]
+        self.assertEqual(listed, [f"/inbox/{name}" for name in names])
+        self.assertEqual(answer.headers["Transfer-Encoding"], "chunked")
+        self.assertEqual(answer.headers["Connection"], "keep-alive")
+
+    def test_a_long_list_for_those_who_know_no_chunks(self) -> None:
+        for _ in range(1000):
+            name = coarinbox.new_name()
+            pathlib.Path(self.server.store.path(name)).write_bytes(BODY)
+        with socket.create_connection(address(self.server), timeout=10) as old:
+            old.sendall(b"GET /inbox HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
+            received = b"".join(iter(lambda: old.recv(65536), b""))
+        head, _, body = received.partition(b"\r\n\r\n")
+        self.assertNotIn(b"chunked", head)
+        self.assertIn(b"Connection: close", head)
+        self.assertEqual(len(json.loads(body)["ldp:contains"]), 1000)
+
+    def test_memory_does_not_grow_with_the_number(self) -> None:
+        peaks = []
+        with unittest.mock.patch("coarinbox.BATCH", 100):
+            for number in (2_000, 20_000):
+                names = [f"20260101_000000_{index:032x}" for index in range(number)]
+                with unittest.mock.patch.object(self.server.store, "unsorted", names.copy):
+                    tracemalloc.start()
+                    self.assertEqual(self.count(b'"@id": "http', "/inbox"), number + 1)
+                    peaks.append(tracemalloc.get_traced_memory()[1])
+                    tracemalloc.stop()
+        self.assertLess(peaks[1], peaks[0] * 1.5)
+
+    def count(self, text: bytes, path: str) -> int:
+        """Fetch an answer, without keeping it; returns how many of its lines hold a text."""
+        connection = http.client.HTTPConnection(*address(self.server), timeout=10)
+        with contextlib.closing(connection):
+            connection.request("GET", path)
+            response = connection.getresponse()
+            return sum(text in line for line in iter(response.readline, b""))
 
 
 class TokenTest(InboxTest):

@@ -41,7 +41,8 @@ REQUIREMENTS = ROOT / ".ci/requirements.txt"
 VENV = ROOT / ".ci/work/venv"
 VENV_PYTHON = str(VENV / "bin/python")
 COVERAGE = [VENV_PYTHON, "-m", "coverage"]
-MYPY_FILES = ("coarinbox.py", "test_coarinbox.py", ".ci/checks.py", ".ci/bench.py", ".ci/floor.py")
+SCRIPTS = (".ci/bench.py", ".ci/floor.py", ".ci/fuzz.py")
+MYPY_FILES = ("coarinbox.py", "test_coarinbox.py", ".ci/checks.py", *SCRIPTS)
 # The programs that the tests need, and their Debian packages.
 PROGRAMS = {
     "curl": "curl",
