@@ -3,7 +3,9 @@
 # SPDX-FileCopyrightText: 2026 The coarinbox authors
 """Every check of this repository, in order; the last line of the output is the sum.
 
-    bash .ci/run
+    bash .ci/run           what decides whether a change lands, in less than ten minutes
+    bash .ci/run --full    the same, with a hundred thousand malformed requests, a hundred kills and
+                           the whole benchmark
 
 What is done stands in the table of steps(). A step is a title and a function that returns a
 Report. Of a run of unit tests each test counts, any other step counts as one check.
@@ -29,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-TIMEOUT = 900  # seconds, for each command
+TIMEOUT = 1800  # seconds, for each command
 PROBE_TIMEOUT = 60  # seconds, for an interpreter to tell its version
 TAIL = 6  # lines of output that a passing step shows
 COVERAGE_MINIMUM = 95  # percent
@@ -290,7 +292,8 @@ class Step(NamedTuple):
     shown: int = TAIL  # lines of output when it passes
 
 
-def steps() -> list[Step]:
+def steps(full: bool) -> list[Step]:
+    size = [] if full else ["--short"]
     interpreters = find_interpreters()
     ruff, mypy = [VENV_PYTHON, "-m", "ruff"], [VENV_PYTHON, "-m", "mypy"]
     return [
@@ -305,6 +308,8 @@ def steps() -> list[Step]:
         *map(strict_tests, interpreters),
         Step("Tests with nothing skipped, measured", measured_tests),
         Step("Coverage", measure_coverage, 100),
+        Step("Malformed requests", partial(check, [sys.executable, ".ci/fuzz.py", *size])),
+        Step("Benchmark", partial(check, [VENV_PYTHON, ".ci/bench.py", *size]), 100),
     ]
 
 
@@ -342,7 +347,10 @@ def main() -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # and so end the children
-    results = [(step, perform(step)) for step in steps()]
+    full = "--full" in sys.argv[1:]
+    if full:
+        os.environ["COARINBOX_KILLS"] = "100"
+    results = [(step, perform(step)) for step in steps(full)]
     for step, report in results:
         if report.failed:
             print(f"FAILED: {step.title} ({report.failed})")
