@@ -1785,6 +1785,7 @@ MAX_LINE = 65536
 # Answers that have no body (RFC 9110 section 6.4.1).
 BODILESS = (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
 
+EMPTY_LINES = 8  # ends of lines before a request that are passed over
 PIECE = 65536  # characters, about, of a long list that are sent at once
 
 # Seconds for which a connection that ends early is still read, so that its client gets the answer.
@@ -1795,7 +1796,7 @@ GRACE = 0.5
 
 INBOX = "/inbox/?"
 # The beginning of a request that delivers a notification, even if the rest is malformed.
-DELIVERS = re.compile(f"POST +(https?://[^/? ]*)?{INBOX}[?\\s]".encode(), re.IGNORECASE)
+DELIVERS = re.compile(f"POST +(https?://[^/? ]*)?/*{INBOX}[?\\s]".encode(), re.IGNORECASE)
 
 # Headers whose values are nobody else's business.
 SECRET = frozenset({"authorization", "cookie", "proxy-authorization"})
@@ -2022,15 +2023,19 @@ class Wire(io.RawIOBase):
         except ConnectionError:
             size = 0  # a client that is gone will send no more
         self.ended = size == 0
+        if self.waits and time.monotonic() > self.deadline:
+            raise self.too_late()
         return size
+
+    def too_late(self) -> Problem:
+        return Problem(408, "the request was not complete in time (REQUEST_TIMEOUT)")
 
     def read_in_time(self, buffer: Any) -> Any:
         try:
             with self.patiently(socket.SHUT_RD):
                 size = self.connection.recv_into(buffer)
         except socket.timeout:
-            detail = "the request was not complete in time (REQUEST_TIMEOUT)"
-            raise Problem(408, detail) from None
+            raise self.too_late() from None
         except ConnectionError:
             size = 0
         if not size and self.handler.evicted:
@@ -2096,6 +2101,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         """
         if self.unread:
             with contextlib.suppress(OSError, Problem):
+                self.server.resign(self)
                 self.connection.shutdown(socket.SHUT_WR)
                 self.wire.start(LINGER)
                 while self.incoming.read1():
@@ -2122,9 +2128,10 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         """Whether some of a request is there."""
         self.wire.waits = False
         octets = self.incoming.peek(1)
-        while octets[:1] in (b"\r", b"\n"):  # RFC 9112 section 2.2
-            self.incoming.read(1)
-            octets = self.incoming.peek(1)
+        for _ in range(EMPTY_LINES):
+            if octets[:1] in (b"\r", b"\n"):  # RFC 9112 section 2.2
+                self.incoming.read(1)
+                octets = self.incoming.peek(1)
         self.wire.waits = True
         self.unread = octets != b""
         # A request that has come in the moment in which its connection was ended has not begun: its
@@ -2288,6 +2295,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         over, self.close_connection = self.close_connection, True
         with contextlib.suppress(OSError), contextlib.closing(pieces):  # who listens may leave
             for octets in itertools.chain(pieces, [b""]):
+                self.wire.start(self.server.settings.REQUEST_TIMEOUT)
                 chunk = b"%x\r\n%b\r\n" % (len(octets), octets)  # RFC 9112 section 7.1
                 self.wire.send(chunk if self.takes_chunks else octets)
             self.close_connection = over
@@ -2356,7 +2364,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     def check_host(self) -> None:
         match = HOST.fullmatch(self.host)
-        if not match:
+        if not match or not HOST.fullmatch(self.fields.get("host", "")):
             raise Problem(400, "the Host header is malformed")
         if not self.server.answers_to(match[1]):
             detail = f"an inbox on loopback does not answer to {self.host}; set BASE_URL to its URL"
@@ -2499,7 +2507,9 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     def read_chunks(self) -> None:
         while True:
             line = self.incoming.readline(1024)
-            match = re.fullmatch(rb"([0-9A-Fa-f]{1,16})[ \t]*(;.*)?\r\n", line)
+            match = re.fullmatch(
+                rb"([0-9A-Fa-f]{1,16})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n", line
+            )
             if not match:
                 raise Problem(400, "the body's chunks are malformed: no size")
             size = int(match[1], 16)
@@ -2694,6 +2704,8 @@ def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | No
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # Who is cut off for the sake of others is to be told so; that bodies are whole is seen by HTTP.
+    context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
     context.load_cert_chain(certificate, key)
     return context
 
@@ -2732,7 +2744,8 @@ class InboxServer(http.server.HTTPServer):
         self.waiting: dict[InboxHandler, Wait] = {}
         self.selector = selectors.DefaultSelector()
         self.leader = 0  # the thread that leads
-        self.listening, self.poll_interval, self.next_look = False, 0.1, 0.0
+        self.listening, self.full_until = False, 0.0
+        self.poll_interval, self.next_look = 0.1, 0.0
         # While some connections are being ended there may be more than MAX_CONNECTIONS.
         self.threads = concurrent.futures.ThreadPoolExecutor(2 * settings.MAX_CONNECTIONS + 1)
         self.address_family = socket.AF_INET6 if ":" in settings.HOST else socket.AF_INET
@@ -2783,29 +2796,45 @@ class InboxServer(http.server.HTTPServer):
 
     def serve_forever(self, poll_interval: float = 0.1) -> None:
         self.poll_interval = poll_interval
-        with self.lock:
+        while not self.closing.is_set():
+            if not self.leader:
+                self.find_leader()
+            self.closing.wait(poll_interval)  # not for ever: signals wait for this thread
+
+    def find_leader(self) -> None:
+        try:
+            self.threads.submit(self.lead)
+        except RuntimeError as error:
             if not self.closing.is_set():
-                self.threads.submit(self.lead)
-        while not self.closing.wait(poll_interval):
-            pass  # a signal may wait for this thread to look up
+                LOG.error("no thread can be started: %s", error)
 
     def lead(self) -> None:
         """Serve what comes, one request after another, until another thread leads."""
-        self.leader = threading.get_ident()
-        while not self.closing.is_set():
+        with self.lock:
+            if self.leader:
+                return
+            self.leader = threading.get_ident()
+        try:
+            while self.leader == threading.get_ident() and not self.closing.is_set():
+                self.look_around()
+        except Exception as error:
+            self.fault(error)
+            self.leader = 0
+
+    def look_around(self) -> None:
+        """Wait until some connections need a thread, and serve them."""
+        if time.monotonic() >= self.full_until:
             self.listen(True)
-            events = self.selector.select(self.poll_interval)
-            # Those who have sent something come before new connections, which may need their room.
-            for key, _ in sorted(events, key=lambda event: event[0].data is None):
-                if self.closing.is_set():
-                    break
-                if key.data:
-                    self.attend(key.data)
-                else:
-                    self.accept()
-                if self.leader != threading.get_ident():
-                    return
-            self.end_overdue()
+        events = self.selector.select(self.poll_interval)
+        # Those who have sent something come before new connections, which may need their room.
+        for key, _ in sorted(events, key=lambda event: event[0].data is None):
+            if self.leader != threading.get_ident() or self.closing.is_set():
+                return
+            if key.data:
+                self.attend(key.data)
+            else:
+                self.accept()
+        self.end_overdue()
 
     def resign(self, handler: InboxHandler) -> None:
         """Let another thread lead, if this one does: it has to wait while it serves `handler`."""
@@ -2813,11 +2842,7 @@ class InboxServer(http.server.HTTPServer):
             return
         self.watch(handler, False)
         self.leader = 0
-        try:
-            self.threads.submit(self.lead)
-        except RuntimeError as error:
-            # The next thread that is free will lead, at the latest this one.
-            LOG.error("all wait for one connection: %s", error)
+        self.find_leader()
 
     def attend(self, handler: InboxHandler) -> None:
         """Serve the requests that have come on a connection."""
@@ -2853,16 +2878,20 @@ class InboxServer(http.server.HTTPServer):
     def accept(self) -> None:
         """Take a connection; if there are too many, end another one, or take it later."""
         if len(self.connections) >= self.settings.MAX_CONNECTIONS and not self.make_room():
-            self.listen(False)
+            self.pause()
             return
         try:
             request, client_address = self.get_request()
-            handler = InboxHandler(request, client_address, self)
         except OSError as error:
-            if not isinstance(error, BlockingIOError):  # there may be no descriptors
+            if errno.errorcode.get(error.errno or 0) in ("EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"):
                 LOG.error("a connection could not be taken: %s", error)
                 self.make_room()
-                self.listen(False)
+                self.pause()
+            return
+        try:
+            handler = InboxHandler(request, client_address, self)
+        except OSError:  # the client has left already
+            self.shutdown_request(request)
             return
         with self.lock:
             self.connections.add(handler)
@@ -2878,25 +2907,28 @@ class InboxServer(http.server.HTTPServer):
             )
         return connection, address
 
+    def pause(self) -> None:
+        """Leave new connections alone until another one ends, or a little later."""
+        self.full_until = time.monotonic() + self.poll_interval
+        self.listen(False)
+
     def listen(self, wanted: bool) -> None:
         """Look for new connections, or not for now."""
-        if wanted != self.listening:
-            with self.lock:
-                self.listening = wanted
-                if wanted:
-                    self.selector.register(self.socket, selectors.EVENT_READ)
-                else:
-                    self.selector.unregister(self.socket)
+        with self.lock:
+            if wanted and not self.listening:
+                self.selector.register(self.socket, selectors.EVENT_READ)
+            elif self.listening and not wanted:
+                self.selector.unregister(self.socket)
+            self.listening = wanted
 
     def watch(self, handler: InboxHandler, wanted: bool) -> None:
         """Look for requests on a connection, or not for now."""
-        if wanted != handler.watched:
-            with self.lock:
-                handler.watched = wanted
-                if wanted:
-                    self.selector.register(handler.connection, selectors.EVENT_READ, handler)
-                else:
-                    self.selector.unregister(handler.connection)
+        with self.lock:
+            before, handler.watched = handler.watched, wanted
+            if wanted and not before:
+                self.selector.register(handler.connection, selectors.EVENT_READ, handler)
+            elif before and not wanted:
+                self.selector.unregister(handler.connection)
 
     def rest(self, handler: InboxHandler) -> None:
         """Note that a connection waits for its next request."""
@@ -2918,6 +2950,8 @@ class InboxServer(http.server.HTTPServer):
             with self.lock:
                 self.waiting.pop(handler, None)
                 self.connections.discard(handler)
+            if not self.closing.is_set():
+                self.listen(True)
 
     def end(self, handler: InboxHandler) -> None:
         """Have a connection end that is waiting."""
