@@ -1994,9 +1994,10 @@ WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class Wire(io.RawIOBase):
-    """What comes from a client, and goes to it, until a deadline, however slowly octets drip.
+    """The octets that come from a client and go to it, until a deadline, however slowly they drip.
 
-    Raises `Problem` at the deadline.
+    The socket does not block. Only when there is nothing to read, or no room for what is sent, does
+    the thread wait for the client, and lets another one lead. Raises `Problem` at the deadline.
     """
 
     def __init__(self, handler: InboxHandler) -> None:
@@ -2713,11 +2714,9 @@ def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | No
 class Wait(NamedTuple):
     """What a connection waits for."""
 
-    since: float  # monotonic
-    how: int  # to end it, as for `socket.shutdown`
-    begun: bool = (
-        False  # whether it is for a client to send a request to its end, or take an answer
-    )
+    since: float  # as of `time.monotonic`
+    how: int  # for `socket.shutdown`, to end it
+    begun: bool = False  # whether it is for the rest of a request, or until an answer is taken
 
 
 class InboxServer(http.server.HTTPServer):
@@ -2727,9 +2726,9 @@ class InboxServer(http.server.HTTPServer):
     flight. Raises `ConfigurationError` when a setting cannot be put into practice.
 
     One thread, the leader, serves every request as long as there is nothing to wait for: threads
-    of one interpreter, if they run in turns, slow each other down at each call of the system. Who
-    has to wait, for a client, the disk or the end of a long list, calls `resign` before; then
-    another thread leads, and this one ends when it has answered.
+    that share an interpreter slow each other down at each call of the system. Who has to wait, for
+    a client, the disk or a long list, calls `resign` before that; then another thread leads, and
+    this one is done when it has answered. A connection without a request needs no thread.
     """
 
     request_queue_size = 1024
@@ -2795,6 +2794,7 @@ class InboxServer(http.server.HTTPServer):
     # The threads
 
     def serve_forever(self, poll_interval: float = 0.1) -> None:
+        """Serve until `shutdown`; look every so many seconds for what does not announce itself."""
         self.poll_interval = poll_interval
         while not self.closing.is_set():
             if not self.leader:
@@ -2802,6 +2802,7 @@ class InboxServer(http.server.HTTPServer):
             self.closing.wait(poll_interval)  # not for ever: signals wait for this thread
 
     def find_leader(self) -> None:
+        """Have a thread lead; where none can be started now, `serve_forever` asks again."""
         try:
             self.threads.submit(self.lead)
         except RuntimeError as error:
@@ -2848,13 +2849,12 @@ class InboxServer(http.server.HTTPServer):
         """Serve the requests that have come on a connection."""
         try:
             handler.handle()
+            if not handler.close_connection:
+                self.watch(handler, True)  # from here on, it may be another thread's
+                return
         except Exception as error:
             self.fault(error)
-            handler.close_connection = True
-        if handler.close_connection:
-            self.drop(handler)
-        else:
-            self.watch(handler, True)
+        self.drop(handler)
 
     @contextlib.contextmanager
     def away(self, handler: InboxHandler, wait: Wait) -> Iterator[None]:
@@ -2924,11 +2924,11 @@ class InboxServer(http.server.HTTPServer):
     def watch(self, handler: InboxHandler, wanted: bool) -> None:
         """Look for requests on a connection, or not for now."""
         with self.lock:
-            before, handler.watched = handler.watched, wanted
-            if wanted and not before:
+            if wanted and not handler.watched:
                 self.selector.register(handler.connection, selectors.EVENT_READ, handler)
-            elif before and not wanted:
+            elif handler.watched and not wanted:
                 self.selector.unregister(handler.connection)
+            handler.watched = wanted
 
     def rest(self, handler: InboxHandler) -> None:
         """Note that a connection waits for its next request."""

@@ -2337,6 +2337,17 @@ class EventsTest(DeliveriesTest):
         self.assertLess(time.monotonic() - started, self.server.settings.REQUEST_TIMEOUT / 2)
         self.assertEqual(len(deaf), 5)
 
+    def test_each_event_has_the_time_of_a_request(self) -> None:
+        large = changed(REFUSED, "summary", "x" * 900_000)
+        with serving(REQUEST_TIMEOUT=0.3) as server, Listener(server) as listener:
+            started = time.monotonic()
+            while time.monotonic() < started + 0.4:
+                listener.comment()
+            for _ in range(10):
+                self.assertEqual(ask(server, "POST", "/inbox", large).status, 400)
+            for _ in range(10):
+                self.assertEqual(listener.event().data["status"], 400)
+
     def test_one_that_leaves_is_forgotten(self) -> None:
         listener = self.listen()
         self.assertEqual(len(self.server.connections), 1)
@@ -4113,6 +4124,32 @@ class ScarcityTest(InboxTest):
         self.assertEqual(self.post().status, 201)
 
 
+class HastyTest(InboxTest):
+    """Clients that send without a pause, and without an end."""
+
+    settings = {"REQUEST_TIMEOUT": 0.5}
+
+    def flood(self, head: bytes, octets: bytes) -> float:
+        """Send octets until the connection breaks; returns the seconds that it took."""
+        with socket.create_connection(address(self.server), timeout=10) as connection:
+            started = time.monotonic()
+            connection.sendall(head)
+            with contextlib.suppress(ConnectionError):
+                while time.monotonic() < started + 10:
+                    connection.sendall(octets)
+            return time.monotonic() - started
+
+    def test_a_request_in_single_octets_has_no_more_time_than_others(self) -> None:
+        with unittest.mock.patch("coarinbox.LINGER", 0.1):
+            self.assertLess(self.flood(post_head("Content-Length: 1000000"), b"x"), 3)
+        self.assertIn("REQUEST_TIMEOUT", "".join(self.log_lines()))
+
+    def test_what_follows_a_refusal_is_not_read_for_ever(self) -> None:
+        head = post_head("Content-Length: 999999999999999")
+        with unittest.mock.patch("coarinbox.LINGER", 0.1):
+            self.assertLess(self.flood(head, b"x" * 65536), 3)
+
+
 class DescriptorsTest(ProgramTest):
     @unittest.skipUnless(PROC, "the limit of descriptors needs a POSIX shell")
     def test_when_they_are_used_up_nothing_is_lost_and_service_resumes(self) -> None:
@@ -4287,6 +4324,23 @@ class TlsTest(ProgramTest):
                     self.assertEqual(raw(server, b"GET / HTTP/1.1\r\n\r\n"), [])
                 server.server_close()
             self.assertFalse([line for line in caught.records if line.exc_info])
+
+    @unittest.skipUnless(hasattr(ssl, "OP_IGNORE_UNEXPECTED_EOF"), "needs Python 3.10")
+    def test_who_is_cut_off_for_the_sake_of_others_is_told_so(self) -> None:
+        context = ssl.create_default_context(cafile=self.certificate)
+        settings = {"SSL_CERT": self.certificate, "SSL_KEY": self.key, "MAX_CONNECTIONS": 1}
+        with serving(**settings) as server, contextlib.ExitStack() as clients:
+
+            def connect() -> ssl.SSLSocket:
+                connection = socket.create_connection(address(server), timeout=10)
+                secure = context.wrap_socket(connection, server_hostname="localhost")
+                return clients.enter_context(secure)
+
+            first = connect()
+            first.sendall(post_head("Content-Length: 9") + b"x")
+            connect()  # which waits until there is room
+            with first.makefile("rb") as stream:
+                self.assertEqual(read_answer(stream.readline(), stream).status, 503)
 
     def test_old_versions_of_the_protocol_are_refused(self) -> None:
         hello = b"\x03\x02" + bytes(32) + b"\x00" + b"\x00\x02\x00\x2f" + b"\x01\x00"  # TLS 1.1
