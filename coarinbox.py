@@ -2003,6 +2003,7 @@ class Wire(io.RawIOBase):
     def __init__(self, handler: InboxHandler) -> None:
         self.handler, self.connection = handler, handler.connection
         self.waits = True  # whether reading waits for the client, or else finds nothing
+        self.ready = False  # whether the selector says that there is something
         self.ended = False  # whether the client will send no more
         self.connection.setblocking(False)
 
@@ -2015,6 +2016,9 @@ class Wire(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> Any:
+        if not self.waits and not self.ready and not self.decrypted():
+            return None
+        self.ready = False
         try:
             size = self.connection.recv_into(buffer)
         except WOULD_BLOCK:
@@ -2027,6 +2031,10 @@ class Wire(io.RawIOBase):
         if self.waits and time.monotonic() > self.deadline:
             raise self.too_late()
         return size
+
+    def decrypted(self) -> bool:
+        """Whether TLS holds octets of which the selector knows nothing."""
+        return isinstance(self.connection, ssl.SSLSocket) and self.connection.pending() > 0
 
     def too_late(self) -> Problem:
         return Problem(408, "the request was not complete in time (REQUEST_TIMEOUT)")
@@ -2112,7 +2120,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     def handle(self) -> None:
         """Serve the requests that have come; that the connection breaks is no fault of ours."""
         try:
-            again = False
+            self.wire.ready, again = True, False
             while self.request_begins():
                 if again:
                     self.server.resign(self)  # nobody is to wait for a second request
@@ -2834,7 +2842,9 @@ class InboxServer(http.server.HTTPServer):
             if key.data:
                 self.attend(key.data)
             else:
-                self.accept()
+                # As many as come, but none that would need the room of the one before.
+                while self.accept() and len(self.connections) < self.settings.MAX_CONNECTIONS:
+                    pass
         self.end_overdue()
 
     def resign(self, handler: InboxHandler) -> None:
@@ -2875,11 +2885,11 @@ class InboxServer(http.server.HTTPServer):
 
     # The connections
 
-    def accept(self) -> None:
-        """Take a connection; if there are too many, end another one, or take it later."""
+    def accept(self) -> bool:
+        """Take a connection, if one has come; if there are too many, end another one, or pause."""
         if len(self.connections) >= self.settings.MAX_CONNECTIONS and not self.make_room():
             self.pause()
-            return
+            return False
         try:
             request, client_address = self.get_request()
         except OSError as error:
@@ -2887,16 +2897,17 @@ class InboxServer(http.server.HTTPServer):
                 LOG.error("a connection could not be taken: %s", error)
                 self.make_room()
                 self.pause()
-            return
+            return False
         try:
             handler = InboxHandler(request, client_address, self)
         except OSError:  # the client has left already
             self.shutdown_request(request)
-            return
+            return True
         with self.lock:
             self.connections.add(handler)
         self.rest(handler)
         self.watch(handler, True)
+        return True
 
     def get_request(self) -> tuple[socket.socket, Any]:
         connection, address = super().get_request()
