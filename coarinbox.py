@@ -2118,17 +2118,14 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         super().finish()
 
     def handle(self) -> None:
-        """Serve the requests that have come; that the connection breaks is no fault of ours."""
+        """Serve the requests that one reading brings; that it fails is no fault of ours."""
         try:
-            self.wire.ready, again = True, False
+            self.wire.ready = True
             while self.request_begins():
-                if again:
-                    self.server.resign(self)  # nobody is to wait for a second request
                 self.handle_one_request()
                 if self.close_connection:
                     break
                 self.server.rest(self)
-                again = True
         except OSError as error:
             self.log_message("connection lost: %s", error)
             self.close_connection = True

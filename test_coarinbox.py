@@ -1749,6 +1749,17 @@ class SyncTest(InboxTest):
         self.assertEqual(self.ask("GET", path_of(location)).body, BODY)
         self.assertEqual(len(files_in(self.server.store.directory)), 1)
 
+    def test_nobody_waits_for_the_disk_of_another(self) -> None:
+        released = threading.Event()
+        with unittest.mock.patch("os.fsync", lambda _: released.wait(10)):
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                slow = pool.submit(self.ask, "POST", "/inbox", ACCEPT)
+                self.wait_until(lambda: bool(files_in(self.server.store.directory)))
+                self.assertEqual(self.ask("GET", "/constraints").status, 200)
+                self.assertFalse(slow.done())
+                released.set()
+                self.assertEqual(slow.result().status, 201)
+
 
 class BrokenStoreTest(InboxTest):
     faults_expected = True
@@ -4030,6 +4041,40 @@ class ScarcityTest(InboxTest):
             self.assertEqual(answer.headers["Retry-After"], "1")
             self.assertIn("MAX_CONNECTIONS", answer.json()["detail"])
 
+    def test_requests_that_have_just_begun_do_not(self) -> None:
+        with contextlib.ExitStack() as clients:
+            begun = [
+                clients.enter_context(socket.create_connection(address(self.server), 10))
+                for _ in range(2)
+            ]
+            for connection in begun:
+                connection.sendall(post_head(f"Content-Length: {len(BODY)}"))
+            self.wait_until(lambda: sum(wait.begun for wait in self.server.waiting.values()) == 2)
+            clients.enter_context(socket.create_connection(address(self.server), 10))
+            self.wait_until(lambda: not self.server.listening)  # it has been seen
+            for connection in begun:
+                connection.sendall(BODY)
+                with connection.makefile("rb") as stream:
+                    self.assertEqual(read_answer(stream.readline(), stream).status, 201)
+
+    def test_requests_that_have_come_go_before_new_connections(self) -> None:
+        with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as clients:
+            limits: dict[str, Any] = {
+                "MAX_CONNECTIONS": 2,
+                "PORT": 0,
+                "STORE_DIR": directory,
+                "FSYNC": False,
+            }
+            server = clients.enter_context(coarinbox.InboxServer(coarinbox.Settings(**limits)))
+            request = post_head(f"Content-Length: {len(BODY)}", "Connection: close") + BODY
+            waiting = [socket.create_connection(address(server), 10) for _ in range(12)]
+            for connection in waiting:
+                clients.enter_context(connection).sendall(request)
+            threading.Thread(target=server.serve_forever).start()
+            for connection in waiting:
+                with connection.makefile("rb") as stream:
+                    self.assertEqual(read_answer(stream.readline(), stream).status, 201)
+
     def test_all_are_served_where_no_thread_can_be_started(self) -> None:
         error = RuntimeError("can't start new thread")
         with unittest.mock.patch("threading.Thread.start", side_effect=error):
@@ -4141,13 +4186,31 @@ class HastyTest(InboxTest):
 
     def test_a_request_in_single_octets_has_no_more_time_than_others(self) -> None:
         with unittest.mock.patch("coarinbox.LINGER", 0.1):
-            self.assertLess(self.flood(post_head("Content-Length: 1000000"), b"x"), 3)
+            self.assertLess(self.flood(post_head("Content-Length: 1000000"), b"x"), 1.5)
         self.assertIn("REQUEST_TIMEOUT", "".join(self.log_lines()))
 
     def test_what_follows_a_refusal_is_not_read_for_ever(self) -> None:
         head = post_head("Content-Length: 999999999999999")
         with unittest.mock.patch("coarinbox.LINGER", 0.1):
             self.assertLess(self.flood(head, b"x" * 65536), 3)
+
+
+class ShortWriteTest(InboxTest):
+    faults_expected = True
+
+    def test_what_the_disk_takes_in_part_is_not_stored(self) -> None:
+        def short(path: str) -> Any:
+            file = open(path, "xb", buffering=0)  # noqa: SIM115
+            cut = unittest.mock.MagicMock(wraps=file)
+            cut.__enter__.return_value, cut.__exit__ = cut, lambda *_: file.close()
+            cut.write = lambda octets: file.write(octets[:100])
+            return cut
+
+        with unittest.mock.patch.object(self.server.store, "create", short):
+            self.assert_problem(self.post(), 507)
+        self.assertEqual(self.stored(), [])
+        self.assertFalse([name for name in files_in(self.server.store.directory) if "part" in name])
+        self.assertEqual(self.post().status, 201)
 
 
 class DescriptorsTest(ProgramTest):
