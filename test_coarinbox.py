@@ -4261,8 +4261,8 @@ class ManyTest(InboxTest):
 
     def test_memory_does_not_grow_with_the_number(self) -> None:
         peaks = []
-        with unittest.mock.patch("coarinbox.BATCH", 100):
-            for number in (1_000, 10_000):
+        with unittest.mock.patch("coarinbox.BATCH", 500):
+            for number in (2_000, 20_000):
                 names = [f"20260101_000000_{index:032x}" for index in range(number)]
                 with unittest.mock.patch.object(self.server.store, "unsorted", names.copy):
                     tracemalloc.start()
