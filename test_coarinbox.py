@@ -3999,10 +3999,12 @@ class BadConnectionsTest(ProgramTest):
                     connection.recv(1)
 
     def assert_served_in_good_time(self, *kinds: bytes) -> None:
-        bad = [self.connect(octets) for octets in itertools.islice(itertools.cycle(kinds), 1000)]
+        kind = itertools.islice(itertools.cycle(kinds), 1000)
+        bad = [(octets, self.connect(octets)) for octets in kind]
         self.assertEqual(len(bad), 1000)
+        begun = [connection for octets, connection in bad if octets]
         over = threading.Event()
-        thread = threading.Thread(target=self.drip, args=(bad, over))
+        thread = threading.Thread(target=self.drip, args=(begun, over))
         thread.start()
         try:
             for patience in (8, *[2] * 20):
