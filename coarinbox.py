@@ -1993,6 +1993,14 @@ def store_problems() -> Iterator[None]:
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
+class Wait(NamedTuple):
+    """What a connection waits for."""
+
+    since: float  # as of `time.monotonic`
+    how: int  # for `socket.shutdown`, to end it
+    begun: bool = False  # whether it is for the rest of a request, or until an answer is taken
+
+
 class Wire(io.RawIOBase):
     """The octets that come from a client and go to it, until a deadline, however slowly they drip.
 
@@ -2082,7 +2090,6 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     """
 
     protocol_version = "HTTP/1.1"
-    default_request_version = "HTTP/1.0"  # 0.9 would be answered without a status
     server_version = f"coarinbox/{__version__}"
     disable_nagle_algorithm = True
     server: InboxServer
@@ -2714,14 +2721,6 @@ def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | No
     context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
     context.load_cert_chain(certificate, key)
     return context
-
-
-class Wait(NamedTuple):
-    """What a connection waits for."""
-
-    since: float  # as of `time.monotonic`
-    how: int  # for `socket.shutdown`, to end it
-    begun: bool = False  # whether it is for the rest of a request, or until an answer is taken
 
 
 class InboxServer(http.server.HTTPServer):
