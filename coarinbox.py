@@ -18,8 +18,8 @@ delivery as it comes. The file needs nothing but Python and may be copied into a
 In a test, `running` gives an inbox that lasts as long as a block.
 
 Each section uses only what stands above it: documents, configuration, rules, storage, deliveries,
-pages, HTTP, server, test double, command line. The one exception is that an HTTP request asks the
-server it came through.
+pages, answers, simulated failures, HTTP, server, test double, command line. The one exception is
+that an HTTP request asks the server it came through.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ import itertools
 import json
 import logging
 import math
-import operator
 import os
 import re
 import secrets
@@ -268,7 +267,7 @@ def setting(default: Any, kind: Kind) -> Any:
     return dataclasses.field(default=default, metadata={"kind": kind})
 
 
-def shown(value: Any) -> str:
+def quoted(value: Any) -> str:
     try:
         return " ".join(repr(value).split())[:80]
     except ValueError:  # Python does not print numbers of more than 4300 digits
@@ -304,7 +303,7 @@ class Settings:
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), field.metadata["kind"]
             if not kind.accepts(value):
-                reason = f"{field.name} is {shown(value)}, expected {kind.expected}"
+                reason = f"{field.name} is {quoted(value)}, expected {kind.expected}"
                 raise ConfigurationError(reason)
         if self.SSL_KEY and not self.SSL_CERT:
             raise ConfigurationError("SSL_KEY is set, expected SSL_CERT beside it")
@@ -499,17 +498,18 @@ class Check(NamedTuple):
     beside: tuple[str, ...] = ()
     hint: Callable[[Any], str] = lambda value: ""
 
-    def holds_beside(self, value: Any, values: Mapping[str, Any]) -> bool:
-        others = [values.get(member) for member in self.beside]
-        return None in others or self.holds(value, *others)
-
 
 def include(name: str, types: frozenset[str], what: str) -> Check:
     return Check(name, f"include {what}", lambda value: not types.isdisjoint(types_of(value)))
 
 
 def equal(member: str) -> Check:
-    return Check(f"equals-{member}", f"equal {member}", operator.eq, (member,))
+    return Check(
+        f"equals-{member}",
+        f"equal {member}",
+        lambda value, other: other is None or value == other,
+        beside=(member,),
+    )
 
 
 PRESENT = Check("present", "be present", lambda value: True)
@@ -582,7 +582,7 @@ class Rule(NamedTuple):
         value, check = values[self.member], self.check
         if value is None:
             level, need = self.absent, "required"
-        elif check.holds(value) if not check.beside else check.holds_beside(value, values):
+        elif check.holds(value, *map(values.get, check.beside)):
             return None
         else:
             level, need = self.wrong, check.name
@@ -785,6 +785,21 @@ def new_name() -> str:
     return time.strftime("%Y%m%d_%H%M%S_", time.gmtime()) + uuid.uuid4().hex
 
 
+def open_file(path: str, flags: int) -> int:
+    """Open as `os.open`, but neither a link, which could lead anywhere, nor wait at a pipe."""
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    return os.open(path, flags, 0o666)
+
+
+def create(path: str, mode: str) -> IO[bytes]:
+    """Open a file that may be new, and its directory too if somebody has removed it."""
+    try:
+        return open(path, mode, buffering=0, opener=open_file)
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        return open(path, mode, buffering=0, opener=open_file)
+
+
 class Store:
     """Notifications in a directory, one file each, which is the only truth about them.
 
@@ -826,7 +841,7 @@ class Store:
         name = new_name()
         draft = os.path.join(self.directory, f".{name}.part")
         try:
-            with self.create(draft) as file:
+            with create(draft, "xb") as file:
                 if file.write(octets) < len(octets):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 if self.fsync:
@@ -836,13 +851,6 @@ class Store:
             with contextlib.suppress(OSError):
                 os.remove(draft)
         return name
-
-    def create(self, path: str) -> IO[bytes]:
-        try:
-            return open(path, "xb", buffering=0)
-        except FileNotFoundError:  # somebody removed the directory
-            os.makedirs(self.directory, exist_ok=True)
-            return open(path, "xb", buffering=0)
 
     def publish(self, draft: str, path: str) -> None:
         try:
@@ -1042,10 +1050,10 @@ def parse_query(text: str, parameters: Mapping[str, tuple[str, str]]) -> dict[st
     values = dict(parse_qsl(text, errors="strict"))
     for name, value in values.items():
         if name not in parameters:
-            raise ValueError(f"{shown(name)} is no parameter, but {', '.join(parameters)} are")
+            raise ValueError(f"{quoted(name)} is no parameter, but {', '.join(parameters)} are")
         expression, expected = parameters[name]
         if not re.fullmatch(expression, value):
-            raise ValueError(f"{name} is {shown(value)}, expected {expected}")
+            raise ValueError(f"{name} is {quoted(value)}, expected {expected}")
     return values
 
 
@@ -1092,12 +1100,6 @@ def backwards(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
     yield end, rest
 
 
-def open_file(path: str, flags: int) -> int:
-    """Open as `os.open`, but neither a link, which could lead anywhere, nor wait at a pipe."""
-    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    return os.open(path, flags, 0o666)
-
-
 class Bookmark(NamedTuple):
     """A place in the log of the deliveries, and a line by which to know that log again."""
 
@@ -1134,7 +1136,7 @@ class DeliveryLog:
 
     def append(self, delivery: Delivery) -> None:
         """Write a delivery at the end of the log, with the time, whole or not at all."""
-        with self.changed, self.writing() as file:
+        with self.changed, create(self.path, "a+b") as file:
             # Here, so that the lines are in the order of their times.
             line = json.dumps({**delivery.as_json(), "time": utc_now()}).encode() + b"\n"
             end = file.tell()
@@ -1147,13 +1149,6 @@ class DeliveryLog:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self.end = end + len(line)
             self.changed.notify_all()
-
-    def writing(self) -> IO[bytes]:
-        try:
-            return open(self.path, "a+b", buffering=0, opener=open_file)
-        except FileNotFoundError:
-            os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            return open(self.path, "a+b", buffering=0, opener=open_file)
 
     def is_whole(self, file: IO[bytes]) -> bool:
         """Whether the last line of a log has its end."""
@@ -1250,9 +1245,7 @@ class DeliveryLog:
                 if not found.holds(file):  # nor may it change while it is read
                     bookmark = BEGINNING
             while state == self.state():
-                alarms = (
-                    self.alarms
-                )  # one that comes while the caller looks around must not be lost
+                alarms = self.alarms  # one that comes before the wait must not be lost
                 yield None
                 with self.changed:
                     if (state, alarms) == (self.state(), self.alarms):
@@ -1603,10 +1596,10 @@ def home_page(site: Site, query: Query, deliveries: Sequence[Delivery]) -> Html:
 
     There may be one delivery more than are to be shown, which means that there are older ones.
     """
-    shown_, newest, content = deliveries[: int(query.limit)], "", note("No delivery matches.")
-    if shown_:
-        newest = f"The newest: {shown_[0].moment}, {shown_[0].outcome}."
-        content = rows(site, shown_)
+    listed, newest, content = deliveries[: int(query.limit)], "", note("No delivery matches.")
+    if listed:
+        newest = f"The newest: {listed[0].moment}, {listed[0].outcome}."
+        content = rows(site, listed)
     elif query == Query():
         content = fill(EMPTY, site)
     options = [
@@ -1692,10 +1685,10 @@ def payload(site: Site, delivery: Delivery, octets: bytes | None) -> Html:
         lines = ((None, text) for text in octets.decode("utf-8", "backslashreplace").splitlines())
     first = list(itertools.islice(lines, MAX_LINES))
     marks = locate(by_level(delivery.findings), {path for path, _ in first})
-    shown_ = [payload_line(text, marks.get(path, [])) for path, text in first]
+    listed = [payload_line(text, marks.get(path, [])) for path, text in first]
     if next(lines, None):
-        shown_.append(fill(LINE, text=f"… only {MAX_LINES} lines are shown"))
-    return fill(PAYLOAD, delivery, root=site.root, lines=shown_)
+        listed.append(fill(LINE, text=f"… only {MAX_LINES} lines are shown"))
+    return fill(PAYLOAD, delivery, root=site.root, lines=listed)
 
 
 def payload_line(text: str, marks: Sequence[tuple[int, Finding]]) -> Html:
@@ -1759,47 +1752,16 @@ def levels(entry: Mapping[str, Any]) -> str:
     named: dict[str, list[str]] = {}
     for name, level in entry["levels"].items():
         named.setdefault(level, []).append(name)
-    if len(next(iter(named.values()))) == len(PATTERNS):
-        return f"{level}: every pattern"
-    return "; ".join(f"{level}: {', '.join(names)}" for level, names in named.items())
+    return "; ".join(
+        f"{level}: {'every pattern' if len(names) == len(PATTERNS) else ', '.join(names)}"
+        for level, names in named.items()
+    )
 
 
-# --- HTTP ----------------------------------------------------------------------------------------
+# --- Answers -------------------------------------------------------------------------------------
 
 JSON_LD = "application/ld+json"
-JSON_TYPE = re.compile(r"(?i:application/([^\s;]+\+)?json)[ \t]*(;|\Z)")
-ACCEPT_POST = f"{JSON_LD}, application/json, application/activity+json"
-
-# The Host header (RFC 9110 section 7.2).
-HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+|(?!:))(?::[0-9]+)?")
-# The request line and a header line (RFC 9112 sections 3 and 5), held to the letter: whatever
-# another reader of the same octets could take for something else, a line folded or ended otherwise,
-# is refused. The target of a request is a path, or a whole URL.
-REQUEST_LINE = re.compile(
-    r"([!-~]+) (?=[!-~])(?:(?i:https?)://([!-.0->@-~]*))?([!-~]*) (HTTP/[1-9]\.[0-9])\r\n"
-)
-HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n")
-MAX_HEADERS = 100  # as in `http.client`
-MAX_LINE = 65536
-
-# Answers that have no body (RFC 9110 section 6.4.1).
-BODILESS = (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
-
-EMPTY_LINES = 8  # ends of lines before a request that are passed over
 PIECE = 65536  # characters, about, of a long list that are sent at once
-
-# Seconds for which a connection that ends early is still read, so that its client gets the answer.
-LINGER = 2.0
-
-# Seconds that a client may take over a request, or an answer, even if others want to be served.
-GRACE = 0.5
-
-INBOX = "/inbox/?"
-# The beginning of a request that delivers a notification, even if the rest is malformed.
-DELIVERS = re.compile(f"POST +(https?://[^/? ]*)?/*{INBOX}[?\\s]".encode(), re.IGNORECASE)
-
-# Headers whose values are nobody else's business.
-SECRET = frozenset({"authorization", "cookie", "proxy-authorization"})
 
 
 class Response(NamedTuple):
@@ -1848,6 +1810,13 @@ def resumed(start: bytes, rest: Generator[bytes, None, None]) -> Generator[bytes
     yield from rest
 
 
+def as_event(delivery: Delivery | None) -> bytes:
+    """Write a delivery as a server-sent event (HTML section 9.2)."""
+    if delivery is None:
+        return b":\n\n"  # a comment, or nobody would notice that the client has left
+    return f"id: {delivery.name}\ndata: {json.dumps(delivery.as_json())}\n\n".encode()
+
+
 def html_response(page: Html, headers: Mapping[str, str] = {}) -> Response:
     common = {
         "Content-Type": "text/html; charset=utf-8",
@@ -1876,30 +1845,22 @@ class Problem(Exception):
         return response._replace(detail=self.detail)
 
 
-def quality(media_type: str, accept: str) -> float:
-    """Weigh a media type, from 0 to 1, by an Accept header (RFC 9110 section 12.5.1)."""
-    weights: dict[str, float] = {}
-    for element in re.findall(r'(?:[^,"]|"[^"]*"?)+', accept.lower()):
-        name, *parameters = (part.strip() for part in element.split(";"))
-        weight = next((part[2:] for part in parameters if part.startswith("q=")), "")
-        known = re.fullmatch(r"[01](\.[0-9]{0,3})?", weight)
-        weights[name] = max(weights.get(name, 0.0), float(weight) if known else 1.0)
-    for name in (media_type, media_type.partition("/")[0] + "/*", "*/*"):
-        if name in weights:
-            return weights[name]
-    return 0.0
+@contextlib.contextmanager
+def store_problems() -> Iterator[None]:
+    """Turn what goes wrong with the store into problems."""
+    try:
+        yield
+    except KeyError:
+        raise Problem(404, "no notification has this name") from None
+    except OSError as error:
+        LOG.error("the store failed: %s", error)
+        full = errno.errorcode.get(error.errno or 0) in ("ENOSPC", "EDQUOT")
+        raise Problem(
+            507 if full else 500, f"the store failed: {error.strerror or error}"
+        ) from error
 
 
-@functools.lru_cache(maxsize=1)
-def http_date(second: int) -> str:
-    return email.utils.formatdate(second, usegmt=True)
-
-
-def authority(url: str) -> str:
-    """Return the host of a URL, with its port unless that is the usual one."""
-    host = url.lower().partition("//")[2].partition("/")[0].rpartition("@")[2]
-    return re.sub(":(80|443)$", "", host)
-
+# --- Simulated failures --------------------------------------------------------------------------
 
 # What the values in the query of the inbox must be, as a regular expression and in words.
 FAILURE_PARAMETERS = {
@@ -1975,19 +1936,65 @@ class Failures:
             self.met.clear()
 
 
-@contextlib.contextmanager
-def store_problems() -> Iterator[None]:
-    """Turn what goes wrong with the store into problems."""
-    try:
-        yield
-    except KeyError:
-        raise Problem(404, "no notification has this name") from None
-    except OSError as error:
-        LOG.error("the store failed: %s", error)
-        full = errno.errorcode.get(error.errno or 0) in ("ENOSPC", "EDQUOT")
-        raise Problem(
-            507 if full else 500, f"the store failed: {error.strerror or error}"
-        ) from error
+# --- HTTP ----------------------------------------------------------------------------------------
+
+JSON_TYPE = re.compile(r"(?i:application/([^\s;]+\+)?json)[ \t]*(;|\Z)")
+ACCEPT_POST = f"{JSON_LD}, application/json, application/activity+json"
+
+# The Host header (RFC 9110 section 7.2).
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+|(?!:))(?::[0-9]+)?")
+# The request line and a header line (RFC 9112 sections 3 and 5), held to the letter: whatever
+# another reader of the same octets could take for something else, a line folded or ended otherwise,
+# is refused. The target of a request is a path, or a whole URL.
+REQUEST_LINE = re.compile(
+    r"([!-~]+) (?=[!-~])(?:(?i:https?)://([!-.0->@-~]*))?([!-~]*) (HTTP/[1-9]\.[0-9])\r\n"
+)
+HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n")
+MAX_HEADERS = 100  # as in `http.client`
+MAX_LINE = 65536
+
+# Answers that have no body (RFC 9110 section 6.4.1).
+BODILESS = (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
+
+EMPTY_LINES = 8  # ends of lines before a request that are passed over
+
+# Seconds for which a connection that ends early is still read, so that its client gets the answer.
+LINGER = 2.0
+
+# Seconds that a client may take over a request, or an answer, even if others want to be served.
+GRACE = 0.5
+
+INBOX = "/inbox/?"
+# The beginning of a request that delivers a notification, even if the rest is malformed.
+DELIVERS = re.compile(f"POST +(https?://[^/? ]*)?/*{INBOX}[?\\s]".encode(), re.IGNORECASE)
+
+# Headers whose values are nobody else's business.
+SECRET = frozenset({"authorization", "cookie", "proxy-authorization"})
+
+
+def quality(media_type: str, accept: str) -> float:
+    """Weigh a media type, from 0 to 1, by an Accept header (RFC 9110 section 12.5.1)."""
+    weights: dict[str, float] = {}
+    for element in re.findall(r'(?:[^,"]|"[^"]*"?)+', accept.lower()):
+        name, *parameters = (part.strip() for part in element.split(";"))
+        weight = next((part[2:] for part in parameters if part.startswith("q=")), "")
+        known = re.fullmatch(r"[01](\.[0-9]{0,3})?", weight)
+        weights[name] = max(weights.get(name, 0.0), float(weight) if known else 1.0)
+    for name in (media_type, media_type.partition("/")[0] + "/*", "*/*"):
+        if name in weights:
+            return weights[name]
+    return 0.0
+
+
+@functools.lru_cache(maxsize=1)
+def http_date(second: int) -> str:
+    return email.utils.formatdate(second, usegmt=True)
+
+
+def authority(url: str) -> str:
+    """Return the host of a URL, with its port unless that is the usual one."""
+    host = url.lower().partition("//")[2].partition("/")[0].rpartition("@")[2]
+    return re.sub(":(80|443)$", "", host)
 
 
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -2062,10 +2069,9 @@ class Wire(io.RawIOBase):
 
     def send(self, octets: bytes) -> None:
         """Send all. Raises `OSError` if the client is gone, or does not take it in time."""
-        try:
+        sent = 0
+        with contextlib.suppress(*WOULD_BLOCK):
             sent = self.connection.send(octets)
-        except WOULD_BLOCK:
-            sent = 0
         if sent < len(octets):
             with self.patiently(socket.SHUT_RDWR):
                 self.connection.sendall(memoryview(octets)[sent:])
@@ -2634,14 +2640,10 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             return json_list({}, "deliveries", (text.replace("\n", "\n    ") for text in texts))
 
     def events(self, query: Query, bookmark: Bookmark) -> Generator[bytes, None, None]:
-        """Yield deliveries as server-sent events (HTML section 9.2)."""
+        """Yield the deliveries that are wanted, as they come, and now and then that none comes."""
         with self.server.away(self, Wait(time.monotonic(), socket.SHUT_RDWR)):
-            for delivery in self.server.deliveries.follow(bookmark):
-                if delivery is None:
-                    yield b":\n\n"  # or nobody would notice that the client has left
-                elif query.matches(delivery):
-                    data = json.dumps(delivery.as_json())
-                    yield f"id: {delivery.name}\ndata: {data}\n\n".encode()
+            coming = self.server.deliveries.follow(bookmark)
+            yield from (as_event(each) for each in coming if not each or query.matches(each))
 
     def get_delivery(self, name: str) -> Response:
         delivery = self.delivery(name)
@@ -3053,7 +3055,7 @@ class Wanted(NamedTuple):
         but not nearly one that a pattern has.
         """
         if self.predicate is not None and not callable(self.predicate):
-            raise TypeError(f"the predicate {shown(self.predicate)} cannot be called")
+            raise TypeError(f"the predicate {quoted(self.predicate)} cannot be called")
         for spelt in (self.type, f"coar-notify:{self.type}"):
             near = difflib.get_close_matches(spelt, KNOWN_TYPES, cutoff=0.85)
             if near and self.type not in KNOWN_TYPES:
@@ -3062,12 +3064,12 @@ class Wanted(NamedTuple):
             raise AssertionError(unknown(self.pattern, "pattern", RULES))
         expression, expected = PARAMETERS["status"]
         if self.status and not re.fullmatch(expression, self.status):
-            raise AssertionError(f"status is {shown(self.status)}, expected {expected}")
+            raise AssertionError(f"status is {quoted(self.status)}, expected {expected}")
         return self
 
     def __str__(self) -> str:
         given = {name: value for name, value in self._asdict().items() if value}
-        return ", ".join(f"{name}={shown(value)}" for name, value in given.items()) or "any"
+        return ", ".join(f"{name}={quoted(value)}" for name, value in given.items()) or "any"
 
     def mismatch(self, delivery: Delivery) -> str:
         """Return the first reason why a delivery is not wanted; empty if it is."""
@@ -3079,11 +3081,11 @@ class Wanted(NamedTuple):
         document = delivery.notification
         types, asked = lookup(document, "type")[1], lookup(document, "inReplyTo")[1]
         if self.type and self.type not in types_of(types):
-            return f"its type is {shown(types)}"
+            return f"its type is {quoted(types)}"
         if self.pattern not in ("", delivery.pattern):
             return f"its pattern is {delivery.pattern}"
         if self.in_reply_to not in ("", asked):
-            return f"its inReplyTo is {shown(asked)}"
+            return f"its inReplyTo is {quoted(asked)}"
         return "" if not self.predicate or self.predicate(delivery) else "the predicate is false"
 
 

@@ -883,6 +883,115 @@ class MutationTest(InboxTest):
             )
 
 
+# --- Properties ----------------------------------------------------------------------------------
+
+
+def shuffled(value: Any, order: Any) -> Any:
+    """Copy a document with the members of each object in another order."""
+    if isinstance(value, list):
+        return [shuffled(child, order) for child in value]
+    if not isinstance(value, dict):
+        return value
+    items = [(name, shuffled(child, order)) for name, child in value.items()]
+    order.shuffle(items)
+    return dict(items)
+
+
+class PropertiesTest(unittest.TestCase):
+    """What holds for any document, whether arbitrary JSON or nearly a notification."""
+
+    def setUp(self) -> None:
+        if not importlib.util.find_spec("hypothesis"):
+            self.skipTest("the hypothesis package is not installed")
+
+    def for_any_document(self, check: Callable[..., None], examples: int = 300) -> None:
+        """Call a function with documents, each beside a source of random choices."""
+        import hypothesis
+        from hypothesis import strategies
+
+        paths = [path for document in NOTIFICATIONS.values() for path in members(document)]
+        names = sorted({name for path in paths for name in path.split(".")})
+        texts = [value for value in [*TYPES, *URI_DIFFERENCES, *names] if isinstance(value, str)]
+        scalars = (
+            strategies.none()
+            | strategies.booleans()
+            | strategies.integers()
+            | strategies.floats(allow_nan=False, allow_infinity=False)
+            | strategies.text()
+            | strategies.sampled_from(texts)
+        )
+        anything = strategies.recursive(
+            scalars,
+            lambda inner: (
+                strategies.lists(inner, max_size=4)
+                | strategies.dictionaries(
+                    strategies.sampled_from(names) | strategies.text(), inner, max_size=6
+                )
+            ),
+            max_leaves=30,
+        )
+
+        @strategies.composite
+        def nearly(draw: Any) -> Any:
+            document = draw(strategies.sampled_from(list(NOTIFICATIONS.values())))
+            places = strategies.sampled_from(sorted(members(document)))
+            for member in draw(strategies.lists(places, max_size=4)):
+                with contextlib.suppress(KeyError, TypeError, AttributeError):  # its parent is gone
+                    document = changed(document, member, draw(anything))
+            return document
+
+        decorate = hypothesis.given(anything | nearly(), strategies.randoms(use_true_random=False))
+        limits = hypothesis.settings(
+            max_examples=examples, deadline=None, database=None, derandomize=True
+        )
+        limits(decorate(check))()
+
+    def test_validate_neither_raises_nor_changes_the_document(self) -> None:
+        def check(document: Any, order: Any) -> None:
+            before = copy.deepcopy(document)
+            findings = coarinbox.validate(document)
+            self.assertEqual(document, before)
+            self.assertEqual(coarinbox.validate(document), findings)
+            json.dumps([finding.as_json() for finding in findings], allow_nan=False)
+
+        self.for_any_document(check)
+
+    def test_the_order_of_members_means_nothing(self) -> None:
+        def check(document: Any, order: Any) -> None:
+            other = shuffled(document, order)
+            self.assertEqual(coarinbox.validate(document), coarinbox.validate(other))
+
+        self.for_any_document(check)
+
+    def test_strict_refuses_whatever_the_default_refuses(self) -> None:
+        def check(document: Any, order: Any) -> None:
+            refused, _ = coarinbox.judge(document, True)
+            strictly, warnings = coarinbox.judge(document, "strict")
+            self.assertLessEqual(set(map(str, refused)), set(map(str, strictly)))
+            self.assertEqual(len(strictly + warnings), len(coarinbox.validate(document)))
+
+        self.for_any_document(check)
+
+    def test_what_was_sent_is_what_comes_back(self) -> None:
+        with coarinbox.running(VALIDATE_INCOMING=False) as inbox:
+
+            def check(document: Any, order: Any) -> None:
+                if not isinstance(document, (dict, list)):
+                    document = [document]
+                form = {"ensure_ascii": order.random() < 0.5, "indent": order.choice([None, 0, 3])}
+                octets = json.dumps(document, **form).encode("utf-8", "surrogatepass")
+                octets = order.choice([b"", b" \r\n"]) + octets + order.choice([b"", b"\t\n"])
+                answer = send(inbox.url, octets)
+                if answer.status == 201:
+                    got = ask(inbox.server, "GET", path_of(answer.headers["Location"]))
+                    self.assertEqual(got.body, octets)
+                else:  # half a surrogate pair is no UTF-8, and some numbers are too large
+                    with self.assertRaises(ValueError):
+                        coarinbox.parse(octets)
+
+            self.for_any_document(check, examples=100)
+
+
 # --- LDN -----------------------------------------------------------------------------------------
 
 
@@ -3463,6 +3572,14 @@ class RunningTest(unittest.TestCase):
             with coarinbox.running(TOKN="x"):
                 self.fail("it runs")
 
+    def test_what_was_removed_since_has_no_body(self) -> None:
+        with coarinbox.running() as inbox:
+            location = send(inbox.url).headers["Location"]
+            send(inbox.url, OFFER)
+            self.assertEqual(ask(inbox.server, "DELETE", path_of(location)).status, 204)
+            self.assertEqual([each.notification for each in inbox.deliveries], [None, OFFER])
+            self.assertEqual(inbox.notifications, [OFFER])
+
     def test_several_at_once_are_independent(self) -> None:
         with coarinbox.running() as first, coarinbox.running() as second:
             first.fail_next(503)
@@ -3907,6 +4024,13 @@ class CheckTest(ProgramTest):
         self.assertEqual(len(lines), 1, lines)
         self.assertNotIn("Traceback", stderr)
 
+    def test_a_program_may_call_it_and_take_the_output(self) -> None:
+        self.write("bad.json", [])
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(io.StringIO()):
+            self.assertEqual(coarinbox.main(["--check", str(self.directory / "bad.json")]), 1)
+        self.assertIn("notification-object", output.getvalue())
+
     def test_standard_input(self) -> None:
         self.assertEqual(self.invoke("--check", "-", stdin=json.dumps(ACCEPT))[:2], (0, []))
         status, lines, _ = self.invoke("--check", "-", stdin="[]")
@@ -4196,6 +4320,43 @@ class ScarcityTest(InboxTest):
         self.assertEqual(self.post().status, 201)
 
 
+class FaultTest(InboxTest):
+    """Faults of the inbox itself, which must not end the service."""
+
+    faults_expected = True
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.addCleanup(self.server.faults.clear)  # at the end of `running`, they would be raised
+
+    def test_a_fault_between_requests(self) -> None:
+        fault = unittest.mock.patch.object(
+            self.server, "look_around", side_effect=ValueError("between requests")
+        )
+        with fault:
+            self.wait_until(lambda: bool(self.server.faults))
+        self.assert_serves()
+        self.assertIn("between requests", str(self.server.faults[0]))
+
+    def test_a_fault_outside_of_requests_ends_the_connection(self) -> None:
+        with unittest.mock.patch("coarinbox.InboxHandler.handle", side_effect=ValueError("odd")):
+            self.assertEqual(raw(self.server, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"), [])
+        self.assertEqual([str(fault) for fault in self.server.faults], ["odd"])
+        self.assert_serves()
+        self.wait_until(lambda: not self.server.connections)
+
+    def test_a_connection_that_is_lost_before_it_is_served(self) -> None:
+        with unittest.mock.patch("coarinbox.InboxHandler.setup", side_effect=OSError("lost")):
+            self.assertEqual(raw(self.server, b""), [])
+        self.assert_serves()
+        self.assertEqual(self.server.faults, [])
+
+    def test_threads_that_are_wanted_after_the_end_are_no_fault(self) -> None:
+        self.server.server_close()
+        self.server.find_leader()
+        self.assertEqual(self.log_lines(), [])
+
+
 class HastyTest(InboxTest):
     """Clients that send without a pause, and without an end."""
 
@@ -4226,14 +4387,18 @@ class ShortWriteTest(InboxTest):
     faults_expected = True
 
     def test_what_the_disk_takes_in_part_is_not_stored(self) -> None:
-        def short(path: str) -> Any:
-            file = open(path, "xb", buffering=0)  # noqa: SIM115
+        create = coarinbox.create
+
+        def short(path: str, mode: str) -> Any:
+            file = create(path, mode)
+            if path == self.server.deliveries.path:
+                return file
             cut = unittest.mock.MagicMock(wraps=file)
             cut.__enter__.return_value, cut.__exit__ = cut, lambda *_: file.close()
             cut.write = lambda octets: file.write(octets[:100])
             return cut
 
-        with unittest.mock.patch.object(self.server.store, "create", short):
+        with unittest.mock.patch("coarinbox.create", short):
             self.assert_problem(self.post(), 507)
         self.assertEqual(self.stored(), [])
         self.assertFalse([name for name in files_in(self.server.store.directory) if "part" in name])
@@ -4497,6 +4662,18 @@ class DebuggerTest(ProgramTest):
         with running(command, cwd=self.directory) as inbox:
             self.assertIn("no debugger: 127.0.0.1", "\n".join(inbox.banner))
             self.assertEqual(inbox.ask("GET", "/inbox").status, 200)
+
+    def test_an_editor_that_does_not_wait_is_no_reason_to_end(self) -> None:
+        debugger = unittest.mock.Mock()
+        debugger.settrace.side_effect = ConnectionRefusedError("refused")
+        with unittest.mock.patch.dict(sys.modules, pydevd=debugger):
+            with self.assertLogs("coarinbox", "WARNING") as caught:
+                coarinbox.attach_debugger("editor.example", 6000)
+        self.assertEqual(
+            caught.output, ["WARNING:coarinbox:no debugger: editor.example:6000: refused"]
+        )
+        options = {"stdoutToServer": True, "stderrToServer": True, "suspend": False}
+        debugger.settrace.assert_called_once_with("editor.example", port=6000, **options)
 
 
 # --- The coarnotify package as a client ----------------------------------------------------------
