@@ -79,9 +79,10 @@ MAX_DEPTH = 100
 
 
 def number(digits: str) -> int | float:
-    if math.isinf(float(digits)):
+    value = float(digits)
+    if math.isinf(value):
         raise ValueError(f"a number is too large: {digits:.20}… ({len(digits)} characters)")
-    return int(digits) if digits.lstrip("-").isdigit() else float(digits)
+    return int(digits) if re.fullmatch("-?[0-9]+", digits) else value
 
 
 def refuse_constant(name: str) -> None:
@@ -138,18 +139,12 @@ def visible(text: str) -> str:
     )
 
 
-def lookup(document: Any, member: str) -> tuple[bool, Any]:
-    """Find a member by its dotted name; the empty name is the document itself.
-
-    Returns True and the value, None when there is none, or False and None when a parent of the
-    member is not an object.
-    """
+def lookup(document: Any, member: str) -> Any:
+    """Find a member by its dotted name; returns None when there is none."""
     value = document
-    for name in member.split(".") if member else ():
-        if not isinstance(value, dict):
-            return False, None
-        value = value.get(name)
-    return True, value
+    for name in member.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 # What RFC 3986 and RFC 3987 forbid everywhere in a URI, and the parts they divide one into.
@@ -314,8 +309,8 @@ SETTING_NAMES = [field.name for field in dataclasses.fields(Settings)]
 
 def unknown(name: str, kind: str, known: Iterable[str]) -> str:
     """Say that a name is unknown, and which known one is nearest."""
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)
-    return f"unknown {kind} {name}; nearest: {', '.join(nearest)}"
+    (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0)
+    return f"unknown {kind} {name}; nearest: {nearest}"
 
 
 def failing_line(filename: str, error: BaseException) -> int | None:
@@ -443,7 +438,7 @@ BY_TYPES = {frozenset(pattern.types): pattern for pattern in PATTERNS}
 
 def pattern_of(document: Any) -> Pattern | None:
     """Find the pattern that a notification claims by its `type`, the most specific that fits."""
-    types = types_of(lookup(document, "type")[1])
+    types = types_of(lookup(document, "type"))
     if types in BY_TYPES:
         return BY_TYPES[types]
     fitting = [pattern for pattern in PATTERNS if types.issuperset(pattern.types)]
@@ -918,7 +913,7 @@ def utc_now() -> str:
 
 def summary(document: Any) -> dict[str, str]:
     """Collect the members in `ABOUT`, by their dotted names, as far as they are strings."""
-    values = ((member, lookup(document, member)[1]) for member in ABOUT)
+    values = ((member, lookup(document, member)) for member in ABOUT)
     return {member: value[:ABOUT_LENGTH] for member, value in values if isinstance(value, str)}
 
 
@@ -2473,7 +2468,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     def simulate(self, failure: Failure) -> None:
         """Meet an attempt with a failure instead of storing the notification, if one is due."""
-        id_ = lookup(self.document, "id")[1]
+        id_ = lookup(self.document, "id")
         known_by = id_ if isinstance(id_, str) else hashlib.sha256(self.body).hexdigest()
         due = self.server.failures.due(failure, known_by)
         if not due:
@@ -3079,7 +3074,7 @@ class Wanted(NamedTuple):
             listed = "; ".join(f"{finding.level} {finding.message}" for finding in reasons)
             return listed or delivery.detail or f"its status is not {self.status}"
         document = delivery.notification
-        types, asked = lookup(document, "type")[1], lookup(document, "inReplyTo")[1]
+        types, asked = lookup(document, "type"), lookup(document, "inReplyTo")
         if self.type and self.type not in types_of(types):
             return f"its type is {quoted(types)}"
         if self.pattern not in ("", delivery.pattern):

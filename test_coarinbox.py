@@ -611,6 +611,28 @@ class RulesTest(unittest.TestCase):
             self.assertTrue(coarinbox.validate(document))
             self.assertEqual(repr(document), before)
 
+    def test_the_pages_of_the_specification(self) -> None:
+        pages = {
+            "Accept": "accept",
+            "Announce Endorsement": "announce-endorsement",
+            "Announce Relationship": "announce-relationship",
+            "Announce Review": "announce-review",
+            "Announce Service Result": "announce-resource",
+            "Reject": "reject",
+            "Request Endorsement": "request-endorsement",
+            "Request Review": "request-review",
+            "Tentatively Accept": "tentative-accept",
+            "Tentatively Reject": "tentative-reject",
+            "Unprocessable Notification": "unprocessable",
+            "Undo Offer": "undo-offer",
+        }
+        for name, document in NOTIFICATIONS.items():
+            (found,) = coarinbox.validate(changed(document, "target.inbox", ABSENT))
+            url = f"https://coar-notify.net/specification/1.0.1/{pages[name]}/"
+            self.assertEqual(found.spec, url)
+        found = coarinbox.validate({})[0]
+        self.assertEqual(found.spec, "https://coar-notify.net/specification/1.0.1/")
+
     def test_a_value_is_repeated_only_where_it_is_short(self) -> None:
         for value, repeated in [("x" * 50, True), ("x" * 500, False), ([["x"] * 99], False)]:
             (found,) = coarinbox.validate(changed(ACCEPT, "origin.id", value))
@@ -647,6 +669,8 @@ URIS = [
     ("example.org/a", False, False),
     ("1http://example.org/", False, False),
     ("http:", False, False),
+    ("https:", False, False),
+    ("https:///x", False, False),
     ("http:x", False, False),
     ("http:/x", False, False),
     ("http://", False, False),
@@ -709,6 +733,7 @@ URI_DIFFERENCES = {
     "file:///etc/x": "coarinbox",
     "https://example.org/a\n": "coarnotify",
     "http:": "coarnotify",
+    "https:": "coarnotify",
     "http:x": "coarnotify",
     "http:/x": "coarnotify",
     "http://[::1/": "coarnotify",
@@ -1385,17 +1410,8 @@ class BadBodyTest(InboxTest):
         self.assertEqual(self.stored(), [])
 
     def test_not_json(self) -> None:
-        for body in (
-            b"",
-            b" ",
-            b"{",
-            b"{}{}",
-            b"{'id': 1}",
-            b"<rdf/>",
-            b'{"a": 1,}',
-            b"\0",
-            b"nul",
-        ):
+        self.refuse(b"", says="the body is empty")
+        for body in (b" ", b"{", b"{}{}", b"{'id': 1}", b"<rdf/>", b'{"a": 1,}', b"\0", b"nul"):
             with self.subTest(body):
                 self.refuse(body, says="not JSON")
 
@@ -3419,10 +3435,11 @@ class ConfigurationTest(ProgramTest):
         path = self.config(
             "import dataclasses, os\nhere = os.path.dirname(__file__)\n"
             "@dataclasses.dataclass\nclass Other:\n    x: int = 0\n"
-            'STORE_DIR = os.path.join(here, "elsewhere")\nPORT = 10 - 10\n'
+            "def f(x: int) -> None: pass\nassert f.__annotations__['x'] is int\n"
+            'STORE_DIR = os.path.join(here, "elsewhere", __name__)\nPORT = 10 - 10\n'
         )
         with running(self.command("--config", path), cwd=self.directory) as inbox:
-            self.assertEqual(inbox.banner[-2], f"store       {self.directory / 'elsewhere'}")
+            self.assertEqual(inbox.banner[-2], f"store       {self.directory / 'elsewhere/config'}")
 
     def test_flags_win_over_the_file_which_wins_over_the_environment(self) -> None:
         self.config('VALIDATE_INCOMING = "strict"\nSTORE_DIR = "from-file"\nPORT = 0\n')
@@ -3470,7 +3487,10 @@ class ConfigurationTest(ProgramTest):
                     with self.assertRaises(coarinbox.ConfigurationError) as caught:
                         coarinbox.Settings(**{name: value})
                     self.assertRegex(str(caught.exception), rf"^{name} is .*, expected .")
+                    self.assertNotIn(f"{name} is None", str(caught.exception) * bool(value))
         self.assertEqual(set(UNUSABLE), set(vars(coarinbox.Settings())))
+        with self.assertRaisesRegex(coarinbox.ConfigurationError, "is 'x{79}, expected"):
+            coarinbox.Settings(PORT="x" * 500)  # type: ignore[arg-type]
 
     def test_each_setting_takes_what_it_can_use(self) -> None:
         usable: list[tuple[str, Any]] = [
@@ -3478,10 +3498,14 @@ class ConfigurationTest(ProgramTest):
             ("RESPONSE_STATUS", 202), ("VALIDATE_INCOMING", "strict"), ("REQUEST_TIMEOUT", 0.5),
             ("BASE_URL", "https://example.org"), ("BASE_URL", "http://[::1]:80/x/"),
             ("HOST", "::"), ("TOKEN", "s3cret"), ("MAX_CONTENT_LENGTH", 1),
+            ("MAX_CONTENT_LENGTH", 2**31 - 1), ("REQUEST_TIMEOUT", 0.001),
+            ("REQUEST_TIMEOUT", 86400),
         ]  # fmt: skip
         for name, value in usable:
             with self.subTest(name, value=value):
-                coarinbox.Settings(**{name: value})
+                settings = coarinbox.Settings(**{name: value})
+                with self.assertRaises(AttributeError):  # nobody changes them later
+                    setattr(settings, name, value)
 
     def test_unknown_settings_are_warned_about_with_the_nearest_name(self) -> None:
         path = self.config('STORE_DIRECTORY = "x"\nSECRET_KEY = "y"\nlower = 1\nPORT = 0\n')
@@ -3490,7 +3514,8 @@ class ConfigurationTest(ProgramTest):
         self.assertEqual(settings, coarinbox.Settings(PORT=0))
         self.assertEqual(len(caught.output), 2)
         (line,) = (line for line in caught.output if "STORE_DIRECTORY" in line)
-        self.assertTrue(line.endswith("nearest: STORE_DIR"), line)
+        warning = f"{path}: ignored: unknown setting STORE_DIRECTORY; nearest: STORE_DIR"
+        self.assertEqual(line, f"WARNING:coarinbox:{warning}")
 
     def test_unknown_flags_and_values_end_it_with_status_2(self) -> None:
         for arguments in (["--nothing"], ["--port", "x"], ["extra"]):
@@ -3515,7 +3540,7 @@ UNUSABLE: dict[str, list[Any]] = {
     "DEBUG_PYCHARM_PORT": ["6000", -1],
     "BASE_URL": ["", "example.org", "ftp://example.org", "http://", "http://a/?q", "http://a/#f",
                  "http://a b/", 'http://a/"', "http://a/\n", "http://[1]", "http://ä/", 5],
-    "MAX_CONTENT_LENGTH": [0, -1, 1.5, None, "1M", 10**15, -(10**5000)],
+    "MAX_CONTENT_LENGTH": [0, -1, 1.5, None, "1M", 2**31, -(10**5000)],
     "REQUEST_TIMEOUT": [0, -1, "30", None, float("inf"), float("nan"), 86401, 1e-320, True],
     "MAX_CONNECTIONS": [0, -1, None],
     "FSYNC": [1, None],
@@ -4795,6 +4820,9 @@ class ReadmeTest(ProgramTest):
 
 
 class ShapeTest(unittest.TestCase):
+    def test_it_says_which_version_it_is(self) -> None:
+        self.assertRegex(coarinbox.__version__, r"^[0-9]+\.[0-9]+\.[0-9]+$")
+
     def test_no_function_is_longer_than_a_screen(self) -> None:
         tree = ast.parse(MODULE.read_text(encoding="utf-8"))
         lengths = {

@@ -9,9 +9,9 @@
 
 A mutant is the module with one expression or statement changed. The tests that execute that line,
 the quickest first, run on it until one fails; then it counts as killed, as it does when they hang.
-Lines that are executed on import only are for all tests. Not changed are annotations, docstrings,
-texts of several lines (the style, the script and the templates of the page, which the tests with a
-browser are for) and what f-strings say.
+Lines that are executed on import are for all tests. Not changed are annotations, docstrings, and
+texts for people, as a test of their wording would only repeat it: those of several words, what
+f-strings say, and the page, which the tests with a browser are for.
 
 .ci/survivors.txt lists mutants that do no harm, with the reason why. The exit status is 1 when
 fewer than 95 % of the others are killed, or 85 % of a sample.
@@ -28,6 +28,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -48,6 +49,9 @@ NEEDED = 0.95
 SAMPLE = 60
 NEEDED_OF_SAMPLE = 0.85  # chance may take more from a sample, but hardly so much
 LEFT_OUT = ("BrowserTest",)  # they take minutes for one mutant
+
+# Texts for people, and the templates of the page.
+PROSE = re.compile(r"[A-Za-z]{2,},? [A-Za-z]{2,}|\n[^\n]")
 
 SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
@@ -132,7 +136,7 @@ def other_constants(value: object) -> list[Any]:
     if isinstance(value, (int, float)):
         return [value + 1]
     if isinstance(value, str):
-        return [] if "\n" in value.strip() else ["XX" + value]
+        return [] if PROSE.search(value) else ["XX" + value]
     return [b"XX" + value] if isinstance(value, bytes) else []
 
 
@@ -194,17 +198,17 @@ def mutated(source: bytes, mutant: Mutant) -> bytes:
 
 class Plan(NamedTuple):
     seconds: dict[str, float]  # that each test takes
-    tests: dict[int, list[str]]  # by line of the module
+    tests: dict[int, list[str]]  # by line of the module, if they and not its import execute it
 
     def order(self, line: int) -> list[str]:
-        names = self.tests.get(line) or list(self.seconds)
-        return sorted(names, key=lambda name: self.seconds[name])
+        """List the tests for a line, the quickest first."""
+        return sorted(self.tests.get(line, self.seconds), key=lambda name: self.seconds[name])
 
 
 # Run by another Python: the tests, one after the other, each in a context of its own.
 MEASURE = """
 import coverage, json, os, sys, time, unittest
-measured = coverage.Coverage(config_file=sys.argv[1], data_file=sys.argv[2])
+measured = coverage.Coverage.current() or coverage.Coverage(config_file=sys.argv[1])
 measured.start()
 class Result(unittest.TextTestResult):
     def startTest(self, test):
@@ -240,12 +244,13 @@ json.dump({"seconds": seconds, "contexts": contexts, "ok": result.wasSuccessful(
 def measure(directory: Path) -> Plan:
     config = directory / "coveragerc"
     config.write_text(
-        f"[run]\nsource = {directory}\nconcurrency = thread\npatch = subprocess\n"
-        "context = ${COARINBOX_TEST-}\n"
+        f"[run]\nsource = {directory}\nconcurrency = thread\ncontext = ${{COARINBOX_TEST-}}\n"
         f"data_file = {directory}/.coverage\nparallel = True\n"
     )
-    command = [sys.executable, "-c", MEASURE, str(config), str(directory / ".coverage")]
-    done = subprocess.run(command, cwd=directory, stdout=subprocess.PIPE, check=True)
+    command = [sys.executable, "-c", MEASURE, str(config)]
+    # The inboxes that the tests start as programs read the name of the test from their environment.
+    env = {**os.environ, "COVERAGE_PROCESS_START": str(config)}
+    done = subprocess.run(command, cwd=directory, env=env, stdout=subprocess.PIPE, check=True)
     report = json.loads(done.stdout.splitlines()[-1])
     if not report["ok"]:
         sys.exit("the tests fail without any mutant")
@@ -254,6 +259,7 @@ def measure(directory: Path) -> Plan:
     tests = {
         int(line): sorted({name for name in names if name in seconds})
         for line, names in report["contexts"].items()
+        if "" not in names
     }
     return Plan(seconds, tests)
 
