@@ -369,9 +369,11 @@ def choose(source: bytes, options: argparse.Namespace) -> list[Mutant]:
     if options.lines:
         first, _, last = options.lines.partition("-")
         found = [mutant for mutant in found if int(first) <= mutant.line <= int(last or first)]
+    # In no order, so that those that are done are a fair sample at any time.
+    random.Random(options.seed).shuffle(found)  # noqa: S311
     if options.short:
         print(f"a sample of {SAMPLE}, seed {options.seed}", flush=True)
-        found = random.Random(options.seed).sample(found, min(SAMPLE, len(found)))  # noqa: S311
+        del found[SAMPLE:]
     return found
 
 
@@ -403,7 +405,7 @@ def main() -> int:
                 excused += 1
             else:
                 survived += 1
-                print(f"line {mutant.line}: {mutant}", flush=True)
+                print(f"{killed} killed; line {mutant.line}: {mutant}", flush=True)
     score = killed / max(1, killed + survived)
     print(f"{killed} killed, {survived} survived, {excused} harmless: {score:.1%}")
     return 0 if score >= (NEEDED_OF_SAMPLE if options.short else NEEDED) else 1
