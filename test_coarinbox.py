@@ -4707,11 +4707,14 @@ class DebuggerTest(ProgramTest):
 class ClientTest(ProgramTest):
     @unittest.skipUnless(importlib.util.find_spec("coarnotify"), "coarnotify is not installed")
     def test_its_own_integration_tests_pass(self) -> None:
-        with running(self.command(), cwd=self.directory) as inbox:  # they expect it at port 5005
+        code = (  # they expect it at port 5005, where another one may run
+            "import sys, unittest; from coarnotify.test.integration import test_client\n"
+            "test_client.INBOX = sys.argv.pop(); unittest.main(test_client)"
+        )
+        with running(self.command("--port", "0"), cwd=self.directory) as inbox:
             done = subprocess.run(
-                [sys.executable, "-m", "unittest", "coarnotify.test.integration.test_client"],
-                capture_output=True, text=True, timeout=60,
-            )  # fmt: skip
+                [sys.executable, "-c", code, inbox.url], capture_output=True, text=True, timeout=60
+            )
             self.assertIn("Ran 12 tests", done.stderr)
             self.assertTrue(done.stderr.endswith("OK\n"), done.stderr)
             self.assertEqual(len(inbox.ask("GET", "/inbox").json()["ldp:contains"]), 12)
