@@ -1319,6 +1319,8 @@ class BaseUrlTest(InboxTest):
         self.assertIn(f"<{base}/inbox>", self.ask("GET", "/").headers["Link"])
         self.assertIn(f"<{base}/constraints>", self.post({}).headers["Link"])
         self.assert_problem(self.post(Host="other.example.org"), 421)
+        (answer,) = raw(self.server, b"GET /inbox HTTP/1.0\r\n\r\n")
+        self.assertEqual(answer.json()["@id"], f"{base}/inbox")
 
 
 class EverywhereTest(InboxTest):
@@ -2516,6 +2518,18 @@ class CrowdTest(DeliveriesTest):
         with Listener(self.server), Listener(self.server):
             self.assert_serves()
 
+    def test_one_that_was_slow_once_makes_room_like_any_other(self) -> None:
+        large = changed(REFUSED, "summary", "x" * 900_000)
+        for _ in range(12):  # more than fits into the buffers of a connection
+            self.post(large)
+        earlier = f"/deliveries?since={self.names()[-1]}"
+        with Listener(self.server, earlier) as first, Listener(self.server, earlier) as second:
+            for listener in (first, second):
+                for _ in range(11):
+                    listener.event()
+                listener.comment()
+            self.assert_serves()
+
 
 class ScarceTest(DeliveriesTest):
     settings = {"MAX_CONNECTIONS": 3}
@@ -3683,8 +3697,8 @@ class RunningTest(unittest.TestCase):
         with coarinbox.running() as inbox:
             send(inbox.url, OFFER)
             demands: list[tuple[dict[str, Any], str]] = [
-                ({"pattern": "RequestReview"}, "nearest: Request Review"),
-                ({"type": "Ofer"}, "nearest: Offer"), ({"status": "2x"}, "a status such as"),
+                ({"pattern": "RequestReview"}, "^unknown pattern .* nearest: Request Review$"),
+                ({"type": "Ofer"}, "^unknown type .* nearest: Offer$"), ({"status": "2x"}, "a status such as"),
                 ({"type": "ReviewAction"}, "nearest: coar-notify:ReviewAction"),
             ]  # fmt: skip
             for demand, expected in demands:
@@ -4275,6 +4289,22 @@ class ScarcityTest(InboxTest):
                     self.assertEqual(read_answer(stream.readline(), stream).status, 201)
             thread.join()
         self.assertEqual(len(self.stored()), 300)
+
+    def test_what_takes_long_to_read_keeps_nobody_waiting(self) -> None:
+        read, answered = self.server.store.read, threading.Event()
+
+        def read_later(name: str) -> bytes:
+            self.assertTrue(answered.wait(10))
+            return read(name)
+
+        path = path_of(self.post().headers["Location"])
+        with unittest.mock.patch.object(self.server.store, "read", read_later):
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                slow = pool.submit(self.ask, "GET", path)
+                self.wait_until(lambda: len(self.server.connections) == 1)
+                self.assertEqual(self.post().status, 201)
+                answered.set()
+                self.assertEqual(slow.result().body, BODY)
 
     def test_one_thread_that_cannot_be_started_is_made_up_for(self) -> None:
         self.faults_expected = True
