@@ -1624,7 +1624,8 @@ def delivery_page(
     site: Site, delivery: Delivery, octets: bytes | None, around: Sequence[Delivery]
 ) -> Html:
     """Show a delivery: what is wrong with it beside its payload, and what belongs to it."""
-    stored = {} if delivery.detail else {"stored as": f"{site.inbox}/{delivery.name}"}
+    gone = delivery.detail or octets is None
+    stored = {} if gone else {"stored as": f"{site.inbox}/{delivery.name}"}
     facts = {"time": delivery.time, "client": delivery.client, **stored, **delivery.about}
     content = fill(
         DELIVERY,
@@ -2398,7 +2399,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
                 octets = b""
         if not secrets.compare_digest(octets, token.encode()):
             challenge = 'Bearer realm="coarinbox", Basic realm="coarinbox", charset="UTF-8"'
-            detail = 'no "Authorization: Bearer TOKEN", nor TOKEN as the password of Basic'
+            detail = "the token is missing or wrong; it goes with Bearer, or as password with Basic"
             raise Problem(401, detail, {"WWW-Authenticate": challenge})
 
     def check_site(self) -> None:
@@ -3283,6 +3284,10 @@ def attach_debugger(host: str, port: int) -> None:
         LOG.warning("no debugger: %s:%s: %s", host, port, error)
 
 
+# Seconds within which a second signal is the same one: `timeout`, say, sends it to a process and
+# to its group.
+TWICE = 0.5
+
 JSON_FILE = re.compile(r"\.json(ld)?\Z")
 
 
@@ -3331,23 +3336,28 @@ def check(paths: list[str], settings: Settings) -> int:
         print("".join(f"{visible(file)}: {line}\n" for line in lines), end="")
     for each in errors:
         print(visible(f"coarinbox: {each.filename}: {each.strerror}"), file=sys.stderr)
-    print(f"coarinbox: {len(verdicts)} checked", file=sys.stderr)
+    print(f"coarinbox: {len(verdicts)} checked, {sum(verdicts)} refused", file=sys.stderr)
     return 2 if errors or not verdicts else int(any(verdicts))
 
 
 def run(server: InboxServer) -> None:
-    """Serve until SIGINT or SIGTERM; the second one does not wait for requests in flight."""
+    """Serve until SIGINT or SIGTERM; a later one does not wait for requests in flight."""
+    signals: list[float] = []
 
     def stop(number: int, frame: types.FrameType | None) -> None:
-        for signal_ in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signal_, signal.SIG_DFL)
-        threading.Thread(target=server.shutdown).start()
+        signals.append(time.monotonic())
+        if len(signals) == 1:
+            threading.Thread(target=server.shutdown).start()
+        elif signals[-1] - signals[0] > TWICE:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     with server:
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
         lines = [
             f"coarinbox {__version__}",
+            "address     {} port {}".format(*server.server_address[:2]),
             f"inbox       {server.base}/inbox",
             f"page        {server.base}/",
             f"store       {server.store.directory}",

@@ -3297,6 +3297,7 @@ class StartTest(ProgramTest):
             self.assertEqual(host, "localhost")
             self.assertEqual(inbox.banner, [
                 f"coarinbox {coarinbox.__version__}",
+                f"address     127.0.0.1 port {port}",
                 f"inbox       http://localhost:{port}/inbox",
                 f"page        http://localhost:{port}/",
                 f"store       {self.directory / 'notifications'}",
@@ -3340,14 +3341,27 @@ class StartTest(ProgramTest):
             self.assertEqual(inbox.process.wait(10), 0)
         self.assertEqual(len(files_in(self.directory / "notifications")), 1)
 
-    def test_a_second_signal_does_not_wait(self) -> None:
+    def test_a_signal_some_time_after_the_first_does_not_wait(self) -> None:
         with self.stalled() as (inbox, connection):
             connection.recv(1)  # its request has begun, and is never completed
+            inbox.process.send_signal(signal.SIGTERM)
+            deadline = time.monotonic() + 10
+            while inbox.process.poll() is None and time.monotonic() < deadline:
+                inbox.process.send_signal(signal.SIGINT)
+                time.sleep(0.01)
+            self.assertEqual(inbox.process.poll(), -signal.SIGINT)
+
+    def test_a_signal_that_comes_twice_is_one(self) -> None:
+        with self.stalled() as (inbox, connection), connection.makefile("rb") as stream:
+            self.assertIn(b"100 Continue", stream.readline() + stream.readline())
+            inbox.process.send_signal(signal.SIGTERM)
             inbox.process.send_signal(signal.SIGTERM)
             while can_connect(inbox.server_address):
                 pass
             inbox.process.send_signal(signal.SIGINT)
-            self.assertEqual(inbox.process.wait(10), -signal.SIGINT)
+            connection.sendall(BODY)
+            self.assertEqual(read_answer(stream.readline(), stream).status, 201)
+            self.assertEqual(inbox.process.wait(10), 0)
 
     def test_it_ends_though_connections_wait_for_others(self) -> None:
         path = self.config("MAX_CONNECTIONS = 1")
@@ -3698,7 +3712,8 @@ class RunningTest(unittest.TestCase):
             send(inbox.url, OFFER)
             demands: list[tuple[dict[str, Any], str]] = [
                 ({"pattern": "RequestReview"}, "^unknown pattern .* nearest: Request Review$"),
-                ({"type": "Ofer"}, "^unknown type .* nearest: Offer$"), ({"status": "2x"}, "a status such as"),
+                ({"type": "Ofer"}, "^unknown type .* nearest: Offer$"),
+                ({"status": "2x"}, "a status such as"),
                 ({"type": "ReviewAction"}, "nearest: coar-notify:ReviewAction"),
             ]  # fmt: skip
             for demand, expected in demands:
@@ -4047,7 +4062,7 @@ class CheckTest(ProgramTest):
         (self.directory / "empty").mkdir()
         status, _, stderr = self.invoke("--check", "empty")
         self.assertEqual(status, 2)
-        self.assertIn("0 checked", stderr)
+        self.assertIn("0 checked, 0 refused", stderr)
 
     def test_what_is_no_file_is_passed_over_and_what_is_too_large_is_refused(self) -> None:
         self.write("a/large.json", changed(ACCEPT, "summary", "x" * 2_000_000))
