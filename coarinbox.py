@@ -31,9 +31,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
-import email.utils
 import errno
-import functools
 import hashlib
 import heapq
 import html
@@ -64,7 +62,7 @@ import uuid
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from http import HTTPStatus
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 __version__ = "0.1.0"
@@ -245,7 +243,10 @@ def optional(kind: Kind) -> Kind:
 A_FLAG = Kind("True or False", lambda value: type(value) is bool)
 A_MODE = Kind('True, False or "strict"', lambda value: type(value) is bool or value == "strict")
 A_STATUS = Kind("201 or 202", lambda value: type(value) is int and value in (201, 202))
-A_COUNT = Kind("a whole number above 0", lambda value: type(value) is int and 0 < value < 2**31)
+A_COUNT = Kind(
+    "a whole number from 1 to 2147483647",
+    lambda value: type(value) is int and 1 <= value <= 2147483647,
+)
 A_PORT = Kind("a port, 0 to 65535", lambda value: type(value) is int and 0 <= value <= 65535)
 A_DURATION = Kind(  # sockets refuse what the platform's clock cannot hold
     "a number of seconds, 0.001 to 86400",
@@ -382,6 +383,7 @@ class Pattern(NamedTuple):
     """A kind of notification, known by its types."""
 
     name: str
+    family: str  # those that share their rules
     page: str  # below SPECIFICATION
     types: tuple[str, ...]
 
@@ -392,22 +394,23 @@ class Pattern(NamedTuple):
 
 # fmt: off
 PATTERNS = (
-    Pattern("Accept", "accept", ("Accept",)),
-    Pattern("Announce Endorsement", "announce-endorsement",
+    Pattern("Accept", "answer", "accept", ("Accept",)),
+    Pattern("Announce Endorsement", "announcement", "announce-endorsement",
             ("Announce", "coar-notify:EndorsementAction")),
-    Pattern("Announce Relationship", "announce-relationship",
+    Pattern("Announce Relationship", "relationship", "announce-relationship",
             ("Announce", "coar-notify:RelationshipAction")),
-    Pattern("Announce Review", "announce-review", ("Announce", "coar-notify:ReviewAction")),
-    Pattern("Announce Service Result", "announce-resource", ("Announce",)),
-    Pattern("Reject", "reject", ("Reject",)),
-    Pattern("Request Endorsement", "request-endorsement",
+    Pattern("Announce Review", "announcement", "announce-review",
+            ("Announce", "coar-notify:ReviewAction")),
+    Pattern("Announce Service Result", "service result", "announce-resource", ("Announce",)),
+    Pattern("Reject", "answer", "reject", ("Reject",)),
+    Pattern("Request Endorsement", "request", "request-endorsement",
             ("Offer", "coar-notify:EndorsementAction")),
-    Pattern("Request Review", "request-review", ("Offer", "coar-notify:ReviewAction")),
-    Pattern("Tentatively Accept", "tentative-accept", ("TentativeAccept",)),
-    Pattern("Tentatively Reject", "tentative-reject", ("TentativeReject",)),
-    Pattern("Unprocessable Notification", "unprocessable",
+    Pattern("Request Review", "request", "request-review", ("Offer", "coar-notify:ReviewAction")),
+    Pattern("Tentatively Accept", "answer", "tentative-accept", ("TentativeAccept",)),
+    Pattern("Tentatively Reject", "answer", "tentative-reject", ("TentativeReject",)),
+    Pattern("Unprocessable Notification", "unprocessable", "unprocessable",
             ("Flag", "coar-notify:UnprocessableNotification")),
-    Pattern("Undo Offer", "undo-offer", ("Undo",)),
+    Pattern("Undo Offer", "answer", "undo-offer", ("Undo",)),
 )
 # fmt: on
 
@@ -432,15 +435,9 @@ def types_of(value: Any) -> frozenset[str]:
     return frozenset(name for name in names if isinstance(name, str))
 
 
-# Nearly every notification has just the types of its pattern.
-BY_TYPES = {frozenset(pattern.types): pattern for pattern in PATTERNS}
-
-
 def pattern_of(document: Any) -> Pattern | None:
     """Find the pattern that a notification claims by its `type`, the most specific that fits."""
     types = types_of(lookup(document, "type"))
-    if types in BY_TYPES:
-        return BY_TYPES[types]
     fitting = [pattern for pattern in PATTERNS if types.issuperset(pattern.types)]
     return max(fitting, key=lambda pattern: len(pattern.types), default=None)
 
@@ -643,51 +640,41 @@ def resource(
     )
 
 
-REQUEST = EVERY + resource("object", no_type=M, no_cite_as=S, no_item=M)
-ANSWER = EVERY + (
-    Rule("inReplyTo",           E),
-    Rule("inReplyTo",           OK, E, equal("object.id")),
-    Rule("object.type",         E, E, TYPES),
-    Rule("object.type",         OK, M, OFFER),
-)
-ANNOUNCE = EVERY + (
+ANNOUNCEMENT = EVERY + (
     Rule("object.type",         E, E, AS2_TYPE),
     Rule("object.ietf:cite-as", S, M, HTTP_URI),
     Rule("context",             E),
     *resource("context"),
 )
-RELATIONSHIP = ANNOUNCE + (
-    Rule("object.as:subject",      E, E, ABSOLUTE_URI),
-    Rule("object.as:relationship", E, E, ABSOLUTE_URI),
-    Rule("object.as:object",       E, E, ABSOLUTE_URI),
-    Rule("context.id",             OK, M, equal("object.as:object")),
-)
-SERVICE_RESULT = ANNOUNCE + (
-    Rule("type",                OK, S, KNOWN_ACTIONS),
-)
-UNPROCESSABLE = EVERY + (
-    Rule("inReplyTo",           E),
-    Rule("summary",             E, M, TEXT),
-)
+
+FAMILIES: Mapping[str, tuple[Rule, ...]] = {
+    "request": EVERY + resource("object", no_type=M, no_cite_as=S, no_item=M),
+    "answer": EVERY + (
+        Rule("inReplyTo",       E),
+        Rule("inReplyTo",       OK, E, equal("object.id")),
+        Rule("object.type",     E, E, TYPES),
+        Rule("object.type",     OK, M, OFFER),
+    ),
+    "announcement": ANNOUNCEMENT,
+    "relationship": ANNOUNCEMENT + (
+        Rule("object.as:subject",      E, E, ABSOLUTE_URI),
+        Rule("object.as:relationship", E, E, ABSOLUTE_URI),
+        Rule("object.as:object",       E, E, ABSOLUTE_URI),
+        Rule("context.id",             OK, M, equal("object.as:object")),
+    ),
+    "service result": ANNOUNCEMENT + (
+        Rule("type",            OK, S, KNOWN_ACTIONS),
+    ),
+    "unprocessable": EVERY + (
+        Rule("inReplyTo",       E),
+        Rule("summary",         E, M, TEXT),
+    ),
+}
 # fmt: on
 
-RULES: Mapping[str, tuple[Rule, ...]] = {
-    "Accept": ANSWER,
-    "Announce Endorsement": ANNOUNCE,
-    "Announce Relationship": RELATIONSHIP,
-    "Announce Review": ANNOUNCE,
-    "Announce Service Result": SERVICE_RESULT,
-    "Reject": ANSWER,
-    "Request Endorsement": REQUEST,
-    "Request Review": REQUEST,
-    "Tentatively Accept": ANSWER,
-    "Tentatively Reject": ANSWER,
-    "Unprocessable Notification": UNPROCESSABLE,
-    "Undo Offer": ANSWER,
-}
+RULES = {pattern.name: FAMILIES[pattern.family] for pattern in PATTERNS}
 
-
-EMBEDDED: Mapping[str, tuple[Rule, ...]] = {
+EMBEDDED = {
     name: tuple(
         rule._replace(absent=IN_EMBEDDED[rule.absent], wrong=IN_EMBEDDED[rule.wrong])
         for rule in rules
@@ -718,7 +705,7 @@ def parts(document: Any) -> Iterator[tuple[str, Any, Pattern | None, tuple[Rule,
     """
     prefix, pattern = "", pattern_of(document)
     yield prefix, document, pattern, RULES[pattern.name] if pattern else EVERY
-    while pattern and RULES[pattern.name] is ANSWER:
+    while pattern and pattern.family == "answer":
         prefix, document = prefix + "/object", document.get("object")
         pattern = pattern_of(document)
         if pattern:
@@ -738,7 +725,7 @@ def validate(document: Any) -> list[Finding]:
         for rule in rules:
             finding = rule.examine(values, prefix, spec)
             if finding:
-                # An answer and the offer in it make some of the same demands of its object.
+                # An answer and the offer in it make some of the same demands of the same members.
                 findings.setdefault(finding.message, finding)
     return list(findings.values())
 
@@ -1014,7 +1001,7 @@ class Delivery(NamedTuple):
         return delivery if usable else None
 
 
-def found(name: str, octets: bytes) -> Delivery:
+def put_by_hand(name: str, octets: bytes) -> Delivery:
     """Describe a notification that was put into the store by hand."""
     document, detail = None, ""
     try:
@@ -1127,7 +1114,6 @@ class DeliveryLog:
         self.path = path
         self.changed = threading.Condition()
         self.alarms = 0
-        self.end = 0  # offset of the end of our last line, after which nothing need be looked at
 
     def append(self, delivery: Delivery) -> None:
         """Write a delivery at the end of the log, with the time, whole or not at all."""
@@ -1135,14 +1121,13 @@ class DeliveryLog:
             # Here, so that the lines are in the order of their times.
             line = json.dumps({**delivery.as_json(), "time": utc_now()}).encode() + b"\n"
             end = file.tell()
-            if end != self.end and not self.is_whole(file):
+            if not self.is_whole(file):
                 # The last line was cut short, or another process is just writing it: then an
                 # empty line will follow.
                 line = b"\n" + line
             if file.write(line) < len(line):
                 file.truncate(end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self.end = end + len(line)
             self.changed.notify_all()
 
     def is_whole(self, file: IO[bytes]) -> bool:
@@ -1202,9 +1187,10 @@ class DeliveryLog:
             if not ids.isdisjoint((delivery.about.get("id"), delivery.about.get("inReplyTo")))
         )
         newest = list(itertools.islice(found, CONVERSATION))
-        known = any(delivery.about.get("id") == asked for delivery in newest)
-        older = (delivery for delivery in found if delivery.about.get("id") == asked and not known)
-        return [*itertools.islice(older, 1), *reversed(newest)]
+        if asked and all(delivery.about.get("id") != asked for delivery in newest):
+            older = (delivery for delivery in found if delivery.about.get("id") == asked)
+            newest += itertools.islice(older, 1)
+        return newest[::-1]
 
     def bookmark(self, query: Query) -> Bookmark:
         """Find the place from which `follow` has what is wanted: the end, if nobody says."""
@@ -1240,19 +1226,18 @@ class DeliveryLog:
                 if not found.holds(file):  # nor may it change while it is read
                     bookmark = BEGINNING
             while state == self.state():
-                alarms = self.alarms  # one that comes before the wait must not be lost
                 yield None
                 with self.changed:
-                    if (state, alarms) == (self.state(), self.alarms):
+                    if state == self.state():
                         self.changed.wait(patience())
 
     def state(self) -> tuple[int, ...]:
-        """Return what is another whenever the file is."""
+        """Return what is another whenever the file is, or somebody calls `wake`."""
         try:
             status = os.stat(self.path)
         except FileNotFoundError:
-            return ()
-        return status.st_ino, status.st_size, status.st_mtime_ns
+            return (self.alarms,)
+        return self.alarms, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 # --- Pages ---------------------------------------------------------------------------------------
@@ -1441,6 +1426,8 @@ HOME = """<h1>Deliveries</h1>
 <label>Filter <input id="q" type="search" name="q" value="{q}" autocomplete="off"
 placeholder="pattern, id, origin, finding …"></label>
 <label>Status <select id="status" name="status">{options}</select></label>
+<input type="hidden" name="pattern" value="{pattern}">
+<input type="hidden" name="since" value="{since}">
 <button id="filter">Filter</button>
 <button id="empty" type="button" hidden>Empty the inbox</button>
 </form>
@@ -1597,9 +1584,10 @@ def home_page(site: Site, query: Query, deliveries: Sequence[Delivery]) -> Html:
         content = rows(site, listed)
     elif query == Query():
         content = fill(EMPTY, site)
+    statuses = {**STATUSES, query.status: STATUSES.get(query.status, query.status)}
     options = [
         fill(OPTION, value=value, label=label, selected=Html(" selected" * (value == query.status)))
-        for value, label in STATUSES.items()
+        for value, label in statuses.items()
     ]
     more = turn_page(query, deliveries)
     home = fill(HOME, query, options=options, newest=newest, deliveries=content, more=more)
@@ -1713,11 +1701,11 @@ def outline(
     """Yield the lines of a document as JSON, each with the path to what begins on it."""
     children: list[tuple[str, str, Any]] = []
     if isinstance(value, dict):
-        children = [(name, f"{as_json(name)}: ", child) for name, child in value.items()]
+        children = [(name, f"{json_text(name)}: ", child) for name, child in value.items()]
     elif isinstance(value, list) and any(isinstance(child, (dict, list)) for child in value):
         children = [(str(index), "", child) for index, child in enumerate(value)]
     if not children:
-        yield path, f"{before}{as_json(value)}{after}"
+        yield path, f"{before}{json_text(value)}{after}"
         return
     opening, closing = "{}" if isinstance(value, dict) else "[]"
     margin = "  " * len(path)
@@ -1728,7 +1716,7 @@ def outline(
     yield None, margin + closing + after
 
 
-def as_json(value: Any) -> str:
+def json_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -1828,7 +1816,6 @@ class Problem(Exception):
     def __init__(
         self, status: int, detail: str, headers: Mapping[str, str] = {}, **members: Any
     ) -> None:
-        super().__init__(detail)
         self.status, self.detail = int(status), detail
         self.headers, self.members = headers, members
 
@@ -1883,8 +1870,6 @@ class Failure(NamedTuple):
     @classmethod
     def from_query(cls, text: str) -> Failure:
         """Read the query of a URL. Raises `ValueError` if it does not make a failure."""
-        if not text:
-            return cls()
         values = parse_query(text, FAILURE_PARAMETERS)
         if values and not values.keys() & {"status", "delay", "close"}:
             raise ValueError("a failure needs a status, a delay or close")
@@ -1957,9 +1942,6 @@ EMPTY_LINES = 8  # ends of lines before a request that are passed over
 # Seconds for which a connection that ends early is still read, so that its client gets the answer.
 LINGER = 2.0
 
-# Seconds that a client may take over a request, or an answer, even if others want to be served.
-GRACE = 0.5
-
 INBOX = "/inbox/?"
 # The beginning of a request that delivers a notification, even if the rest is malformed.
 DELIVERS = re.compile(f"POST +(https?://[^/? ]*)?/*{INBOX}[?\\s]".encode(), re.IGNORECASE)
@@ -1982,25 +1964,25 @@ def quality(media_type: str, accept: str) -> float:
     return 0.0
 
 
-@functools.lru_cache(maxsize=1)
-def http_date(second: int) -> str:
-    return email.utils.formatdate(second, usegmt=True)
-
-
 def authority(url: str) -> str:
     """Return the host of a URL, with its port unless that is the usual one."""
     host = url.lower().partition("//")[2].partition("/")[0].rpartition("@")[2]
     return re.sub(":(80|443)$", "", host)
 
 
+Asked = TypeVar("Asked", Query, Failure)
+
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class Wait(NamedTuple):
-    """What a connection waits for."""
+    """What a connection waits for.
+
+    Without a request that has begun, it is for the next one, or for the next event of a stream.
+    """
 
     since: float  # as of `time.monotonic`
-    how: int  # for `socket.shutdown`, to end it
+    how: int  # for `socket.shutdown`, to end it: no more is read, or nothing goes either way
     begun: bool = False  # whether it is for the rest of a request, or until an answer is taken
 
 
@@ -2014,7 +1996,9 @@ class Wire(io.RawIOBase):
     def __init__(self, handler: InboxHandler) -> None:
         self.handler, self.connection = handler, handler.connection
         self.waits = True  # whether reading waits for the client, or else finds nothing
-        self.ready = False  # whether the selector says that there is something
+        # Whether the selector says that there is something: for one reading, or a client that
+        # sends all the time would keep the leader from all others.
+        self.ready = False
         self.ended = False  # whether the client will send no more
         self.connection.setblocking(False)
 
@@ -2031,14 +2015,21 @@ class Wire(io.RawIOBase):
             return None
         self.ready = False
         try:
-            size = self.connection.recv_into(buffer)
-        except WOULD_BLOCK:
-            if not self.waits:
-                return None
-            size = self.read_in_time(buffer)
+            try:
+                size = self.connection.recv_into(buffer)
+            except WOULD_BLOCK:
+                if not self.waits:
+                    return None
+                with self.patiently(socket.SHUT_RD):
+                    size = self.connection.recv_into(buffer)
+        except socket.timeout:
+            raise self.too_late() from None
         except ConnectionError:
             size = 0  # a client that is gone will send no more
         self.ended = size == 0
+        if self.ended and self.waits and self.handler.evicted:
+            detail = "the request was not complete when others came (MAX_CONNECTIONS)"
+            raise Problem(503, detail, {"Retry-After": "1"})
         if self.waits and time.monotonic() > self.deadline:
             raise self.too_late()
         return size
@@ -2049,19 +2040,6 @@ class Wire(io.RawIOBase):
 
     def too_late(self) -> Problem:
         return Problem(408, "the request was not complete in time (REQUEST_TIMEOUT)")
-
-    def read_in_time(self, buffer: Any) -> Any:
-        try:
-            with self.patiently(socket.SHUT_RD):
-                size = self.connection.recv_into(buffer)
-        except socket.timeout:
-            raise self.too_late() from None
-        except ConnectionError:
-            size = 0
-        if not size and self.handler.evicted:
-            detail = "the request was not complete when others came (MAX_CONNECTIONS)"
-            raise Problem(503, detail, {"Retry-After": "1"})
-        return size
 
     def send(self, octets: bytes) -> None:
         """Send all. Raises `OSError` if the client is gone, or does not take it in time."""
@@ -2086,9 +2064,8 @@ class Wire(io.RawIOBase):
 class InboxHandler(http.server.BaseHTTPRequestHandler):
     """Serves the requests of one connection.
 
-    The base class parses a request and calls `do_GET` or its like. All of these are `serve`, which
-    finds the resource in `ROUTES` and sends the `Response` that its method returns. Whatever is
-    wrong is raised as `Problem`, by the base class too. `reply` writes every answer.
+    `serve` finds the resource in `ROUTES` and sends the `Response` that its method returns.
+    Whatever is wrong is raised as `Problem`. `reply` writes every answer.
     """
 
     protocol_version = "HTTP/1.1"
@@ -2108,7 +2085,6 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         self.wire = Wire(self)
         self.rfile = self.incoming = io.BufferedReader(self.wire)
         self.close_connection = False
-        self.watched = False  # whether the server looks for requests on the connection
         self.evicted = False  # whether it was ended for the sake of others
         self.unread = False  # whether the connection holds octets that belong to this request
 
@@ -2169,12 +2145,16 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         self.name, self.simulated = "", False
         self.wire.start(self.server.settings.REQUEST_TIMEOUT)
         try:
-            super().handle_one_request()
+            self.read_head()
+            self.serve()
         except Problem as problem:
             self.reply(problem.response())
 
-    def parse_request(self) -> bool:
-        """Parse the head of a request (RFC 9112 sections 2 to 6); faults are raised."""
+    def read_head(self) -> None:
+        """Read and parse the head of a request (RFC 9112 sections 2 to 6); faults are raised."""
+        self.raw_requestline = self.incoming.readline(MAX_LINE + 1)
+        if len(self.raw_requestline) > MAX_LINE:
+            raise Problem(414, f"the request line is longer than {MAX_LINE} octets")
         line = self.raw_requestline.decode("latin-1")
         self.requestline = line.rstrip("\r\n")
         match = REQUEST_LINE.fullmatch(line)
@@ -2195,7 +2175,6 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
                 self.log_message("%s: %s", name, value)
         self.check_version()
         self.check_framing()
-        return True
 
     def read_fields(self) -> Iterator[tuple[str, str]]:
         """Read header lines up to the empty one; yield their names and values."""
@@ -2222,14 +2201,6 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         # `read_body` sends the 100 once nothing else stands in the body's way.
         self.continue_expected = not old and self.fields.get("expect", "").lower() == "100-continue"
 
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Raise what the base class would send as HTML."""
-        if code == HTTPStatus.NOT_IMPLEMENTED:
-            self.serve()  # which answers a verb that nothing knows with 405, or 404
-        else:
-            detail = ": ".join(text for text in (message, explain) if text)
-            raise Problem(code, detail or HTTPStatus(code).description)
-
     def serve(self) -> None:
         try:
             response = self.route()
@@ -2239,8 +2210,6 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             self.server.fault(error)
             raise Problem(500, "a fault of the inbox itself; its log says more") from error
         self.reply(response)
-
-    do_GET = do_HEAD = do_POST = do_DELETE = do_OPTIONS = serve
 
     def route(self) -> Response:
         """Find the resource and let it answer."""
@@ -2294,7 +2263,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             framing = {"Transfer-Encoding": "chunked"} if self.takes_chunks else {}
         fields = {
             "Server": self.server_version,
-            "Date": http_date(int(time.time())),
+            "Date": self.date_time_string(),
             **response.headers,
             "Vary": "Accept",
             "X-Content-Type-Options": "nosniff",
@@ -2420,11 +2389,10 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     def wants_html(self) -> bool:
         return self.prefers("text/html")
 
-    @contextlib.contextmanager
-    def query(self) -> Iterator[str]:
-        """Hand out the query of the URL; what is wrong with it is a problem."""
+    def query(self, read: Callable[[str], Asked]) -> Asked:
+        """Read the query of the URL; what is wrong with it is a problem."""
         try:
-            yield self.path.partition("?")[2]
+            return read(self.path.partition("?")[2])
         except ValueError as error:
             raise Problem(400, str(error)) from error
 
@@ -2549,8 +2517,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     # The resources
 
     def get_home(self) -> Response:
-        with self.query() as text:
-            query = Query.from_query(text)
+        query = self.query(Query.from_query)
         with store_problems():
             deliveries = list(self.server.deliveries.select(query, int(query.limit) + 1))
         link = f'<{self.base}/inbox>; rel="http://www.w3.org/ns/ldp#inbox"'
@@ -2579,8 +2546,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         self.check_content()
         if self.server.settings.DEBUG:
             self.log_message("%s", octets.decode("utf-8", "backslashreplace"))
-        with self.query() as text:
-            failure = Failure.from_query(text)
+        failure = self.query(Failure.from_query)
         receipt = self.check_notification(octets)
         self.simulate(failure)
         if self.server.store.fsync:
@@ -2596,10 +2562,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         """Forget the notifications and the deliveries, for the next test."""
         self.check_site()
         with store_problems():
-            # In this order, or what arrives meanwhile would be stored without a line in the log.
-            self.server.deliveries.clear()
-            self.server.store.clear()
-            self.server.failures.clear()
+            self.server.clear()
         return Response(204)
 
     def get_notification(self, name: str) -> Response:
@@ -2607,9 +2570,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             octets = self.server.store.read(name)
         if not self.wants_html():
             return Response(200, octets, {"Content-Type": JSON_LD})
-        with store_problems():
-            delivery = self.server.deliveries.find(name) or found(name, octets)
-        return self.show(delivery)
+        return self.show(self.delivery(name))
 
     def delete_notification(self, name: str) -> Response:
         self.check_site()
@@ -2619,8 +2580,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     def get_deliveries(self) -> Response:
         """List the deliveries, the newest first, or send them as they come."""
-        with self.query() as text:
-            query = Query.from_query(text)
+        query = self.query(Query.from_query)
         if self.prefers("text/event-stream"):
             query = query._replace(since=self.fields.get("last-event-id", query.since))
             with store_problems():
@@ -2647,10 +2607,8 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     def delivery(self, name: str) -> Delivery:
         with store_problems():
-            delivery = self.server.deliveries.find(name)
-        if delivery is None:
-            raise Problem(404, "no delivery has this name")
-        return delivery
+            known = self.server.deliveries.find(name)
+            return known or put_by_hand(name, self.server.store.read(name))
 
     def show(self, delivery: Delivery) -> Response:
         with store_problems():
@@ -2701,6 +2659,10 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 # --- Server --------------------------------------------------------------------------------------
 
 
+# Seconds that a client may take over a request, or an answer, even if others want to be served.
+GRACE = 0.5
+
+
 @contextlib.contextmanager
 def unusable(what: str) -> Iterator[None]:
     """Turn errors of the operating system into errors of the settings that led to them."""
@@ -2734,6 +2696,7 @@ class InboxServer(http.server.HTTPServer):
     """
 
     request_queue_size = 1024
+    allow_reuse_port = False  # from Python 3.14 on, two inboxes could have the same one
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -2745,7 +2708,7 @@ class InboxServer(http.server.HTTPServer):
         self.waiting: dict[InboxHandler, Wait] = {}
         self.selector = selectors.DefaultSelector()
         self.leader = 0  # the thread that leads
-        self.listening, self.full_until = False, 0.0
+        self.full_until = 0.0  # when to look for new connections again
         self.poll_interval, self.next_look = 0.1, 0.0
         # While some connections are being ended there may be more than MAX_CONNECTIONS.
         self.threads = concurrent.futures.ThreadPoolExecutor(2 * settings.MAX_CONNECTIONS + 1)
@@ -2793,6 +2756,13 @@ class InboxServer(http.server.HTTPServer):
         is_local = ip.is_loopback if ip else name.endswith(".localhost")
         return is_local or name.strip("[]") == known.rstrip(".")
 
+    def clear(self) -> None:
+        """Forget all deliveries, notifications, and failures that were to come."""
+        # In this order, or what arrives meanwhile would be stored without a line in the log.
+        self.deliveries.clear()
+        self.store.clear()
+        self.failures.clear()
+
     # The threads
 
     def serve_forever(self, poll_interval: float = 0.1) -> None:
@@ -2827,7 +2797,7 @@ class InboxServer(http.server.HTTPServer):
     def look_around(self) -> None:
         """Wait until some connections need a thread, and serve them."""
         if time.monotonic() >= self.full_until:
-            self.listen(True)
+            self.watch(self.socket, True)
         events = self.selector.select(self.poll_interval)
         # Those who have sent something come before new connections, which may need their room.
         for key, _ in sorted(events, key=lambda event: event[0].data is None):
@@ -2845,7 +2815,7 @@ class InboxServer(http.server.HTTPServer):
         """Let another thread lead, if this one does: it has to wait while it serves `handler`."""
         if self.leader != threading.get_ident() or self.closing.is_set():
             return
-        self.watch(handler, False)
+        self.watch(handler.connection, False)
         self.leader = 0
         self.find_leader()
 
@@ -2854,7 +2824,9 @@ class InboxServer(http.server.HTTPServer):
         try:
             handler.handle()
             if not handler.close_connection:
-                self.watch(handler, True)  # from here on, it may be another thread's
+                self.watch(
+                    handler.connection, True, handler
+                )  # from here on, it may be another thread's
                 return
         except Exception as error:
             self.fault(error)
@@ -2865,7 +2837,7 @@ class InboxServer(http.server.HTTPServer):
         """Let others be served while this thread waits; what it waits for may end meanwhile."""
         self.resign(handler)
         with self.lock:
-            before = self.waiting.get(handler)
+            before = self.waiting.get(handler)  # a stream can be ended while it is sent too
             self.waiting[handler] = before or wait
         try:
             if self.closing.is_set():
@@ -2900,7 +2872,7 @@ class InboxServer(http.server.HTTPServer):
         with self.lock:
             self.connections.add(handler)
         self.rest(handler)
-        self.watch(handler, True)
+        self.watch(handler.connection, True, handler)
         return True
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -2915,25 +2887,18 @@ class InboxServer(http.server.HTTPServer):
     def pause(self) -> None:
         """Leave new connections alone until another one ends, or a little later."""
         self.full_until = time.monotonic() + self.poll_interval
-        self.listen(False)
+        self.watch(self.socket, False)
 
-    def listen(self, wanted: bool) -> None:
-        """Look for new connections, or not for now."""
+    def watch(
+        self, source: socket.socket, wanted: bool, handler: InboxHandler | None = None
+    ) -> None:
+        """Look for what comes on a connection, or for new connections, or not for now."""
         with self.lock:
-            if wanted and not self.listening:
-                self.selector.register(self.socket, selectors.EVENT_READ)
-            elif self.listening and not wanted:
-                self.selector.unregister(self.socket)
-            self.listening = wanted
-
-    def watch(self, handler: InboxHandler, wanted: bool) -> None:
-        """Look for requests on a connection, or not for now."""
-        with self.lock:
-            if wanted and not handler.watched:
-                self.selector.register(handler.connection, selectors.EVENT_READ, handler)
-            elif handler.watched and not wanted:
-                self.selector.unregister(handler.connection)
-            handler.watched = wanted
+            watched = source in self.selector.get_map()
+            if wanted and not watched:
+                self.selector.register(source, selectors.EVENT_READ, handler)
+            elif watched and not wanted:
+                self.selector.unregister(source)
 
     def rest(self, handler: InboxHandler) -> None:
         """Note that a connection waits for its next request."""
@@ -2950,13 +2915,13 @@ class InboxServer(http.server.HTTPServer):
         try:
             handler.finish()
         finally:
-            self.watch(handler, False)
+            self.watch(handler.connection, False)
             self.shutdown_request(handler.request)
             with self.lock:
                 self.waiting.pop(handler, None)
                 self.connections.discard(handler)
             if not self.closing.is_set():
-                self.listen(True)
+                self.watch(self.socket, True)
 
     def end(self, handler: InboxHandler) -> None:
         """Have a connection end that is waiting."""
@@ -2970,13 +2935,13 @@ class InboxServer(http.server.HTTPServer):
         with self.lock:
             now, many = time.monotonic(), len(self.connections)
             endable = [
-                (wait.since, id(handler), handler)
+                handler
                 for handler, wait in self.waiting.items()
                 if not wait.begun or now - wait.since > GRACE
             ]
             if not endable or many >= 2 * self.settings.MAX_CONNECTIONS:
                 return False
-            self.end(min(endable)[2])
+            self.end(min(endable, key=lambda handler: self.waiting[handler].since))
         self.deliveries.wake()
         return True
 
@@ -3047,11 +3012,13 @@ class Wanted(NamedTuple):
     def check(self) -> Wanted:
         """Refuse what no delivery could ever be, lest a misspelt test passes or waits in vain.
 
-        Raises `AssertionError`, and `TypeError` for a predicate that is none. A type may be any,
-        but not nearly one that a pattern has.
+        Raises `AssertionError`, and `TypeError` for a predicate or a type that is none. A type may
+        be any, but not nearly one that a pattern has.
         """
         if self.predicate is not None and not callable(self.predicate):
             raise TypeError(f"the predicate {quoted(self.predicate)} cannot be called")
+        if not isinstance(self.type, str):
+            raise TypeError(f"the type {quoted(self.type)} is not one name")
         for spelt in (self.type, f"coar-notify:{self.type}"):
             near = difflib.get_close_matches(spelt, KNOWN_TYPES, cutoff=0.85)
             if near and self.type not in KNOWN_TYPES:
@@ -3097,15 +3064,15 @@ class Inbox:
         return f"{self.server.base}/inbox"
 
     @property
-    def log(self) -> DeliveryLog:
+    def open_server(self) -> InboxServer:
         if self.server.closing.is_set():
             raise RuntimeError("the inbox is closed; look at it inside the `with` block")
-        return self.server.deliveries
+        return self.server
 
     @property
     def deliveries(self) -> list[Delivery]:
         """Every attempt so far, the first one first; see `Delivery`."""
-        return [self.complete(each) for each in self.log.newest_first()][::-1]
+        return [self.complete(each) for each in self.open_server.deliveries.newest_first()][::-1]
 
     @property
     def notifications(self) -> list[Any]:
@@ -3175,7 +3142,7 @@ class Inbox:
         def remaining() -> float:
             return max(0, deadline - time.monotonic())
 
-        for delivery in self.log.follow(BEGINNING, remaining):
+        for delivery in self.open_server.deliveries.follow(BEGINNING, remaining):
             if not remaining() and (not delivery or delivery.time > start):
                 return
             if delivery:
@@ -3183,9 +3150,7 @@ class Inbox:
 
     def clear(self) -> None:
         """Forget all deliveries, notifications, and failures that were to come."""
-        self.log.clear()
-        self.server.store.clear()
-        self.server.failures.clear()
+        self.open_server.clear()
 
     def fail_next(
         self,
@@ -3307,19 +3272,16 @@ def read_file(path: str) -> bytes:
         return file.read()
 
 
-def check_file(octets: bytes, settings: Settings) -> tuple[list[str], bool]:
-    """Return a line for each finding in a notification, and whether an inbox would refuse it."""
+def check_file(octets: bytes, settings: Settings) -> tuple[list[Finding], list[Finding]]:
+    """Judge a notification as an inbox would; returns what it is refused for, and the warnings."""
     try:
         errors, warnings = judge(parse(octets), settings.VALIDATE_INCOMING)
     except ValueError as error:
-        return [f"{E} - json it is not JSON: {error}"], True
-    lines = [
-        f"{finding.level} {finding.pointer or '-'} {finding.code} {finding.message}"
-        for finding in errors + warnings
-    ]
+        errors, warnings = [Finding(E, "", "json", f"it is not JSON: {error}", SPECIFICATION)], []
     if len(octets) > settings.MAX_CONTENT_LENGTH:
-        lines.append(f"{E} - size it is larger than {settings.MAX_CONTENT_LENGTH} octets")
-    return lines, bool(errors) or len(octets) > settings.MAX_CONTENT_LENGTH
+        size = f"it is larger than {settings.MAX_CONTENT_LENGTH} octets"
+        errors = [*errors, Finding(E, "", "size", size, SPECIFICATION)]
+    return errors, warnings
 
 
 def check(paths: list[str], settings: Settings) -> int:
@@ -3328,12 +3290,14 @@ def check(paths: list[str], settings: Settings) -> int:
     verdicts = []
     for file in (file for path in paths for file in files_below(path, errors.append)):
         try:
-            lines, refused = check_file(read_file(file), settings)
+            refused, warnings = check_file(read_file(file), settings)
         except OSError as error:
             errors.append(error)
             continue
-        verdicts.append(refused)
-        print("".join(f"{visible(file)}: {line}\n" for line in lines), end="")
+        verdicts.append(refused != [])
+        for finding in refused + warnings:
+            where = f"{visible(file)}: {finding.level} {finding.pointer or '-'}"
+            print(f"{where} {finding.code} {finding.message}")
     for each in errors:
         print(visible(f"coarinbox: {each.filename}: {each.strerror}"), file=sys.stderr)
     print(f"coarinbox: {len(verdicts)} checked, {sum(verdicts)} refused", file=sys.stderr)

@@ -2796,7 +2796,7 @@ class PageTest(DeliveriesTest):
             self.post(document)
         page = self.page("/?q=offer-1&status=4xx")
         self.assertEqual(len(page.rows), 1)
-        self.assertEqual(page.one("input").attributes["value"], "offer-1")
+        self.assertEqual(page.one("input", id="q").attributes["value"], "offer-1")
         chosen = [option for option in page.all("option") if "selected" in option.attributes]
         self.assertEqual([option.attributes["value"] for option in chosen], ["4xx"])
         self.assertEqual(len(self.page("/?q=&status=").rows), 3)
@@ -4256,7 +4256,9 @@ class ScarcityTest(InboxTest):
                 connection.sendall(post_head(f"Content-Length: {len(BODY)}"))
             self.wait_until(lambda: sum(wait.begun for wait in self.server.waiting.values()) == 2)
             clients.enter_context(socket.create_connection(address(self.server), 10))
-            self.wait_until(lambda: not self.server.listening)  # it has been seen
+            self.wait_until(
+                lambda: self.server.socket not in self.server.selector.get_map()
+            )  # it has been seen
             for connection in begun:
                 connection.sendall(BODY)
                 with connection.makefile("rb") as stream:

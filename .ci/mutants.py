@@ -279,7 +279,20 @@ def load(path: Path, code: types.CodeType) -> None:
     exec(code, module.__dict__)  # noqa: S102
 
 
-def run_tests(names: list[str], directory: Path, source: bytes, tests: types.CodeType) -> bool:
+def result_class(plan: Plan) -> type[unittest.TextTestResult]:
+    class Result(unittest.TextTestResult):
+        """A test that takes much longer than usual ends the process."""
+
+        def startTest(self, test: unittest.TestCase) -> None:
+            super().startTest(test)
+            signal.setitimer(signal.ITIMER_REAL, 5 + 3 * plan.seconds.get(test.id(), 0))
+
+    return Result
+
+
+def run_tests(
+    names: list[str], directory: Path, source: bytes, tests: types.CodeType, plan: Plan
+) -> bool:
     """Run tests on a module, in a process of their own; returns whether all pass."""
     os.chdir(directory)
     (directory / MODULE).write_bytes(source)
@@ -288,7 +301,8 @@ def run_tests(names: list[str], directory: Path, source: bytes, tests: types.Cod
         load(directory / TESTS, tests)
         suite = unittest.defaultTestLoader.loadTestsFromNames(names)
         with (directory / "outcome").open("w") as outcome:
-            runner = unittest.TextTestRunner(outcome, failfast=True, verbosity=0)
+            results = result_class(plan)
+            runner = unittest.TextTestRunner(outcome, failfast=True, resultclass=results)
             return runner.run(suite).wasSuccessful()
     except BaseException:
         return False
@@ -297,7 +311,6 @@ def run_tests(names: list[str], directory: Path, source: bytes, tests: types.Cod
 class Trial(NamedTuple):
     mutant: Mutant | None  # None to see that nothing fails by itself
     directory: Path
-    deadline: float
 
 
 class Trials:
@@ -314,7 +327,6 @@ class Trials:
     def start(self, mutant: Mutant | None) -> None:
         names = self.plan.order(mutant.line if mutant else 0)
         source = mutated(self.source, mutant) if mutant else self.source
-        seconds = 20 + 5 * sum(self.plan.seconds[name] for name in names)
         directory = self.free.pop()
         (directory / "outcome").write_text("")
         process = os.fork()
@@ -323,28 +335,18 @@ class Trials:
             quiet = os.open(os.devnull, os.O_RDWR)
             for descriptor in (0, 1, 2):
                 os.dup2(quiet, descriptor)
-            passed = run_tests(names, directory, source, self.tests)
+            passed = run_tests(names, directory, source, self.tests, self.plan)
             os._exit(0 if passed else 1)
-        self.running[process] = Trial(mutant, directory, time.monotonic() + seconds)
+        self.running[process] = Trial(mutant, directory)
 
     def next_end(self) -> tuple[Mutant | None, bool, str]:
         """Wait for the end of a trial; returns its mutant, whether it was killed, and how."""
-        while True:
-            process, status = os.waitpid(-1, os.WNOHANG)
-            if process in self.running:
-                break
-            for process, trial in self.running.items():
-                if time.monotonic() > trial.deadline:
-                    self.stop(process)
-            time.sleep(0.01)
+        process, status = os.wait()
         trial = self.running.pop(process)
-        self.stop(process)  # what it has left behind
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process, signal.SIGKILL)  # what it has left behind
         self.free.append(trial.directory)
         return trial.mutant, status != 0, (trial.directory / "outcome").read_text()
-
-    def stop(self, process: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process, signal.SIGKILL)
 
 
 def results(trials: Trials, chosen: list[Mutant]) -> Iterator[tuple[Mutant | None, bool, str]]:
