@@ -1342,6 +1342,8 @@ class LogTest(InboxTest):
             '"POST /inbox HTTP/1.1" 400',
         ):
             self.assertIn(line, lines)
+        for line in self.log_lines():
+            self.assertTrue(line.startswith(f"{address(self.server)[0]} "), line)
 
 
 class ScriptLogTest(InboxTest):
@@ -2071,9 +2073,11 @@ class DeliveryLogTest(DeliveriesTest):
         self.assertEqual(self.deliveries(), [line])
 
     def test_secrets_are_masked(self) -> None:
-        self.post(Authorization="Bearer s3cret", Cookie="session=s3cret")
+        more = {"Proxy-Authorization": "Basic s3cret"}
+        self.post(Authorization="Bearer s3cret", Cookie="session=s3cret", **more)
         self.post(authorization="Basic s3cret")
         self.assertNotIn(b"s3cret", self.path.read_bytes())
+        self.assertEqual(self.path.read_bytes().count(b"\n"), 2)  # and no empty lines
         self.assertEqual(self.lines()[0]["headers"]["Authorization"], "(masked)")
 
     def test_secrets_do_not_leak_through_what_is_malformed(self) -> None:
@@ -2802,7 +2806,27 @@ class PageTest(DeliveriesTest):
         self.assertEqual(len(self.page("/?q=&status=").rows), 3)
         nothing = self.page("/?q=%22%3E%3Cb%3E")
         self.assertIn("No delivery matches", nothing.one("div", id="deliveries").text)
-        self.assertEqual(nothing.one("input").attributes["value"], '"><b>')
+        self.assertEqual(nothing.one("input", id="q").attributes["value"], '"><b>')
+
+    def test_the_filter_keeps_what_it_has_no_field_for(self) -> None:
+        page = self.page("/?pattern=Accept&since=2026-01-01&status=400")
+        kept = {field.attributes["name"]: field.attributes["value"] for field in page.all("input")}
+        self.assertEqual(kept, {"q": "", "pattern": "Accept", "since": "2026-01-01"})
+        chosen = [option for option in page.all("option") if "selected" in option.attributes]
+        self.assertEqual(
+            [(each.attributes["value"], each.text) for each in chosen], [("400", "400")]
+        )
+
+    def test_what_was_put_into_the_store_by_hand_has_all_its_views(self) -> None:
+        name = "20200101_000000_" + "a" * 32
+        pathlib.Path(self.server.store.path(name)).write_bytes(BODY)
+        page = self.page(f"/inbox/{name}")
+        self.assertIn("found Accept", page.one("h1").text)
+        link = next(each for each in page.all("a") if each.text == "As it came")
+        path = urllib.parse.urljoin(f"/inbox/{name}", link.attributes["href"])
+        self.assertEqual(self.ask("GET", path).body, BODY)
+        self.assertEqual(self.ask("GET", f"/deliveries/{name}").json()["pattern"], "Accept")
+        self.assert_problem(self.ask("GET", f"/deliveries/{name[:-1]}b"), 404)
 
     def test_older_deliveries_are_a_link_away(self) -> None:
         for number in range(100):
@@ -3517,6 +3541,8 @@ class ConfigurationTest(ProgramTest):
                     self.assertRegex(str(caught.exception), rf"^{name} is .*, expected .")
                     self.assertNotIn(f"{name} is None", str(caught.exception) * bool(value))
         self.assertEqual(set(UNUSABLE), set(vars(coarinbox.Settings())))
+        with self.assertRaisesRegex(coarinbox.ConfigurationError, "from 1 to 2147483647"):
+            coarinbox.Settings(MAX_CONTENT_LENGTH=2**31)
         with self.assertRaisesRegex(coarinbox.ConfigurationError, "is 'x{79}, expected"):
             coarinbox.Settings(PORT="x" * 500)  # type: ignore[arg-type]
 
@@ -3724,6 +3750,8 @@ class RunningTest(unittest.TestCase):
                 inbox.assert_none(type=type_)  # others may have them
             with self.assertRaisesRegex(TypeError, "Request Review"):
                 inbox.assert_none("Request Review")  # type: ignore[arg-type]
+            with self.assertRaisesRegex(TypeError, "not one name"):
+                inbox.wait_for(type=["Offer"])  # type: ignore[arg-type]
             with self.assertRaises(KeyError):
                 inbox.assert_none(lambda each: each.notification["objekt"])
 
