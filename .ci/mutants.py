@@ -87,7 +87,7 @@ def changes(node: ast.AST) -> Iterator[ast.AST | None]:
         yield node.operand
     elif isinstance(node, ast.Constant):
         yield from map(ast.Constant, other_constants(node.value))
-    elif isinstance(node, ast.Return) and not is_none(node.value):
+    elif isinstance(node, ast.Return) and not is_empty(node.value):
         yield ast.Return(ast.Constant(None))
     elif isinstance(node, ast.Call) and ast.unparse(node.func) == "contextlib.suppress":
         yield with_(node, args=[])
@@ -126,8 +126,9 @@ def swapped(operator: ast.AST) -> ast.AST:
     return SWAPS[type(operator)]()
 
 
-def is_none(node: ast.AST | None) -> bool:
-    return node is None or (isinstance(node, ast.Constant) and node.value is None)
+def is_empty(node: ast.AST | None) -> bool:
+    """Whether None in place of a value changes little, or what another constant does too."""
+    return node is None or (isinstance(node, ast.Constant) and not node.value)
 
 
 def other_constants(value: object) -> list[Any]:
