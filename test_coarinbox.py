@@ -2828,6 +2828,9 @@ class PageTest(DeliveriesTest):
 
     def test_the_filter_keeps_what_it_has_no_field_for(self) -> None:
         page = self.page("/?pattern=Accept&since=2026-01-01&status=400")
+        options = [(each.attributes["value"], each.text) for each in self.page().all("option")]
+        stored = [("2xx", "2xx stored"), ("4xx", "4xx refused"), ("5xx", "5xx failed")]
+        self.assertEqual(options, [("", "all"), *stored])
         kept = {field.attributes["name"]: field.attributes["value"] for field in page.all("input")}
         self.assertEqual(kept, {"q": "", "pattern": "Accept", "since": "2026-01-01"})
         chosen = [option for option in page.all("option") if "selected" in option.attributes]
@@ -2840,6 +2843,9 @@ class PageTest(DeliveriesTest):
         pathlib.Path(self.server.store.path(name)).write_bytes(BODY)
         page = self.page(f"/inbox/{name}")
         self.assertIn("found Accept", page.one("h1").text)
+        shown = self.ask("GET", f"/inbox/{name}", headers=HTML).body
+        self.assertIn(b"<dt>client</dt><dd></dd>", shown)
+        self.assertIn(b"<pre>POST \n</pre>", shown)
         link = next(each for each in page.all("a") if each.text == "As it came")
         path = urllib.parse.urljoin(f"/inbox/{name}", link.attributes["href"])
         self.assertEqual(self.ask("GET", path).body, BODY)
@@ -3452,8 +3458,8 @@ class StartTest(ProgramTest):
             self.assertEqual(path.read_bytes(), document)
 
     def test_a_port_that_is_taken(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as other:
-            line = self.fail_to_start("--host", "127.0.0.1", "--port", str(other.getsockname()[1]))
+        with serving(HOST="127.0.0.1") as other:
+            line = self.fail_to_start("--host", "127.0.0.1", "--port", str(address(other)[1]))
         self.assertIn("HOST '127.0.0.1', PORT", line)
 
     def test_a_store_or_an_address_that_cannot_be(self) -> None:
