@@ -961,8 +961,8 @@ class Delivery(NamedTuple):
 
     def texts(self) -> Iterator[str]:
         """Yield what a search looks into."""
-        yield from (self.name, str(self.status), self.verdict, self.detail, self.pattern or "")
-        yield from self.about.values()
+        yield from (self.name, str(self.status), self.verdict, self.detail)
+        yield from filter(None, [self.pattern, *self.about.values()])
         for finding in self.findings:
             yield from (finding.code, finding.message)
 
@@ -2133,7 +2133,6 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         self.close_connection = True
-        self.continue_expected = False
         self.command, self.requestline, self.request_version = "", "", self.protocol_version
         self.raw_requestline, self.path, self.host = b"", "", ""
         self.fields: dict[str, str] = {}  # of the head, by their names in lower case

@@ -1241,6 +1241,13 @@ class ResourcesTest(InboxTest):
     def test_the_constraints_are_the_rules(self) -> None:
         listed = self.ask("GET", "/constraints").json()
         self.assertEqual(listed["constraints"], coarinbox.constraints())
+        required, valid = listed["constraints"][:2]
+        everywhere = dict.fromkeys(NOTIFICATIONS, "E")
+        self.assertEqual(required, {
+            "code": "notification-required", "member": "", "demand": "be present",
+            "levels": everywhere,
+        })  # fmt: skip
+        self.assertEqual(valid["demand"], "be an object")
         self.assertEqual(listed["refused"], ["E"])
         page = self.ask("GET", "/constraints", headers={"Accept": "text/html"}).body.decode()
         self.assertIn("<td>be an absolute URI</td><td>E: every pattern</td>", page)
@@ -2826,6 +2833,13 @@ class PageTest(DeliveriesTest):
         self.assertIn("No delivery matches", nothing.one("div", id="deliveries").text)
         self.assertEqual(nothing.one("input", id="q").attributes["value"], '"><b>')
 
+    def test_why_is_told_in_the_colour_of_the_verdict(self) -> None:
+        self.post(changed(ACCEPT, "target.inbox", ABSENT))
+        self.post(REFUSED)
+        reasons = [each for each in self.page().all("span") if "why" in str(each.attributes)]
+        colours = [each.attributes["class"] for each in reasons]
+        self.assertEqual(colours, ["why refused", "why warning"])
+
     def test_the_filter_keeps_what_it_has_no_field_for(self) -> None:
         page = self.page("/?pattern=Accept&since=2026-01-01&status=400")
         options = [(each.attributes["value"], each.text) for each in self.page().all("option")]
@@ -2843,6 +2857,8 @@ class PageTest(DeliveriesTest):
         pathlib.Path(self.server.store.path(name)).write_bytes(BODY)
         page = self.page(f"/inbox/{name}")
         self.assertIn("found Accept", page.one("h1").text)
+        facts = [each.text for each in page.all("dt")]
+        self.assertEqual(facts[:4], ["time", "client", "stored as", "id"])
         shown = self.ask("GET", f"/inbox/{name}", headers=HTML).body
         self.assertIn(b"<dt>client</dt><dd></dd>", shown)
         self.assertIn(b"<pre>POST \n</pre>", shown)
@@ -3565,6 +3581,8 @@ class ConfigurationTest(ProgramTest):
                     self.assertRegex(str(caught.exception), rf"^{name} is .*, expected .")
                     self.assertNotIn(f"{name} is None", str(caught.exception) * bool(value))
         self.assertEqual(set(UNUSABLE), set(vars(coarinbox.Settings())))
+        with self.assertRaisesRegex(coarinbox.ConfigurationError, "expected 201 or 202$"):
+            coarinbox.Settings(RESPONSE_STATUS=200)
         with self.assertRaisesRegex(coarinbox.ConfigurationError, "from 1 to 2147483647"):
             coarinbox.Settings(MAX_CONTENT_LENGTH=2**31)
         with self.assertRaisesRegex(coarinbox.ConfigurationError, "is 'x{79}, expected"):

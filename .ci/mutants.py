@@ -71,9 +71,11 @@ class Mutant(NamedTuple):
     end: int
     text: str  # what stands there instead
     before: str
+    context: str  # the line in which it begins
 
     def __str__(self) -> str:
-        return f"{' '.join(self.before.split())}  ->  {' '.join(self.text.split())}"
+        change = f"{' '.join(self.before.split())}  ->  {' '.join(self.text.split())}"
+        return f"{self.context}  |  {change}"
 
 
 def changes(node: ast.AST) -> Iterator[ast.AST | None]:
@@ -177,7 +179,8 @@ def mutants(source: bytes) -> Iterator[Mutant]:
             end = lines[node.end_lineno - 1] + node.end_col_offset
             before = source[start:end].decode()
             if is_source(before, node):
-                yield Mutant(node.lineno, start, end, text, before)
+                context = source[lines[node.lineno - 1] : lines[node.lineno]].decode().strip()
+                yield Mutant(node.lineno, start, end, text, before, context)
 
 
 def is_source(text: str, node: ast.AST) -> bool:
