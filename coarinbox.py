@@ -3326,7 +3326,7 @@ def run(server: InboxServer) -> None:
             f"store       {server.store.directory}",
             f"validation  {server.settings.VALIDATE_INCOMING}",
         ]
-        print("\n".join(lines), file=sys.stderr, flush=True)
+        print("\n".join(lines), file=sys.stderr)
         server.serve_forever()
 
 

@@ -633,6 +633,11 @@ class RulesTest(unittest.TestCase):
         found = coarinbox.validate({})[0]
         self.assertEqual(found.spec, "https://coar-notify.net/specification/1.0.1/")
 
+    def test_what_is_no_variant_of_a_namespace_is_not_taken_for_one(self) -> None:
+        document = changed(ACCEPT, "@context", ["https://www.w3.org/ns/activitystreams"])
+        found = [each.code for each in coarinbox.validate(document)]
+        self.assertEqual(found, ["@context-namespaces"])
+
     def test_the_demands_in_words(self) -> None:
         for member, value, message in [
             ("origin.type", "Person", "origin.type should include Service"),
@@ -1068,6 +1073,7 @@ class LdnTest(InboxTest):
                 listing = answer.json()
                 self.assertEqual(listing["@context"], {"ldp": "http://www.w3.org/ns/ldp#"})
                 self.assertEqual(listing["@id"], f"http://{host}:{port}{path}")
+                self.assertEqual(listing["@type"], "ldp:Container")
                 self.assertEqual(
                     sorted(entry["@id"] for entry in listing["ldp:contains"]), locations
                 )
@@ -4148,6 +4154,14 @@ class CheckTest(ProgramTest):
         self.assertEqual(len(lines), 1, lines)
         self.assertNotIn("Traceback", stderr)
 
+    def test_a_terminal_that_cannot_show_all_characters(self) -> None:
+        self.write("ö.json", [])
+        output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(io.StringIO()):
+            self.assertEqual(coarinbox.main(["--check", str(self.directory / "ö.json")]), 1)
+        output.seek(0)
+        self.assertIn("\\xf6.json: E", output.read())
+
     def test_a_program_may_call_it_and_take_the_output(self) -> None:
         self.write("bad.json", [])
         output = io.StringIO()
@@ -4504,9 +4518,10 @@ class HastyTest(InboxTest):
 
     settings = {"REQUEST_TIMEOUT": 0.5}
 
-    def flood(self, head: bytes, octets: bytes) -> float:
+    def flood(self, head: bytes, octets: bytes, server: Any = None) -> float:
         """Send octets until the connection breaks; returns the seconds that it took."""
-        with socket.create_connection(address(self.server), timeout=10) as connection:
+        where = address(server or self.server)
+        with socket.create_connection(where, timeout=10) as connection:
             started = time.monotonic()
             connection.sendall(head)
             with contextlib.suppress(ConnectionError):
@@ -4523,6 +4538,8 @@ class HastyTest(InboxTest):
         head = post_head("Content-Length: 999999999999999")
         with unittest.mock.patch("coarinbox.LINGER", 0.1):
             self.assertLess(self.flood(head, b"x" * 65536), 3)
+            with serving(REQUEST_TIMEOUT=30) as patient:  # with requests, that is
+                self.assertLess(self.flood(head, b"x" * 65536, patient), 3)
 
 
 class ShortWriteTest(InboxTest):
@@ -4804,6 +4821,12 @@ class DebuggerTest(ProgramTest):
         with running(command, cwd=self.directory) as inbox:
             self.assertIn("no debugger: 127.0.0.1", "\n".join(inbox.banner))
             self.assertEqual(inbox.ask("GET", "/inbox").status, 200)
+
+    def test_nor_is_a_package_that_is_missing(self) -> None:
+        with unittest.mock.patch.dict(sys.modules, pydevd=None):
+            with self.assertLogs("coarinbox", "WARNING") as caught:
+                coarinbox.attach_debugger("editor.example", 6000)
+        self.assertIn("pip install pydevd-pycharm", caught.output[0])
 
     def test_an_editor_that_does_not_wait_is_no_reason_to_end(self) -> None:
         debugger = unittest.mock.Mock()
