@@ -1258,6 +1258,7 @@ class ResourcesTest(InboxTest):
         page = self.ask("GET", "/constraints", headers={"Accept": "text/html"}).body.decode()
         self.assertIn("<td>be an absolute URI</td><td>E: every pattern</td>", page)
         self.assertIn("<td>M: Request Endorsement, Request Review</td>", page)
+        self.assertRegex(page, "<td>E: Accept, .*; M: Request Endorsement, Request Review</td>")
         for constraint in listed["constraints"]:
             self.assertIn(f'id="{constraint["code"]}"', page)
 
@@ -2730,7 +2731,9 @@ class PageTest(DeliveriesTest):
             self.post(body)
             self.assertEqual(self.newest().all("pre")[0].text, shown)
             path = f"/deliveries/{self.names()[0]}/body"
-            self.assertEqual(self.ask("GET", path).body, body)
+            answer = self.ask("GET", path)
+            self.assertEqual(answer.body, body)
+            self.assertEqual(answer.headers["Content-Type"], "text/plain; charset=utf-8")
         self.post(b"")
         self.assertIn("Nothing of it was read.", self.newest().one("main").text)
 
@@ -2838,6 +2841,21 @@ class PageTest(DeliveriesTest):
         nothing = self.page("/?q=%22%3E%3Cb%3E")
         self.assertIn("No delivery matches", nothing.one("div", id="deliveries").text)
         self.assertEqual(nothing.one("input", id="q").attributes["value"], '"><b>')
+
+    def test_a_very_long_payload_is_cut_and_says_so(self) -> None:
+        self.post({**OFFER, "summary": dict.fromkeys(map(str, range(3000)), 0)})
+        shown = self.newest().one("section", **{"aria-labelledby": "payload"}).text
+        self.assertIn("only 2000 lines are shown", shown)
+        self.assertIn('"1900": 0', shown)
+        self.assertNotIn('"2500": 0', shown)
+
+    def test_each_verdict_has_its_word(self) -> None:
+        for query in ("status=503", "status=301", "close=1"):
+            with contextlib.suppress(http.client.HTTPException, ConnectionError):
+                self.ask("POST", f"/inbox?{query}", ACCEPT)
+        self.post()
+        words = [each.text for each in self.page().all("b") if "class" in each.attributes]
+        self.assertEqual(words, ["201 stored", "dropped", "301 redirected", "503 failed"])
 
     def test_why_is_told_in_the_colour_of_the_verdict(self) -> None:
         self.post(changed(ACCEPT, "target.inbox", ABSENT))
@@ -3425,10 +3443,9 @@ class StartTest(ProgramTest):
         with self.stalled() as (inbox, connection), connection.makefile("rb") as stream:
             self.assertIn(b"100 Continue", stream.readline() + stream.readline())
             inbox.process.send_signal(signal.SIGTERM)
-            inbox.process.send_signal(signal.SIGTERM)
+            inbox.process.send_signal(signal.SIGINT)
             while can_connect(inbox.server_address):
                 pass
-            inbox.process.send_signal(signal.SIGINT)
             connection.sendall(BODY)
             self.assertEqual(read_answer(stream.readline(), stream).status, 201)
             self.assertEqual(inbox.process.wait(10), 0)
@@ -3513,6 +3530,9 @@ class StartTest(ProgramTest):
         self.assertIn("X-Mine: yes\\tno", log)
         self.assertIn('{"id":\\n"xö"}', log)
         self.assertNotIn("s3cret", log)
+        with self.assertLogs("coarinbox", "INFO") as caught, serving(DEBUG=True) as server:
+            self.assertEqual(ask(server, "POST", "/inbox", b"\xff").status, 400)
+        self.assertIn("\\xff", "\n".join(caught.output))
 
 
 def can_connect(where: tuple[str, int]) -> bool:
