@@ -633,6 +633,16 @@ class RulesTest(unittest.TestCase):
         found = coarinbox.validate({})[0]
         self.assertEqual(found.spec, "https://coar-notify.net/specification/1.0.1/")
 
+    def test_the_nearest_types_are_named_where_there_are_any(self) -> None:
+        for type_, hint in [
+            ("Acept", r" \(nearest: Accept\)$"),
+            (["ReviewAction", "Offer"], r" \(nearest: Offer \+ coar-notify:ReviewAction\)$"),
+            ([], r"UnprocessableNotification, Undo$"),
+        ]:
+            found = coarinbox.validate(changed(ACCEPT, "type", type_))
+            (message,) = (each.message for each in found if each.code == "type-pattern")
+            self.assertRegex(message, hint)
+
     def test_what_is_no_variant_of_a_namespace_is_not_taken_for_one(self) -> None:
         document = changed(ACCEPT, "@context", ["https://www.w3.org/ns/activitystreams"])
         found = [each.code for each in coarinbox.validate(document)]
@@ -1515,6 +1525,7 @@ class BadBodyTest(InboxTest):
         (answer,) = raw(self.server, octets.encode() + BODY, "half-close")
         self.assert_problem(answer, 415)
         self.assertEqual(self.post(Content_Encoding="Identity").status, 201)
+        self.assertEqual(self.post(Content_Encoding="br").headers["Accept-Encoding"], "identity")
 
 
 class FramingTest(InboxTest):
@@ -1694,6 +1705,8 @@ class BadRequestTest(InboxTest):
                 (answer,) = raw(self.server, octets)
                 self.assert_problem(answer, status)
                 self.assertEqual(answer.headers["Connection"], "close")
+                if b"Host :" in octets:
+                    self.assertIn("header line 1 is malformed: b'Host '", answer.json()["detail"])
         self.assert_serves()
 
     def test_silence_is_no_request(self) -> None:
@@ -3797,7 +3810,7 @@ class RunningTest(unittest.TestCase):
                 inbox.wait_for(type="Offer", timeout=0)
             wanted, first, second, third = str(caught.exception).splitlines()
             self.assertIn("type='Offer'", wanted)
-            self.assertIn("E origin must be an object", first)
+            self.assertIn("E id must be an absolute URI; E origin must be an object", first)
             self.assertIn("the body is not JSON", second)
             self.assertTrue(third.endswith(": a simulated failure"), third)
 
