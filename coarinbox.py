@@ -1972,6 +1972,12 @@ def authority(url: str) -> str:
 
 Asked = TypeVar("Asked", Query, Failure)
 
+# One thread, the leader, serves every request as long as there is nothing to wait for: threads that
+# share an interpreter slow each other down at each call of the system. Who has to wait, for a
+# client, the disk or a long list, calls `InboxServer.resign` before that, or waits in a block of
+# `InboxServer.away`; then another thread leads, and this one is done when it has answered. A
+# connection without a request needs no thread.
+
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -2124,7 +2130,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
                 self.incoming.read(1)
                 octets = self.incoming.peek(1)
         self.wire.waits = True
-        self.unread = octets != b""
+        self.unread = octets != b""  # until `check_framing` knows what belongs to the request
         # A request that has come in the moment in which its connection was ended has not begun: its
         # client gets no answer, and may send it again.
         begun = self.unread and self.server.begin(self)
@@ -2687,11 +2693,6 @@ class InboxServer(http.server.HTTPServer):
 
     `server_close`, or the end of a `with` block, shuts it down and waits for the requests in
     flight. Raises `ConfigurationError` when a setting cannot be put into practice.
-
-    One thread, the leader, serves every request as long as there is nothing to wait for: threads
-    that share an interpreter slow each other down at each call of the system. Who has to wait, for
-    a client, the disk or a long list, calls `resign` before that; then another thread leads, and
-    this one is done when it has answered. A connection without a request needs no thread.
     """
 
     request_queue_size = 1024
