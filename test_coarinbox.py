@@ -1268,7 +1268,9 @@ class ResourcesTest(InboxTest):
         page = self.ask("GET", "/constraints", headers={"Accept": "text/html"}).body.decode()
         self.assertIn("<td>be an absolute URI</td><td>E: every pattern</td>", page)
         self.assertIn("<td>M: Request Endorsement, Request Review</td>", page)
-        self.assertRegex(page, "<td>E: Accept, .*; M: Request Endorsement, Request Review</td>")
+        self.assertRegex(
+            page, "<td>E: Accept, .*Undo Offer; M: Request Endorsement, Request Review</td>"
+        )
         for constraint in listed["constraints"]:
             self.assertIn(f'id="{constraint["code"]}"', page)
 
@@ -3811,6 +3813,7 @@ class RunningTest(unittest.TestCase):
             wanted, first, second, third = str(caught.exception).splitlines()
             self.assertIn("type='Offer'", wanted)
             self.assertIn("E id must be an absolute URI; E origin must be an object", first)
+            self.assertTrue(first.endswith("it should be an HTTP URI"), first)
             self.assertIn("the body is not JSON", second)
             self.assertTrue(third.endswith(": a simulated failure"), third)
 
