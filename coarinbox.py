@@ -1807,7 +1807,7 @@ def html_response(page: Html, headers: Mapping[str, str] = {}) -> Response:
         "Content-Security-Policy": CONTENT_SECURITY_POLICY,
         "Referrer-Policy": "no-referrer",
     }
-    return Response(200, page.text.encode("utf-8", "replace"), {**common, **headers})
+    return Response(200, page.text.encode(), {**common, **headers})
 
 
 class Problem(Exception):

@@ -2783,6 +2783,14 @@ class PageTest(DeliveriesTest):
             "201 stored Accept",
         ])  # fmt: skip
 
+    def test_what_was_asked_shows_its_answer(self) -> None:
+        self.post(OFFER)
+        self.post(ACCEPT)
+        rows = self.page(f"/deliveries/{self.names()[1]}").rows
+        self.assertEqual([re.sub("https?:.*", "", row[20:]).strip() for row in rows], [
+            "201 stored Request Review", "201 stored Accept",
+        ])  # fmt: skip
+
     def test_many_answers_do_not_hide_what_they_answer(self) -> None:
         self.post(OFFER)
         for _ in range(60):
@@ -3547,7 +3555,7 @@ class StartTest(ProgramTest):
         self.assertNotIn("s3cret", log)
         with self.assertLogs("coarinbox", "INFO") as caught, serving(DEBUG=True) as server:
             self.assertEqual(ask(server, "POST", "/inbox", b"\xff").status, 400)
-        self.assertIn("\\xff", "\n".join(caught.output))
+        self.assertIn("INFO:coarinbox:127.0.0.1 \\xff", caught.output)
 
 
 def can_connect(where: tuple[str, int]) -> bool:
@@ -4633,6 +4641,26 @@ class ManyTest(InboxTest):
         self.assertEqual(listed, [f"/inbox/{name}" for name in names])
         self.assertEqual(answer.headers["Transfer-Encoding"], "chunked")
         self.assertEqual(answer.headers["Connection"], "keep-alive")
+
+    def test_a_connection_serves_on_after_a_long_list(self) -> None:
+        names = [coarinbox.new_name() for _ in range(1000)]
+        connection = http.client.HTTPConnection(*address(self.server), timeout=10)
+        with contextlib.closing(connection):
+            with unittest.mock.patch.object(self.server.store, "names", lambda: iter(names)):
+                answer = ask_on(connection, "GET", "/inbox")
+                self.assertEqual(len(answer.json()["ldp:contains"]), 1000)
+            self.assertEqual(ask_on(connection, "POST", "/inbox", ACCEPT).status, 201)
+
+    def test_a_list_that_breaks_off_cannot_be_taken_for_a_whole_one(self) -> None:
+        def names() -> Iterator[str]:
+            for _ in range(3000):
+                yield coarinbox.new_name()
+            raise OSError("the disk is gone")
+
+        with unittest.mock.patch.object(self.server.store, "names", names):
+            with self.assertRaises(http.client.IncompleteRead):
+                self.ask("GET", "/inbox")
+        self.assert_serves()
 
     def test_a_long_list_for_those_who_know_no_chunks(self) -> None:
         for _ in range(1000):
