@@ -2786,7 +2786,9 @@ class PageTest(DeliveriesTest):
     def test_what_was_asked_shows_its_answer(self) -> None:
         self.post(OFFER)
         self.post(ACCEPT)
-        rows = self.page(f"/deliveries/{self.names()[1]}").rows
+        page = self.page(f"/deliveries/{self.names()[1]}")
+        self.assertEqual(page.one("title").text, "201 stored Request Review · coarinbox")
+        rows = page.rows
         self.assertEqual([re.sub("https?:.*", "", row[20:]).strip() for row in rows], [
             "201 stored Request Review", "201 stored Accept",
         ])  # fmt: skip
@@ -3556,6 +3558,7 @@ class StartTest(ProgramTest):
         with self.assertLogs("coarinbox", "INFO") as caught, serving(DEBUG=True) as server:
             self.assertEqual(ask(server, "POST", "/inbox", b"\xff").status, 400)
         self.assertIn("INFO:coarinbox:127.0.0.1 \\xff", caught.output)
+        self.assertIn("INFO:coarinbox:127.0.0.1 POST /inbox HTTP/1.1", caught.output)
 
 
 def can_connect(where: tuple[str, int]) -> bool:
