@@ -2984,10 +2984,14 @@ class InboxServer(http.server.HTTPServer):
     def abort(self) -> None:
         """Close without waiting for clients: what has not been answered yet will not be."""
         self.shutdown()
+        self.cut_off()
+        self.server_close()
+
+    def cut_off(self) -> None:
+        """End every connection, whatever is under way on it."""
         for handler in list(self.connections):
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(handler.connection, socket.SHUT_RDWR)
-        self.server_close()
 
     def fault(self, error: BaseException) -> None:
         LOG.error("a fault of the inbox itself", exc_info=error)
@@ -3313,8 +3317,7 @@ def run(server: InboxServer) -> None:
         if len(signals) == 1:
             threading.Thread(target=server.shutdown).start()
         elif signals[-1] - signals[0] > TWICE:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+            server.cut_off()
 
     with server:
         signal.signal(signal.SIGINT, stop)
