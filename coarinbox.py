@@ -2824,9 +2824,8 @@ class InboxServer(http.server.HTTPServer):
         try:
             handler.handle()
             if not handler.close_connection:
-                self.watch(
-                    handler.connection, True, handler
-                )  # from here on, it may be another thread's
+                # From here on, it may be another thread's.
+                self.watch(handler.connection, True, handler)
                 return
         except Exception as error:
             self.fault(error)

@@ -4766,9 +4766,12 @@ class LimitTest(InboxTest):
         first, second, third = (
             http.client.HTTPConnection(*address(self.server), timeout=10) for _ in range(3)
         )
+        idle: list[http.client.HTTPConnection] = []
         for connection in (first, second, third):
+            self.wait_until(lambda: len(self.server.waiting) == len(idle))
             self.addCleanup(connection.close)
             self.assertEqual(ask_on(connection, "POST", "/inbox", ACCEPT).status, 201)
+            idle.append(connection)
         self.assertEqual(first.sock.recv(1), b"", "the one that was idle longest was not ended")
         for connection in (second, third):
             self.assertEqual(ask_on(connection, "POST", "/inbox", ACCEPT).status, 201)
