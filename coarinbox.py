@@ -1838,9 +1838,8 @@ def store_problems() -> Iterator[None]:
     except OSError as error:
         LOG.error("the store failed: %s", error)
         full = errno.errorcode.get(error.errno or 0) in ("ENOSPC", "EDQUOT")
-        raise Problem(
-            507 if full else 500, f"the store failed: {error.strerror or error}"
-        ) from error
+        detail = f"the store failed: {error.strerror or error}"
+        raise Problem(507 if full else 500, detail) from error
 
 
 # --- Simulated failures --------------------------------------------------------------------------
@@ -2089,6 +2088,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         super().setup()
         self.rfile.close()
         self.wire = Wire(self)
+        # Two names for one reader: the base class closes the first, and knows less of what it can.
         self.rfile = self.incoming = io.BufferedReader(self.wire)
         self.close_connection = False
         self.evicted = False  # whether it was ended for the sake of others
