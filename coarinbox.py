@@ -986,7 +986,8 @@ class Delivery(NamedTuple):
             text = entry.pop("body", None)
             body = octets if text is None else text.encode("utf-8", "replace")
             delivery = cls(**entry, findings=findings, body=body)
-            texts = [*delivery[:4], delivery.detail, *delivery.about.values()]
+            texts = [delivery.name, delivery.time, delivery.client, delivery.target]
+            texts += [delivery.detail, *delivery.about.values()]
             texts += [text for finding in findings for text in finding[:-1]]
             texts += [] if delivery.pattern is None else [delivery.pattern]
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
@@ -1042,7 +1043,7 @@ def parse_query(text: str, parameters: Mapping[str, tuple[str, str]]) -> dict[st
 class Query(NamedTuple):
     """Which deliveries somebody wants to see; its members are the parameters of a URL."""
 
-    limit: str = "50"  # at most so many, the newest ones
+    limit: str = ""  # at most so many, the newest ones
     status: str = ""  # of the answer, such as 400 or 4xx
     pattern: str = ""
     since: str = ""  # after the delivery of this name, or from this time on
@@ -1053,6 +1054,10 @@ class Query(NamedTuple):
     def from_query(cls, text: str) -> Query:
         """Read the query of a URL. Raises `ValueError`."""
         return cls(**parse_query(text, PARAMETERS))
+
+    @property
+    def page_length(self) -> int:
+        return int(self.limit or 50)
 
     def matches(self, delivery: Delivery) -> bool:
         text = self.q.casefold()
@@ -1165,14 +1170,14 @@ class DeliveryLog:
         """Find a delivery by its name."""
         return next((each for each in self.newest_first(name) if each.name == name), None)
 
-    def select(self, query: Query, limit: int) -> Iterator[Delivery]:
-        """Find at most so many of the deliveries that somebody wants to see, the newest first."""
+    def select(self, query: Query, limit: int | None) -> Iterator[Delivery]:
+        """Find the deliveries that somebody wants to see, the newest first, at most so many."""
         deliveries = self.newest_first()
         if query.before:
             deliveries = itertools.dropwhile(lambda each: each.name != query.before, deliveries)
             next(deliveries, None)
         recent = itertools.takewhile(lambda each: not query.ends_at(each), deliveries)
-        return itertools.islice(filter(query.matches, recent), limit)
+        yield from itertools.islice(filter(query.matches, recent), limit)
 
     def conversation(self, about: Mapping[str, str]) -> list[Delivery]:
         """Find what a notification answers, what answers it, and itself, the oldest first.
@@ -1578,7 +1583,7 @@ def home_page(site: Site, query: Query, deliveries: Sequence[Delivery]) -> Html:
 
     There may be one delivery more than are to be shown, which means that there are older ones.
     """
-    listed, newest, content = deliveries[: int(query.limit)], "", note("No delivery matches.")
+    listed, newest, content = deliveries[: query.page_length], "", note("No delivery matches.")
     if listed:
         newest = f"The newest: {listed[0].moment}, {listed[0].outcome}."
         content = rows(site, listed)
@@ -1595,7 +1600,7 @@ def home_page(site: Site, query: Query, deliveries: Sequence[Delivery]) -> Html:
 
 
 def turn_page(query: Query, deliveries: Sequence[Delivery]) -> list[Html]:
-    limit, links = int(query.limit), []
+    limit, links = query.page_length, []
     if query.before:
         links.append(fill(NEWEST, query=as_query(query._replace(before=""))))
     if len(deliveries) > limit:
@@ -1764,43 +1769,6 @@ def json_response(
     return Response(status, body, {"Content-Type": kind, **headers})
 
 
-def json_list(
-    document: Mapping[str, Any], member: str, texts: Iterable[str], kind: str = "application/json"
-) -> Response:
-    """Answer with a document whose last member is a list of texts, each of which is JSON.
-
-    It is sent while it is read. What goes wrong with the first of it is raised here.
-    """
-    head, _, tail = json.dumps({**document, member: []}, indent=2).rpartition("[]")
-    pieces = in_pieces(head + "[", texts, f"\n  ]{tail}\n")
-    first, second = next(pieces), next(pieces, b"")
-    body = resumed(first + second, pieces) if second else first
-    return Response(200, body, {"Content-Type": kind})
-
-
-def in_pieces(head: str, texts: Iterable[str], tail: str) -> Generator[bytes, None, None]:
-    piece, separator = head, "\n    "
-    for text in texts:
-        piece += separator + text
-        separator = ",\n    "
-        if len(piece) > PIECE:
-            yield piece.encode()
-            piece = ""
-    yield (piece + tail).encode()
-
-
-def resumed(start: bytes, rest: Generator[bytes, None, None]) -> Generator[bytes, None, None]:
-    yield start
-    yield from rest
-
-
-def as_event(delivery: Delivery | None) -> bytes:
-    """Write a delivery as a server-sent event (HTML section 9.2)."""
-    if delivery is None:
-        return b":\n\n"  # a comment, or nobody would notice that the client has left
-    return f"id: {delivery.name}\ndata: {json.dumps(delivery.as_json())}\n\n".encode()
-
-
 def html_response(page: Html, headers: Mapping[str, str] = {}) -> Response:
     common = {
         "Content-Type": "text/html; charset=utf-8",
@@ -1840,6 +1808,44 @@ def store_problems() -> Iterator[None]:
         full = errno.errorcode.get(error.errno or 0) in ("ENOSPC", "EDQUOT")
         detail = f"the store failed: {error.strerror or error}"
         raise Problem(507 if full else 500, detail) from error
+
+
+def json_list(
+    document: Mapping[str, Any], member: str, texts: Iterable[str], kind: str = "application/json"
+) -> Response:
+    """Answer with a document whose last member is a list of texts, each of which is JSON.
+
+    It is sent while it is read. What goes wrong with the store before is raised here, as a problem.
+    """
+    head, _, tail = json.dumps({**document, member: []}, indent=2).rpartition("[]")
+    pieces = in_pieces(head + "[", texts, f"\n  ]{tail}\n")
+    first, second = next(pieces), next(pieces, b"")
+    body = resumed(first + second, pieces) if second else first
+    return Response(200, body, {"Content-Type": kind})
+
+
+def in_pieces(head: str, texts: Iterable[str], tail: str) -> Generator[bytes, None, None]:
+    piece, separator = head, "\n    "
+    with store_problems():
+        for text in texts:
+            piece += separator + text
+            separator = ",\n    "
+            if len(piece) > PIECE:
+                yield piece.encode()
+                piece = ""
+    yield (piece + tail).encode()
+
+
+def resumed(start: bytes, rest: Generator[bytes, None, None]) -> Generator[bytes, None, None]:
+    yield start
+    yield from rest
+
+
+def as_event(delivery: Delivery | None) -> bytes:
+    """Write a delivery as a server-sent event (HTML section 9.2)."""
+    if delivery is None:
+        return b":\n\n"  # a comment, or nobody would notice that the client has left
+    return f"id: {delivery.name}\ndata: {json.dumps(delivery.as_json())}\n\n".encode()
 
 
 # --- Simulated failures --------------------------------------------------------------------------
@@ -2200,11 +2206,11 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         """Find out what the version of HTTP means for the connection (RFC 9112 section 9.3)."""
         if not self.request_version.startswith("HTTP/1."):
             raise Problem(505, f"{self.request_version} is not spoken here, but HTTP/1.1 is")
-        old = self.request_version == "HTTP/1.0"
         options = re.split("[ \t]*,[ \t]*", self.fields.get("connection", "").lower())
-        self.close_connection = "close" in options or (old and "keep-alive" not in options)
+        self.close_connection = "close" in options or (self.old and "keep-alive" not in options)
         # `read_body` sends the 100 once nothing else stands in the body's way.
-        self.continue_expected = not old and self.fields.get("expect", "").lower() == "100-continue"
+        expected = self.fields.get("expect", "").lower()
+        self.continue_expected = expected == "100-continue" and not self.old
 
     def serve(self) -> None:
         try:
@@ -2245,7 +2251,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         if not response.status:
             self.close_connection = True
             return
-        endless = not isinstance(response.body, bytes) and not self.takes_chunks
+        endless = not isinstance(response.body, bytes) and self.old
         self.close_connection |= endless or self.unread or self.server.closing.is_set()
         self.wire.start(self.server.settings.REQUEST_TIMEOUT)
         self.log_request(response.status)
@@ -2265,7 +2271,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         elif isinstance(response.body, bytes):
             framing = {"Content-Length": str(len(response.body))}
         else:
-            framing = {"Transfer-Encoding": "chunked"} if self.takes_chunks else {}
+            framing = {} if self.old else {"Transfer-Encoding": "chunked"}
         fields = {
             "Server": self.server_version,
             "Date": self.date_time_string(),
@@ -2282,11 +2288,12 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     def send_pieces(self, pieces: Generator[bytes, None, None]) -> None:
         """Send a body of unknown length; where it breaks off, the connection ends."""
         over, self.close_connection = self.close_connection, True
-        with contextlib.suppress(OSError), contextlib.closing(pieces):  # who listens may leave
+        # Who listens may leave; and for a problem it is too late.
+        with contextlib.suppress(OSError, Problem), contextlib.closing(pieces):
             for octets in itertools.chain(pieces, [b""]):
                 self.wire.start(self.server.settings.REQUEST_TIMEOUT)
                 chunk = b"%x\r\n%b\r\n" % (len(octets), octets)  # RFC 9112 section 7.1
-                self.wire.send(chunk if self.takes_chunks else octets)
+                self.wire.send(octets if self.old else chunk)
             self.close_connection = over
 
     def record(self, response: Response) -> None:
@@ -2323,8 +2330,9 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     # What a request says about itself
 
     @property
-    def takes_chunks(self) -> bool:
-        return self.request_version != "HTTP/1.0"
+    def old(self) -> bool:
+        """Whether the client speaks HTTP/1.0, which has neither chunks nor a need for Host."""
+        return self.request_version == "HTTP/1.0"
 
     @property
     def resource(self) -> str:
@@ -2352,6 +2360,8 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         return f"{self.server.scheme}://{self.host}"
 
     def check_host(self) -> None:
+        if "host" not in self.fields and not self.old:  # RFC 9112 section 3.2
+            raise Problem(400, f"the Host header is missing, which {self.request_version} demands")
         match = HOST.fullmatch(self.host)
         if not match or not HOST.fullmatch(self.fields.get("host", "")):
             raise Problem(400, "the Host header is malformed")
@@ -2461,7 +2471,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     def check_framing(self) -> None:
         """Find out how the body ends, for every verb: the next request begins there."""
         coding, length = self.fields.get("transfer-encoding"), self.fields.get("content-length")
-        if coding is not None and (length is not None or self.request_version == "HTTP/1.0"):
+        if coding is not None and (length is not None or self.old):
             raise Problem(400, "Transfer-Encoding goes with HTTP/1.1 and without Content-Length")
         if coding is not None and coding.lower() != "chunked":
             raise Problem(400, "the only transfer coding that works here is chunked")
@@ -2524,7 +2534,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     def get_home(self) -> Response:
         query = self.query(Query.from_query)
         with store_problems():
-            deliveries = list(self.server.deliveries.select(query, int(query.limit) + 1))
+            deliveries = list(self.server.deliveries.select(query, query.page_length + 1))
         link = f'<{self.base}/inbox>; rel="http://www.w3.org/ns/ldp#inbox"'
         return html_response(home_page(self.site, query, deliveries), {"Link": link})
 
@@ -2538,10 +2548,9 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             "@id": base + self.path,
             "@type": "ldp:Container",
         }
-        with store_problems():
-            names = self.server.store.names()
-            contained = (json.dumps({"@id": f"{base}/inbox/{name}"}) for name in names)
-            return json_list(listing, "ldp:contains", contained, JSON_LD)
+        names = self.server.store.names()
+        contained = (json.dumps({"@id": f"{base}/inbox/{name}"}) for name in names)
+        return json_list(listing, "ldp:contains", contained, JSON_LD)
 
     def post_inbox(self) -> Response:
         """Take a notification in (LDN section 3.3.2); a 2xx is a promise that it is stored."""
@@ -2595,14 +2604,14 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             )
         if self.wants_html():
             return self.get_home()
-        with store_problems():
-            deliveries = self.server.deliveries.select(query, int(query.limit))
-            texts = (json.dumps(delivery.as_json(), indent=2) for delivery in deliveries)
-            return json_list({}, "deliveries", (text.replace("\n", "\n    ") for text in texts))
+        limit = int(query.limit) if query.limit else None
+        deliveries = self.server.deliveries.select(query, limit)
+        texts = (json.dumps(delivery.as_json(), indent=2) for delivery in deliveries)
+        return json_list({}, "deliveries", (text.replace("\n", "\n    ") for text in texts))
 
     def events(self, query: Query, bookmark: Bookmark) -> Generator[bytes, None, None]:
         """Yield the deliveries that are wanted, as they come, and now and then that none comes."""
-        with self.server.away(self, Wait(time.monotonic(), socket.SHUT_RDWR)):
+        with self.server.away(self, Wait(time.monotonic(), socket.SHUT_RDWR)), store_problems():
             coming = self.server.deliveries.follow(bookmark)
             yield from (as_event(each) for each in coming if not each or query.matches(each))
 
