@@ -18,8 +18,8 @@ delivery as it comes. The file needs nothing but Python and may be copied into a
 In a test, `running` gives an inbox that lasts as long as a block.
 
 Each section uses only what stands above it: documents, configuration, rules, storage, deliveries,
-pages, answers, simulated failures, HTTP, server, test double, command line. The one exception is
-that an HTTP request asks the server it came through.
+pages, answers, simulated failures, connections, HTTP, server, test double, command line. The one
+exception is that an HTTP request asks the server it came through.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import functools
 import hashlib
 import heapq
 import html
@@ -1922,6 +1923,113 @@ class Failures:
             self.met.clear()
 
 
+# --- Connections ---------------------------------------------------------------------------------
+
+# One thread, the leader, serves every request as long as there is nothing to wait for: threads that
+# share an interpreter slow each other down at each call of the system. Who has to wait, for a
+# client, the disk or a long list, calls `InboxServer.resign` before that, or waits in a block of
+# `InboxServer.away`; then another thread leads, and this one is done when it has answered. A
+# connection without a request needs no thread.
+
+WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+
+class Wait(NamedTuple):
+    """What a connection waits for.
+
+    Without a request that has begun, it is for the next one, or for the next event of a stream.
+    """
+
+    since: float  # as of `time.monotonic`
+    how: int  # for `socket.shutdown`, to end it: no more is read, or nothing goes either way
+    begun: bool = False  # whether it is for the rest of a request, or until an answer is taken
+
+
+class Wire(io.RawIOBase):
+    """The octets that come from a client and go to it, until a deadline, however slowly they drip.
+
+    The socket does not block. Only when there is nothing to read, or no room for what is sent, does
+    the thread wait for the client, and lets another one lead. Raises `Problem` at the deadline.
+    """
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        away: Callable[[Wait], contextlib.AbstractContextManager[None]],
+    ) -> None:
+        """Use a connection, and let others be served in blocks of `away`."""
+        self.connection, self.away = connection, away
+        self.waits = True  # whether reading waits for the client, or else finds nothing
+        # Whether the selector says that there is something: for one reading, or a client that
+        # sends all the time would keep the leader from all others.
+        self.ready = False
+        self.ended = False  # whether the client will send no more
+        self.evicted = False  # whether the connection was ended for the sake of others
+        self.connection.setblocking(False)
+
+    def start(self, seconds: float) -> None:
+        """Give the client so long."""
+        self.began = time.monotonic()
+        self.deadline = self.began + seconds
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> Any:
+        if not self.waits and not self.ready and not self.decrypted():
+            return None
+        self.ready = False
+        try:
+            size = self.receive(buffer)
+        except socket.timeout:
+            raise self.too_late() from None
+        except ConnectionError:
+            size = 0  # a client that is gone will send no more
+        self.ended = size == 0
+        if self.ended and self.waits and self.evicted:
+            detail = "the request was not complete when others came (MAX_CONNECTIONS)"
+            raise Problem(503, detail, {"Retry-After": "1"})
+        if self.waits and time.monotonic() > self.deadline:
+            raise self.too_late()
+        return size
+
+    def receive(self, buffer: Any) -> int | None:
+        """Read what has come; where nothing has, wait for it, or return None."""
+        try:
+            return self.connection.recv_into(buffer)
+        except WOULD_BLOCK:
+            if not self.waits:
+                return None
+            with self.patiently(socket.SHUT_RD):
+                return self.connection.recv_into(buffer)
+
+    def decrypted(self) -> bool:
+        """Whether TLS holds octets of which the selector knows nothing."""
+        return isinstance(self.connection, ssl.SSLSocket) and self.connection.pending() > 0
+
+    def too_late(self) -> Problem:
+        return Problem(408, "the request was not complete in time (REQUEST_TIMEOUT)")
+
+    def send(self, octets: bytes) -> None:
+        """Send all. Raises `OSError` if the client is gone, or does not take it in time."""
+        sent = 0
+        with contextlib.suppress(*WOULD_BLOCK):
+            sent = self.connection.send(octets)
+        if sent < len(octets):
+            with self.patiently(socket.SHUT_RDWR):
+                self.connection.sendall(memoryview(octets)[sent:])
+
+    @contextlib.contextmanager
+    def patiently(self, how: int) -> Iterator[None]:
+        """Wait for the client in the block, until the deadline, while others are served."""
+        with self.away(Wait(self.began, how, begun=True)):
+            self.connection.settimeout(max(0.001, self.deadline - time.monotonic()))
+            try:
+                yield
+            finally:
+                self.connection.setblocking(False)
+
+
 # --- HTTP ----------------------------------------------------------------------------------------
 
 JSON_TYPE = re.compile(r"(?i:application/([^\s;]+\+)?json)[ \t]*(;|\Z)")
@@ -1977,100 +2085,6 @@ def authority(url: str) -> str:
 
 Asked = TypeVar("Asked", Query, Failure)
 
-# One thread, the leader, serves every request as long as there is nothing to wait for: threads that
-# share an interpreter slow each other down at each call of the system. Who has to wait, for a
-# client, the disk or a long list, calls `InboxServer.resign` before that, or waits in a block of
-# `InboxServer.away`; then another thread leads, and this one is done when it has answered. A
-# connection without a request needs no thread.
-
-WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-
-
-class Wait(NamedTuple):
-    """What a connection waits for.
-
-    Without a request that has begun, it is for the next one, or for the next event of a stream.
-    """
-
-    since: float  # as of `time.monotonic`
-    how: int  # for `socket.shutdown`, to end it: no more is read, or nothing goes either way
-    begun: bool = False  # whether it is for the rest of a request, or until an answer is taken
-
-
-class Wire(io.RawIOBase):
-    """The octets that come from a client and go to it, until a deadline, however slowly they drip.
-
-    The socket does not block. Only when there is nothing to read, or no room for what is sent, does
-    the thread wait for the client, and lets another one lead. Raises `Problem` at the deadline.
-    """
-
-    def __init__(self, handler: InboxHandler) -> None:
-        self.handler, self.connection = handler, handler.connection
-        self.waits = True  # whether reading waits for the client, or else finds nothing
-        # Whether the selector says that there is something: for one reading, or a client that
-        # sends all the time would keep the leader from all others.
-        self.ready = False
-        self.ended = False  # whether the client will send no more
-        self.connection.setblocking(False)
-
-    def start(self, seconds: float) -> None:
-        """Give the client so long."""
-        self.began = time.monotonic()
-        self.deadline = self.began + seconds
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> Any:
-        if not self.waits and not self.ready and not self.decrypted():
-            return None
-        self.ready = False
-        try:
-            try:
-                size = self.connection.recv_into(buffer)
-            except WOULD_BLOCK:
-                if not self.waits:
-                    return None
-                with self.patiently(socket.SHUT_RD):
-                    size = self.connection.recv_into(buffer)
-        except socket.timeout:
-            raise self.too_late() from None
-        except ConnectionError:
-            size = 0  # a client that is gone will send no more
-        self.ended = size == 0
-        if self.ended and self.waits and self.handler.evicted:
-            detail = "the request was not complete when others came (MAX_CONNECTIONS)"
-            raise Problem(503, detail, {"Retry-After": "1"})
-        if self.waits and time.monotonic() > self.deadline:
-            raise self.too_late()
-        return size
-
-    def decrypted(self) -> bool:
-        """Whether TLS holds octets of which the selector knows nothing."""
-        return isinstance(self.connection, ssl.SSLSocket) and self.connection.pending() > 0
-
-    def too_late(self) -> Problem:
-        return Problem(408, "the request was not complete in time (REQUEST_TIMEOUT)")
-
-    def send(self, octets: bytes) -> None:
-        """Send all. Raises `OSError` if the client is gone, or does not take it in time."""
-        sent = 0
-        with contextlib.suppress(*WOULD_BLOCK):
-            sent = self.connection.send(octets)
-        if sent < len(octets):
-            with self.patiently(socket.SHUT_RDWR):
-                self.connection.sendall(memoryview(octets)[sent:])
-
-    @contextlib.contextmanager
-    def patiently(self, how: int) -> Iterator[None]:
-        """Wait for the client in the block, until the deadline, while others are served."""
-        with self.handler.server.away(self.handler, Wait(self.began, how, begun=True)):
-            self.connection.settimeout(max(0.001, self.deadline - time.monotonic()))
-            try:
-                yield
-            finally:
-                self.connection.setblocking(False)
-
 
 class InboxHandler(http.server.BaseHTTPRequestHandler):
     """Serves the requests of one connection.
@@ -2093,11 +2107,10 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.rfile.close()
-        self.wire = Wire(self)
+        self.wire = Wire(self.connection, functools.partial(self.server.away, self))
         # Two names for one reader: the base class closes the first, and knows less of what it can.
         self.rfile = self.incoming = io.BufferedReader(self.wire)
         self.close_connection = False
-        self.evicted = False  # whether it was ended for the sake of others
         self.unread = False  # whether the connection holds octets that belong to this request
 
     def finish(self) -> None:
@@ -2854,7 +2867,7 @@ class InboxServer(http.server.HTTPServer):
         finally:
             with self.lock:
                 self.waiting.pop(handler, None)
-                if before and not handler.evicted:
+                if before and not handler.wire.evicted:
                     self.waiting[handler] = before
 
     # The connections
@@ -2933,7 +2946,7 @@ class InboxServer(http.server.HTTPServer):
 
     def end(self, handler: InboxHandler) -> None:
         """Have a connection end that is waiting."""
-        wait, handler.evicted = self.waiting.pop(handler), True
+        wait, handler.wire.evicted = self.waiting.pop(handler), True
         with contextlib.suppress(OSError):
             # Not the method of a TLS socket, which would go on without encryption.
             socket.socket.shutdown(handler.connection, wait.how)
