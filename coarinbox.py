@@ -62,7 +62,6 @@ import types
 import uuid
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
-from http import HTTPStatus
 from typing import IO, Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -77,10 +76,14 @@ LOG = logging.getLogger("coarinbox")
 MAX_DEPTH = 100
 
 
+def clip(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]}… ({len(text)} characters)"
+
+
 def number(digits: str) -> int | float:
     value = float(digits)
     if math.isinf(value):
-        raise ValueError(f"a number is too large: {digits:.20}… ({len(digits)} characters)")
+        raise ValueError(f"a number is too large: {clip(digits, 20)}")
     return int(digits) if re.fullmatch("-?[0-9]+", digits) else value
 
 
@@ -128,8 +131,8 @@ def parse(octets: bytes) -> Any:
 def visible(text: str) -> str:
     """Write what cannot be seen, or would pass for something else, the way JSON escapes it.
 
-    Control characters and line breaks are such, but also the marks that reverse the direction of
-    writing, and spaces that are none.
+    That is control characters, line breaks, marks that reverse the direction of writing, and all
+    spaces but U+0020.
     """
     if text.isprintable():
         return text
@@ -161,8 +164,6 @@ URI = re.compile(
     """,
     re.VERBOSE,
 )
-UUID_URN = re.compile(r"(?i:urn:uuid:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})")
-MEDIA_TYPE = re.compile(r"[\w!#$&^.+-]+/[\w!#$&^.+-]+ *(;|\Z)", re.ASCII)
 
 
 def ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -373,7 +374,7 @@ LEVELS = {
 }
 
 # In an offer that an answer embeds, M becomes S and @context is not expected: the specification's
-# own examples break the other rules there.
+# own examples break those rules there.
 IN_EMBEDDED = {E: E, M: S, S: S, OK: OK}
 
 # Which levels a value of VALIDATE_INCOMING refuses. The others are warnings.
@@ -443,6 +444,9 @@ def pattern_of(document: Any) -> Pattern | None:
     return max(fitting, key=lambda pattern: len(pattern.types), default=None)
 
 
+UUID_URN = re.compile(r"(?i:urn:uuid:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})")
+TYPE_SUBTYPE = re.compile(r"[\w!#$&^.+-]+/[\w!#$&^.+-]+ *(;|\Z)", re.ASCII)
+
 TYPE_SETS = tuple(" + ".join(pattern.types) for pattern in PATTERNS)
 
 
@@ -474,7 +478,7 @@ def is_preferred_id(value: Any) -> bool:
 
 
 def is_media_type(value: Any) -> bool:
-    return is_text(value) and bool(MEDIA_TYPE.match(value))
+    return is_text(value) and bool(TYPE_SUBTYPE.match(value))
 
 
 def has_known_actions(value: Any) -> bool:
@@ -487,7 +491,7 @@ class Check(NamedTuple):
 
     name: str  # ends the code of a finding
     demand: str  # completes "the member must"
-    holds: Callable[..., bool]  # of the value, and of those of the members `beside` it
+    holds: Callable[..., bool]  # told the value, and those of the members in `beside`
     beside: tuple[str, ...] = ()
     hint: Callable[[Any], str] = lambda value: ""
 
@@ -519,7 +523,7 @@ SERVICE = include("service", frozenset({"Service"}), "Service")
 OFFER = include("offer", frozenset({"Offer"}), "Offer")
 ACTOR_TYPE = include("actor", ACTOR_TYPES, "one of " + ", ".join(sorted(ACTOR_TYPES)))
 AS2_TYPE = include("as2-object", AS2_OBJECT_TYPES, "an ActivityStreams 2.0 object type")
-A_MEDIA_TYPE = Check("media-type", "be a media type, type/subtype", is_media_type)
+MEDIA_TYPE = Check("media-type", "be a media type, type/subtype", is_media_type)
 NAMESPACES = Check(
     "namespaces", f"be a list holding {ACTIVITY_STREAMS} and {COAR_NOTIFY}", names_namespaces
 )
@@ -629,7 +633,7 @@ EVERY = (
 def resource(
     member: str, no_type: str = OK, no_cite_as: str = OK, no_item: str = OK
 ) -> tuple[Rule, ...]:
-    """The rules for something in a repository; the levels are those of it lacking a member."""
+    """The rules for something in a repository; the arguments are the levels of a missing member."""
     return (
         Rule(f"{member}.id", OK, M, HTTP_URI),
         Rule(f"{member}.type", no_type, M, AS2_TYPE),
@@ -637,7 +641,7 @@ def resource(
         Rule(f"{member}.ietf:item", no_item, M, OBJECT),
         Rule(f"{member}.ietf:item.id", M, M, HTTP_URI),
         Rule(f"{member}.ietf:item.type", M, M, AS2_TYPE),
-        Rule(f"{member}.ietf:item.mediaType", M, M, A_MEDIA_TYPE),
+        Rule(f"{member}.ietf:item.mediaType", M, M, MEDIA_TYPE),
     )
 
 
@@ -749,10 +753,10 @@ def constraints() -> list[dict[str, Any]]:
             required = ("required", "be present", rule.absent)
             right = (rule.check.name, rule.check.demand, rule.wrong)
             for need, demand, level in (required, right):
-                entry = {"code": rule.code(need), "member": rule.member, "demand": demand}
                 if level:
-                    levels = listed.setdefault(entry["code"], {**entry, "levels": {}})["levels"]
-                    levels.setdefault(pattern.name, level)
+                    code = rule.code(need)
+                    entry = {"code": code, "member": rule.member, "demand": demand, "levels": {}}
+                    listed.setdefault(code, entry)["levels"].setdefault(pattern.name, level)
     return list(listed.values())
 
 
@@ -769,7 +773,7 @@ def new_name() -> str:
 
 
 def open_file(path: str, flags: int) -> int:
-    """Open as `os.open`, but neither a link, which could lead anywhere, nor wait at a pipe."""
+    """Open as `os.open`, but follow no link, which could lead anywhere, and wait at no pipe."""
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     return os.open(path, flags, 0o666)
 
@@ -781,6 +785,11 @@ def create(path: str, mode: str) -> IO[bytes]:
     except FileNotFoundError:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         return open(path, mode, buffering=0, opener=open_file)
+
+
+def disk_full() -> OSError:
+    """What to raise when only a part of something was written."""
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class Store:
@@ -826,7 +835,7 @@ class Store:
         try:
             with create(draft, "xb") as file:
                 if file.write(octets) < len(octets):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    raise disk_full()
                 if self.fsync:
                     os.fsync(file.fileno())
             self.publish(draft, self.path(name))
@@ -859,7 +868,7 @@ class Store:
 
     def read(self, name: str) -> bytes:
         """Read the octets of a notification. Raises `KeyError` when there is none of this name."""
-        with self.regular_file(name) as path, open(path, "rb") as file:
+        with self.regular_file(name) as path, open(path, "rb", opener=open_file) as file:
             return file.read()
 
     def remove(self, name: str) -> None:
@@ -879,7 +888,7 @@ class Store:
 
     def clear(self) -> None:
         """Remove every notification."""
-        for name in list(self.names()):
+        for name in self.names():
             with contextlib.suppress(KeyError):
                 self.remove(name)
 
@@ -890,7 +899,7 @@ class Store:
 ABOUT = ("id", "inReplyTo", "origin.id", "actor.name", "actor.id", "object.id")
 ABOUT_LENGTH = 1000  # characters that are kept of each
 
-CONVERSATION = 50  # deliveries that are found of one, the newest
+CONVERSATION = 50  # deliveries of one that are shown, the newest
 MARK = 64  # octets at the beginning of a line in the log: they hold its name
 HEARTBEAT = 1.0  # seconds after which those who follow the log learn that there is nothing new
 
@@ -908,28 +917,28 @@ def summary(document: Any) -> dict[str, str]:
 class Delivery(NamedTuple):
     """An attempt to deliver a notification, and what became of it."""
 
-    name: str  # also that of the notification, if it was stored
-    time: str  # of the answer: ISO 8601, UTC
+    name: str  # also that of the notification, if it was stored; first, see `MARK`
+    time: str  # of the answer: ISO 8601, UTC; empty for what was put into the store by hand
     client: str  # its address
     target: str  # of the request: path and query
     headers: Mapping[str, Any]  # of the request, without secrets
-    status: int  # of the answer
+    status: int  # of the answer; 0 if there was none
     detail: str  # of the problem; empty if there was none
     pattern: str | None
     about: Mapping[str, Any]  # see `summary`
     findings: Sequence[Finding]
     body: bytes | None = None  # as far as it came; None in the log if it was stored
-    simulated: bool = False  # whether the failure was asked for
+    simulated: bool = False  # whether a failure, or a delay, was asked for
 
     @property
     def verdict(self) -> str:
         if not self.status:
             return "dropped" if self.time else "found"
-        if self.status >= HTTPStatus.BAD_REQUEST:
-            return "refused" if self.status < HTTPStatus.INTERNAL_SERVER_ERROR else "failed"
-        if self.status >= HTTPStatus.MULTIPLE_CHOICES:
+        if self.status >= 400:
+            return "refused" if self.status < 500 else "failed"
+        if self.status >= 300:
             return "redirected"
-        return "queued" if self.status == HTTPStatus.ACCEPTED else "stored"
+        return "queued" if self.status == 202 else "stored"
 
     @property
     def outcome(self) -> str:
@@ -991,7 +1000,7 @@ class Delivery(NamedTuple):
             texts += [delivery.detail, *delivery.about.values()]
             texts += [text for finding in findings for text in finding[:-1]]
             texts += [] if delivery.pattern is None else [delivery.pattern]
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError):
             return None
         usable = (
             all(isinstance(text, str) for text in texts)
@@ -1003,16 +1012,26 @@ class Delivery(NamedTuple):
         return delivery if usable else None
 
 
-def put_by_hand(name: str, octets: bytes) -> Delivery:
+def found(name: str, octets: bytes) -> Delivery:
     """Describe a notification that was put into the store by hand."""
     document, detail = None, ""
     try:
         document = parse(octets)
     except ValueError as error:
         detail = f"it is not JSON: {error}"
-    pattern, findings = pattern_of(document), [] if detail else validate(document)
-    about = summary(document)
-    return Delivery(name, "", "", "", {}, 0, detail, pattern and pattern.name, about, findings)
+    pattern = pattern_of(document)
+    return Delivery(
+        name,
+        time="",
+        client="",
+        target="",
+        headers={},
+        status=0,
+        detail=detail,
+        pattern=pattern and pattern.name,
+        about=summary(document),
+        findings=[] if detail else validate(document),
+    )
 
 
 # What the values in a query must be, as a regular expression and in words.
@@ -1070,6 +1089,7 @@ class Query(NamedTuple):
 
     def ends_at(self, delivery: Delivery) -> bool:
         """Whether neither this delivery is wanted nor those before it."""
+        # No name has a "-"; and without its "Z" a time is less than all that begin with it.
         moment = self.since.rstrip("Z") if "-" in self.since else ""
         return delivery.name == self.since or delivery.time < moment
 
@@ -1119,7 +1139,7 @@ class DeliveryLog:
     def __init__(self, path: str) -> None:
         self.path = path
         self.changed = threading.Condition()
-        self.alarms = 0
+        self.wakes = 0
 
     def append(self, delivery: Delivery) -> None:
         """Write a delivery at the end of the log, with the time, whole or not at all."""
@@ -1133,7 +1153,7 @@ class DeliveryLog:
                 line = b"\n" + line
             if file.write(line) < len(line):
                 file.truncate(end)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                raise disk_full()
             self.changed.notify_all()
 
     def is_whole(self, file: IO[bytes]) -> bool:
@@ -1148,7 +1168,7 @@ class DeliveryLog:
     def wake(self) -> None:
         """Have those who `follow` look around at once."""
         with self.changed:
-            self.alarms += 1
+            self.wakes += 1
             self.changed.notify_all()
 
     def reading(self) -> IO[bytes]:
@@ -1199,7 +1219,7 @@ class DeliveryLog:
         return newest[::-1]
 
     def bookmark(self, query: Query) -> Bookmark:
-        """Find the place from which `follow` has what is wanted: the end, if nobody says."""
+        """Find where `follow` is to begin: at the end, unless something `since` then is wanted."""
         with self.reading() as file:
             first = file.read(MARK)
             size = file.seek(0, os.SEEK_END)
@@ -1229,7 +1249,7 @@ class DeliveryLog:
                     if delivery:
                         bookmark = Bookmark(bookmark.place, place, line[:MARK])
                         yield delivery
-                if not found.holds(file):  # nor may it change while it is read
+                if not found.holds(file):  # it was exchanged while it was read
                     bookmark = BEGINNING
             while state == self.state():
                 yield None
@@ -1238,12 +1258,12 @@ class DeliveryLog:
                         self.changed.wait(patience())
 
     def state(self) -> tuple[int, ...]:
-        """Return what is another whenever the file is, or somebody calls `wake`."""
+        """Return a value that changes when the file does, or somebody calls `wake`."""
         try:
             status = os.stat(self.path)
         except FileNotFoundError:
-            return (self.alarms,)
-        return self.alarms, status.st_ino, status.st_size, status.st_mtime_ns
+            return (self.wakes,)
+        return self.wakes, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 # --- Pages ---------------------------------------------------------------------------------------
@@ -1322,7 +1342,7 @@ td, th { padding: .25rem .75rem .25rem 0; text-align: left; vertical-align: top;
 # The server renders everything; the script fetches the page again and exchanges what is `live`.
 SCRIPT = """
 const home = document.querySelector("nav a").href;
-const filter = document.querySelector("form");
+const form = document.querySelector("form");
 const state = document.getElementById("state");
 let wanted = false, busy = false, events;
 
@@ -1381,12 +1401,13 @@ async function empty() {
   else alert(answer ? (await answer.json()).detail : "The inbox cannot be reached.");
 }
 
-if (filter) {
+if (form) {
   const button = document.getElementById("empty");
-  document.getElementById("filter").hidden = !(button.hidden = false);
+  button.hidden = false;
   button.addEventListener("click", empty);
-  filter.addEventListener("input", () => {
-    history.replaceState(null, "", "?" + new URLSearchParams(new FormData(filter)));
+  document.getElementById("filter").hidden = true;
+  form.addEventListener("input", () => {
+    history.replaceState(null, "", "?" + new URLSearchParams(new FormData(form)));
     refresh();
   });
 }
@@ -1514,17 +1535,10 @@ CONSTRAINT = """
 <tr id="{code}"><td><code>{code}</code></td><td>{demand}</td><td>{levels}</td></tr>"""
 
 
-Path = tuple[str, ...]
-
-
 class Html(NamedTuple):
     """Markup that may be sent as it is: made by `fill` from the templates above."""
 
     text: str
-
-
-def clip(text: str, length: int = MAX_LENGTH) -> str:
-    return text if len(text) <= length else f"{text[:length]}… ({len(text)} characters)"
 
 
 def safe(value: Any) -> str:
@@ -1533,7 +1547,7 @@ def safe(value: Any) -> str:
         return value.text
     if isinstance(value, list):
         return "".join(map(safe, value))
-    return "" if value is None else html.escape(visible(clip(str(value))))
+    return "" if value is None else html.escape(visible(clip(str(value), MAX_LENGTH)))
 
 
 def fill(template: str, source: object = None, **values: Any) -> Html:
@@ -1618,8 +1632,8 @@ def delivery_page(
     site: Site, delivery: Delivery, octets: bytes | None, around: Sequence[Delivery]
 ) -> Html:
     """Show a delivery: what is wrong with it beside its payload, and what belongs to it."""
-    gone = delivery.detail or octets is None
-    stored = {} if gone else {"stored as": f"{site.inbox}/{delivery.name}"}
+    unstored = delivery.detail or octets is None
+    stored = {} if unstored else {"stored as": f"{site.inbox}/{delivery.name}"}
     facts = {"time": delivery.time, "client": delivery.client, **stored, **delivery.about}
     content = fill(
         DELIVERY,
@@ -1688,6 +1702,9 @@ def payload_line(text: str, marks: Sequence[tuple[int, Finding]]) -> Html:
     return fill(MARKED_LINE, marks[0][1], text=text, references=references)
 
 
+Path = tuple[str, ...]  # the members and indexes that lead to a value
+
+
 def locate(
     findings: Sequence[Finding], paths: Collection[Path | None]
 ) -> dict[Path | None, list[tuple[int, Finding]]]:
@@ -1728,12 +1745,12 @@ def json_text(value: Any) -> str:
 
 def constraints_page(site: Site, refused: Sequence[str]) -> Html:
     """Show the rules, and which of their levels this inbox refuses."""
-    rows = [fill(CONSTRAINT, **{**entry, "levels": levels(entry)}) for entry in constraints()]
+    listed = [fill(CONSTRAINT, **{**entry, "levels": levels(entry)}) for entry in constraints()]
     meanings = [
         fill(FACT, name=level, value=meaning + "; refused here" * (level in refused))
         for level, meaning in LEVELS.items()
     ]
-    content = fill(CONSTRAINTS, meanings=meanings, rows=rows)
+    content = fill(CONSTRAINTS, meanings=meanings, rows=listed)
     return page(site, "Constraints · coarinbox", content)
 
 
@@ -1757,7 +1774,7 @@ PIECE = 65536  # characters, about, of a long list that are sent at once
 class Response(NamedTuple):
     """Status, body and own headers of an answer; `reply` adds the headers that all have."""
 
-    status: int
+    status: int  # 0 ends the connection without an answer
     body: bytes | Generator[bytes, None, None] = b""
     headers: Mapping[str, str] = {}
     detail: str = ""  # why it is an error
@@ -1770,13 +1787,13 @@ def json_response(
     return Response(status, body, {"Content-Type": kind, **headers})
 
 
-def html_response(page: Html, headers: Mapping[str, str] = {}) -> Response:
+def html_response(document: Html, headers: Mapping[str, str] = {}) -> Response:
     common = {
         "Content-Type": "text/html; charset=utf-8",
         "Content-Security-Policy": CONTENT_SECURITY_POLICY,
         "Referrer-Policy": "no-referrer",
     }
-    return Response(200, page.text.encode(), {**common, **headers})
+    return Response(200, document.text.encode(), {**common, **headers})
 
 
 class Problem(Exception):
@@ -1816,11 +1833,11 @@ def json_list(
 ) -> Response:
     """Answer with a document whose last member is a list of texts, each of which is JSON.
 
-    It is sent while it is read. What goes wrong with the store before is raised here, as a problem.
+    It is sent while it is read. What goes wrong with the store before is raised here, as `Problem`.
     """
     head, _, tail = json.dumps({**document, member: []}, indent=2).rpartition("[]")
     pieces = in_pieces(head + "[", texts, f"\n  ]{tail}\n")
-    first, second = next(pieces), next(pieces, b"")
+    first, second = next(pieces), next(pieces, b"")  # only one piece goes with its length
     body = resumed(first + second, pieces) if second else first
     return Response(200, body, {"Content-Type": kind})
 
@@ -1829,7 +1846,7 @@ def in_pieces(head: str, texts: Iterable[str], tail: str) -> Generator[bytes, No
     piece, separator = head, "\n    "
     with store_problems():
         for text in texts:
-            piece += separator + text
+            piece += separator + text.replace("\n", "\n    ")
             separator = ",\n    "
             if len(piece) > PIECE:
                 yield piece.encode()
@@ -1888,8 +1905,9 @@ class Failure(NamedTuple):
         )
 
     def headers(self, inbox: str) -> dict[str, str]:
-        retry = {"Retry-After": self.retry_after} if self.retry_after else {}
-        return {**retry, **({"Location": inbox} if self.status < HTTPStatus.BAD_REQUEST else {})}
+        location = inbox if self.status < 400 else ""
+        fields = {"Retry-After": self.retry_after, "Location": location}
+        return {name: value for name, value in fields.items() if value}
 
 
 MAX_MET = 10_000  # notifications whose attempts are counted
@@ -1903,6 +1921,11 @@ class Failures:
         self.next: collections.deque[Failure] = collections.deque()
         self.met: dict[tuple[Failure, str], int] = {}  # attempts that failed, the latest last
 
+    def line_up(self, failure: Failure) -> None:
+        """Have the next attempts meet a failure, as many as it says."""
+        with self.lock:
+            self.next.extend([failure] * failure.times)
+
     def due(self, failure: Failure, id_: str) -> Failure | None:
         """Return what the next attempt at the notification with this id has to meet."""
         with self.lock:
@@ -1912,9 +1935,9 @@ class Failures:
                 return None
             attempts = self.met.pop((failure, id_), 0)
             if failure.times:
-                self.met[failure, id_] = min(attempts + 1, failure.times)
-            for oldest in list(itertools.islice(self.met, max(0, len(self.met) - MAX_MET))):
-                del self.met[oldest]
+                self.met[failure, id_] = attempts + 1
+            if len(self.met) > MAX_MET:
+                del self.met[next(iter(self.met))]
             return failure if attempts < (failure.times or 1) else None
 
     def clear(self) -> None:
@@ -1941,7 +1964,9 @@ class Wait(NamedTuple):
     """
 
     since: float  # as of `time.monotonic`
-    how: int  # for `socket.shutdown`, to end it: no more is read, or nothing goes either way
+    how: (
+        int  # for `socket.shutdown`, to end it: SHUT_RD where it is to be read from, else SHUT_RDWR
+    )
     begun: bool = False  # whether it is for the rest of a request, or until an answer is taken
 
 
@@ -1949,7 +1974,8 @@ class Wire(io.RawIOBase):
     """The octets that come from a client and go to it, until a deadline, however slowly they drip.
 
     The socket does not block. Only when there is nothing to read, or no room for what is sent, does
-    the thread wait for the client, and lets another one lead. Raises `Problem` at the deadline.
+    the thread wait for the client, and lets another one lead. At the deadline, reading raises
+    `Problem`, and `send` raises `OSError`.
     """
 
     def __init__(
@@ -1960,11 +1986,11 @@ class Wire(io.RawIOBase):
         """Use a connection, and let others be served in blocks of `away`."""
         self.connection, self.away = connection, away
         self.waits = True  # whether reading waits for the client, or else finds nothing
-        # Whether the selector says that there is something: for one reading, or a client that
-        # sends all the time would keep the leader from all others.
+        # Whether the selector has seen something: good for one reading, or a client that keeps
+        # sending would keep the leader from all others.
         self.ready = False
         self.ended = False  # whether the client will send no more
-        self.evicted = False  # whether the connection was ended for the sake of others
+        self.evicted = False  # whether the server has ended the connection
         self.connection.setblocking(False)
 
     def start(self, seconds: float) -> None:
@@ -1975,7 +2001,7 @@ class Wire(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> Any:
+    def readinto(self, buffer: Any) -> int | None:
         if not self.waits and not self.ready and not self.decrypted():
             return None
         self.ready = False
@@ -1989,6 +2015,7 @@ class Wire(io.RawIOBase):
         if self.ended and self.waits and self.evicted:
             detail = "the request was not complete when others came (MAX_CONNECTIONS)"
             raise Problem(503, detail, {"Retry-After": "1"})
+        # Octets that come one by one come in time, each.
         if self.waits and time.monotonic() > self.deadline:
             raise self.too_late()
         return size
@@ -2023,6 +2050,7 @@ class Wire(io.RawIOBase):
     def patiently(self, how: int) -> Iterator[None]:
         """Wait for the client in the block, until the deadline, while others are served."""
         with self.away(Wait(self.began, how, begun=True)):
+            # 0 would mean not to wait, and less than that is no time-out.
             self.connection.settimeout(max(0.001, self.deadline - time.monotonic()))
             try:
                 yield
@@ -2036,7 +2064,7 @@ JSON_TYPE = re.compile(r"(?i:application/([^\s;]+\+)?json)[ \t]*(;|\Z)")
 ACCEPT_POST = f"{JSON_LD}, application/json, application/activity+json"
 
 # The Host header (RFC 9110 section 7.2).
-HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+|(?!:))(?::[0-9]+)?")
+HOST_HEADER = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+|(?!:))(?::[0-9]+)?")
 # The request line and a header line (RFC 9112 sections 3 and 5), held to the letter: whatever
 # another reader of the same octets could take for something else, a line folded or ended otherwise,
 # is refused. The target of a request is a path, or a whole URL.
@@ -2048,16 +2076,16 @@ MAX_HEADERS = 100  # as in `http.client`
 MAX_LINE = 65536
 
 # Answers that have no body (RFC 9110 section 6.4.1).
-BODILESS = (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
+BODILESS = (204, 304)
 
-EMPTY_LINES = 8  # ends of lines before a request that are passed over
+LINE_ENDS = 8  # octets of empty lines before a request that are passed over
 
 # Seconds for which a connection that ends early is still read, so that its client gets the answer.
 LINGER = 2.0
 
 INBOX = "/inbox/?"
 # The beginning of a request that delivers a notification, even if the rest is malformed.
-DELIVERS = re.compile(f"POST +(https?://[^/? ]*)?/*{INBOX}[?\\s]".encode(), re.IGNORECASE)
+DELIVERS = re.compile(f"POST +((?i:https?)://[^/? ]*)?/*{INBOX}[?\\s]".encode())
 
 # Headers whose values are nobody else's business.
 SECRET = frozenset({"authorization", "cookie", "proxy-authorization"})
@@ -2069,7 +2097,7 @@ def quality(media_type: str, accept: str) -> float:
     for element in re.findall(r'(?:[^,"]|"[^"]*"?)+', accept.lower()):
         name, *parameters = (part.strip() for part in element.split(";"))
         weight = next((part[2:] for part in parameters if part.startswith("q=")), "")
-        known = re.fullmatch(r"[01](\.[0-9]{0,3})?", weight)
+        known = re.fullmatch(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?", weight)
         weights[name] = max(weights.get(name, 0.0), float(weight) if known else 1.0)
     for name in (media_type, media_type.partition("/")[0] + "/*", "*/*"):
         if name in weights:
@@ -2089,14 +2117,15 @@ Asked = TypeVar("Asked", Query, Failure)
 class InboxHandler(http.server.BaseHTTPRequestHandler):
     """Serves the requests of one connection.
 
-    `serve` finds the resource in `ROUTES` and sends the `Response` that its method returns.
-    Whatever is wrong is raised as `Problem`. `reply` writes every answer.
+    `route` finds the resource in `ROUTES`, whose method returns a `Response`. Whatever is wrong is
+    raised as `Problem`. `reply` writes every answer; the base class reads and writes none.
     """
 
     protocol_version = "HTTP/1.1"
     server_version = f"coarinbox/{__version__}"
     disable_nagle_algorithm = True
     server: InboxServer
+    rfile: io.BufferedReader
     raw_requestline: bytes
 
     def __init__(self, request: Any, client_address: Any, server: InboxServer) -> None:
@@ -2108,8 +2137,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         super().setup()
         self.rfile.close()
         self.wire = Wire(self.connection, functools.partial(self.server.away, self))
-        # Two names for one reader: the base class closes the first, and knows less of what it can.
-        self.rfile = self.incoming = io.BufferedReader(self.wire)
+        self.rfile = io.BufferedReader(self.wire)
         self.close_connection = False
         self.unread = False  # whether the connection holds octets that belong to this request
 
@@ -2123,12 +2151,12 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
                 self.server.resign(self)
                 self.connection.shutdown(socket.SHUT_WR)
                 self.wire.start(LINGER)
-                while self.incoming.read1():
+                while self.rfile.read1():
                     pass
         super().finish()
 
     def handle(self) -> None:
-        """Serve the requests that one reading brings; that it fails is no fault of ours."""
+        """Serve the requests that one reading brings; a lost connection is no fault of ours."""
         try:
             self.wire.ready = True
             while self.request_begins():
@@ -2141,13 +2169,13 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
 
     def request_begins(self) -> bool:
-        """Whether some of a request is there."""
+        """Begin the request that has come; False if none has, or the connection ends."""
         self.wire.waits = False
-        octets = self.incoming.peek(1)
-        for _ in range(EMPTY_LINES):
+        octets = self.rfile.peek(1)
+        for _ in range(LINE_ENDS):
             if octets[:1] in (b"\r", b"\n"):  # RFC 9112 section 2.2
-                self.incoming.read(1)
-                octets = self.incoming.peek(1)
+                self.rfile.read(1)
+                octets = self.rfile.peek(1)
         self.wire.waits = True
         self.unread = octets != b""  # until `check_framing` knows what belongs to the request
         # A request that has come in the moment in which its connection was ended has not begun: its
@@ -2176,7 +2204,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     def read_head(self) -> None:
         """Read and parse the head of a request (RFC 9112 sections 2 to 6); faults are raised."""
-        self.raw_requestline = self.incoming.readline(MAX_LINE + 1)
+        self.raw_requestline = self.rfile.readline(MAX_LINE + 1)
         if len(self.raw_requestline) > MAX_LINE:
             raise Problem(414, f"the request line is longer than {MAX_LINE} octets")
         line = self.raw_requestline.decode("latin-1")
@@ -2184,15 +2212,16 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         match = REQUEST_LINE.fullmatch(line)
         if not match:
             raise Problem(400, f"the request line is malformed: {line!r:.80}")
-        self.command, authority, self.path, self.request_version = match.groups()
-        if authority is not None or self.path.startswith("/"):
+        self.command, host, self.path, self.request_version = match.groups()
+        if host is not None or self.path.startswith("/"):
+            # Two slashes would begin the name of a host elsewhere.
             self.path = "/" + self.path.lstrip("/")
         for name, value in self.read_fields():
             key = name.lower()
             self.spelling.setdefault(key, name)
             # RFC 9110 section 5.3
             self.fields[key] = f"{self.fields[key]}, {value}" if key in self.fields else value
-        self.host = self.fields.get("host", "") if authority is None else authority
+        self.host = self.fields.get("host", "") if host is None else host
         if self.server.settings.DEBUG:
             self.log_message("%s", self.requestline)
             for name, value in self.shown_headers().items():
@@ -2203,7 +2232,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     def read_fields(self) -> Iterator[tuple[str, str]]:
         """Read header lines up to the empty one; yield their names and values."""
         for number in range(1, MAX_HEADERS + 2):
-            line = self.incoming.readline(MAX_LINE + 1)
+            line = self.rfile.readline(MAX_LINE + 1)
             if line == b"\r\n":
                 return
             if len(line) > MAX_LINE:
@@ -2256,7 +2285,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         raise Problem(404, "nothing is here, but at /, /inbox, /deliveries and /constraints")
 
     def reply(self, response: Response) -> None:
-        """Send an answer; nothing but `100 Continue` is sent elsewhere."""
+        """Log a delivery and send the answer; only `100 Continue` is sent elsewhere."""
         if response.detail:
             self.log_message("%s", response.detail)
         if DELIVERS.match(self.raw_requestline):
@@ -2269,13 +2298,12 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         self.wire.start(self.server.settings.REQUEST_TIMEOUT)
         self.log_request(response.status)
         head = self.head(response)
-        if self.command == "HEAD" or response.status in BODILESS:
-            self.wire.send(head)
-        elif isinstance(response.body, bytes):
-            self.wire.send(head + response.body)  # at once, or it is two packets
+        body = b"" if self.command == "HEAD" or response.status in BODILESS else response.body
+        if isinstance(body, bytes):
+            self.wire.send(head + body)  # at once, or it is two packets
         else:
             self.wire.send(head)
-            self.send_pieces(response.body)
+            self.send_pieces(body)
 
     def head(self, response: Response) -> bytes:
         """Write the status line and the headers of an answer."""
@@ -2300,14 +2328,14 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     def send_pieces(self, pieces: Generator[bytes, None, None]) -> None:
         """Send a body of unknown length; where it breaks off, the connection ends."""
-        over, self.close_connection = self.close_connection, True
+        ends, self.close_connection = self.close_connection, True
         # Who listens may leave; and for a problem it is too late.
         with contextlib.suppress(OSError, Problem), contextlib.closing(pieces):
             for octets in itertools.chain(pieces, [b""]):
                 self.wire.start(self.server.settings.REQUEST_TIMEOUT)
                 chunk = b"%x\r\n%b\r\n" % (len(octets), octets)  # RFC 9112 section 7.1
                 self.wire.send(octets if self.old else chunk)
-            self.close_connection = over
+            self.close_connection = ends
 
     def record(self, response: Response) -> None:
         """Put a delivery into the log; that this fails is no reason to refuse it."""
@@ -2340,7 +2368,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         # Escaped: what clients send must not pass for lines of the log.
         LOG.info("%s %s", self.client_address[0], visible(format % args))
 
-    # What a request says about itself
+    # What a request says
 
     @property
     def old(self) -> bool:
@@ -2372,11 +2400,29 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             return self.server.base
         return f"{self.server.scheme}://{self.host}"
 
+    def prefers(self, media_type: str) -> bool:
+        """Whether the client would rather have this media type than JSON."""
+        accept = self.fields.get("accept", "*/*")
+        data = max(quality(JSON_LD, accept), quality("application/json", accept))
+        return quality(media_type, accept) > data
+
+    def wants_html(self) -> bool:
+        return self.prefers("text/html")
+
+    def query(self, read: Callable[[str], Asked]) -> Asked:
+        """Read the query of the URL; what is wrong with it is a problem."""
+        try:
+            return read(self.path.partition("?")[2])
+        except ValueError as error:
+            raise Problem(400, str(error)) from error
+
+    # What is refused
+
     def check_host(self) -> None:
         if "host" not in self.fields and not self.old:  # RFC 9112 section 3.2
             raise Problem(400, f"the Host header is missing, which {self.request_version} demands")
-        match = HOST.fullmatch(self.host)
-        if not match or not HOST.fullmatch(self.fields.get("host", "")):
+        match = HOST_HEADER.fullmatch(self.host)
+        if not match or not HOST_HEADER.fullmatch(self.fields.get("host", "")):
             raise Problem(400, "the Host header is malformed")
         if not self.server.answers_to(match[1]):
             detail = f"an inbox on loopback does not answer to {self.host}; set BASE_URL to its URL"
@@ -2407,22 +2453,6 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         if site not in ("same-origin", "none") or foreign:
             detail = f"this is not for pages of other sites, such as {origin or site}; set BASE_URL"
             raise Problem(403, detail)
-
-    def prefers(self, media_type: str) -> bool:
-        """Whether the client would rather have this media type than JSON."""
-        accept = self.fields.get("accept", "*/*")
-        data = max(quality(JSON_LD, accept), quality("application/json", accept))
-        return quality(media_type, accept) > data
-
-    def wants_html(self) -> bool:
-        return self.prefers("text/html")
-
-    def query(self, read: Callable[[str], Asked]) -> Asked:
-        """Read the query of the URL; what is wrong with it is a problem."""
-        try:
-            return read(self.path.partition("?")[2])
-        except ValueError as error:
-            raise Problem(400, str(error)) from error
 
     def constraint(
         self, status: int, detail: str, headers: Mapping[str, str] = {}, **members: Any
@@ -2517,7 +2547,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     def read_chunks(self) -> None:
         while True:
-            line = self.incoming.readline(1024)
+            line = self.rfile.readline(1024)
             match = re.fullmatch(
                 rb"([0-9A-Fa-f]{1,16})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n", line
             )
@@ -2528,7 +2558,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
                 break
             self.check_size(len(self.body) + size)
             self.read_part(size)
-            if self.incoming.read(2) != b"\r\n":
+            if self.rfile.read(2) != b"\r\n":
                 raise Problem(400, "the body's chunks are malformed: one is longer than its size")
         for _ in self.read_fields():
             pass  # nobody needs the trailer
@@ -2537,7 +2567,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         """Add so many octets to the body; what has come stays there when the rest does not."""
         end = len(self.body) + size
         while len(self.body) < end:
-            octets = self.incoming.read1(end - len(self.body))
+            octets = self.rfile.read1(end - len(self.body))
             if not octets:
                 raise Problem(400, f"the connection ended {end - len(self.body)} octets early")
             self.body += octets
@@ -2582,7 +2612,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             self.name = self.server.store.add(octets)
         location = f"{self.base}/inbox/{self.name}"
         status = self.server.settings.RESPONSE_STATUS
-        headers = {"Location": location} if status == HTTPStatus.CREATED else {}
+        headers = {"Location": location} if status == 201 else {}
         return json_response(status, {"location": location, **receipt}, headers=headers)
 
     def delete_inbox(self) -> Response:
@@ -2619,8 +2649,8 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             return self.get_home()
         limit = int(query.limit) if query.limit else None
         deliveries = self.server.deliveries.select(query, limit)
-        texts = (json.dumps(delivery.as_json(), indent=2) for delivery in deliveries)
-        return json_list({}, "deliveries", (text.replace("\n", "\n    ") for text in texts))
+        entries = (json.dumps(delivery.as_json(), indent=2) for delivery in deliveries)
+        return json_list({}, "deliveries", entries)
 
     def events(self, query: Query, bookmark: Bookmark) -> Generator[bytes, None, None]:
         """Yield the deliveries that are wanted, as they come, and now and then that none comes."""
@@ -2635,7 +2665,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     def delivery(self, name: str) -> Delivery:
         with store_problems():
             known = self.server.deliveries.find(name)
-            return known or put_by_hand(name, self.server.store.read(name))
+            return known or found(name, self.server.store.read(name))
 
     def show(self, delivery: Delivery) -> Response:
         with store_problems():
@@ -2704,7 +2734,8 @@ def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | No
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # Who is cut off for the sake of others is to be told so; that bodies are whole is seen by HTTP.
+    # Or who is cut off for others would see an error of TLS, and no 503. That bodies are whole is
+    # seen by HTTP.
     context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
     context.load_cert_chain(certificate, key)
     return context
@@ -2725,13 +2756,13 @@ class InboxServer(http.server.HTTPServer):
         self.closing = threading.Event()
         self.failures = Failures()
         self.faults: list[BaseException] = []  # of the inbox itself; there should be none
-        self.lock = threading.Lock()
+        self.lock = threading.Lock()  # for the three that follow, and for who leads
         self.connections: set[InboxHandler] = set()
-        self.waiting: dict[InboxHandler, Wait] = {}
+        self.waiting: dict[InboxHandler, Wait] = {}  # those that may be ended
         self.selector = selectors.DefaultSelector()
         self.leader = 0  # the thread that leads
         self.full_until = 0.0  # when to look for new connections again
-        self.poll_interval, self.next_look = 0.1, 0.0
+        self.poll_interval, self.next_look = 0.1, 0.0  # see `serve_forever`, `end_overdue`
         # While some connections are being ended there may be more than MAX_CONNECTIONS.
         self.threads = concurrent.futures.ThreadPoolExecutor(2 * settings.MAX_CONNECTIONS + 1)
         self.address_family = socket.AF_INET6 if ":" in settings.HOST else socket.AF_INET
@@ -2741,6 +2772,7 @@ class InboxServer(http.server.HTTPServer):
             self.store = Store(settings.STORE_DIR, settings.FSYNC)
             self.deliveries = DeliveryLog(os.path.join(self.store.directory, "deliveries.jsonl"))
         with unusable(f"HOST {settings.HOST!r}, PORT {settings.PORT}"):
+            # Where it fails, it calls `server_close`, which needs all of the above.
             super().__init__((settings.HOST, settings.PORT), InboxHandler)
         self.socket.setblocking(False)
 
@@ -2785,7 +2817,7 @@ class InboxServer(http.server.HTTPServer):
         self.store.clear()
         self.failures.clear()
 
-    # The threads
+    # The threads, see Connections
 
     def serve_forever(self, poll_interval: float = 0.1) -> None:
         """Serve until `shutdown`; look every so many seconds for what does not announce itself."""
@@ -2858,17 +2890,15 @@ class InboxServer(http.server.HTTPServer):
         """Let others be served while this thread waits; what it waits for may end meanwhile."""
         self.resign(handler)
         with self.lock:
-            before = self.waiting.get(handler)  # a stream can be ended while it is sent too
-            self.waiting[handler] = before or wait
+            noted = self.waiting.setdefault(handler, wait)  # a stream stays one while it is sent
         try:
             if self.closing.is_set():
-                self.hang_up()
+                self.hang_up()  # once more: `server_close` may have done so before this
             yield
         finally:
-            with self.lock:
-                self.waiting.pop(handler, None)
-                if before and not handler.wire.evicted:
-                    self.waiting[handler] = before
+            if noted is wait:
+                with self.lock:
+                    self.waiting.pop(handler, None)
 
     # The connections
 
@@ -2945,8 +2975,9 @@ class InboxServer(http.server.HTTPServer):
                 self.watch(self.socket, True)
 
     def end(self, handler: InboxHandler) -> None:
-        """Have a connection end that is waiting."""
-        wait, handler.wire.evicted = self.waiting.pop(handler), True
+        """Have a connection end that is waiting. The caller holds the lock."""
+        wait = self.waiting.pop(handler)
+        handler.wire.evicted = True
         with contextlib.suppress(OSError):
             # Not the method of a TLS socket, which would go on without encryption.
             socket.socket.shutdown(handler.connection, wait.how)
@@ -2975,7 +3006,8 @@ class InboxServer(http.server.HTTPServer):
         oldest = now - self.settings.REQUEST_TIMEOUT
         with self.lock:
             for handler, wait in list(self.waiting.items()):
-                if wait.how == socket.SHUT_RD and not wait.begun and wait.since < oldest:
+                at_rest = wait.how == socket.SHUT_RD and not wait.begun  # and no stream
+                if at_rest and wait.since < oldest:
                     self.end(handler)
 
     def hang_up(self) -> None:
@@ -2988,8 +3020,7 @@ class InboxServer(http.server.HTTPServer):
 
     def shutdown(self) -> None:
         """Stop `serve_forever`, from another thread, or keep it from ever beginning."""
-        with self.lock:
-            self.closing.set()
+        self.closing.set()
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)  # so that `lead` looks up at once
 
@@ -3038,7 +3069,7 @@ class Wanted(NamedTuple):
         """Refuse what no delivery could ever be, lest a misspelt test passes or waits in vain.
 
         Raises `AssertionError`, and `TypeError` for a predicate or a type that is none. A type may
-        be any, but not nearly one that a pattern has.
+        be any, but no near miss of one that a pattern has.
         """
         if self.predicate is not None and not callable(self.predicate):
             raise TypeError(f"the predicate {quoted(self.predicate)} cannot be called")
@@ -3168,6 +3199,7 @@ class Inbox:
             return max(0, deadline - time.monotonic())
 
         for delivery in self.open_server.deliveries.follow(BEGINNING, remaining):
+            # What was there at the start counts, however long it takes to read it.
             if not remaining() and (not delivery or delivery.time > start):
                 return
             if delivery:
@@ -3199,7 +3231,7 @@ class Inbox:
         }
         query = urlencode({name: value for name, value in given.items() if value is not None})
         failure = Failure.from_query(query)
-        self.server.failures.next.extend([failure] * failure.times)
+        self.open_server.failures.line_up(failure)
 
 
 def described(delivery: Delivery) -> str:
@@ -3218,9 +3250,9 @@ def running(**settings: Any) -> Iterator[Inbox]:
     The settings are those of a configuration file. Raises `ConfigurationError` if they cannot be
     used, and `RuntimeError` at the end of the block if the inbox itself has failed.
     """
+    for name in settings.keys() - SETTING_NAMES:
+        raise ConfigurationError(unknown(name, "setting", SETTING_NAMES))
     with tempfile.TemporaryDirectory(prefix="coarinbox-") as directory:
-        for name in settings.keys() - set(SETTING_NAMES):
-            raise ConfigurationError(unknown(name, "setting", SETTING_NAMES))
         defaults = {"PORT": 0, "STORE_DIR": directory, "FSYNC": False}
         server = InboxServer(Settings(**{**defaults, **settings}))
         thread = threading.Thread(target=server.serve_forever, args=(POLL,))
@@ -3274,20 +3306,15 @@ def attach_debugger(host: str, port: int) -> None:
         LOG.warning("no debugger: %s:%s: %s", host, port, error)
 
 
-# Seconds within which a second signal is the same one: `timeout`, say, sends it to a process and
-# to its group.
-TWICE = 0.5
-
-JSON_FILE = re.compile(r"\.json(ld)?\Z")
-
-
 def files_below(path: str, onerror: Callable[[OSError], object]) -> list[str]:
     """List a file itself, or the JSON files in a directory."""
     if not os.path.isdir(path):
         return [path]
     tree = os.walk(path, onerror=onerror)
     files = (os.path.join(folder, name) for folder, _, names in tree for name in names)
-    return sorted(file for file in files if JSON_FILE.search(file) and os.path.isfile(file))
+    return sorted(
+        file for file in files if file.endswith((".json", ".jsonld")) and os.path.isfile(file)
+    )
 
 
 def read_file(path: str) -> bytes:
@@ -3311,22 +3338,27 @@ def check_file(octets: bytes, settings: Settings) -> tuple[list[Finding], list[F
 
 def check(paths: list[str], settings: Settings) -> int:
     """Validate files; returns the exit status: 1 if one is refused, 2 if one is unreadable."""
-    errors: list[OSError] = []
+    unreadable: list[OSError] = []
     verdicts = []
-    for file in (file for path in paths for file in files_below(path, errors.append)):
+    for file in (file for path in paths for file in files_below(path, unreadable.append)):
         try:
             refused, warnings = check_file(read_file(file), settings)
         except OSError as error:
-            errors.append(error)
+            unreadable.append(error)
             continue
         verdicts.append(refused != [])
         for finding in refused + warnings:
             where = f"{visible(file)}: {finding.level} {finding.pointer or '-'}"
             print(f"{where} {finding.code} {finding.message}")
-    for each in errors:
+    for each in unreadable:
         print(visible(f"coarinbox: {each.filename}: {each.strerror}"), file=sys.stderr)
     print(f"coarinbox: {len(verdicts)} checked, {sum(verdicts)} refused", file=sys.stderr)
-    return 2 if errors or not verdicts else int(any(verdicts))
+    return 2 if unreadable or not verdicts else int(any(verdicts))
+
+
+# Seconds within which a second signal is the same one: `timeout`, say, sends it to a process and
+# to its group.
+TWICE = 0.5
 
 
 def run(server: InboxServer) -> None:
@@ -3336,6 +3368,7 @@ def run(server: InboxServer) -> None:
     def stop(number: int, frame: types.FrameType | None) -> None:
         signals.append(time.monotonic())
         if len(signals) == 1:
+            # Not here: the signal may have come while this thread holds what `shutdown` waits for.
             threading.Thread(target=server.shutdown).start()
         elif signals[-1] - signals[0] > TWICE:
             server.cut_off()
