@@ -606,8 +606,8 @@ EVERY = (
     Rule("@context",        OK, S, CURRENT),
     Rule("id",              E, E, ABSOLUTE_URI),
     Rule("id",              OK, S, PREFERRED_ID),
-    Rule("type",            E, E, TYPES),
-    Rule("type",            OK, E, PATTERN),
+    Rule("type",            OK, E, TYPES),
+    Rule("type",            E, E, PATTERN),
     Rule("origin",          E, E, OBJECT),
     Rule("origin.id",       E, E, HTTP_URI),
     Rule("origin.type",     M, M, TYPES),
@@ -633,9 +633,11 @@ EVERY = (
 def resource(
     member: str, no_type: str = OK, no_cite_as: str = OK, no_item: str = OK
 ) -> tuple[Rule, ...]:
-    """The rules for something in a repository; the arguments are the levels of a missing member."""
+    """The rules for something in a repository, but for its id.
+
+    The arguments are the levels of a missing member.
+    """
     return (
-        Rule(f"{member}.id", OK, M, HTTP_URI),
         Rule(f"{member}.type", no_type, M, AS2_TYPE),
         Rule(f"{member}.ietf:cite-as", no_cite_as, M, HTTP_URI),
         Rule(f"{member}.ietf:item", no_item, M, OBJECT),
@@ -653,7 +655,10 @@ ANNOUNCEMENT = EVERY + (
 )
 
 FAMILIES: Mapping[str, tuple[Rule, ...]] = {
-    "request": EVERY + resource("object", no_type=M, no_cite_as=S, no_item=M),
+    "request": EVERY + (
+        Rule("object.id",       OK, M, HTTP_URI),
+        *resource("object", no_type=M, no_cite_as=S, no_item=M),
+    ),
     "answer": EVERY + (
         Rule("inReplyTo",       E),
         Rule("inReplyTo",       OK, E, equal("object.id")),
@@ -804,6 +809,8 @@ class Store:
         self.directory = os.path.abspath(directory)
         self.fsync = fsync
         os.makedirs(self.directory, exist_ok=True)
+        if not os.access(self.directory, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), self.directory)
 
     def path(self, name: str) -> str:
         return os.path.join(self.directory, name + SUFFIX)
@@ -1034,23 +1041,23 @@ def found(name: str, octets: bytes) -> Delivery:
     )
 
 
-# What the values in a query must be, as a regular expression and in words.
+# What the values in a query must be, as a regular expression and in words. A form sends empty ones.
 PARAMETERS = {
-    "limit": ("[1-9][0-9]{0,2}|1000", "a number from 1 to 1000"),
-    "status": ("0|[1-5]([0-9]{2}|xx)", "a status such as 400, or 4xx, or 0 for no answer"),
-    "pattern": ("|".join(RULES), "one of " + ", ".join(RULES)),
+    "limit": ("|[1-9][0-9]{0,2}|1000", "a number from 1 to 1000"),
+    "status": ("|0|[1-5]([0-9]{2}|xx)", "a status such as 400, or 4xx, or 0 for no answer"),
+    "pattern": ("|".join(["", *RULES]), "one of " + ", ".join(RULES)),
     "since": (
-        NAME + r"|[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]+)?)?Z)?",
+        f"|{NAME}" r"|[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]+)?)?Z)?",
         "the name of a delivery, or a time in UTC such as 2026-01-31T12:00:00Z",
     ),
-    "before": (NAME, "the name of a delivery"),
+    "before": (f"|{NAME}", "the name of a delivery"),
     "q": ("(?s:.*)", "a text"),
 }
 
 
 def parse_query(text: str, parameters: Mapping[str, tuple[str, str]]) -> dict[str, str]:
     """Read the query of a URL. Raises `ValueError`, saying what may be asked for."""
-    values = dict(parse_qsl(text, errors="strict"))
+    values = dict(parse_qsl(text, keep_blank_values=True, errors="strict"))
     for name, value in values.items():
         if name not in parameters:
             raise ValueError(f"{quoted(name)} is no parameter, but {', '.join(parameters)} are")
@@ -1407,7 +1414,7 @@ if (form) {
   button.addEventListener("click", empty);
   document.getElementById("filter").hidden = true;
   form.addEventListener("input", () => {
-    history.replaceState(null, "", "?" + new URLSearchParams(new FormData(form)));
+    history.replaceState(null, "", home + "?" + new URLSearchParams(new FormData(form)));
     refresh();
   });
 }
@@ -1449,7 +1456,7 @@ PAGE = """<!doctype html>
 """
 
 HOME = """<h1>Deliveries</h1>
-<form role="search">
+<form role="search" action="{root}">
 <label>Filter <input id="q" type="search" name="q" value="{q}" autocomplete="off"
 placeholder="pattern, id, origin, finding …"></label>
 <label>Status <select id="status" name="status">{options}</select></label>
@@ -1475,8 +1482,8 @@ ROW = """
 <span>{pattern}</span> <span class="faint">{sender}</span> <span class="faint">{subject}</span>
 <span class="why {kind}">{reasons}</span></a></li>"""
 
-NEWEST = """<a href="{query}">Newest deliveries</a> """
-OLDER = """<a href="{query}">Older deliveries</a>"""
+NEWEST = """<a href="{root}{query}">Newest deliveries</a> """
+OLDER = """<a href="{root}{query}">Older deliveries</a>"""
 
 NOTE = """<p class="{kind}">{text}</p>"""
 
@@ -1609,18 +1616,18 @@ def home_page(site: Site, query: Query, deliveries: Sequence[Delivery]) -> Html:
         fill(OPTION, value=value, label=label, selected=Html(" selected" * (value == query.status)))
         for value, label in statuses.items()
     ]
-    more = turn_page(query, deliveries)
-    home = fill(HOME, query, options=options, newest=newest, deliveries=content, more=more)
+    live = {"newest": newest, "deliveries": content, "more": turn_page(site, query, deliveries)}
+    home = fill(HOME, query, root=site.root, options=options, **live)
     return page(site, "Deliveries · coarinbox", home)
 
 
-def turn_page(query: Query, deliveries: Sequence[Delivery]) -> list[Html]:
+def turn_page(site: Site, query: Query, deliveries: Sequence[Delivery]) -> list[Html]:
     limit, links = query.page_length, []
     if query.before:
-        links.append(fill(NEWEST, query=as_query(query._replace(before=""))))
+        links.append(fill(NEWEST, site, query=as_query(query._replace(before=""))))
     if len(deliveries) > limit:
         older = query._replace(before=deliveries[limit - 1].name)
-        links.append(fill(OLDER, query=as_query(older)))
+        links.append(fill(OLDER, site, query=as_query(older)))
     return links
 
 
@@ -1957,6 +1964,10 @@ class Failures:
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
+# Seconds that a client may take over a request, or an answer, even if others want to be served.
+GRACE = 0.5
+
+
 class Wait(NamedTuple):
     """What a connection waits for.
 
@@ -1967,6 +1978,7 @@ class Wait(NamedTuple):
     how: (
         int  # for `socket.shutdown`, to end it: SHUT_RD where it is to be read from, else SHUT_RDWR
     )
+    grace: float = 0  # seconds for which it is not ended to make room for others
     begun: bool = False  # whether it is for the rest of a request, or until an answer is taken
 
 
@@ -2049,7 +2061,7 @@ class Wire(io.RawIOBase):
     @contextlib.contextmanager
     def patiently(self, how: int) -> Iterator[None]:
         """Wait for the client in the block, until the deadline, while others are served."""
-        with self.away(Wait(self.began, how, begun=True)):
+        with self.away(Wait(self.began, how, GRACE, begun=True)):
             # 0 would mean not to wait, and less than that is no time-out.
             self.connection.settimeout(max(0.001, self.deadline - time.monotonic()))
             try:
@@ -2103,6 +2115,14 @@ def quality(media_type: str, accept: str) -> float:
         if name in weights:
             return weights[name]
     return 0.0
+
+
+def check_line(line: bytes, what: str, too_long: int) -> None:
+    """Refuse a line that is longer than `MAX_LINE`, with that status, or that broke off."""
+    if len(line) > MAX_LINE:
+        raise Problem(too_long, f"{what} is longer than {MAX_LINE} octets")
+    if not line.endswith(b"\n"):
+        raise Problem(400, f"the connection ended before {what} did")
 
 
 def authority(url: str) -> str:
@@ -2205,8 +2225,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     def read_head(self) -> None:
         """Read and parse the head of a request (RFC 9112 sections 2 to 6); faults are raised."""
         self.raw_requestline = self.rfile.readline(MAX_LINE + 1)
-        if len(self.raw_requestline) > MAX_LINE:
-            raise Problem(414, f"the request line is longer than {MAX_LINE} octets")
+        check_line(self.raw_requestline, "the request line", 414)
         line = self.raw_requestline.decode("latin-1")
         self.requestline = line.rstrip("\r\n")
         match = REQUEST_LINE.fullmatch(line)
@@ -2233,10 +2252,9 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         """Read header lines up to the empty one; yield their names and values."""
         for number in range(1, MAX_HEADERS + 2):
             line = self.rfile.readline(MAX_LINE + 1)
+            check_line(line, f"header line {number}", 431)
             if line == b"\r\n":
                 return
-            if len(line) > MAX_LINE:
-                raise Problem(431, f"header line {number} is longer than {MAX_LINE} octets")
             match = HEADER.fullmatch(line)
             if not match:  # its value may be a secret
                 name = line.partition(b":")[0][:80] if line[:1].strip() and b":" in line else b""
@@ -2575,7 +2593,9 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     # The resources
 
     def get_home(self) -> Response:
-        query = self.query(Query.from_query)
+        return self.home(self.query(Query.from_query))
+
+    def home(self, query: Query) -> Response:
         with store_problems():
             deliveries = list(self.server.deliveries.select(query, query.page_length + 1))
         link = f'<{self.base}/inbox>; rel="http://www.w3.org/ns/ldp#inbox"'
@@ -2584,7 +2604,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     def get_inbox(self) -> Response:
         """List the notifications (LDN section 3.3.1)."""
         if self.wants_html():
-            return self.get_home()
+            return self.home(Query())  # what the URL asks for is failures
         base = self.base
         listing = {
             "@context": {"ldp": "http://www.w3.org/ns/ldp#"},
@@ -2600,9 +2620,9 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         if self.continue_expected:
             self.check_content()
         octets = self.read_body()  # even if its type is wrong: people want to see what they sent
-        self.check_content()
         if self.server.settings.DEBUG:
             self.log_message("%s", octets.decode("utf-8", "backslashreplace"))
+        self.check_content()
         failure = self.query(Failure.from_query)
         receipt = self.check_notification(octets)
         self.simulate(failure)
@@ -2716,17 +2736,13 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 # --- Server --------------------------------------------------------------------------------------
 
 
-# Seconds that a client may take over a request, or an answer, even if others want to be served.
-GRACE = 0.5
-
-
 @contextlib.contextmanager
-def unusable(what: str) -> Iterator[None]:
+def unusable(what: str, expected: str) -> Iterator[None]:
     """Turn errors of the operating system into errors of the settings that led to them."""
     try:
         yield
     except (OSError, UnicodeError) as error:
-        raise ConfigurationError(f"{what}: {error}") from error
+        raise ConfigurationError(f"{what}: {error}; expected {expected}") from error
 
 
 def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | None:
@@ -2737,7 +2753,7 @@ def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | No
     # Or who is cut off for others would see an error of TLS, and no 503. That bodies are whole is
     # seen by HTTP.
     context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
-    context.load_cert_chain(certificate, key)
+    context.load_cert_chain(certificate, key, password="")  # or it would ask on the terminal
     return context
 
 
@@ -2766,12 +2782,14 @@ class InboxServer(http.server.HTTPServer):
         # While some connections are being ended there may be more than MAX_CONNECTIONS.
         self.threads = concurrent.futures.ThreadPoolExecutor(2 * settings.MAX_CONNECTIONS + 1)
         self.address_family = socket.AF_INET6 if ":" in settings.HOST else socket.AF_INET
-        with unusable(f"SSL_CERT {settings.SSL_CERT!r}, SSL_KEY {settings.SSL_KEY!r}"):
+        files = f"SSL_CERT {settings.SSL_CERT!r}, SSL_KEY {settings.SSL_KEY!r}"
+        with unusable(files, "a certificate and its key, not encrypted, in PEM"):
             self.tls = tls_context(settings.SSL_CERT, settings.SSL_KEY)
-        with unusable(f"STORE_DIR {settings.STORE_DIR!r}"):
+        with unusable(f"STORE_DIR {settings.STORE_DIR!r}", "a directory to write to"):
             self.store = Store(settings.STORE_DIR, settings.FSYNC)
             self.deliveries = DeliveryLog(os.path.join(self.store.directory, "deliveries.jsonl"))
-        with unusable(f"HOST {settings.HOST!r}, PORT {settings.PORT}"):
+        address = f"HOST {settings.HOST!r}, PORT {settings.PORT}"
+        with unusable(address, "an address of this machine and a port that is free"):
             # Where it fails, it calls `server_close`, which needs all of the above.
             super().__init__((settings.HOST, settings.PORT), InboxHandler)
         self.socket.setblocking(False)
@@ -2785,8 +2803,11 @@ class InboxServer(http.server.HTTPServer):
     @property
     def base(self) -> str:
         """The URL below which everything is found, without a slash at its end."""
-        if self.settings.BASE_URL:
-            return self.settings.BASE_URL.rstrip("/")
+        return self.settings.BASE_URL.rstrip("/") if self.settings.BASE_URL else self.local
+
+    @property
+    def local(self) -> str:
+        """The URL of the address that is listened on."""
         host = self.settings.HOST if self.settings.HOST not in ("0.0.0.0", "::") else "localhost"
         return f"{self.scheme}://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}"
 
@@ -2922,7 +2943,7 @@ class InboxServer(http.server.HTTPServer):
             return True
         with self.lock:
             self.connections.add(handler)
-        self.rest(handler)
+        self.rest(handler, GRACE)
         self.watch(handler.connection, True, handler)
         return True
 
@@ -2951,10 +2972,10 @@ class InboxServer(http.server.HTTPServer):
             elif watched and not wanted:
                 self.selector.unregister(source)
 
-    def rest(self, handler: InboxHandler) -> None:
+    def rest(self, handler: InboxHandler, grace: float = 0) -> None:
         """Note that a connection waits for its next request."""
         with self.lock:
-            self.waiting[handler] = Wait(time.monotonic(), socket.SHUT_RD)
+            self.waiting[handler] = Wait(time.monotonic(), socket.SHUT_RD, grace)
 
     def begin(self, handler: InboxHandler) -> bool:
         """Note that a request has begun; False if its connection was ended before."""
@@ -2983,13 +3004,11 @@ class InboxServer(http.server.HTTPServer):
             socket.socket.shutdown(handler.connection, wait.how)
 
     def make_room(self) -> bool:
-        """End the connection that has waited longest; one that has just begun has its time."""
+        """End the connection that has waited longest; what has just begun has its time."""
         with self.lock:
             now, many = time.monotonic(), len(self.connections)
             endable = [
-                handler
-                for handler, wait in self.waiting.items()
-                if not wait.begun or now - wait.since > GRACE
+                handler for handler, wait in self.waiting.items() if now - wait.since >= wait.grace
             ]
             if not endable or many >= 2 * self.settings.MAX_CONNECTIONS:
                 return False
@@ -3082,7 +3101,7 @@ class Wanted(NamedTuple):
         if self.pattern and self.pattern not in RULES:
             raise AssertionError(unknown(self.pattern, "pattern", RULES))
         expression, expected = PARAMETERS["status"]
-        if self.status and not re.fullmatch(expression, self.status):
+        if not re.fullmatch(expression, self.status):
             raise AssertionError(f"status is {quoted(self.status)}, expected {expected}")
         return self
 
@@ -3116,8 +3135,8 @@ class Inbox:
 
     @property
     def url(self) -> str:
-        """The URL to send notifications to."""
-        return f"{self.server.base}/inbox"
+        """The URL to send notifications to, whatever BASE_URL is."""
+        return f"{self.server.local}/inbox"
 
     @property
     def open_server(self) -> InboxServer:

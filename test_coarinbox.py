@@ -571,6 +571,11 @@ class RulesTest(unittest.TestCase):
                         codes(changed(document, member, ABSENT)),
                     )
 
+    def test_without_a_type_all_that_it_may_be_are_listed(self) -> None:
+        findings = {each.code: each for each in coarinbox.validate(changed(ACCEPT, "type", ABSENT))}
+        for types in ("Announce, ", "Offer + coar-notify:ReviewAction", "TentativeAccept", "Undo"):
+            self.assertIn(types, findings["type-required"].message)
+
     def test_unknown_members_are_never_a_finding(self) -> None:
         for name, document in NOTIFICATIONS.items():
             for parent in ["", "origin.", "target.", "object.", "actor."]:
@@ -594,6 +599,13 @@ class RulesTest(unittest.TestCase):
         document = changed(ACCEPT, "object.id", "offer")
         found = [entry for entry in codes(document) if entry[1] == "/object/id" and entry[0] == E]
         self.assertEqual(found, [(E, "/object/id", "object.id-absolute-uri")])
+        announced = changed(NOTIFICATIONS["Announce Review"], "context.id", "urn:x")
+        found = [each for each in codes(changed(ACCEPT, "object", announced)) if each[0] == E]
+        self.assertIn((E, "/object/context/id", "context.id-http-uri"), found)
+        self.assertNotIn(
+            (S, "/object/context/id", "context.id-http-uri"),
+            codes(changed(ACCEPT, "object", announced)),
+        )
 
     def test_it_neither_raises_nor_changes_what_it_is_given(self) -> None:
         deep: Any = "x"
@@ -1209,7 +1221,7 @@ class ResourcesTest(InboxTest):
         self.assertEqual(self.stored(), [name])
 
     def test_the_request_line_may_hold_a_whole_url(self) -> None:
-        for target in ("http://localhost", "http://localhost?x", "HTTP://localhost/inbox?x"):
+        for target in ("http://localhost", "http://localhost?q=x", "HTTP://localhost/inbox?x"):
             head = f"HEAD {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
             (answer,) = raw(self.server, head, "half-close")
             self.assertEqual(answer.status, 200)
@@ -1236,7 +1248,7 @@ class ResourcesTest(InboxTest):
             ("application/ld+json;q=0.2, */*;q=0.1", False),
             ("text/html;q=0.001, */*;q=0.01", False),
         ]:
-            for path in ("/inbox", location, "/constraints"):
+            for path in ("/inbox", "/inbox?close=1&times=2", location, "/constraints"):
                 with self.subTest(accept, path=path):
                     answer = self.ask("GET", path, headers={"Accept": accept})
                     self.assertEqual(answer.status, 200)
@@ -1737,7 +1749,10 @@ class BadRequestTest(InboxTest):
         whole = b"DELETE /inbox HTTP/1.1\r\nHost: localhost\r\n\r\n"
         for end in range(1, len(whole)):
             (answer,) = raw(self.server, whole[:end], "half-close")
-            self.assert_problem(answer, 400)
+            problem = self.assert_problem(answer, 400)
+            part = whole[:end].count(b"\n")
+            where = f"header line {part}" if part else "the request line"
+            self.assertEqual(problem["detail"], f"the connection ended before {where} did")
         self.assertEqual(len(self.stored()), 1)
 
     def test_white_space_around_the_value_of_a_header_means_nothing(self) -> None:
@@ -2325,7 +2340,8 @@ class QueryTest(DeliveriesTest):
             (f"since={self.deliveries()[0]['time']}", None), ("since=2999-01-01T00:00:00Z", []),
             (f"before={names[1]}", [2, 3]), (f"before={names[3]}", []),
             (f"before={names[0]}&since={names[3]}&status=400&limit=1", [1]),
-            ("q=", [0, 1, 2, 3]), ("q=REFUSED", [1, 2]), ("q=not+UTF-8", [1]),
+            ("q=", [0, 1, 2, 3]), ("limit=&status=&pattern=&since=&before=&q=", [0, 1, 2, 3]),
+            ("q=REFUSED", [1, 2]), ("q=not+UTF-8", [1]),
             ("q=must+be+an+object", [2]), ("q=origin-object", [2]), ("q=offer-1", [2]),
             ("q=%C3%9CN%C3%AFCODE", [0]), (f"q={names[3]}", [3]), ("q=request+review", [0, 2]),
         ]:  # fmt: skip
@@ -2359,7 +2375,7 @@ class QueryTest(DeliveriesTest):
             ("limit=x", "a number"), ("status=40", "a status such as 400, or 4xx"),
             ("status=999", "a status"), ("pattern=Offer", "one of Accept, Announce"),
             ("since=yesterday", "a time in UTC such as"), ("since=2026-01-31T12:00%2B01:00", "UTC"),
-            ("before=2026-01-31", "the name of a delivery"), ("limt=5", "limit"),
+            ("before=2026-01-31", "the name of a delivery"), ("limt=5", "limit"), ("limt", "limit"),
             ("q=%FF", "utf-8"),
         ]:  # fmt: skip
             for path in ("/deliveries", "/"):
@@ -2936,13 +2952,15 @@ class PageTest(DeliveriesTest):
     def test_older_deliveries_are_a_link_away(self) -> None:
         for number in range(100):
             self.post(changed(REFUSED, "id", f"number {number}"))
-        seen, path, pages = [], "/?status=400", 0
+        seen, pages = [], 0
+        path: str | None = "/?status=400"
         while path:
             page = self.page(path)
             seen += [link.attributes["id"] for link in page.all("a") if "id" in link.attributes]
             links = {link.text: link.attributes["href"] for link in page.all("a")}
             self.assertEqual("Newest deliveries" in links, pages > 0)
-            path, pages = links.get("Older deliveries", "").replace("?", "/?"), pages + 1
+            older = links.get("Older deliveries")
+            path, pages = older and urllib.parse.urljoin(path, older), pages + 1
         self.assertEqual(seen, [f"row-{name}" for name in self.names("?limit=1000")])
         self.assertEqual((len(seen), pages), (100, 2))
 
@@ -3574,7 +3592,9 @@ class StartTest(ProgramTest):
         self.assertNotIn("s3cret", log)
         with self.assertLogs("coarinbox", "INFO") as caught, serving(DEBUG=True) as server:
             self.assertEqual(ask(server, "POST", "/inbox", b"\xff").status, 400)
+            ask(server, "POST", "/inbox", b"%PDF", {"Content-Type": "application/pdf"})
         self.assertIn("INFO:coarinbox:127.0.0.1 \\xff", caught.output)
+        self.assertIn("INFO:coarinbox:127.0.0.1 %PDF", caught.output)
         self.assertIn("INFO:coarinbox:127.0.0.1 POST /inbox HTTP/1.1", caught.output)
 
 
@@ -3587,6 +3607,15 @@ def can_connect(where: tuple[str, int]) -> bool:
 
 
 class ConfigurationTest(ProgramTest):
+    @unittest.skipUnless(shutil.which("unshare"), "a read-only disk needs util-linux")
+    def test_a_store_that_cannot_be_written_to(self) -> None:
+        script = f'mount -t tmpfs -o ro tmpfs {self.directory} && exec "$0" "$@"'
+        command = ["unshare", "--mount", "--map-root-user", "sh", "-c", script, sys.executable]
+        command += [str(MODULE), "--port", "0", "--store", str(self.directory)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        self.assertEqual(done.returncode, 2, done)
+        self.assertIn("expected a directory to write to", done.stderr)
+
     def test_the_example_holds_every_setting_at_its_default(self) -> None:
         values = coarinbox.read_configuration(str(HERE / "local.cfg.example"))
         self.assertEqual(values, vars(coarinbox.Settings()))
@@ -3761,6 +3790,12 @@ class RunningTest(unittest.TestCase):
         with self.assertRaisesRegex(coarinbox.ConfigurationError, "TOKN; nearest: TOKEN"):
             with coarinbox.running(TOKN="x"):
                 self.fail("it runs")
+
+    def test_its_url_leads_to_it_whatever_the_public_one_is(self) -> None:
+        with coarinbox.running(BASE_URL="https://inbox.example.org/") as inbox:
+            location = send(inbox.url).headers["Location"]
+            self.assertTrue(location.startswith("https://inbox.example.org/inbox/"), location)
+            self.assertEqual(inbox.notifications, [ACCEPT])
 
     def test_what_was_removed_since_has_no_body(self) -> None:
         with coarinbox.running() as inbox:
@@ -4108,7 +4143,8 @@ class SimulatedFailureTest(DeliveriesTest):
             ("status=200", "a status from 300 to 599"), ("status=x", "a status"),
             ("times=0&status=503", "a number from 1"), ("retry-after=soon", "an HTTP date"),
             ("delay=-1", "a number of seconds"), ("delay=99999", "at most 9999"),
-            ("close=0", "expected 1"), ("times=1", "needs a status"),
+            ("close=0", "expected 1"), ("close", "expected 1"), ("times=1", "needs a status"),
+            ("status=503&bogus", "'bogus' is no parameter"),
             ("stauts=503", "status, times, retry-after, delay, close"),
         ]:  # fmt: skip
             with self.subTest(query):
@@ -4411,6 +4447,18 @@ class ScarcityTest(InboxTest):
                 connection.sendall(BODY)
                 with connection.makefile("rb") as stream:
                     self.assertEqual(read_answer(stream.readline(), stream).status, 201)
+
+    def test_new_connections_have_time_to_begin(self) -> None:
+        with contextlib.ExitStack() as clients:
+            new = [
+                clients.enter_context(socket.create_connection(address(self.server), 10))
+                for _ in range(5)
+            ]
+            self.wait_until(lambda: self.server.full_until > 0)  # there are more than it can take
+            for connection in new:
+                connection.sendall(b"HEAD / HTTP/1.0\r\n\r\n")
+                with connection.makefile("rb") as stream:
+                    self.assertIn(b" 200 ", stream.readline())
 
     def test_requests_that_have_come_go_before_new_connections(self) -> None:
         with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as clients:
@@ -4854,6 +4902,15 @@ class TlsTest(ProgramTest):
         ):
             line = self.fail_to_start("--port", "0", "--config", self.config(text))
             self.assertIn("SSL_CERT", line)
+            self.assertIn("expected a certificate and its key, not encrypted, in PEM", line)
+
+    def test_an_encrypted_key_is_refused_and_not_asked_about(self) -> None:
+        encrypted = f"{self.directory}/encrypted.pem"
+        encrypt = ["openssl", "pkey", "-in", self.key, "-aes256", "-passout", "pass:x"]
+        subprocess.run([*encrypt, "-out", encrypted], check=True, capture_output=True)
+        with self.assertRaisesRegex(coarinbox.ConfigurationError, "not encrypted"):
+            with serving(SSL_CERT=self.certificate, SSL_KEY=encrypted):
+                self.fail("it runs")
 
 
 class DebuggerTest(ProgramTest):
