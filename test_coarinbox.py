@@ -158,17 +158,17 @@ NOTIFICATIONS: dict[str, Any] = json.loads(
 
 
 def changed(document: Any, member: str, value: Any) -> Any:
-    """Copy a notification, with another value for a member, given by its dotted name."""
-    document = copy.deepcopy(document)
-    *parents, name = member.split(".")
-    parent = document
-    for parent_name in parents:
-        parent = parent[parent_name]
+    """Copy a notification, with another value for a member, given by its dotted name.
+
+    The copy shares with the notification what stands beside the member.
+    """
+    name, _, rest = member.partition(".")
+    if rest:
+        return {**document, name: changed(document[name], rest, value)}
+    others = {**document, name: value}
     if value is ABSENT:
-        parent.pop(name, None)
-    else:
-        parent[name] = copy.deepcopy(value)
-    return document
+        del others[name]
+    return others
 
 
 def members(document: Any, prefix: str = "") -> list[str]:
