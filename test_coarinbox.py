@@ -4931,22 +4931,18 @@ class DebuggerTest(ProgramTest):
             port = editor.getsockname()[1]
             path = self.config(f'DEBUG_PYCHARM_SERVER = "127.0.0.1"\nDEBUG_PYCHARM_PORT = {port}')
             command = self.command("-d", "--port", "0", "--config", path)
-            ready = threading.Event()
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                accepted = pool.submit(self.accept_the_debugger, editor)
+                with running(command, cwd=self.directory) as inbox:
+                    with accepted.result():
+                        self.assertEqual(inbox.ask("POST", "/inbox", ACCEPT).status, 201)
+                    # The editor has ended, and the inbox has not.
+                    self.assertEqual(inbox.ask("POST", "/inbox", ACCEPT).status, 201)
 
-            def wait_for_the_debugger() -> None:
-                connection, _ = editor.accept()
-                with connection:
-                    connection.sendall(b"501\t1\t0.1\n101\t3\t\n")  # version, run
-                    ready.set()
-                    while connection.recv(65536):
-                        pass
-
-            waiting = threading.Thread(target=wait_for_the_debugger)
-            waiting.start()
-            with running(command, cwd=self.directory) as inbox:
-                self.assertTrue(ready.wait(20))
-                self.assertEqual(inbox.ask("POST", "/inbox", ACCEPT).status, 201)
-            waiting.join()
+    def accept_the_debugger(self, editor: socket.socket) -> socket.socket:
+        connection, _ = editor.accept()
+        connection.sendall(b"501\t1\t0.1\n101\t3\t\n")  # version, run
+        return connection
 
     @unittest.skipUnless(importlib.util.find_spec("pydevd"), "the pydevd package is not installed")
     def test_without_a_server_it_says_so_and_serves(self) -> None:
