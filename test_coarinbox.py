@@ -5057,6 +5057,7 @@ class ReadmeTest(ProgramTest):
     def run_example(self, *command: str) -> str:
         # What runs here is a copy, whose coverage nobody could look at afterwards.
         env = {name: value for name, value in environment().items() if "COVERAGE" not in name}
+        env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # no other package has a part in it
         done = subprocess.run(
             command, cwd=self.directory, env=env, capture_output=True, text=True, timeout=60
         )
