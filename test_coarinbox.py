@@ -3460,11 +3460,10 @@ class StartTest(ProgramTest):
         alone = [sys.executable, "-I", "-S", "coarinbox.py", "--port", "0"]
         with running(alone, cwd=self.directory) as inbox:
             self.assertEqual(inbox.ask("POST", "/inbox", ACCEPT).status, 201)
-        done = subprocess.run(
-            [sys.executable, "-I", "-S", "coarinbox.py", "--version"],
-            cwd=self.directory, capture_output=True, text=True, timeout=20, check=True,
-        )  # fmt: skip
-        self.assertEqual(done.stdout, f"coarinbox {coarinbox.__version__}\n")
+
+    def test_it_tells_its_version(self) -> None:
+        done = self.invoke("--version")
+        self.assertEqual(done, (0, [f"coarinbox {coarinbox.__version__}"], ""))
 
     def test_sigint_and_sigterm_end_it_with_status_0(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -3568,15 +3567,17 @@ class StartTest(ProgramTest):
         self.assertIn("HOST", self.fail_to_start("--port", "0", "--host", "x" * 300))
 
     def test_ipv6(self) -> None:
-        for host in ("::1", "::"):
-            try:
-                socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-            except OSError:
-                self.skipTest("this machine has no IPv6")
-            with running(self.command("--host", host, "--port", "0"), cwd=self.directory) as inbox:
-                self.assertIn(f"http://{'[::1]' if host == '::1' else 'localhost'}:", inbox.url)
-                port = inbox.server_address[1]
-                for client in ("::1", "127.0.0.1") if host == "::" else ("::1",):
+        try:
+            socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        except OSError:
+            self.skipTest("this machine has no IPv6")
+        for host, name, clients in [
+            ("::1", "[::1]", ["::1"]), ("::", "localhost", ["::1", "127.0.0.1"]),
+        ]:  # fmt: skip
+            with serving(HOST=host) as server:
+                port = address(server)[1]
+                self.assertEqual(server.base, f"http://{name}:{port}")
+                for client in clients:
                     connection = http.client.HTTPConnection(client, port, timeout=10)
                     self.assertEqual(ask_on(connection, "GET", "/inbox").status, 200)
                     connection.close()
@@ -5090,12 +5091,12 @@ class ReadmeTest(ProgramTest):
         self.assertIn("Request Review", output)
 
     def test_the_flags_are_those_of_the_program(self) -> None:
-        done = subprocess.run(self.command("--help"), capture_output=True, text=True, check=True)
+        help_ = " ".join(self.invoke("--help").output)
         listed = self.README.partition("lists the flags")[2].partition("\n\n")[0]
         flags = re.findall("`(--?[a-z]+(?: [A-Z]+)?)`", listed)
         self.assertGreater(len(flags), 6)
         for flag in flags:
-            self.assertIn(f"{flag} ", done.stdout.replace("\n", " "))
+            self.assertIn(f"{flag} ", help_)
 
 
 class ShapeTest(unittest.TestCase):
