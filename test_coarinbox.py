@@ -4702,11 +4702,13 @@ class DescriptorsTest(ProgramTest):
 
 
 class ManyTest(InboxTest):
+    def holding(self, names: list[str]) -> Any:
+        """Let the store hold notifications that nobody has written."""
+        return unittest.mock.patch.object(self.server.store, "unsorted", names.copy)
+
     def test_a_long_list_is_sent_in_pieces_and_in_order(self) -> None:
         names = sorted(coarinbox.new_name() for _ in range(1000))
-        for name in names:
-            pathlib.Path(self.server.store.path(name)).write_bytes(BODY)
-        with unittest.mock.patch("coarinbox.BATCH", 400):
+        with self.holding(names[::-1]), unittest.mock.patch("coarinbox.BATCH", 400):
             answer = self.ask("GET", "/inbox")
         listed = [path_of(entry["@id"]) for entry in answer.json()["ldp:contains"]]
         self.assertEqual(listed, [f"/inbox/{name}" for name in names])
@@ -4717,18 +4719,16 @@ class ManyTest(InboxTest):
         names = [coarinbox.new_name() for _ in range(1000)]
         connection = http.client.HTTPConnection(*address(self.server), timeout=10)
         with contextlib.closing(connection):
-            with unittest.mock.patch.object(self.server.store, "names", lambda: iter(names)):
+            with self.holding(names):
                 answer = ask_on(connection, "GET", "/inbox")
                 self.assertEqual(len(answer.json()["ldp:contains"]), 1000)
             self.assertEqual(ask_on(connection, "POST", "/inbox", ACCEPT).status, 201)
 
     def test_a_long_list_for_those_who_know_no_chunks(self) -> None:
-        for _ in range(1000):
-            name = coarinbox.new_name()
-            pathlib.Path(self.server.store.path(name)).write_bytes(BODY)
-        with socket.create_connection(address(self.server), timeout=10) as old:
-            old.sendall(b"GET /inbox HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
-            received = b"".join(iter(lambda: old.recv(65536), b""))
+        with self.holding([coarinbox.new_name() for _ in range(1000)]):
+            with socket.create_connection(address(self.server), timeout=10) as old:
+                old.sendall(b"GET /inbox HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
+                received = b"".join(iter(lambda: old.recv(65536), b""))
         head, _, body = received.partition(b"\r\n\r\n")
         self.assertNotIn(b"chunked", head)
         self.assertIn(b"Connection: close", head)
@@ -4739,7 +4739,7 @@ class ManyTest(InboxTest):
         with unittest.mock.patch("coarinbox.BATCH", 500):
             for number in (2_000, 10_000):
                 names = [f"20260101_000000_{index:032x}" for index in range(number)]
-                with unittest.mock.patch.object(self.server.store, "unsorted", names.copy):
+                with self.holding(names):
                     tracemalloc.start()
                     self.assertEqual(self.count(b'"@id": "http', "/inbox"), number + 1)
                     peaks.append(tracemalloc.get_traced_memory()[1])
