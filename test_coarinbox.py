@@ -3405,6 +3405,14 @@ class ProgramTest(unittest.TestCase):
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, str(MODULE), *arguments]
 
+    def hasty(self, *arguments: str, **constants: float) -> list[str]:
+        """The same with other values of some constants, which make it wait less."""
+        code = (
+            f"import sys; sys.path.insert(0, {str(HERE)!r}); import coarinbox\n"
+            f"vars(coarinbox).update({constants}); sys.exit(coarinbox.main())"
+        )
+        return [sys.executable, "-c", code, *arguments]
+
     def invoke(self, *arguments: str, stdin: str = "", **env: str) -> Done:
         """Run the command line to its end, in this process, as it takes long to start another."""
         output, errors = io.TextIOWrapper(io.BytesIO()), io.StringIO()
@@ -3476,7 +3484,7 @@ class StartTest(ProgramTest):
                 idle.close()
 
     def test_a_request_in_flight_is_answered_before_the_end(self) -> None:
-        with self.stalled() as (inbox, connection), connection.makefile("rb") as stream:
+        with self.stalled(self.command()) as (inbox, connection), connection.makefile("rb") as stream:
             self.assertIn(b"100 Continue", stream.readline() + stream.readline())
             inbox.process.send_signal(signal.SIGTERM)
             while can_connect(inbox.server_address):  # it stops listening first
@@ -3488,18 +3496,18 @@ class StartTest(ProgramTest):
         self.assertEqual(len(files_in(self.directory / "notifications")), 1)
 
     def test_a_signal_some_time_after_the_first_does_not_wait(self) -> None:
-        with self.stalled() as (inbox, connection):
+        with self.stalled(self.hasty(TWICE=0.05)) as (inbox, connection):
             connection.recv(1)  # its request has begun, and is never completed
             inbox.process.send_signal(signal.SIGTERM)
             while can_connect(inbox.server_address):
                 pass
-            time.sleep(coarinbox.TWICE)
+            time.sleep(0.05)
             inbox.process.send_signal(signal.SIGINT)
             self.assertEqual(inbox.process.wait(10), 0)
         self.assertEqual(files_in(self.directory / "notifications"), [])
 
     def test_a_signal_that_comes_twice_is_one(self) -> None:
-        with self.stalled() as (inbox, connection), connection.makefile("rb") as stream:
+        with self.stalled(self.command()) as (inbox, connection), connection.makefile("rb") as stream:
             self.assertIn(b"100 Continue", stream.readline() + stream.readline())
             inbox.process.send_signal(signal.SIGTERM)
             inbox.process.send_signal(signal.SIGINT)
@@ -3510,8 +3518,8 @@ class StartTest(ProgramTest):
             self.assertEqual(inbox.process.wait(10), 0)
 
     def test_it_ends_though_connections_wait_for_others(self) -> None:
-        path = self.config("MAX_CONNECTIONS = 1")
-        with self.stalled("--config", path) as (inbox, connection):
+        command = self.command("--config", self.config("MAX_CONNECTIONS = 1"))
+        with self.stalled(command) as (inbox, connection):
             connection.recv(1)
             with socket.create_connection(inbox.server_address, timeout=10):
                 inbox.process.send_signal(signal.SIGTERM)
@@ -3520,9 +3528,9 @@ class StartTest(ProgramTest):
         self.assertEqual(len(files_in(self.directory / "notifications")), 1)
 
     @contextlib.contextmanager
-    def stalled(self, *arguments: str) -> Iterator[tuple[Program, socket.socket]]:
+    def stalled(self, command: list[str]) -> Iterator[tuple[Program, socket.socket]]:
         """Run an inbox, and a client that has sent only the head of its request."""
-        with running(self.command("--port", "0", *arguments), cwd=self.directory) as inbox:
+        with running([*command, "--port", "0"], cwd=self.directory) as inbox:
             with socket.create_connection(inbox.server_address, timeout=10) as connection:
                 head = post_head(f"Content-Length: {len(BODY)}", "Expect: 100-continue")
                 connection.sendall(head)
