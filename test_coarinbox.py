@@ -1548,7 +1548,7 @@ class BadBodyTest(InboxTest):
 class FramingTest(InboxTest):
     """How the length of a body is given (RFC 9112 section 6), rightly and wrongly."""
 
-    settings = {"MAX_CONTENT_LENGTH": 4000, "REQUEST_TIMEOUT": 0.3}
+    settings = {"MAX_CONTENT_LENGTH": 4000}
 
     def refuse(self, octets: bytes, status: int, then: str = "read") -> None:
         """Expect one answer, after which the server ends the connection, and then serves others."""
@@ -1590,12 +1590,6 @@ class FramingTest(InboxTest):
         for trailer in (b"X: y\r\n" * 200, b"X: " + b"y" * 70000 + b"\r\n"):
             with self.subTest(trailer[:40]):
                 self.refuse(head + b"0\r\n" + trailer + b"\r\n", 431)
-        unfinished = (b"", b"5", b"5\r\nhel", b"5\r\nhello", b"5\r\nhello\r\n")
-        for chunks in unfinished:
-            with self.subTest(chunks):
-                self.refuse(head + chunks, 400, "half-close")
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            list(pool.map(lambda chunks: self.refuse(head + chunks, 408), unfinished))
 
     def test_no_length(self) -> None:
         self.refuse(post_head(), 411)
@@ -1622,9 +1616,9 @@ class FramingTest(InboxTest):
         self.assertEqual(answer.status, 201)
 
     def test_a_body_that_ends_early(self) -> None:
-        head = post_head(f"Content-Length: {len(BODY) + 1}")
-        self.refuse(head + BODY, 400, "half-close")
-        self.refuse(head + BODY, 408)
+        for octets in UNFINISHED:
+            with self.subTest(octets):
+                self.refuse(octets, 400, "half-close")
 
     def test_a_body_over_the_limit(self) -> None:
         large = json.dumps({**ACCEPT, "summary": "x" * 4000}).encode()
@@ -1682,10 +1676,16 @@ def chunked(body: bytes, size: int, extension: bytes = b"", trailer: bytes = b""
     return b"".join(parts) + b"0\r\n" + trailer + b"\r\n"
 
 
+# Requests that end before their body does.
+UNFINISHED = [
+    post_head(f"Content-Length: {len(BODY) + 1}") + BODY,
+    *(post_head("Transfer-Encoding: chunked") + chunks
+      for chunks in (b"", b"5", b"5\r\nhel", b"5\r\nhello", b"5\r\nhello\r\n")),
+]  # fmt: skip
+
+
 class BadRequestTest(InboxTest):
     """Requests that are none."""
-
-    settings = {"REQUEST_TIMEOUT": 0.3}
 
     def test_what_the_base_class_would_answer_with_html(self) -> None:
         line, header, many = "the request line is malformed", "header line 2 is malformed", "65536"
@@ -1726,11 +1726,6 @@ class BadRequestTest(InboxTest):
                 self.assertEqual(answer.headers["Connection"], "close")
         self.assert_serves()
 
-    def test_silence_is_no_request(self) -> None:
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            for answers in pool.map(lambda octets: raw(self.server, octets), (b"", b"\r\n")):
-                self.assertEqual(answers, [])
-
     def test_empty_lines_before_a_request_are_ignored(self) -> None:
         octets = b"\r\n\r\n\nGET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
         answers = raw(self.server, octets * 2 + b"\r\n", "half-close")
@@ -1762,6 +1757,44 @@ class BadRequestTest(InboxTest):
         (answer,) = raw(self.server, octets + BODY, "half-close")
         self.assertEqual(answer.status, 201)
 
+    def test_a_client_that_resets_the_connection_leaves_no_traceback(self) -> None:
+        for octets in (b"POST /in", post_head("Content-Length: 99"), post_head(), b""):
+            connection = socket.create_connection(address(self.server))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            connection.sendall(octets)
+            connection.close()
+        self.assert_serves()
+        self.server.server_close()  # waits for the connections above
+        self.assertFalse([line for line in self.log if line.exc_info])
+
+    def test_the_log_holds_one_line_for_a_request_whatever_it_says(self) -> None:
+        raw(self.server, b"GET /\x1b[31m\rforged HTTP/1.1\r\n\r\n")
+        raw(self.server, b"GET /%0aforged HTTP/1.1\r\nHost: localhost\r\n\r\n", "half-close")
+        lines = self.log_lines()
+        self.assertEqual(len(lines), 4, lines)  # each with the reason of the refusal
+        for line in lines:
+            self.assertTrue(line.isprintable(), line)
+
+
+class StallTest(InboxTest):
+    """Clients that do not go on, which are waited for no longer than `REQUEST_TIMEOUT`."""
+
+    settings = {"REQUEST_TIMEOUT": 0.2}
+
+    def test_a_request_that_does_not_end(self) -> None:
+        with concurrent.futures.ThreadPoolExecutor(len(UNFINISHED)) as pool:
+            answers = pool.map(lambda octets: raw(self.server, octets), UNFINISHED)
+            for octets, (answer,) in zip(UNFINISHED, answers):
+                with self.subTest(octets):
+                    self.assert_problem(answer, 408)
+                    self.assertEqual(answer.headers["Connection"], "close")
+        self.assertEqual(self.stored(), [])
+
+    def test_silence_is_no_request(self) -> None:
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            for answers in pool.map(lambda octets: raw(self.server, octets), (b"", b"\r\n")):
+                self.assertEqual(answers, [])
+
     def test_a_client_that_does_not_read_its_answer_is_let_go(self) -> None:
         name = "20200101_000000_" + "a" * 32
         pathlib.Path(self.server.store.path(name)).write_bytes(b" " * 30_000_000)
@@ -1791,24 +1824,6 @@ class BadRequestTest(InboxTest):
             stopped.set()
             dripping.join()
             stream.close()
-
-    def test_a_client_that_resets_the_connection_leaves_no_traceback(self) -> None:
-        for octets in (b"POST /in", post_head("Content-Length: 99"), post_head(), b""):
-            connection = socket.create_connection(address(self.server))
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-            connection.sendall(octets)
-            connection.close()
-        self.assert_serves()
-        self.server.server_close()  # waits for the connections above
-        self.assertFalse([line for line in self.log if line.exc_info])
-
-    def test_the_log_holds_one_line_for_a_request_whatever_it_says(self) -> None:
-        raw(self.server, b"GET /\x1b[31m\rforged HTTP/1.1\r\n\r\n")
-        raw(self.server, b"GET /%0aforged HTTP/1.1\r\nHost: localhost\r\n\r\n", "half-close")
-        lines = self.log_lines()
-        self.assertEqual(len(lines), 4, lines)  # each with the reason of the refusal
-        for line in lines:
-            self.assertTrue(line.isprintable(), line)
 
 
 # --- Storage -------------------------------------------------------------------------------------
