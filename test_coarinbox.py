@@ -3499,7 +3499,7 @@ class StartTest(ProgramTest):
                 idle.close()
 
     def test_a_request_in_flight_is_answered_before_the_end(self) -> None:
-        with self.stalled(self.command()) as (inbox, connection), connection.makefile("rb") as stream:
+        with self.stalled() as (inbox, connection), connection.makefile("rb") as stream:
             self.assertIn(b"100 Continue", stream.readline() + stream.readline())
             inbox.process.send_signal(signal.SIGTERM)
             while can_connect(inbox.server_address):  # it stops listening first
@@ -3522,7 +3522,7 @@ class StartTest(ProgramTest):
         self.assertEqual(files_in(self.directory / "notifications"), [])
 
     def test_a_signal_that_comes_twice_is_one(self) -> None:
-        with self.stalled(self.command()) as (inbox, connection), connection.makefile("rb") as stream:
+        with self.stalled() as (inbox, connection), connection.makefile("rb") as stream:
             self.assertIn(b"100 Continue", stream.readline() + stream.readline())
             inbox.process.send_signal(signal.SIGTERM)
             inbox.process.send_signal(signal.SIGINT)
@@ -3543,9 +3543,10 @@ class StartTest(ProgramTest):
         self.assertEqual(len(files_in(self.directory / "notifications")), 1)
 
     @contextlib.contextmanager
-    def stalled(self, command: list[str]) -> Iterator[tuple[Program, socket.socket]]:
+    def stalled(self, command: list[str] | None = None) -> Iterator[tuple[Program, socket.socket]]:
         """Run an inbox, and a client that has sent only the head of its request."""
-        with running([*command, "--port", "0"], cwd=self.directory) as inbox:
+        command = [*(command or self.command()), "--port", "0"]
+        with running(command, cwd=self.directory) as inbox:
             with socket.create_connection(inbox.server_address, timeout=10) as connection:
                 head = post_head(f"Content-Length: {len(BODY)}", "Expect: 100-continue")
                 connection.sendall(head)
