@@ -3451,6 +3451,16 @@ class ProgramTest(unittest.TestCase):
             output.seek(0)
             return Done(status, output.read().splitlines(), errors.getvalue())
 
+    def configured(self, *arguments: str, **env: str) -> coarinbox.Settings:
+        """Run the command line up to where it would serve; returns the settings it has then."""
+        with unittest.mock.patch("coarinbox.InboxServer") as server:
+            with unittest.mock.patch("coarinbox.run"):
+                done = self.invoke(*arguments, **env)
+        self.assertEqual(done.status, 0, done.errors)
+        (settings,) = server.call_args.args
+        assert isinstance(settings, coarinbox.Settings)
+        return settings
+
     def fail_to_start(self, *arguments: str, **env: str) -> str:
         """Expect exit status 2 and one line on standard error, which is returned."""
         done = self.invoke(*arguments, **env)
@@ -3653,28 +3663,27 @@ class ConfigurationTest(ProgramTest):
             "def f(x: int) -> None: pass\nassert f.__annotations__['x'] is int\n"
             'STORE_DIR = os.path.join(here, "elsewhere", __name__)\nPORT = 10 - 10\n'
         )
-        with running(self.command("--config", path), cwd=self.directory) as inbox:
-            self.assertEqual(inbox.banner[-2], f"store       {self.directory / 'elsewhere/config'}")
+        settings = self.configured("--config", path)
+        self.assertEqual(settings.STORE_DIR, str(self.directory / "elsewhere/config"))
+        self.assertEqual(settings.PORT, 0)
 
     def test_flags_win_over_the_file_which_wins_over_the_environment(self) -> None:
-        self.config('VALIDATE_INCOMING = "strict"\nSTORE_DIR = "from-file"\nPORT = 0\n')
+        self.config('VALIDATE_INCOMING = "strict"\nSTORE_DIR = "from-file"\n')
         other = self.directory / "other.cfg"
-        other.write_text('VALIDATE_INCOMING = False\nSTORE_DIR = "from-environment"\nPORT = 0\n')
+        other.write_text('VALIDATE_INCOMING = False\nSTORE_DIR = "from-environment"\n')
         for arguments, store, mode in [
-            ([], "from-environment", "False"),
+            ([], "from-environment", False),
             (["--config", "local.cfg"], "from-file", "strict"),
             (["--config", "local.cfg", "--store", "from-flag"], "from-flag", "strict"),
         ]:
-            env = environment(COARNOTIFY_SETTINGS="other.cfg")
-            with running(self.command(*arguments), cwd=self.directory, env=env) as inbox:
-                self.assertEqual(inbox.banner[-2], f"store       {self.directory / store}")
-                self.assertEqual(inbox.banner[-1], f"validation  {mode}")
+            settings = self.configured(*arguments, COARNOTIFY_SETTINGS="other.cfg")
+            self.assertEqual((settings.STORE_DIR, settings.VALIDATE_INCOMING), (store, mode))
 
     def test_a_flag_that_is_not_given_leaves_the_file_alone(self) -> None:
-        path = self.config("DEBUG_PYCHARM = True\nPORT = 0")
-        without_packages = [sys.executable, "-I", "-S", str(MODULE), "--config", path]
-        with running(without_packages, cwd=self.directory) as inbox:
-            self.assertIn("no debugger", "\n".join(inbox.banner))
+        path = self.config("DEBUG_PYCHARM = True\nPORT = 1234")
+        with unittest.mock.patch("coarinbox.attach_debugger") as attach_debugger:
+            self.assertEqual(self.configured("--config", path).PORT, 1234)
+        attach_debugger.assert_called_once_with("localhost", 6000)
 
     def test_errors_name_the_file_the_line_and_what_is_wrong(self) -> None:
         for text, expected in [
