@@ -5023,20 +5023,20 @@ class DebuggerTest(ProgramTest):
 # --- The coarnotify package as a client ----------------------------------------------------------
 
 
-class ClientTest(ProgramTest):
+class ClientTest(unittest.TestCase):
     @unittest.skipUnless(importlib.util.find_spec("coarnotify"), "coarnotify is not installed")
     def test_its_own_integration_tests_pass(self) -> None:
-        code = (  # they expect it at port 5005, where another one may run
-            "import sys, unittest; from coarnotify.test.integration import test_client\n"
-            "test_client.INBOX = sys.argv.pop(); unittest.main(test_client)"
-        )
-        with running(self.command("--port", "0"), cwd=self.directory) as inbox:
-            done = subprocess.run(
-                [sys.executable, "-c", code, inbox.url], capture_output=True, text=True, timeout=60
-            )
-            self.assertIn("Ran 12 tests", done.stderr)
-            self.assertTrue(done.stderr.endswith("OK\n"), done.stderr)
-            self.assertEqual(len(inbox.ask("GET", "/inbox").json()["ldp:contains"]), 12)
+        from coarnotify.test.integration import test_client
+
+        tests = unittest.defaultTestLoader.loadTestsFromModule(test_client)
+        output = io.StringIO()
+        with coarinbox.running() as inbox:
+            # They expect it at port 5005, where another one may run.
+            with unittest.mock.patch.object(test_client, "INBOX", inbox.url):
+                with contextlib.redirect_stdout(output):
+                    result = unittest.TextTestRunner(output).run(tests)
+            self.assertTrue(result.wasSuccessful(), output.getvalue())
+            self.assertEqual((result.testsRun, len(inbox.notifications)), (12, 12))
 
 
 # --- The files -----------------------------------------------------------------------------------
