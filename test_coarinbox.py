@@ -16,6 +16,7 @@ import copy
 import datetime
 import doctest
 import errno
+import functools
 import hashlib
 import html.parser
 import http.client
@@ -838,10 +839,11 @@ def innermost(document: Any, member: str) -> tuple[str, str]:
 def single_mutations() -> Iterator[Mutation]:
     """Change each member of each notification: to other types, to other URIs, to nothing."""
     uris = list(dict.fromkeys([*(uri for uri, _, _ in URIS), *URI_DIFFERENCES]))
-    for document in NOTIFICATIONS.values():
+    for number, document in enumerate(NOTIFICATIONS.values()):
+        some = uris[number % 3 :: 3]  # which makes all of them in any three patterns
         for member in members(document):
             values = VALUES + (TYPES if member.endswith("type") else [])
-            for value in values + (uris if member in URI_MEMBERS else []):
+            for value in values + (some if member in URI_MEMBERS else []):
                 yield Mutation(
                     changed(document, member, value), *innermost(document, member), value
                 )
@@ -862,15 +864,20 @@ def accepted_by_coarinbox(document: Any) -> bool:
     return all(found.level != E for found in coarinbox.validate(document))
 
 
-def accepted_by_coarnotify(document: Any) -> bool:
+@functools.cache
+def coarnotify_server() -> Any:
     from coarnotify.server import COARNotifyReceipt, COARNotifyServer, COARNotifyServiceBinding
 
     class Binding(COARNotifyServiceBinding):  # type: ignore[misc]
         def notification_received(self, notification: Any) -> Any:
             return COARNotifyReceipt(COARNotifyReceipt.CREATED)
 
+    return COARNotifyServer(Binding())
+
+
+def accepted_by_coarnotify(document: Any) -> bool:
     try:
-        COARNotifyServer(Binding()).receive(copy.deepcopy(document))
+        coarnotify_server().receive(json.dumps(document))
     except Exception:  # it crashes in many ways on what it refuses
         return False
     return True
@@ -932,7 +939,7 @@ class MutationTest(InboxTest):
 
     def test_over_http_each_gets_its_verdict_and_nothing_is_a_fault_of_ours(self) -> None:
         mutations = [*single_mutations(), *embedded_mutations()]
-        documents = [change.document for change in mutations[::14]]
+        documents = [change.document for change in mutations[::12]]
         self.assertGreater(len(documents), 500)
         for start in range(0, len(documents), 20):
             some = documents[start : start + 20]
