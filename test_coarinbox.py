@@ -4970,11 +4970,13 @@ class TlsTest(ProgramTest):
 
 class DebuggerTest(ProgramTest):
     def test_without_the_package_one_line_says_what_to_install(self) -> None:
-        command = [sys.executable, "-I", "-S", str(MODULE), "-d", "--port", "0"]
-        with running(command, cwd=self.directory) as inbox:
-            (line,) = (line for line in inbox.banner if "debugger" in line)
-            self.assertIn("pip install pydevd-pycharm", line)
-            self.assertEqual(inbox.ask("GET", "/inbox").status, 200)
+        with unittest.mock.patch.dict(sys.modules, pydevd=None):
+            with unittest.mock.patch("coarinbox.run") as run:
+                done = self.invoke("-d", "--port", "0")
+        self.assertEqual((done.status, done.errors.count("\n")), (0, 1), done.errors)
+        self.assertIn("no debugger: it needs the package pydevd-pycharm", done.errors)
+        (server,) = run.call_args.args
+        server.server_close()
 
     @unittest.skipUnless(importlib.util.find_spec("pydevd"), "the pydevd package is not installed")
     def test_it_connects_to_the_server_that_waits(self) -> None:
@@ -5005,12 +5007,6 @@ class DebuggerTest(ProgramTest):
         with running(command, cwd=self.directory) as inbox:
             self.assertIn("no debugger: 127.0.0.1", "\n".join(inbox.banner))
             self.assertEqual(inbox.ask("GET", "/inbox").status, 200)
-
-    def test_nor_is_a_package_that_is_missing(self) -> None:
-        with unittest.mock.patch.dict(sys.modules, pydevd=None):
-            with self.assertLogs("coarinbox", "WARNING") as caught:
-                coarinbox.attach_debugger("editor.example", 6000)
-        self.assertIn("pip install pydevd-pycharm", caught.output[0])
 
     def test_an_editor_that_does_not_wait_is_no_reason_to_end(self) -> None:
         debugger = unittest.mock.Mock()
