@@ -4203,7 +4203,7 @@ class SimulatedFailureTest(DeliveriesTest):
         import coarnotify.client
         import coarnotify.patterns
 
-        table = re.findall(r"^\| `\?(\S+)` \| (.*?) \|", ReadmeTest.README, re.MULTILINE)
+        table = re.findall(r"^\| `\?(\S+)` \| (.*?) \|", README, re.MULTILINE)
         self.assertGreater(len(table), 5)
         for query, expected in table:
             # That the answer is late matters here, and not how much.
@@ -5059,17 +5059,20 @@ def request_review(inbox):
 MY_PROGRAM = "my_code.request_review(sys.argv[1])\n"
 
 
+README = (HERE / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """Find the blocks of code in the README that are in a language."""
+    found = re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    assert found, language
+    return found
+
+
 class ReadmeTest(ProgramTest):
-    README = (HERE / "README.md").read_text(encoding="utf-8")
-
-    def blocks(self, language: str) -> list[str]:
-        blocks = re.findall(rf"^```{language}\n(.*?)^```$", self.README, re.DOTALL | re.MULTILINE)
-        self.assertTrue(blocks)
-        return blocks
-
     @unittest.skipUnless(shutil.which("curl"), "curl is not installed")
     def test_the_commands_print_what_it_says(self) -> None:
-        sessions = [block for block in self.blocks("console") if block.startswith("$ ")]
+        sessions = [block for block in blocks("console") if block.startswith("$ ")]
         self.assertEqual(len(sessions), 3)
         name = re.compile("[0-9]{8}_[0-9]{6}_[0-9a-f]{32}")
         with running(self.command("--port", "0"), cwd=self.directory) as inbox:
@@ -5085,65 +5088,82 @@ class ReadmeTest(ProgramTest):
                 self.assertTrue(matches, printed)
 
     def test_the_first_screen_holds_the_essential(self) -> None:
-        first = "\n".join(self.README.splitlines()[:40])
+        first = "\n".join(README.splitlines()[:40])
         for essential in ("python coarinbox.py\n", "curl", "201 Created", "Location:", '"pointer"'):
             self.assertIn(essential, first)
 
     def test_the_settings_are_those_of_the_code(self) -> None:
-        rows = re.findall(r"^\| `([A-Z_]+)` \| `(.+?)` \|", self.README, re.MULTILINE)
+        rows = re.findall(r"^\| `([A-Z_]+)` \| `(.+?)` \|", README, re.MULTILINE)
         settings = [(name, repr(value)) for name, value in vars(coarinbox.Settings()).items()]
         self.assertEqual(rows, settings)
 
-    def lay_out(self) -> None:
-        """Put the module into a directory, with the code that the examples test."""
-        shutil.copy(MODULE, self.directory)
-        (self.directory / "my_code.py").write_text(MY_CODE.format(OFFER))
-        program = self.directory / "my-program"
-        program.write_text(f"#!{sys.executable}\nimport my_code, sys\n" + MY_PROGRAM)
-        program.chmod(0o755)
-
-    def run_example(self, *command: str) -> str:
-        # What runs here is a copy, whose coverage nobody could look at afterwards.
-        env = {name: value for name, value in environment().items() if "COVERAGE" not in name}
-        env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # no other package has a part in it
-        done = subprocess.run(
-            command, cwd=self.directory, env=env, capture_output=True, text=True, timeout=60
-        )
-        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
-        return done.stdout + done.stderr
-
-    def test_the_example_for_unittest_passes(self) -> None:
-        self.lay_out()
-        (self.directory / "test_review.py").write_text(self.blocks("python")[0])
-        self.assertIn("Ran 1 test", self.run_example(sys.executable, "-m", "unittest"))
-
-    @unittest.skipUnless(importlib.util.find_spec("pytest"), "pytest is not installed")
-    def test_the_example_for_pytest_passes(self) -> None:
-        self.lay_out()
-        (self.directory / "test_review.py").write_text(self.blocks("python")[1])
-        self.assertIn(
-            "1 passed", self.run_example(sys.executable, "-m", "pytest", "-p", "no:cacheprovider")
-        )
-
-    @unittest.skipUnless(shutil.which("curl"), "curl is not installed")
-    def test_the_example_for_the_shell_works(self) -> None:
-        self.lay_out()
-        (self.directory / "python").symlink_to(sys.executable)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        (script,) = self.blocks("sh")
-        path = f"PATH={self.directory}:$PATH\n"
-        output = self.run_example("sh", "-ec", path + script.replace("5006", port))
-        self.assertIn("Request Review", output)
-
     def test_the_flags_are_those_of_the_program(self) -> None:
         help_ = " ".join(self.invoke("--help").output)
-        listed = self.README.partition("lists the flags")[2].partition("\n\n")[0]
+        listed = README.partition("lists the flags")[2].partition("\n\n")[0]
         flags = re.findall("`(--?[a-z]+(?: [A-Z]+)?)`", listed)
         self.assertGreater(len(flags), 6)
         for flag in flags:
             self.assertIn(f"{flag} ", help_)
+
+
+def run_example(code: str, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command where the module is, with code that uses it and what that tests."""
+    # What runs here is a copy, whose coverage nobody could look at afterwards.
+    env = {name: value for name, value in environment().items() if "COVERAGE" not in name}
+    env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # no other package has a part in it
+    with tempfile.TemporaryDirectory() as name:
+        directory = pathlib.Path(name)
+        shutil.copy(MODULE, directory)
+        (directory / "test_review.py").write_text(code)
+        (directory / "my_code.py").write_text(MY_CODE.format(OFFER))
+        (directory / "python").symlink_to(sys.executable)
+        program = directory / "my-program"
+        program.write_text(f"#!{sys.executable}\nimport my_code, sys\n" + MY_PROGRAM)
+        program.chmod(0o755)
+        return subprocess.run(
+            command, cwd=directory, env=env, capture_output=True, text=True, timeout=60
+        )
+
+
+class ExampleTest(unittest.TestCase):
+    """The examples in the README, all at once: the one for the shell waits a second."""
+
+    examples: dict[str, concurrent.futures.Future[subprocess.CompletedProcess[str]]]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        pool = concurrent.futures.ThreadPoolExecutor()
+        cls.addClassCleanup(pool.shutdown)
+        with_unittest, with_pytest = blocks("python")
+        (script,) = blocks("sh")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            script = script.replace("5006", str(free.getsockname()[1]))
+        python = (sys.executable, "-m")
+        cls.examples = {
+            "sh": pool.submit(run_example, "", "sh", "-ec", "PATH=.:$PATH\n" + script),
+            "unittest": pool.submit(run_example, with_unittest, *python, "unittest"),
+            "pytest": pool.submit(
+                run_example, with_pytest, *python, "pytest", "-p", "no:cacheprovider"
+            ),
+        }
+
+    def assert_works(self, name: str, text: str) -> None:
+        done = self.examples[name].result()
+        output = done.stdout + done.stderr
+        self.assertEqual(done.returncode, 0, output)
+        self.assertIn(text, output)
+
+    def test_the_one_for_unittest_passes(self) -> None:
+        self.assert_works("unittest", "Ran 1 test")
+
+    @unittest.skipUnless(importlib.util.find_spec("pytest"), "pytest is not installed")
+    def test_the_one_for_pytest_passes(self) -> None:
+        self.assert_works("pytest", "1 passed")
+
+    @unittest.skipUnless(shutil.which("curl"), "curl is not installed")
+    def test_the_one_for_the_shell_works(self) -> None:
+        self.assert_works("sh", "Request Review")
 
 
 class ShapeTest(unittest.TestCase):
