@@ -3422,11 +3422,11 @@ class ProgramTest(unittest.TestCase):
         path.write_text(text, encoding="utf-8")
         return str(path)
 
-    def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, str(MODULE), *arguments]
+    def command(self, *arguments: str, **constants: float) -> list[str]:
+        """The command line of an inbox, which may have constants that make it wait less.
 
-    def hasty(self, *arguments: str, **constants: float) -> list[str]:
-        """The same with other values of some constants, which make it wait less."""
+        Unlike a script, an imported module has been compiled before.
+        """
         code = (
             f"import sys; sys.path.insert(0, {str(HERE)!r}); import coarinbox\n"
             f"vars(coarinbox).update({constants}); sys.exit(coarinbox.main())"
@@ -3526,7 +3526,7 @@ class StartTest(ProgramTest):
         self.assertEqual(len(files_in(self.directory / "notifications")), 1)
 
     def test_a_signal_some_time_after_the_first_does_not_wait(self) -> None:
-        with self.stalled(self.hasty(TWICE=0.05)) as (inbox, connection):
+        with self.stalled(self.command(TWICE=0.05)) as (inbox, connection):
             connection.recv(1)  # its request has begun, and is never completed
             inbox.process.send_signal(signal.SIGTERM)
             while can_connect(inbox.server_address):
@@ -3755,7 +3755,8 @@ class ConfigurationTest(ProgramTest):
             done = self.invoke(*arguments)
             self.assertEqual((done.status, done.output), (2, []))
             self.assertIn("usage: coarinbox", done.errors)
-        done_alone = subprocess.run(self.command("--port", "x"), capture_output=True, timeout=20)
+        command = [sys.executable, str(MODULE), "--port", "x"]
+        done_alone = subprocess.run(command, capture_output=True, timeout=20)
         self.assertEqual(done_alone.returncode, 2)
         line = self.fail_to_start("--port", "70000", "--config", self.config("DEBUG = True"))
         self.assertTrue(line.startswith("coarinbox: PORT is 70000"), line)
@@ -4402,7 +4403,7 @@ class BadConnectionsTest(ProgramTest):
     def setUp(self) -> None:
         super().setUp()
         path = self.config("FSYNC = False; MAX_CONNECTIONS = 256")
-        command = self.hasty("--port", "0", "--config", path, GRACE=self.GRACE)
+        command = self.command("--port", "0", "--config", path, GRACE=self.GRACE)
         program = running(command, cwd=self.directory)
         self.inbox = program.__enter__()
         self.addCleanup(program.__exit__, None, None, None)
