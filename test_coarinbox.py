@@ -3759,7 +3759,7 @@ class ConfigurationTest(ProgramTest):
             done = self.invoke(*arguments)
             self.assertEqual((done.status, done.output), (2, []))
             self.assertIn("usage: coarinbox", done.errors)
-        command = [sys.executable, str(MODULE), "--port", "x"]
+        command = [sys.executable, str(MODULE), "--port", "70000"]
         done_alone = subprocess.run(command, capture_output=True, timeout=20)
         self.assertEqual(done_alone.returncode, 2)
         line = self.fail_to_start("--port", "70000", "--config", self.config("DEBUG = True"))
