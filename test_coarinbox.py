@@ -5117,6 +5117,7 @@ def run_example(code: str, *command: str) -> subprocess.CompletedProcess[str]:
     env = {name: value for name, value in environment().items() if "COVERAGE" not in name}
     env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # no other package has a part in it
     with tempfile.TemporaryDirectory() as name:
+        env["TMPDIR"] = name
         directory = pathlib.Path(name)
         shutil.copy(MODULE, directory)
         (directory / "test_review.py").write_text(code)
