@@ -4464,14 +4464,20 @@ class BadConnectionsTest(ProgramTest):
 class ScarcityTest(InboxTest):
     settings = {"MAX_CONNECTIONS": 2}
 
+    def give(self, seconds: float) -> None:
+        """Have requests and new connections make room only after so many seconds."""
+        patch = unittest.mock.patch("coarinbox.GRACE", seconds)
+        patch.start()
+        self.addCleanup(patch.stop)
+
     def test_requests_that_do_not_end_make_room(self) -> None:
+        self.give(0.05)
         with contextlib.ExitStack() as clients:
             slow = []
             for head in (post_head("Content-Length: 9"), b"POST /in"):
                 slow.append(socket.create_connection(address(self.server), 10))
                 clients.enter_context(slow[-1]).sendall(head)
-            with unittest.mock.patch("coarinbox.GRACE", 0.05):
-                self.assertEqual(self.post().status, 201)
+            self.assertEqual(self.post().status, 201)
             with slow[0].makefile("rb") as stream:
                 answer = read_answer(stream.readline(), stream)
             self.assert_problem(answer, 503)
@@ -4481,15 +4487,16 @@ class ScarcityTest(InboxTest):
     def test_clients_that_do_not_read_their_answers_make_room(self) -> None:
         name = "20200101_000000_" + "a" * 32
         pathlib.Path(self.server.store.path(name)).write_bytes(b" " * 30_000_000)
+        self.give(0.05)
         with contextlib.ExitStack() as clients:
             for _ in range(2):
                 deaf = clients.enter_context(socket.create_connection(address(self.server), 10))
                 deaf.sendall(f"GET /inbox/{name} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
                 deaf.recv(1)  # it comes
-            with unittest.mock.patch("coarinbox.GRACE", 0.05):
-                self.assert_serves()
+            self.assert_serves()
 
     def test_requests_that_have_just_begun_do_not(self) -> None:
+        self.give(60)
         with contextlib.ExitStack() as clients:
             begun = [
                 clients.enter_context(socket.create_connection(address(self.server), 10))
@@ -4508,6 +4515,7 @@ class ScarcityTest(InboxTest):
                     self.assertEqual(read_answer(stream.readline(), stream).status, 201)
 
     def test_new_connections_have_time_to_begin(self) -> None:
+        self.give(60)
         with contextlib.ExitStack() as clients:
             new = [
                 clients.enter_context(socket.create_connection(address(self.server), 10))
@@ -4938,10 +4946,10 @@ class TlsTest(ProgramTest):
                 secure = context.wrap_socket(connection, server_hostname="localhost")
                 return clients.enter_context(secure)
 
+            clients.enter_context(unittest.mock.patch("coarinbox.GRACE", 0.05))
             first = connect()
             first.sendall(post_head("Content-Length: 9") + b"x")
-            with unittest.mock.patch("coarinbox.GRACE", 0.05):
-                connect()  # which waits until there is room
+            connect()  # which waits until there is room
             with first.makefile("rb") as stream:
                 self.assertEqual(read_answer(stream.readline(), stream).status, 503)
 
