@@ -331,7 +331,8 @@ class InboxTest(unittest.TestCase):
         self.assertEqual(answer.headers["Content-Type"], "application/problem+json")
         problem = answer.json()
         self.assertEqual(problem["status"], status)
-        self.assertTrue(problem["title"] and problem["detail"] and problem["type"])
+        self.assertTrue(problem["title"] and problem["detail"])
+        self.assertEqual(problem["type"], "about:blank")
         return problem
 
     def assert_serves(self) -> None:
@@ -1699,7 +1700,11 @@ class BadRequestTest(InboxTest):
     """Requests that are none."""
 
     def test_what_the_base_class_would_answer_with_html(self) -> None:
-        line, header, many = "the request line is malformed", "header line 2 is malformed", "65536"
+        line, header, many = (
+            "the request line is malformed",
+            "header line 2 is malformed: ",
+            "65536",
+        )
         for octets, status, reason in [
             (b"GARBAGE\r\n", 400, line),
             (b"  \r\n", 400, line),
@@ -1719,16 +1724,16 @@ class BadRequestTest(InboxTest):
             (b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n", 414, many),
             (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 60_000 + b"\r\n", 431, "more than 100"),
             (b"GET / HTTP/1.1\r\nX: " + b"y" * 70_000 + b"\r\n\r\n", 431, many),
-            (b"GET / HTTP/1.1\r\nno colon\r\n\r\n", 400, header),
-            (b"GET / HTTP/1.1\r\nHost : localhost\r\n\r\n", 400, f"{header}: b'Host '"),
-            (b"GET / HTTP/1.1\r\n folded: localhost\r\n\r\n", 400, header),
+            (b"GET / HTTP/1.1\r\nno colon\r\n\r\n", 400, header + "b''"),
+            (b"GET / HTTP/1.1\r\nHost : localhost\r\n\r\n", 400, header + "b'Host '"),
+            (b"GET / HTTP/1.1\r\n folded: localhost\r\n\r\n", 400, header + "b''"),
             (b"GET / HTTP/1.1\r\nX: y\r\n folded\r\n\r\n", 400, "header line 3 is malformed"),
-            (b"GET / HTTP/1.1\r\nX: y\n\r\n", 400, header),
-            (b"GET / HTTP/1.1\r\nX: y\rContent-Length: 5\r\n\r\n", 400, header),
-            (b"GET / HTTP/1.1\r\nX: y\r\r\nContent-Length: 5\r\n\r\n", 400, header),
-            (b"GET / HTTP/1.1\r\nX: \x00\r\n\r\n", 400, header),
-            (b"GET / HTTP/1.1\r\n: y\r\n\r\n", 400, header),
-            (b"GET / HTTP/1.1\r\nFrom somebody\r\n\r\n", 400, header),
+            (b"GET / HTTP/1.1\r\nX: y\n\r\n", 400, header + "b'X'"),
+            (b"GET / HTTP/1.1\r\nX: y\rContent-Length: 5\r\n\r\n", 400, header + "b'X'"),
+            (b"GET / HTTP/1.1\r\nX: y\r\r\nContent-Length: 5\r\n\r\n", 400, header + "b'X'"),
+            (b"GET / HTTP/1.1\r\nX: \x00\r\n\r\n", 400, header + "b'X'"),
+            (b"GET / HTTP/1.1\r\n: y\r\n\r\n", 400, header + "b''"),
+            (b"GET / HTTP/1.1\r\nFrom somebody\r\n\r\n", 400, header + "b''"),
         ]:
             with self.subTest(octets[:60]):
                 hosted = octets.replace(b"HTTP/1.1\r\n", b"HTTP/1.1\r\nHost: localhost\r\n", 1)
@@ -2778,7 +2783,9 @@ class PageTest(DeliveriesTest):
     def test_the_payload_is_shown_as_json_line_by_line(self) -> None:
         document = {"@id": 1, "a/b~c": {"text": "ü\n\u202e", "numbers": [1, 2.5, None], "no": {}}}
         self.post({**document, "list": [[], {"x": True}]})
-        self.assertEqual("".join(self.newest().all("pre")[0].texts).strip().splitlines()[1:], [
+        first, *lines = "".join(self.newest().all("pre")[0].texts).splitlines()
+        self.assertTrue(first.startswith("{ [1] [2]"), first)
+        self.assertEqual(lines, [
             '  "@id": 1,',
             '  "a/b~c": {',
             r'    "text": "ü\n\u202e",',
@@ -2799,7 +2806,10 @@ class PageTest(DeliveriesTest):
             (b"<p>no\r\nJSON\t", "<p>no JSON\\t"), (b"\xff\0", "\\xff\\u0000"),
         ]:  # fmt: skip
             self.post(body)
-            self.assertEqual(self.newest().all("pre")[0].text, shown)
+            page = self.newest()
+            self.assertEqual(page.all("pre")[0].text, shown)
+            self.assertEqual(page.one("h1").text, "400 refused")
+            self.assertEqual(page.one("title").text, "400 refused · coarinbox")
             path = f"/deliveries/{self.names()[0]}/body"
             answer = self.ask("GET", path)
             self.assertEqual(answer.body, body)
@@ -3831,7 +3841,9 @@ class RunningTest(unittest.TestCase):
         with self.assertRaisesRegex(coarinbox.ConfigurationError, "PORT"):
             with coarinbox.running(PORT="none"):
                 self.fail("it runs")
-        with self.assertRaisesRegex(coarinbox.ConfigurationError, "TOKN; nearest: TOKEN"):
+        with self.assertRaisesRegex(
+            coarinbox.ConfigurationError, "^unknown setting TOKN; nearest: TOKEN"
+        ):
             with coarinbox.running(TOKN="x"):
                 self.fail("it runs")
 
@@ -4140,12 +4152,13 @@ class SimulatedFailureTest(DeliveriesTest):
             self.assertEqual([each["status"] for each in listed], [503, 201, 503, 503])
 
     def test_a_redirect_leads_to_the_plain_inbox(self) -> None:
+        self.send("status=300")
         answer = self.send("status=307")
         inbox = "http://{}:{}/inbox".format(*address(self.server))
         self.assertEqual(answer.headers["Location"], inbox)
-        self.assertIn(
-            "307 redirected", Page(self.ask("GET", "/", headers=HTML).body.decode()).rows[0]
-        )
+        rows = Page(self.ask("GET", "/", headers=HTML).body.decode()).rows
+        self.assertIn("307 redirected", rows[0])
+        self.assertIn("300 redirected", rows[1])
         self.assertEqual(self.ask("POST", path_of(answer.headers["Location"]), ACCEPT).status, 201)
 
     def test_an_answer_can_be_late(self) -> None:
@@ -4287,6 +4300,7 @@ class CheckTest(ProgramTest):
 
     def test_what_is_no_file_is_passed_over_and_what_is_too_large_is_refused(self) -> None:
         self.write("a/large.json", changed(ACCEPT, "summary", "x" * 2_000_000))
+        (self.directory / "a/largest.json").write_bytes(BODY.ljust(1048576))
         if hasattr(os, "mkfifo"):
             os.mkfifo(self.directory / "a/pipe.json")
         status, lines, _ = self.invoke("--check", "a", "--check", "a/large.json")
@@ -4571,9 +4585,10 @@ class ScarcityTest(InboxTest):
         self.assertEqual(len(self.stored()), 300)
 
     def test_what_takes_long_to_read_keeps_nobody_waiting(self) -> None:
-        read, answered = self.server.store.read, threading.Event()
+        read, begun, answered = self.server.store.read, threading.Event(), threading.Event()
 
         def read_later(name: str) -> bytes:
+            begun.set()
             self.assertTrue(answered.wait(10))
             return read(name)
 
@@ -4581,7 +4596,7 @@ class ScarcityTest(InboxTest):
         with unittest.mock.patch.object(self.server.store, "read", read_later):
             with concurrent.futures.ThreadPoolExecutor(1) as pool:
                 slow = pool.submit(self.ask, "GET", path)
-                self.wait_until(lambda: len(self.server.connections) == 1)
+                self.assertTrue(begun.wait(10))
                 self.assertEqual(self.post().status, 201)
                 answered.set()
                 self.assertEqual(slow.result().body, BODY)
