@@ -1407,7 +1407,7 @@ class LogTest(InboxTest):
             "E origin is missing; it must be an object",
             "M target.inbox is missing; it must be an HTTP URI",
             "not a valid notification: 1 error\n",
-            '"POST /inbox HTTP/1.1" 400',
+            '"POST /inbox HTTP/1.1" 400 -',
         ):
             self.assertIn(line, lines)
         for line in self.log_lines():
@@ -2995,8 +2995,9 @@ class PageTest(DeliveriesTest):
             self.assertEqual("Newest deliveries" in links, pages > 0)
             older = links.get("Older deliveries")
             path, pages = older and urllib.parse.urljoin(path, older), pages + 1
+            self.assertEqual(len(seen), 50 * pages)
         self.assertEqual(seen, [f"row-{name}" for name in self.names("?limit=1000")])
-        self.assertEqual((len(seen), pages), (100, 2))
+        self.assertEqual(pages, 2)
 
     def test_every_link_leads_somewhere(self) -> None:
         for document in (OFFER, ACCEPT, REFUSED, b"no"):
@@ -4122,6 +4123,8 @@ class SimulatedFailureTest(DeliveriesTest):
     def test_without_a_number_all_of_them_fail(self) -> None:
         for _ in range(3):
             self.assert_problem(self.send("status=500"), 500)
+        rows = Page(self.ask("GET", "/", headers=HTML).body.decode()).rows
+        self.assertTrue(all("500 failed" in row for row in rows), rows)
         self.assertEqual(self.post().status, 201)
 
     def test_any_status_can_be_chosen(self) -> None:
@@ -4268,6 +4271,8 @@ class CheckTest(ProgramTest):
             "refused.json: E /origin origin-object origin must be an object",
             "refused.json: S /id id-preferred id should be a hyphenated urn:uuid: or an HTTP URI",
         ])  # fmt: skip
+        _, (line,), _ = self.invoke("--check", self.write("broken.json", b"{"))
+        self.assertTrue(line.startswith("broken.json: E - json it is not JSON: "), line)
 
     def test_the_exit_status_tells_the_verdict(self) -> None:
         good, bad = self.write("good.json", ACCEPT), self.write("bad.json", REFUSED)
@@ -4601,6 +4606,17 @@ class ScarcityTest(InboxTest):
                 answered.set()
                 self.assertEqual(slow.result().body, BODY)
 
+    def test_when_the_system_has_nothing_more_to_give_new_connections_wait(self) -> None:
+        self.faults_expected = True
+        for number in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+            error = OSError(number, os.strerror(number))
+            line = f"a connection could not be taken: {error}"
+            with unittest.mock.patch.object(self.server, "get_request", side_effect=error):
+                connection = socket.create_connection(address(self.server), 10)
+                self.wait_until(lambda line=line: line in self.log_lines())  # type: ignore[misc]
+            with connection:
+                self.assert_serves()
+
     def test_one_thread_that_cannot_be_started_is_made_up_for(self) -> None:
         self.faults_expected = True
         start, failed = threading.Thread.start, threading.Event()
@@ -4774,6 +4790,8 @@ class DescriptorsTest(ProgramTest):
         self.assertEqual(status, 0)
         self.assertNotIn("Traceback", log)
         self.assertIn("Too many open files", log)
+        untaken = log.count("a connection could not be taken")
+        self.assertTrue(0 < untaken < 500, untaken)  # it does not try again and again
         stored = [
             name for name in files_in(self.directory / "notifications") if "jsonl" not in name
         ]
