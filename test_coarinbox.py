@@ -564,6 +564,11 @@ class RulesTest(unittest.TestCase):
                 pattern = coarinbox.pattern_of({"type": types})
                 self.assertEqual(pattern and pattern.name, name)
 
+    def test_an_action_that_is_known_is_none_that_is_unknown(self) -> None:
+        types = ["Announce", "coar-notify:UnprocessableNotification", "sorg:Review"]
+        document = changed(NOTIFICATIONS["Announce Service Result"], "type", types)
+        self.assertEqual(codes(document), set())
+
     def test_null_counts_as_absent(self) -> None:
         for name, document in NOTIFICATIONS.items():
             for member in members(document):
@@ -1277,6 +1282,7 @@ class ResourcesTest(InboxTest):
         self.assertNotIn(b"<script>alert", answer.body)
         self.assertIn(b"&lt;script&gt;alert", answer.body)
         self.assertIn("default-src 'none'", answer.headers["Content-Security-Policy"])
+        self.assertEqual(answer.headers["Referrer-Policy"], "no-referrer")
 
     def test_the_constraints_are_the_rules(self) -> None:
         listed = self.ask("GET", "/constraints").json()
@@ -1292,6 +1298,9 @@ class ResourcesTest(InboxTest):
         page = self.ask("GET", "/constraints", headers={"Accept": "text/html"}).body.decode()
         self.assertIn("<td>be an absolute URI</td><td>E: every pattern</td>", page)
         self.assertIn("<td>M: Request Endorsement, Request Review</td>", page)
+        for level, suffix in (("E", "; refused here"), ("M", "")):
+            row = f"<dt>{level}</dt><dd>{coarinbox.LEVELS[level]}{suffix}</dd>"
+            self.assertIn(row, page)
         self.assertRegex(
             page, "<td>E: Accept, .*Undo Offer; M: Request Endorsement, Request Review</td>"
         )
@@ -1402,16 +1411,14 @@ class EverywhereTest(InboxTest):
 class LogTest(InboxTest):
     def test_each_finding_has_a_line_for_clients_that_hide_the_answer(self) -> None:
         self.post(ValidationModeTest.INVALID)
-        lines = "\n".join(self.log_lines())
+        client, _ = address(self.server)
         for line in (
             "E origin is missing; it must be an object",
             "M target.inbox is missing; it must be an HTTP URI",
-            "not a valid notification: 1 error\n",
+            "not a valid notification: 1 error",
             '"POST /inbox HTTP/1.1" 400 -',
         ):
-            self.assertIn(line, lines)
-        for line in self.log_lines():
-            self.assertTrue(line.startswith(f"{address(self.server)[0]} "), line)
+            self.assertIn(f"{client} {line}", self.log_lines())
 
 
 class ScriptLogTest(InboxTest):
@@ -1552,7 +1559,7 @@ class BadBodyTest(InboxTest):
                 self.assertIn("constrainedBy", answer.headers["Link"])
         octets = f"POST /inbox HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(BODY)}\r\n\r\n"
         (answer,) = raw(self.server, octets.encode() + BODY, "half-close")
-        self.assert_problem(answer, 415)
+        self.assertIn("Content-Type is missing,", self.assert_problem(answer, 415)["detail"])
         self.assertEqual(self.post(Content_Encoding="Identity").status, 201)
         self.assertEqual(self.post(Content_Encoding="br").headers["Accept-Encoding"], "identity")
 
@@ -1999,6 +2006,7 @@ class BrokenStoreTest(InboxTest):
         os.rmdir(directory)
         pathlib.Path(directory).write_text("in the way")
         name = "20200101_000000_" + "a" * 32
+        code = errno.ENOTDIR
         for method, path in [
             ("POST", "/inbox"), ("GET", "/inbox"), ("GET", "/"), ("DELETE", "/inbox"),
             ("GET", f"/inbox/{name}"), ("DELETE", f"/inbox/{name}"),
@@ -2006,7 +2014,7 @@ class BrokenStoreTest(InboxTest):
             with self.subTest(method, path=path):
                 answer = self.ask(method, path, BODY if method == "POST" else None)
                 problem = self.assert_problem(answer, 500)
-                self.assertIn("the store failed", problem["detail"])
+                self.assertEqual(problem["detail"], f"the store failed: {os.strerror(code)}")
         os.remove(directory)
         self.assert_serves()
 
@@ -2247,6 +2255,14 @@ class DeliveryLogTest(DeliveriesTest):
         for path in ("/", f"/deliveries/{good['name']}"):
             self.assertEqual(self.ask("GET", path, headers=HTML).status, 200)
 
+    def test_lines_that_can_just_be_read_are(self) -> None:
+        self.post(REFUSED)
+        (good,) = self.lines()
+        del good["simulated"]
+        self.path.write_text(json.dumps({**good, "body": "half a pair: \ud800"}) + "\n")
+        (delivery,) = self.deliveries()
+        self.assertEqual((delivery["body"], delivery["simulated"]), ("half a pair: ?", False))
+
     def test_a_torn_line_does_not_spoil_the_next_one(self) -> None:
         self.post()
         whole = self.path.read_bytes()
@@ -2469,6 +2485,32 @@ class EventsTest(DeliveriesTest):
         self.addCleanup(listener.__exit__)
         self.assertEqual(listener.stream.status, 200)
         return listener
+
+    def assert_ends(self, listener: Listener) -> None:
+        with self.assertRaises(http.client.IncompleteRead):
+            for _ in range(1000):  # as long as there are heartbeats
+                listener.stream.read(1)
+
+    def test_one_who_comes_while_the_inbox_ends_does_not_keep_it(self) -> None:
+        bookmark = self.server.deliveries.bookmark
+
+        def ending(query: coarinbox.Query) -> coarinbox.Bookmark:
+            self.server.shutdown()
+            self.server.hang_up()
+            return bookmark(query)
+
+        with unittest.mock.patch.object(self.server.deliveries, "bookmark", ending):
+            listener = self.listen()
+        self.assert_ends(listener)
+
+    def test_one_who_was_slow_once_does_not_keep_it_either(self) -> None:
+        listener = self.listen()
+        for _ in range(10):  # more than fits into the buffers of a connection
+            self.post(b"x" * 1_000_000)
+        for _ in range(10):
+            self.assertEqual(listener.event().data["status"], 400)
+        self.server.hang_up()
+        self.assert_ends(listener)
 
     def test_deliveries_come_as_they_are_answered(self) -> None:
         self.post()  # before anybody listens
@@ -3124,6 +3166,7 @@ class ForeignPageTest(DeliveriesTest):
         for base in (
             "https://Inbox.example.org/coar",
             "https://inbox.example.org:443",
+            "https://me@inbox.example.org",
             "http://other",
         ):
             with serving(BASE_URL=base) as proxied:
@@ -3642,7 +3685,7 @@ class StartTest(ProgramTest):
             headers = {"Authorization": "Bearer s3cret", "X-Mine": "yes\tno"}
             inbox.ask("POST", "/inbox", '{"id":\n"xö"}'.encode(), headers)
             _, log = inbox.stop()
-        self.assertIn("X-Mine: yes\\tno", log)
+        self.assertIn(" 127.0.0.1 X-Mine: yes\\tno\n", log)
         self.assertIn('{"id":\\n"xö"}', log)
         self.assertNotIn("s3cret", log)
         with self.assertLogs("coarinbox", "INFO") as caught, serving(DEBUG=True) as server:
@@ -4133,6 +4176,9 @@ class SimulatedFailureTest(DeliveriesTest):
                 answer = self.send(f"status={status}")
                 self.assertEqual(answer.status, status)
                 self.assertEqual("Location" in answer.headers, status < 400)
+                if status != 304:  # it has no body
+                    title = {404: "Not Found", 499: "Error"}.get(status, answer.json()["title"])
+                    self.assertEqual(answer.json()["title"], title)
         self.assertEqual(self.stored(), [])
 
     def test_a_304_has_no_body_that_could_pass_for_the_next_answer(self) -> None:
@@ -4880,6 +4926,11 @@ class TokenTest(InboxTest):
             answer = self.ask("POST", "/inbox", BODY, {"Authorization": authorization})
             self.assertEqual(answer.status, 201)
         self.assertEqual(len(self.stored()), 2)
+
+    def test_the_first_notification_to_try_it_goes_with_it(self) -> None:
+        headers = {**HTML, "Authorization": b"Bearer " + "s3cret: ü".encode()}
+        page = self.ask("GET", "/", headers=headers).body.decode()
+        self.assertIn("/inbox -H &quot;Authorization: Bearer $TOKEN&quot; -H 'Content", page)
 
     def test_the_events_too(self) -> None:
         with Listener(self.server) as listener:
