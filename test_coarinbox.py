@@ -1201,9 +1201,18 @@ class ResourcesTest(InboxTest):
     def test_deleting_the_inbox_empties_it_for_the_next_test(self) -> None:
         for _ in range(3):
             self.post()
-        self.assertEqual(self.ask("DELETE", "/inbox").status, 204)
+        answer = self.ask("DELETE", "/inbox")
+        # RFC 9110 section 8.6
+        self.assertEqual((answer.status, answer.headers["Content-Length"]), (204, None))
         self.assertEqual(self.listed(), [])
         self.assert_serves()
+
+    def test_what_somebody_else_deletes_meanwhile_is_gone_too(self) -> None:
+        self.post()
+        names = ["20200101_000000_" + "a" * 32, *self.stored()]
+        with unittest.mock.patch.object(self.server.store, "names", lambda: iter(names)):
+            self.assertEqual(self.ask("DELETE", "/inbox").status, 204)
+        self.assertEqual(self.stored(), [])
 
     def test_what_a_resource_cannot_do_is_405_with_what_it_can(self) -> None:
         location = path_of(self.post().headers["Location"])
@@ -1348,10 +1357,12 @@ class ResourcesTest(InboxTest):
                 octets = f"GET /inbox HTTP/1.1\r\nHost: {host}\r\n\r\n".encode("latin-1")
                 (answer,) = raw(self.server, octets, "half-close")
                 self.assert_problem(answer, 400)
-        (answer,) = raw(
-            self.server, b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: a\r\n\r\n", "half-close"
-        )
-        self.assert_problem(answer, 400)
+        for octets in (
+            b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: a\r\n\r\n",
+            b"GET http://localhost/ HTTP/1.1\r\nHost: a b\r\n\r\n",
+        ):
+            (answer,) = raw(self.server, octets, "half-close")
+            self.assert_problem(answer, 400)
 
     def test_requests_share_a_connection(self) -> None:
         connection = http.client.HTTPConnection(*address(self.server), timeout=10)
@@ -1730,6 +1741,7 @@ class BadRequestTest(InboxTest):
             (b"GET / HTTP/2.0\r\n\r\n", 505, "HTTP/2.0 is not spoken"),
             (b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n", 414, many),
             (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 60_000 + b"\r\n", 431, "more than 100"),
+            (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 100 + b"\r\n", 431, "more than 100"),
             (b"GET / HTTP/1.1\r\nX: " + b"y" * 70_000 + b"\r\n\r\n", 431, many),
             (b"GET / HTTP/1.1\r\nno colon\r\n\r\n", 400, header + "b''"),
             (b"GET / HTTP/1.1\r\nHost : localhost\r\n\r\n", 400, header + "b'Host '"),
@@ -1748,6 +1760,11 @@ class BadRequestTest(InboxTest):
                 self.assertIn(reason, self.assert_problem(answer, status)["detail"])
                 self.assertEqual(answer.headers["Connection"], "close")
         self.assert_serves()
+
+    def test_a_hundred_header_lines_are_not_too_many(self) -> None:
+        octets = b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 99 + b"\r\n"
+        (answer,) = raw(self.server, octets, "half-close")
+        self.assertEqual(answer.status, 200)
 
     def test_empty_lines_before_a_request_are_ignored(self) -> None:
         octets = b"\r\n\r\n\nGET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -2512,6 +2529,16 @@ class EventsTest(DeliveriesTest):
         self.server.hang_up()
         self.assert_ends(listener)
 
+    def test_a_line_that_is_just_being_written_comes_when_it_is_whole(self) -> None:
+        self.post(OFFER)
+        line = self.path.read_bytes()
+        with self.listen() as listener, self.path.open("ab", buffering=0) as log:
+            log.write(line[:99])
+            listener.comment()
+            listener.comment()
+            log.write(line[99:])
+            self.assertEqual(listener.event().data, json.loads(line))
+
     def test_deliveries_come_as_they_are_answered(self) -> None:
         self.post()  # before anybody listens
         listener = self.listen()
@@ -3143,7 +3170,9 @@ class ForeignPageTest(DeliveriesTest):
         ]:  # fmt: skip
             for where in ("/inbox", path):
                 with self.subTest(headers, where=where):
-                    self.assert_problem(self.ask("DELETE", where, headers=headers), 403)
+                    problem = self.assert_problem(self.ask("DELETE", where, headers=headers), 403)
+                    named = headers.get("Origin") or headers.get("Sec-Fetch-Site", "none")
+                    self.assertIn(f"such as {named}; set BASE_URL", problem["detail"])
         self.assertEqual(len(self.stored()), 1)
         self.assertEqual(len(self.deliveries()), 1)
 
@@ -3695,6 +3724,12 @@ class StartTest(ProgramTest):
         self.assertIn("INFO:coarinbox:127.0.0.1 %PDF", caught.output)
         self.assertIn("INFO:coarinbox:127.0.0.1 POST /inbox HTTP/1.1", caught.output)
 
+    def test_each_line_of_the_log_has_its_time(self) -> None:
+        with running(self.command("--port", "0"), cwd=self.directory) as inbox:
+            inbox.ask("GET", "/inbox")
+            _, log = inbox.stop()
+        self.assertRegex(log, r'(?m)^[0-9]{4}-[0-9-]{5} [0-9:]{8},[0-9]{3} 127.0.0.1 "GET /inbox')
+
 
 def can_connect(where: tuple[str, int]) -> bool:
     try:
@@ -3969,12 +4004,12 @@ class RunningTest(unittest.TestCase):
         with coarinbox.running() as inbox:
             send(inbox.url, REFUSED)
             send(inbox.url, b"no")
-            inbox.fail_next(503)
+            inbox.fail_next(404)
             send(inbox.url, changed(OFFER, "actor", ABSENT))
             with self.assertRaises(AssertionError) as caught:
                 inbox.wait_for(type="Offer", timeout=0)
             wanted, first, second, third = str(caught.exception).splitlines()
-            self.assertIn("type='Offer'", wanted)
+            self.assertIn("no delivery with type='Offer', status='2xx' within 0 s", wanted)
             self.assertIn("E id must be an absolute URI; E origin must be an object", first)
             self.assertTrue(first.endswith("it should be an HTTP URI"), first)
             self.assertIn("the body is not JSON", second)
@@ -4681,13 +4716,21 @@ class ScarcityTest(InboxTest):
                 self.assertEqual(self.post().status, 201)
 
     def test_endless_ends_of_lines_keep_nobody_waiting(self) -> None:
+        self.assert_served_during_flood(b"", b"\r\n" * 1000)
+
+    def test_nor_does_what_follows_a_refusal(self) -> None:
+        with unittest.mock.patch("coarinbox.LINGER", 60):
+            self.assert_served_during_flood(b"garbage\r\n", b"x" * 65536)
+
+    def assert_served_during_flood(self, first: bytes, then: bytes) -> None:
         over = threading.Event()
 
         def flood() -> None:
             with socket.create_connection(address(self.server), timeout=10) as connection:
                 with contextlib.suppress(OSError):
+                    connection.sendall(first)
                     while not over.is_set():
-                        connection.sendall(b"\r\n" * 1000)
+                        connection.sendall(then)
 
         thread = threading.Thread(target=flood)
         thread.start()
