@@ -1296,6 +1296,7 @@ class ResourcesTest(InboxTest):
     def test_the_constraints_are_the_rules(self) -> None:
         listed = self.ask("GET", "/constraints").json()
         self.assertEqual(listed["constraints"], coarinbox.constraints())
+        self.assertEqual(listed["specification"], coarinbox.SPECIFICATION)
         required, valid = listed["constraints"][:2]
         everywhere = dict.fromkeys(NOTIFICATIONS, "E")
         self.assertEqual(required, {
@@ -2896,8 +2897,9 @@ class PageTest(DeliveriesTest):
     def test_a_conversation_is_shown_with_what_it_lacks(self) -> None:
         def conversation() -> tuple[list[str], list[str]]:
             page = self.newest()
-            current = [row.text for row in page.all("a", aria_current="page")]
-            self.assertFalse(current)
+            current = page.all("a", **{"aria-current": "page"})
+            own = [f"row-{self.names()[0]}"] if page.rows else []
+            self.assertEqual([row.attributes["id"] for row in current], own)
             return page.rows, [note.text for note in page.all("p", class_="warning")]
 
         self.post(NOTIFICATIONS["Undo Offer"])
@@ -2997,6 +2999,9 @@ class PageTest(DeliveriesTest):
         chosen = [option for option in page.all("option") if "selected" in option.attributes]
         self.assertEqual([option.attributes["value"] for option in chosen], ["4xx"])
         self.assertEqual(len(self.page("/?q=&status=").rows), 3)
+        page = self.page("/?q=nowhere")
+        self.assertEqual((page.rows, page.one("p", id="newest").text), ([], ""))
+        self.assertEqual(page.one("title").text, "Deliveries · coarinbox")
         nothing = self.page("/?q=%22%3E%3Cb%3E")
         self.assertIn("No delivery matches", nothing.one("div", id="deliveries").text)
         self.assertEqual(nothing.one("input", id="q").attributes["value"], '"><b>')
