@@ -804,7 +804,7 @@ class Store:
     goes wrong with the directory is raised as `OSError`.
     """
 
-    def __init__(self, directory: str, fsync: bool = True) -> None:
+    def __init__(self, directory: str, fsync: bool) -> None:
         """Use `directory`, creating it if it is missing; `fsync` makes `add` wait for the disk."""
         self.directory = os.path.abspath(directory)
         self.fsync = fsync
@@ -2158,7 +2158,6 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         self.rfile.close()
         self.wire = Wire(self.connection, functools.partial(self.server.away, self))
         self.rfile = io.BufferedReader(self.wire)
-        self.close_connection = False
         self.unread = False  # whether the connection holds octets that belong to this request
 
     def finish(self) -> None:
@@ -2205,7 +2204,6 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         return begun
 
     def handle_one_request(self) -> None:
-        self.close_connection = True
         self.command, self.requestline, self.request_version = "", "", self.protocol_version
         self.raw_requestline, self.path, self.host = b"", "", ""
         self.fields: dict[str, str] = {}  # of the head, by their names in lower case
