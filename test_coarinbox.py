@@ -1191,6 +1191,13 @@ class ResourcesTest(InboxTest):
                 for name in ("Content-Type", "Link", "Vary"):
                     self.assertEqual(head.headers[name], got.headers[name])
 
+    def test_an_answer_to_head_is_its_head(self) -> None:
+        with socket.create_connection(address(self.server), timeout=10) as connection:
+            connection.sendall(b"HEAD /constraints HTTP/1.0\r\n\r\n")
+            received = b"".join(iter(lambda: connection.recv(65536), b""))
+        self.assertTrue(received.startswith(b"HTTP/1.1 200 OK\r\n"), received[:50])
+        self.assertEqual(received.index(b"\r\n\r\n"), len(received) - 4)
+
     def test_a_deleted_notification_is_gone(self) -> None:
         kept, gone = (path_of(self.post().headers["Location"]) for _ in range(2))
         self.assertEqual(self.ask("DELETE", gone).status, 204)
@@ -3712,6 +3719,8 @@ class StartTest(ProgramTest):
                     connection = http.client.HTTPConnection(client, port, timeout=10)
                     self.assertEqual(ask_on(connection, "GET", "/inbox").status, 200)
                     connection.close()
+                foreign = ask(server, "GET", "/inbox", headers={"Host": "evil.example"})
+                self.assertEqual(foreign.status, 421 if host == "::1" else 200)
 
     def test_debug_logs_headers_and_bodies_but_no_secrets(self) -> None:
         command = self.command("--port", "0", "--config", self.config("DEBUG = True"))
