@@ -350,6 +350,8 @@ BROKEN: list[tuple[str, str, str, str, Any]] = [
     ("@context-namespaces", M, "Reject", "@context", ["https://coar-notify.net"]),
     ("@context-current", S, "Accept", "@context",
      ["https://www.w3.org/ns/activitystreams", "https://purl.org/coar/notify"]),
+    ("@context-current", S, "Accept", "@context",
+     ["https://www.w3.org/ns/activitystreams", "https://purl.org/coar/notify/"]),
     ("@context-current", S, "Undo Offer", "@context",
      ["https://www.w3.org/ns/activitystreams", "https://coar-notify.net/"]),
     ("id-required", E, "Request Review", "id", ABSENT),
@@ -1394,6 +1396,7 @@ class ResourcesTest(InboxTest):
         for head in (
             b"GET /inbox HTTP/1.0\r\n\r\n",
             b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: x ,\tClose\r\n\r\n",
         ):
             (answer,) = raw(self.server, head)
             self.assertEqual((answer.status, answer.headers["Connection"]), (200, "close"))
