@@ -56,6 +56,7 @@ from coarinbox import E, M, S
 HERE = pathlib.Path(__file__).resolve().parent
 MODULE = HERE / "coarinbox.py"
 JSON_LD = "application/ld+json"
+PROC = os.path.isdir("/proc/self/fd")  # where the descriptors of a process can be counted
 
 # --- Notifications -------------------------------------------------------------------------------
 
@@ -1306,6 +1307,7 @@ class ResourcesTest(InboxTest):
         listed = self.ask("GET", "/constraints").json()
         self.assertEqual(listed["constraints"], coarinbox.constraints())
         self.assertEqual(listed["specification"], coarinbox.SPECIFICATION)
+        self.assertEqual(listed["levels"], coarinbox.LEVELS)
         required, valid = listed["constraints"][:2]
         everywhere = dict.fromkeys(NOTIFICATIONS, "E")
         self.assertEqual(required, {
@@ -1983,6 +1985,14 @@ class SyncTest(InboxTest):
     settings = {"FSYNC": True}
     faults_expected = True
 
+    @unittest.skipUnless(PROC, "counting descriptors needs /proc")
+    def test_it_leaves_no_descriptor_open(self) -> None:
+        self.post()
+        before = os.listdir("/proc/self/fd")
+        for _ in range(10):
+            self.post()
+        self.assertLess(len(os.listdir("/proc/self/fd")), len(before) + 10)
+
     def test_before_a_201_the_file_and_its_name_have_reached_the_disk(self) -> None:
         synced = []
 
@@ -2267,7 +2277,8 @@ class DeliveryLogTest(DeliveriesTest):
         bad += [{**good, "headers": {"a": math.nan}}, {**good, "headers": {"a": math.inf}}]
         bad += [{name: good[name] for name in good if name != left_out} for left_out in needed]
         bad += [{**good, "findings": [finding]} for finding in (None, {}, {"level": "E"}, [1])]
-        bad += [{**good, "findings": [{**good["findings"][0], "message": 1}]}]
+        for member in ("message", "spec"):
+            bad += [{**good, "findings": [{**good["findings"][0], member: 1}]}]
         bad += [
             {**good, "about": {"id": 1}},
             {**good, "headers": [1]},
@@ -2915,6 +2926,7 @@ class PageTest(DeliveriesTest):
         self.post(NOTIFICATIONS["Undo Offer"])
         rows, notes = conversation()
         self.assertEqual(rows, [])
+        self.assertIn("No other delivery belongs to it.", self.newest().one("main").text)
         self.assertEqual(notes, [f"It replies to {OFFER_ID}, which was never delivered here."])
         self.post(changed(OFFER, "id", "urn:uuid:another"))
         self.assertEqual(conversation(), ([], []))
@@ -3714,6 +3726,7 @@ class StartTest(ProgramTest):
             self.skipTest("this machine has no IPv6")
         for host, name, clients in [
             ("::1", "[::1]", ["::1"]), ("::", "localhost", ["::1", "127.0.0.1"]),
+            ("0.0.0.0", "localhost", ["127.0.0.1"]),
         ]:  # fmt: skip
             with serving(HOST=host) as server:
                 port = address(server)[1]
@@ -4439,8 +4452,6 @@ class CheckTest(ProgramTest):
 
 
 # --- Faults --------------------------------------------------------------------------------------
-
-PROC = os.path.isdir("/proc/self/fd")
 
 
 def post_until_it_ends(inbox: Program, acknowledged: list[str], document: bytes) -> None:
