@@ -1200,6 +1200,7 @@ class ResourcesTest(InboxTest):
             received = b"".join(iter(lambda: connection.recv(65536), b""))
         self.assertTrue(received.startswith(b"HTTP/1.1 200 OK\r\n"), received[:50])
         self.assertEqual(received.index(b"\r\n\r\n"), len(received) - 4)
+        self.assertIn(b"\r\nDate: ", received)  # RFC 9110 section 6.6.1
 
     def test_a_deleted_notification_is_gone(self) -> None:
         kept, gone = (path_of(self.post().headers["Location"]) for _ in range(2))
@@ -1317,6 +1318,7 @@ class ResourcesTest(InboxTest):
         self.assertEqual(valid["demand"], "be an object")
         self.assertEqual(listed["refused"], ["E"])
         page = self.ask("GET", "/constraints", headers={"Accept": "text/html"}).body.decode()
+        self.assertIn("<title>Constraints · coarinbox</title>", page)
         self.assertIn("<td>be an absolute URI</td><td>E: every pattern</td>", page)
         self.assertIn("<td>M: Request Endorsement, Request Review</td>", page)
         for level, suffix in (("E", "; refused here"), ("M", "")):
