@@ -1201,6 +1201,7 @@ class ResourcesTest(InboxTest):
         self.assertTrue(received.startswith(b"HTTP/1.1 200 OK\r\n"), received[:50])
         self.assertEqual(received.index(b"\r\n\r\n"), len(received) - 4)
         self.assertIn(b"\r\nDate: ", received)  # RFC 9110 section 6.6.1
+        self.assertIn(f"\r\nServer: coarinbox/{coarinbox.__version__}\r\n".encode(), received)
 
     def test_a_deleted_notification_is_gone(self) -> None:
         kept, gone = (path_of(self.post().headers["Location"]) for _ in range(2))
@@ -4229,6 +4230,11 @@ class SimulatedFailureTest(DeliveriesTest):
             self.assertIn("simulated", self.assert_problem(answers[0], 503)["detail"])
             self.assertNotIn("Retry-After", answers[2].headers)
         self.assertEqual(len(self.stored()), 4)
+
+    def test_the_id_tells_notifications_apart(self) -> None:
+        other = changed(ACCEPT, "summary", "another")
+        answers = [self.send("status=503&times=1", document) for document in (ACCEPT, other)]
+        self.assertEqual([answer.status for answer in answers], [503, 201])
 
     def test_without_a_number_all_of_them_fail(self) -> None:
         for _ in range(3):
