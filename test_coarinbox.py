@@ -4880,12 +4880,13 @@ class HastyTest(InboxTest):
 class ShortWriteTest(InboxTest):
     faults_expected = True
 
-    def test_what_the_disk_takes_in_part_is_not_stored(self) -> None:
+    @contextlib.contextmanager
+    def disk_that_takes_a_part(self, of_the_log: bool) -> Iterator[None]:
         create = coarinbox.create
 
         def short(path: str, mode: str) -> Any:
             file = create(path, mode)
-            if path == self.server.deliveries.path:
+            if of_the_log != (path == self.server.deliveries.path):
                 return file
             cut = unittest.mock.MagicMock(wraps=file)
             cut.__enter__.return_value, cut.__exit__ = cut, lambda *_: file.close()
@@ -4893,10 +4894,23 @@ class ShortWriteTest(InboxTest):
             return cut
 
         with unittest.mock.patch("coarinbox.create", short):
+            yield
+
+    def test_what_the_disk_takes_in_part_is_not_stored(self) -> None:
+        with self.disk_that_takes_a_part(of_the_log=False):
             self.assert_problem(self.post(), 507)
         self.assertEqual(self.stored(), [])
         self.assertFalse([name for name in files_in(self.server.store.directory) if "part" in name])
         self.assertEqual(self.post().status, 201)
+
+    def test_nor_is_it_logged(self) -> None:
+        self.post()
+        path = pathlib.Path(self.server.deliveries.path)
+        before = path.read_bytes()
+        with self.disk_that_takes_a_part(of_the_log=True):
+            self.assertEqual(self.post().status, 201)
+        self.assertEqual(path.read_bytes(), before)
+        self.assertIn(f"not be logged: [Errno {errno.ENOSPC}]", "".join(self.log_lines()))
 
 
 class DescriptorsTest(ProgramTest):
