@@ -2933,6 +2933,7 @@ class PageTest(DeliveriesTest):
         self.assertEqual(notes, [f"It replies to {OFFER_ID}, which was never delivered here."])
         self.post(changed(OFFER, "id", "urn:uuid:another"))
         self.assertEqual(conversation(), ([], []))
+        self.assertEqual(self.newest().one("div", id="missing").text, "")
         self.post(changed(OFFER, "origin", ABSENT))
         self.post(OFFER)
         self.post(ACCEPT)
