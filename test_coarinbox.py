@@ -617,6 +617,13 @@ class RulesTest(unittest.TestCase):
             codes(changed(ACCEPT, "object", announced)),
         )
 
+    def test_a_value_is_repeated_where_it_is_short_and_json(self) -> None:
+        for value, repeated in [
+            (5, 5), (["x"], ["x"]), ("x" * 98, "x" * 98), ("x" * 99, None), (math.nan, None),
+        ]:  # fmt: skip
+            (finding,) = coarinbox.validate(changed(ACCEPT, "actor", value))
+            self.assertEqual(finding.value, repeated)
+
     def test_it_neither_raises_nor_changes_what_it_is_given(self) -> None:
         deep: Any = "x"
         for _ in range(900):
@@ -1193,6 +1200,9 @@ class ResourcesTest(InboxTest):
                 self.assertEqual(int(head.headers["Content-Length"]), len(got.body))
                 for name in ("Content-Type", "Link", "Vary"):
                     self.assertEqual(head.headers[name], got.headers[name])
+
+    def test_a_receipt_is_json(self) -> None:
+        self.assertEqual(self.post().headers["Content-Type"], "application/json")
 
     def test_an_answer_to_head_is_its_head(self) -> None:
         with socket.create_connection(address(self.server), timeout=10) as connection:
@@ -3092,7 +3102,8 @@ class PageTest(DeliveriesTest):
             page = self.page(path)
             seen += [link.attributes["id"] for link in page.all("a") if "id" in link.attributes]
             links = {link.text: link.attributes["href"] for link in page.all("a")}
-            self.assertEqual("Newest deliveries" in links, pages > 0)
+            newest = "./?status=400" if pages else None
+            self.assertEqual(links.get("Newest deliveries"), newest)
             older = links.get("Older deliveries")
             path, pages = older and urllib.parse.urljoin(path, older), pages + 1
             self.assertEqual(len(seen), 50 * pages)
@@ -4837,6 +4848,22 @@ class FaultTest(InboxTest):
         self.assert_serves()
         self.wait_until(lambda: not self.server.connections)
 
+    def test_of_a_client_that_has_left_nothing_stays(self) -> None:
+        for octets in (b"", post_head("Content-Length: 9"), b"GET / HTTP/1.0\r\n\r\n"):
+            with socket.create_connection(address(self.server)) as connection:
+                connection.sendall(octets)
+                self.wait_until(lambda: bool(self.server.connections))
+            self.wait_until(lambda: not self.server.connections)
+            self.assertEqual(self.server.waiting, {})
+
+    def test_at_its_end_it_closes_what_is_idle(self) -> None:
+        with socket.create_connection(address(self.server), timeout=10) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            self.assertEqual(connection.recv(12), b"HTTP/1.1 200")
+            self.server.server_close()
+            rest = b"".join(iter(lambda: connection.recv(65536), b""))
+        self.assertIn(b"Connection: keep-alive", rest)
+
     def test_a_connection_that_is_lost_before_it_is_served(self) -> None:
         with unittest.mock.patch("coarinbox.InboxHandler.setup", side_effect=OSError("lost")):
             self.assertEqual(raw(self.server, b""), [])
@@ -5130,6 +5157,21 @@ class TlsTest(ProgramTest):
             connect()  # which waits until there is room
             with first.makefile("rb") as stream:
                 self.assertEqual(read_answer(stream.readline(), stream).status, 503)
+
+    def test_requests_that_come_at_once_are_all_answered(self) -> None:
+        """The second lies where nobody but TLS knows of it: the first is just as long as a read."""
+        last = post_head("Content-Length: 0", "Connection: close")
+        first = post_head("Content-Length: 0", "X: ")
+        padding = b"x" * (io.DEFAULT_BUFFER_SIZE - len(first))
+        first = first.replace(b"X: ", b"X: " + padding)
+        context = ssl.create_default_context(cafile=self.certificate)
+        with serving(SSL_CERT=self.certificate, SSL_KEY=self.key) as server:
+            with socket.create_connection(address(server), timeout=10) as connection:
+                with context.wrap_socket(connection, server_hostname="localhost") as secure:
+                    secure.sendall(first + last)
+                    with secure.makefile("rb") as stream:
+                        for _ in range(2):
+                            self.assertEqual(read_answer(stream.readline(), stream).status, 400)
 
     def test_old_versions_of_the_protocol_are_refused(self) -> None:
         hello = b"\x03\x02" + bytes(32) + b"\x00" + b"\x00\x02\x00\x2f" + b"\x01\x00"  # TLS 1.1
