@@ -3092,6 +3092,10 @@ class PageTest(DeliveriesTest):
         answer = self.ask("GET", f"/deliveries/{name}")
         self.assertEqual((answer.status, answer.json()["pattern"]), (200, "Accept"))
         self.assert_problem(self.ask("GET", f"/deliveries/{name[:-1]}b"), 404)
+        for octets, codes in ((json.dumps([]).encode(), ["notification-object"]), (b"no", [])):
+            pathlib.Path(self.server.store.path(name)).write_bytes(octets)
+            findings = self.ask("GET", f"/deliveries/{name}").json()["findings"]
+            self.assertEqual([finding["code"] for finding in findings], codes)
 
     def test_older_deliveries_are_a_link_away(self) -> None:
         for number in range(100):
@@ -4847,6 +4851,11 @@ class FaultTest(InboxTest):
         self.assertEqual([str(fault) for fault in self.server.faults], ["odd"])
         self.assert_serves()
         self.wait_until(lambda: not self.server.connections)
+
+    def test_an_answer_that_finds_no_room_waits_for_it(self) -> None:
+        with unittest.mock.patch("socket.socket.send", side_effect=BlockingIOError):
+            answer = self.ask("GET", "/constraints")
+        self.assertEqual(answer.json()["constraints"], coarinbox.constraints())
 
     def test_of_a_client_that_has_left_nothing_stays(self) -> None:
         for octets in (b"", post_head("Content-Length: 9"), b"GET / HTTP/1.0\r\n\r\n"):
