@@ -4861,7 +4861,7 @@ class FaultTest(InboxTest):
         for octets in (b"", post_head("Content-Length: 9"), b"GET / HTTP/1.0\r\n\r\n"):
             with socket.create_connection(address(self.server)) as connection:
                 connection.sendall(octets)
-                self.wait_until(lambda: bool(self.server.connections))
+            self.assert_serves()  # and so has taken the connection before
             self.wait_until(lambda: not self.server.connections)
             self.assertEqual(self.server.waiting, {})
 
