@@ -1019,7 +1019,7 @@ class Delivery(NamedTuple):
         return delivery if usable else None
 
 
-def found(name: str, octets: bytes) -> Delivery:
+def found_in_store(name: str, octets: bytes) -> Delivery:
     """Describe a notification that was put into the store by hand."""
     document, detail = None, ""
     try:
@@ -1809,7 +1809,7 @@ class Problem(Exception):
     def __init__(
         self, status: int, detail: str, headers: Mapping[str, str] = {}, **members: Any
     ) -> None:
-        self.status, self.detail = int(status), detail
+        self.status, self.detail = status, detail
         self.headers, self.members = headers, members
 
     def response(self) -> Response:
@@ -1975,9 +1975,7 @@ class Wait(NamedTuple):
     """
 
     since: float  # as of `time.monotonic`
-    how: (
-        int  # for `socket.shutdown`, to end it: SHUT_RD where it is to be read from, else SHUT_RDWR
-    )
+    how: int  # for `socket.shutdown`, to end it: SHUT_RD where it reads, else SHUT_RDWR
     grace: float = 0  # seconds for which it is not ended to make room for others
     begun: bool = False  # whether it is for the rest of a request, or until an answer is taken
 
@@ -2361,7 +2359,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             client=self.client_address[0],
             target=self.path,
             headers=self.shown_headers(),
-            status=int(response.status),
+            status=response.status,
             detail=response.detail,
             pattern=self.pattern,
             about=summary(self.document),
@@ -2683,7 +2681,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     def delivery(self, name: str) -> Delivery:
         with store_problems():
             known = self.server.deliveries.find(name)
-            return known or found(name, self.server.store.read(name))
+            return known or found_in_store(name, self.server.store.read(name))
 
     def show(self, delivery: Delivery) -> Response:
         with store_problems():
