@@ -24,17 +24,23 @@ exception is that an HTTP request asks the server it came through.
 
 from __future__ import annotations
 
+import sys
+
+if (found := sys.version_info) < (3, 9):  # coarinbox needs Python 3.9 or later
+    sys.exit("coarinbox needs Python 3.9 or later, and this is {}.{}".format(*found))
+
 import argparse
 import base64
 import collections
-import concurrent.futures
 import contextlib
+import copy
 import dataclasses
-import difflib
+import enum
 import errno
 import functools
 import hashlib
 import heapq
+import hmac
 import html
 import http.client
 import http.server
@@ -44,16 +50,18 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
+import queue
 import re
-import secrets
 import selectors
+import shlex
+import shutil
 import signal
 import socket
 import socketserver
 import ssl
 import stat
-import sys
 import tempfile
 import threading
 import time
@@ -62,94 +70,112 @@ import types
 import uuid
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
-from typing import IO, Any, NamedTuple, TypeVar
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from email.utils import formatdate, parsedate_to_datetime
+from html.parser import HTMLParser
+from typing import Any, NamedTuple, Optional, Union
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 
 __version__ = "0.1.0"
 
 LOG = logging.getLogger("coarinbox")
 
 
-# --- Documents -----------------------------------------------------------------------------------
+# --- JSON and URIs -------------------------------------------------------------------------------
+#
+# Reads JSON strictly (`parse`, `lookup`), tells URIs from other strings (`is_uri`, `is_http_uri`,
+# `ip_address`) and prepares untrusted text for people (`clip`, `escape_controls`). All of it takes
+# time linear in its input. Nothing here knows about notifications or HTTP.
 
 # A notification is nested five levels deep. Python's own limit differs between versions.
 MAX_DEPTH = 100
+
+
+class NestedTooDeeplyError(ValueError):
+    """The document is JSON, but nested more than MAX_DEPTH levels deep."""
 
 
 def clip(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[:length]}… ({len(text)} characters)"
 
 
-def number(digits: str) -> int | float:
+def parse_number(digits: str) -> int | float:
     value = float(digits)
     if math.isinf(value):
         raise ValueError(f"a number is too large: {clip(digits, 20)}")
     return int(digits) if re.fullmatch("-?[0-9]+", digits) else value
 
 
-def refuse_constant(name: str) -> None:
+def parse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-DECODER = json.JSONDecoder(parse_int=number, parse_float=number, parse_constant=refuse_constant)
+DECODER = json.JSONDecoder(
+    parse_int=parse_number, parse_float=parse_number, parse_constant=parse_constant
+)
 
 
 def depth(document: Any) -> int:
-    """Count how many lists and objects stand inside each other, without recursion."""
-    levels, level = 0, [document]
-    while level := [node for node in level if isinstance(node, (dict, list))]:
+    """Count how many lists and objects are nested in each other, without recursion."""
+    levels, nodes = 0, [document]
+    while nodes := [node for node in nodes if isinstance(node, (dict, list))]:
         levels += 1
-        level = [
-            child for node in level for child in (node.values() if isinstance(node, dict) else node)
-        ]
+        children = (node.values() if isinstance(node, dict) else node for node in nodes)
+        nodes = list(itertools.chain.from_iterable(children))
     return levels
 
 
-def parse(octets: bytes) -> Any:
-    """Parse a JSON text (RFC 8259) in UTF-8, the only encoding it may have between systems.
+def parse(data: bytes) -> Any:
+    """Parse a JSON text (RFC 8259) in UTF-8, the only encoding allowed between systems.
 
-    Raises `ValueError`, saying what is wrong, for everything else, `NaN` and numbers that JSON
-    receivers disagree about (RFC 7493 section 2.2) included.
+    Raises `NestedTooDeeplyError`, or another `ValueError` that says what is wrong. `NaN` and
+    numbers that JSON receivers read differently (RFC 7493 section 2.2) are refused too.
     """
     try:
-        text = octets.decode("utf-8")
+        text = data.decode("utf-8")
         if not text:
             raise ValueError("the body is empty")
         if text.startswith("\ufeff"):
             raise ValueError("it starts with a byte order mark (RFC 8259 section 8.1)")
         document = DECODER.decode(text)
-        # Most texts have not even that many brackets.
+        # Most texts do not even have that many brackets.
         if text.count("{") + text.count("[") > MAX_DEPTH and depth(document) > MAX_DEPTH:
             raise RecursionError
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: {error.reason} at octet {error.start}") from error
+        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from error
     except RecursionError:
-        raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from None
+        raise NestedTooDeeplyError(f"nested more than {MAX_DEPTH} levels deep") from None
     return document
 
 
-def visible(text: str) -> str:
-    """Write what cannot be seen, or would pass for something else, the way JSON escapes it.
+# Characters that `str.isprintable` accepts although they show nothing.
+INVISIBLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
 
-    That is control characters, line breaks, marks that reverse the direction of writing, and all
-    spaces but U+0020.
+
+def escape_controls(text: str) -> str:
+    """Escape characters that are invisible or mislead the reader, the way JSON does.
+
+    These are control characters, line breaks, marks that reverse the direction of writing, every
+    space but U+0020, and characters without a glyph.
     """
-    if text.isprintable():
-        return text
-    return "".join(
-        character if character.isprintable() else json.dumps(character)[1:-1] for character in text
-    )
+
+    def escaped(match: re.Match[str]) -> str:
+        shown = match[0].isprintable() and not INVISIBLE.match(match[0])
+        return match[0] if shown else json.dumps(match[0])[1:-1]
+
+    return re.sub("[^ -~]", escaped, text)
 
 
 def lookup(document: Any, member: str) -> Any:
-    """Find a member by its dotted name; returns None when there is none."""
+    """Return the member with a dotted name; None if there is none."""
     value = document
     for name in member.split("."):
         value = value.get(name) if isinstance(value, dict) else None
     return value
 
 
-# What RFC 3986 and RFC 3987 forbid everywhere in a URI, and the parts they divide one into.
+# Characters that RFC 3986 and RFC 3987 forbid anywhere in a URI, and the parts of a URI.
 FORBIDDEN = r"\s\x00-\x1f\x7f-\x9f\ud800-\udfff<>\"{}|\\^`"
 URI = re.compile(
     rf"""
@@ -177,33 +203,1244 @@ def ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | Non
         return None
 
 
-def scheme_of(value: Any) -> str:
-    """Return the scheme of an absolute URI (RFC 3986 section 4.3), in lower case.
-
-    A fragment is allowed. Returns the empty string for anything else.
-    """
-    match = URI.fullmatch(value) if isinstance(value, str) else None
+@functools.lru_cache(maxsize=1024)
+def read_scheme(uri: str) -> str:
+    match = URI.fullmatch(uri)
     if not match:
         return ""
     scheme, host = match["scheme"].lower(), match["host"] or ""
-    if host.startswith("["):
-        usable = ip_address(host) is not None
-    else:
-        usable = host != "" or scheme not in ("http", "https")
+    usable = ip_address(host) if host.startswith("[") else host or scheme not in ("http", "https")
     return scheme if usable else ""
 
 
+def scheme_of(value: Any) -> str:
+    """Return the scheme of an absolute URI, in lower case; empty for anything else."""
+    if not isinstance(value, str):
+        return ""
+    # Only short ones are remembered, so that the cache stays small.
+    return read_scheme(value) if len(value) <= 200 else read_scheme.__wrapped__(value)
+
+
 def is_uri(value: Any) -> bool:
-    """Whether value is an absolute URI."""
+    """Return whether value is an absolute URI, with a fragment or without."""
     return scheme_of(value) != ""
 
 
 def is_http_uri(value: Any) -> bool:
-    """Whether value is an absolute URI with scheme http or https and a host."""
+    """Return whether value is an absolute URI with scheme http or https and a host."""
     return scheme_of(value) in ("http", "https")
 
 
-# --- Configuration -------------------------------------------------------------------------------
+# --- Patterns and hints --------------------------------------------------------------------------
+#
+# The vocabulary of COAR Notify, and what to write instead of something that is not in it. A pattern
+# is recognised by its types (`pattern_of`); a hint is a text such as "write `Person`", made from
+# the value that was found. Hints look at the beginning of a value only: it may be hostile. Public
+# names: `PATTERNS`, `Pattern`, `pattern_of`, `types_of`. Nothing here knows the rules.
+
+SPECIFICATION = "https://coar-notify.net/specification/1.0.1/"
+
+
+class Pattern(NamedTuple):
+    """A kind of notification, recognised by its types."""
+
+    name: str
+    family: str  # patterns of one family share their rules
+    page: str  # below SPECIFICATION
+    types: tuple[str, ...]
+
+    @property
+    def spec(self) -> str:
+        return f"{SPECIFICATION}{self.page}/"
+
+    def __str__(self) -> str:
+        return f"{json_types(self.types)} ({self.name})"
+
+
+# fmt: off
+PATTERNS = (
+    Pattern("Accept", "answer", "accept", ("Accept",)),
+    Pattern("Announce Endorsement", "endorsement", "announce-endorsement",
+            ("Announce", "coar-notify:EndorsementAction")),
+    Pattern("Announce Relationship", "relationship", "announce-relationship",
+            ("Announce", "coar-notify:RelationshipAction")),
+    Pattern("Announce Review", "review", "announce-review",
+            ("Announce", "coar-notify:ReviewAction")),
+    Pattern("Announce Service Result", "service result", "announce-resource", ("Announce",)),
+    Pattern("Reject", "answer", "reject", ("Reject",)),
+    Pattern("Request Endorsement", "request", "request-endorsement",
+            ("Offer", "coar-notify:EndorsementAction")),
+    Pattern("Request Review", "request", "request-review", ("Offer", "coar-notify:ReviewAction")),
+    Pattern("Tentatively Accept", "answer", "tentative-accept", ("TentativeAccept",)),
+    Pattern("Tentatively Reject", "answer", "tentative-reject", ("TentativeReject",)),
+    Pattern("Unprocessable Notification", "unprocessable", "unprocessable",
+            ("Flag", "coar-notify:UnprocessableNotification")),
+    Pattern("Undo Offer", "answer", "undo-offer", ("Undo",)),
+)
+# fmt: on
+
+REQUEST_REVIEW = PATTERNS[7]  # the usual example
+ACTIVITY_STREAMS = "https://www.w3.org/ns/activitystreams"
+COAR_NOTIFY = "https://coar-notify.net"
+PURL = "https://purl.org/coar/notify"  # what the specification used to recommend
+ACTOR_TYPES = frozenset("Application Group Organization Person Service".split())
+AS2_OBJECT_TYPES = ACTOR_TYPES | frozenset(
+    "Activity Article Audio Collection CollectionPage Relationship Document Event Image"
+    " IntransitiveActivity Note Object OrderedCollection OrderedCollectionPage Page Place Profile"
+    " Question Tombstone Video".split()
+)
+AS2_NAMES = AS2_OBJECT_TYPES | frozenset(
+    "Accept Add Announce Arrive Block Create Delete Dislike Flag Follow Ignore Invite Join Leave"
+    " Like Link Listen Mention Move Offer Read Reject Remove TentativeAccept TentativeReject"
+    " Travel Undo Update View".split()
+)
+SCHEMA_ORG = ("sorg:", "https://schema.org/", "http://schema.org/")
+
+
+def names_in(value: Any) -> list[str]:
+    """List the strings in the value of a `type` member."""
+    names = value if isinstance(value, list) else [value]
+    return [name for name in names if isinstance(name, str)]
+
+
+def types_of(value: Any) -> frozenset[str]:
+    """Collect the strings in the value of a `type` member."""
+    return frozenset((value,)) if isinstance(value, str) else frozenset(names_in(value))
+
+
+MOST_SPECIFIC_FIRST = tuple(
+    (frozenset(pattern.types), pattern)
+    for pattern in sorted(PATTERNS, key=lambda pattern: -len(pattern.types))
+)
+
+
+def fitting(value: Any) -> Pattern | None:
+    """Return the most specific pattern that the value of a `type` member fits."""
+    types = types_of(value)
+    return next((pattern for wanted, pattern in MOST_SPECIFIC_FIRST if wanted <= types), None)
+
+
+def pattern_of(document: Any) -> Pattern | None:
+    """Return the pattern that a notification claims by its `type`, the most specific that fits."""
+    return fitting(document.get("type")) if isinstance(document, dict) else None
+
+
+def is_lookalike(name: str) -> bool:
+    """Return whether a type looks like an action of COAR Notify."""
+    if name.startswith(SCHEMA_ORG):
+        return False
+    vocabulary = re.match(r"https?://(coar-notify\.net|purl\.org/coar)(/|\Z)", name)
+    return "Action" in name or name.startswith("coar-notify:") or bool(vocabulary)
+
+
+def json_types(types: Sequence[str]) -> str:
+    return json.dumps(types[0] if len(types) == 1 else list(types), ensure_ascii=False)
+
+
+def short_value(value: Any) -> Any:
+    """Return a value if its JSON is short enough to be repeated in an answer, else None."""
+    text = ""
+    try:
+        for piece in json.JSONEncoder(allow_nan=False).iterencode(value):
+            text += piece
+            if len(text) > 100:  # before it is written as a whole
+                return None
+    except (RecursionError, TypeError, ValueError):
+        return None
+    return value
+
+
+def simplify(name: str) -> str:
+    """Reduce a name or IRI to its last part: `as:Offer`, `@offer` and `https://…#Offer` are one."""
+    last = re.split("[:/#]", name[-100:].rstrip("/"))[-1]
+    return re.sub("[^a-z0-9]", "", last.lower())
+
+
+def close_to(name: str, wanted: Iterable[str]) -> str:
+    """Return the wanted name that is spelt nearly like another one, or nothing."""
+    import difflib
+
+    return next(iter(difflib.get_close_matches(name, wanted, n=1, cutoff=0.85)), "")
+
+
+def misspelt(given: Iterable[Any], wanted: Iterable[str]) -> str:
+    """Find a name that was probably meant to be a wanted one; returns a hint, or nothing."""
+    spelt = {simplify(name): name for name in wanted}
+    names = [name for name in itertools.islice(given, 50) if isinstance(name, str)]
+    for name in names:
+        if simplify(name) in spelt:
+            return f"found `{clip(name, 100)}`; write `{spelt[simplify(name)]}`"
+    for name in names:
+        close = close_to(simplify(name)[:40], spelt)
+        if close:
+            return f"found `{clip(name, 100)}`; write `{spelt[close]}`"
+    return ""
+
+
+def near_patterns(value: Any) -> list[Pattern]:
+    """Return the patterns that a `type` was probably meant to fit; none rather than a wild guess.
+
+    Those that share most of its types come into question. Among them one wins if its name, or a
+    type that is wanted, is close to what is given.
+    """
+    words = (word for name in names_in(value)[:5] for word in re.split("[ ,+]+", name[:200]))
+    given = {simplify(word) for word in itertools.islice(words, 5)}
+    parts = {pattern: {simplify(name) for name in pattern.types} for pattern in PATTERNS}
+    shared = max(len(given & names) for names in parts.values())
+    likely = {pattern: names for pattern, names in parts.items() if len(given & names) == shared}
+    others = given.difference(*parts.values())
+    close = []
+    for pattern, names in likely.items():
+        spelt = [simplify(pattern.name)]
+        for name in names - given:
+            spelt += [name, name.replace("action", "")]
+        if any(close_to(other, spelt) for other in others):
+            close.append(pattern)
+    if shared and not close and len(likely) <= 2:
+        return list(likely)
+    return close
+
+
+def type_hint(value: Any) -> str:
+    """Say which types a notification was probably meant to have."""
+    if any(simplify(name).endswith("ingestaction") for name in names_in(value)[:20]):
+        return "Request Ingest and Announce Ingest were removed in specification 1.0.0"
+    near = " or ".join(str(pattern) for pattern in near_patterns(value))
+    return f"did you mean {near}?" if near else f"write the types of one, such as {REQUEST_REVIEW}"
+
+
+def action_hint(value: Any) -> str:
+    """Name the first type that looks like an action, and what it was probably meant to be."""
+    name = next(name for name in names_in(value) if is_lookalike(name))
+    meant = ["Announce", name]
+    removed = simplify(name).endswith("ingestaction")
+    hint = f"; {type_hint(meant)}" if removed or near_patterns(meant) else ""
+    return f"found `{clip(name, 100)}`{hint}"
+
+
+# What members were called in version 0.9 of the specification.
+OLD_NAMES = {"ietf:item": "url"}
+
+
+def misnamed(member: str, given: Iterable[str]) -> str:
+    """Find the name under which a missing member was probably written; returns a hint."""
+    others = list(itertools.islice(given, 50))
+    old = OLD_NAMES.get(member)
+    if old in others:
+        return f"found `{old}`, its name in version 0.9; write `{member}`"
+    return misspelt(others, [member])
+
+
+# What is often written in place of a URI, and the URI.
+MEANT_AS_URI = (
+    ("[{]?([0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12})[}]?", "urn:uuid:{}"),
+    ("(?:(?:doi|DOI):? ?|doi[.]org/)?(10[.][0-9]{4,9}/.+)", "https://doi.org/{}"),
+    ("(localhost(?::[0-9]+)?(?:/.*)?)", "http://{}"),
+    ("((?:[0-9]{4}-){3}[0-9]{3}[0-9X])", "https://orcid.org/{}"),
+)
+
+
+def strings_hint(value: Any) -> str:
+    """Write the strings alone where a `type` holds something else too."""
+    names = [name for name in names_in(value)[:5] if len(name) <= 100]
+    return f"write `{json_types(names)}`" if names else ""
+
+
+def object_hint(value: Any) -> str:
+    """Say so where an object is wrapped in a list."""
+    wrapped = isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict)
+    return "write the object alone, without the list around it" if wrapped else ""
+
+
+def uri_hint(value: Any, is_wanted: Callable[[Any], bool]) -> str:
+    """Say what to write instead of something that is not the wanted kind of URI."""
+    inner = value[0] if isinstance(value, list) and len(value) == 1 else value
+    inner = inner.get("id", inner.get("@id")) if isinstance(inner, dict) else inner
+    if not isinstance(inner, str) or len(inner) > 200:
+        return ""
+    text = inner.strip()
+    matches = ((re.fullmatch(written, text), uri) for written, uri in MEANT_AS_URI)
+    meant = [uri.format(match[1]) for match, uri in matches if match]
+    for uri in (text, text.replace(" ", "%20"), *meant):
+        if is_wanted(uri):
+            reason = "remove the white space; " if inner is value and uri == text else ""
+            return f"{reason}write `{uri}`"
+    return ""
+
+
+def id_hint(value: str) -> str:
+    """Write the UUID of an `id` the way that is recommended, if it has one."""
+    match = re.fullmatch("(?:[^:]{1,20}:)*([0-9a-f]{32})", value[-100:].lower().replace("-", ""))
+    return f"write `{uuid.UUID(match[1]).urn}`" if match else "write `urn:uuid:…` with a new UUID"
+
+
+# --- Rules ---------------------------------------------------------------------------------------
+#
+# What a notification must be, as tables that read like the specification, and what is known of
+# production receivers. A rule puts a check on a member and says how bad it is to break it. Public
+# names: `LEVELS`, `Finding`, `RULES` (by name of the pattern), `RECEIVERS`. Nothing here applies
+# the rules, and nothing knows about HTTP or storage.
+
+REFUSED, MUST, SHOULD, FINE = "E", "M", "S", ""
+
+
+class Level(NamedTuple):
+    """How bad a finding is, in a word and in a sentence."""
+
+    word: str
+    meaning: str
+
+
+LEVELS = {
+    REFUSED: Level(
+        "error",
+        "the coarnotify libraries refuse it, or it is a missing id, which the Python one makes up",
+    ),
+    MUST: Level(
+        "must", "breaks a MUST or REQUIRED of the specification, though coarnotify accepts it"
+    ),
+    SHOULD: Level("should", "breaks a SHOULD or RECOMMENDED, or a production receiver refuses it"),
+}
+
+# In an Offer that an answer embeds. The specification's own examples break M rules there.
+DEMOTED = {REFUSED: REFUSED, MUST: SHOULD, SHOULD: SHOULD, FINE: FINE}
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong with a notification."""
+
+    level: str  # a key of LEVELS
+    pointer: str  # RFC 6901, to the member or to where one is missing
+    code: str  # names the rule; stays the same between versions
+    message: str
+    spec: str  # URL of the page that says so
+    value: Any = None  # the value of the member, if it is short
+    refused_by: tuple[str, ...] = ()  # names of receivers
+    fix: str = ""  # the end of the message: what to write
+
+    @property
+    def fault(self) -> str:
+        """The message without the fix."""
+        return self.message.removesuffix(f"; {self.fix}")
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the members of a JSON object, without those that are empty."""
+        optional = self._field_defaults
+        items = self._asdict().items()
+        return {name: value for name, value in items if optional.get(name, items) != value}
+
+    @classmethod
+    def from_json(cls, members: Mapping[str, Any]) -> Finding:
+        """Read what `as_json` wrote; raises `TypeError` for anything else."""
+        finding = cls(**{**members, "refused_by": tuple(members.get("refused_by", ()))})
+        texts = finding._replace(value="")
+        if not all(isinstance(text, str) for text in (*texts[:6], *texts.refused_by, texts.fix)):
+            raise TypeError("a finding has a member that is not a string")
+        return finding
+
+    def __str__(self) -> str:
+        names = f" (refused by {', '.join(self.refused_by)})" if self.refused_by else ""
+        return self.message + names
+
+
+class Check(NamedTuple):
+    """A demand on the value of a member."""
+
+    name: str  # ends the code of a finding
+    demand: str  # completes "the member must"
+    accepts: Callable[..., bool]  # gets the value, and that of the sibling if there is one
+    hint: Callable[..., str] = lambda *values: ""  # what to write; nothing if an example will do
+    sibling: str = ""  # dotted name of another member of the notification
+
+
+UUID_URN = re.compile("urn:uuid:[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+MEDIA_TYPE = re.compile(r"[\w!#$&^.+-]+/[\w!#$&^.+-]+ *(;|\Z)", re.ASCII)
+# Spellings of the namespaces that are understood, and the right ones.
+VARIANTS = {
+    f"{ACTIVITY_STREAMS}/": ACTIVITY_STREAMS,
+    f"{COAR_NOTIFY}/": COAR_NOTIFY,
+    PURL: COAR_NOTIFY,
+    f"{PURL}/": COAR_NOTIFY,
+}
+
+
+def is_types(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(name, str) for name in value)
+    )
+
+
+def is_not_empty(value: Any) -> bool:
+    return isinstance(value, str) and value.strip() != ""
+
+
+def is_urn(value: Any, form: re.Pattern[str] = UUID_URN) -> bool:
+    return isinstance(value, str) and bool(form.fullmatch(value))
+
+
+def is_media_type(value: Any) -> bool:
+    return isinstance(value, str) and bool(MEDIA_TYPE.match(value))
+
+
+def has_schema_type(value: Any) -> bool:
+    return any(name.startswith(SCHEMA_ORG) for name in names_in(value))
+
+
+def in_order(value: Any) -> Any:
+    """Return types that fit a pattern with those of the pattern first, and in its order."""
+    pattern = fitting(value)
+    if not pattern or len(pattern.types) == 1:
+        return value
+    first, second = pattern.types
+    if value.index(first) < value.index(second):
+        return value
+    return [*pattern.types, *(name for name in value[:10] if name not in pattern.types)]
+
+
+def contexts_in(value: Any) -> list[str]:
+    """List the namespaces in an `@context` in their right spelling; other entries are empty."""
+    names = value if isinstance(value, list) else []
+    return [VARIANTS.get(name, name) if isinstance(name, str) else "" for name in names]
+
+
+def old_contexts_in(value: Any) -> list[str]:
+    """List the spellings of a namespace in an `@context` that does not have the right one."""
+    names = names_in(value)
+    return [old for old, right in VARIANTS.items() if old in names and right not in names]
+
+
+def include(name: str, wanted: frozenset[str], what: str) -> Check:
+    """Demand one of the wanted types."""
+    return Check(
+        name,
+        f"include {what}",
+        lambda value: value in wanted if isinstance(value, str) else bool(types_of(value) & wanted),
+        lambda value: misspelt(names_in(value), wanted),
+    )
+
+
+def equal(member: str) -> Check:
+    """Demand the value of another member, unless that one is missing."""
+    return Check(
+        f"equals-{member}",
+        f"equal {member}",
+        # Another rule reports a value that is not even a string.
+        lambda value, other: other is None or value == other or not isinstance(value, str),
+        lambda value, other: f"write `{clip(other, 200)}`" if is_uri(other) else "make them equal",
+        sibling=member,
+    )
+
+
+EMBED_OFFER = "write the complete Offer, without its `@context`"
+
+# fmt: off
+UNEXPECTED = Check("unexpected", "be left out", lambda value: False)
+OBJECT = Check("object", "be an object", lambda value: isinstance(value, dict), object_hint)
+STRING = Check("string", "be a string", lambda value: isinstance(value, str))
+TEXT = Check("text", "be a string that is not empty", is_not_empty)
+ABSOLUTE_URI = Check("absolute-uri", "be an absolute URI", is_uri,
+                     lambda value: uri_hint(value, is_uri))
+HTTP_URI = Check("http-uri", "be an HTTP URI", is_http_uri,
+                 lambda value: uri_hint(value, is_http_uri))
+HTTP_SCHEME = HTTP_URI._replace(accepts=lambda value: not is_uri(value) or is_http_uri(value))
+RECOMMENDED_ID = Check("preferred", "be `urn:uuid:` in lower case and a hyphenated UUID",
+                       lambda value: not is_uri(value) or is_urn(value), id_hint)
+TYPES = Check("strings", "be a string or a list of strings", is_types, strings_hint)
+ONE_TYPE = Check("single", "be a single string", lambda value: not isinstance(value, list))
+SERVICE = include("service", frozenset({"Service"}), "Service")
+OFFER = include("offer", frozenset({"Offer"}), "Offer")
+ACTOR_TYPE = include("actor", ACTOR_TYPES, f"one of {', '.join(sorted(ACTOR_TYPES))}")
+AS2_TYPE = include("as2-object", AS2_OBJECT_TYPES,
+                   "an ActivityStreams 2.0 object type, such as Page, Article or Document")
+ABOUT_PAGE = include("about-page", frozenset({"sorg:AboutPage"}), "sorg:AboutPage")
+SCHEMA_TYPE = Check("schema", "include a schema.org type, such as sorg:ScholarlyArticle",
+                    has_schema_type)
+MIME_TYPE = Check("media-type", "be a media type, type/subtype", is_media_type)
+NAMESPACED = Check("namespaces", f"be a list holding {ACTIVITY_STREAMS} and {COAR_NOTIFY}",
+                   lambda value: {ACTIVITY_STREAMS, COAR_NOTIFY} <= set(contexts_in(value)))
+CURRENT = Check("current", "name no outdated variant of a namespace",
+                lambda value: not old_contexts_in(value),
+                lambda value: "; ".join(
+                    f"found `{old}`; write `{VARIANTS[old]}`" for old in old_contexts_in(value)))
+FIRST = Check("order", f"begin with {ACTIVITY_STREAMS}",
+              lambda value: contexts_in(value)[:1] in ([], [ACTIVITY_STREAMS])
+              or ACTIVITY_STREAMS not in contexts_in(value))
+PATTERN = Check("pattern", "fit a pattern", lambda value: fitting(value) is not None, type_hint)
+ORDER = Check("order", "name the ActivityStreams type before the `coar-notify:` one",
+              lambda value: in_order(value) is value,
+              lambda value: f"write `{json_types(in_order(value))}`")
+KNOWN_ACTIONS = Check("known-actions", "name only actions that a pattern has",
+                      lambda value: not any(map(is_lookalike, names_in(value))), action_hint)
+COMPLETE = PATTERN._replace(demand="be that of a complete Offer", hint=lambda value: EMBED_OFFER)
+
+
+class Rule(NamedTuple):
+    """A demand on a member, with the levels of it being missing and of it being wrong."""
+
+    member: str  # its dotted name; empty for the whole notification
+    if_missing: str
+    if_wrong: str
+    check: Check
+
+    def code(self, need: str) -> str:
+        return f"{self.member or 'notification'}-{need}"
+
+
+EVERY = (
+    #    member            if missing, if wrong, what it must be
+    Rule("",               REFUSED, REFUSED, OBJECT),
+    Rule("@context",       MUST,    MUST,    NAMESPACED),
+    Rule("@context",       FINE,    SHOULD,  CURRENT),
+    Rule("@context",       FINE,    SHOULD,  FIRST),
+    Rule("id",             REFUSED, REFUSED, ABSOLUTE_URI),
+    Rule("id",             FINE,    SHOULD,  RECOMMENDED_ID),
+    Rule("type",           FINE,    REFUSED, TYPES),
+    Rule("type",           REFUSED, REFUSED, PATTERN),
+    Rule("type",           FINE,    SHOULD,  ORDER),
+    Rule("origin",         REFUSED, REFUSED, OBJECT),
+    Rule("origin.id",      REFUSED, REFUSED, HTTP_URI),
+    Rule("origin.type",    MUST,    MUST,    TYPES),
+    Rule("origin.type",    FINE,    SHOULD,  SERVICE),
+    Rule("origin.inbox",   SHOULD,  MUST,    HTTP_URI),
+    Rule("target",         REFUSED, REFUSED, OBJECT),
+    Rule("target.id",      REFUSED, REFUSED, HTTP_URI),
+    Rule("target.type",    MUST,    MUST,    TYPES),
+    Rule("target.type",    FINE,    SHOULD,  SERVICE),
+    Rule("target.inbox",   MUST,    MUST,    HTTP_URI),
+    Rule("object",         REFUSED, REFUSED, OBJECT),
+    Rule("object.id",      REFUSED, REFUSED, ABSOLUTE_URI),
+    Rule("actor",          SHOULD,  REFUSED, OBJECT),
+    Rule("actor.id",       MUST,    REFUSED, ABSOLUTE_URI),
+    Rule("actor.id",       FINE,    SHOULD,  HTTP_SCHEME),
+    Rule("actor.type",     FINE,    REFUSED, TYPES),
+    Rule("actor.type",     MUST,    REFUSED, ACTOR_TYPE),
+    Rule("actor.type",     FINE,    SHOULD,  ONE_TYPE),
+    Rule("actor.name",     SHOULD,  SHOULD,  TEXT),
+    Rule("inReplyTo",      FINE,    REFUSED, ABSOLUTE_URI),
+    Rule("context",        FINE,    REFUSED, OBJECT),
+    Rule("context.id",     REFUSED, REFUSED, HTTP_URI),
+    Rule("summary",        FINE,    SHOULD,  STRING),
+)
+
+
+def resource(
+    member: str, type_: str = FINE, cite_as: str = FINE, item: str = FINE
+) -> tuple[Rule, ...]:
+    """Return the rules for something in a repository, given the levels of missing members."""
+    return (
+        Rule(f"{member}.type",                FINE,    MUST,   TYPES),
+        Rule(f"{member}.type",                type_,   MUST,   AS2_TYPE),
+        Rule(f"{member}.type",                FINE,    SHOULD, ABOUT_PAGE),
+        Rule(f"{member}.ietf:cite-as",        cite_as, SHOULD, HTTP_URI),
+        Rule(f"{member}.ietf:item",           item,    MUST,   OBJECT),
+        Rule(f"{member}.ietf:item.id",        MUST,    MUST,   HTTP_URI),
+        Rule(f"{member}.ietf:item.type",      FINE,    MUST,   TYPES),
+        Rule(f"{member}.ietf:item.type",      MUST,    MUST,   AS2_TYPE),
+        Rule(f"{member}.ietf:item.type",      FINE,    SHOULD, SCHEMA_TYPE),
+        Rule(f"{member}.ietf:item.mediaType", MUST,    MUST,   MIME_TYPE),
+    )
+
+
+def announcement(type_: str, *more: Rule) -> tuple[Rule, ...]:
+    """Return the rules for an Announce, given the level of a missing or wrong object type."""
+    return EVERY + (
+        Rule("object.type",         FINE,    MUST,    TYPES),
+        Rule("object.type",         type_,   type_,   AS2_TYPE),
+        *more,
+        Rule("context",             REFUSED, REFUSED, OBJECT),
+        *resource("context"),
+    )
+
+
+OBJECT_OF_SCHEMA_ORG = Rule("object.type", FINE, SHOULD, SCHEMA_TYPE)
+CITED_OBJECT = Rule("object.ietf:cite-as", SHOULD, SHOULD, HTTP_URI)
+
+FAMILIES: Mapping[str, tuple[Rule, ...]] = {
+    "request": EVERY + (
+        Rule("object.id",           FINE,    MUST,    HTTP_SCHEME),
+        *resource("object", type_=MUST, cite_as=SHOULD, item=MUST),
+    ),
+    "answer": EVERY + (
+        Rule("inReplyTo",           REFUSED, REFUSED, ABSOLUTE_URI),
+        Rule("inReplyTo",           FINE,    REFUSED, equal("object.id")),
+        Rule("object.@context",     FINE,    SHOULD,  UNEXPECTED),
+        Rule("object.type",         REFUSED, REFUSED, TYPES),
+        Rule("object.type",         FINE,    MUST,    OFFER),
+        Rule("object.type",         FINE,    SHOULD,  COMPLETE),
+    ),
+    "review": announcement(REFUSED, OBJECT_OF_SCHEMA_ORG, CITED_OBJECT),
+    "endorsement": announcement(MUST, OBJECT_OF_SCHEMA_ORG, CITED_OBJECT),
+    "service result": announcement(REFUSED, OBJECT_OF_SCHEMA_ORG) + (
+        Rule("type",                FINE,    SHOULD,  KNOWN_ACTIONS),
+    ),
+    "relationship": announcement(REFUSED) + (
+        Rule("object.as:subject",      REFUSED, REFUSED, ABSOLUTE_URI),
+        Rule("object.as:relationship", REFUSED, REFUSED, ABSOLUTE_URI),
+        Rule("object.as:object",       REFUSED, REFUSED, ABSOLUTE_URI),
+        Rule("context.id",             FINE,    MUST,    equal("object.as:object")),
+    ),
+    "unprocessable": tuple(rule for rule in EVERY if rule.member != "summary") + (
+        Rule("inReplyTo",           REFUSED, REFUSED, ABSOLUTE_URI),
+        Rule("inReplyTo",           FINE,    SHOULD,  equal("object.id")),
+        Rule("summary",             REFUSED, MUST,    TEXT),
+    ),
+}
+# fmt: on
+
+RULES = {pattern.name: FAMILIES[pattern.family] for pattern in PATTERNS}
+
+ID_CODES = ("id-required", "id-absolute-uri", "id-preferred")
+NAME_CODES = ("actor-required", "actor.name-required", "actor.name-text")
+SHORT_URN = re.compile("urn:uuid:[0-9a-fA-F-]{32,36}")  # with hyphens or without
+
+
+def has_foreign_names(value: Any) -> bool:
+    return any(":" not in name and name not in AS2_NAMES for name in names_in(value))
+
+
+class Refusal(NamedTuple):
+    """Something that a receiver refuses: findings, or what is a finding for nobody else."""
+
+    what: str
+    codes: tuple[str, ...] = ()
+    applies: Callable[[Any], bool] = lambda value: True  # to the value of the member
+    rules: tuple[Rule, ...] = ()  # broken only in the eyes of this receiver
+
+
+class Receiver(NamedTuple):
+    """A production receiver, and what it is known to refuse besides level E."""
+
+    name: str
+    source: str  # where this was read
+    refusals: tuple[Refusal, ...]
+
+    def may_refuse(self, code: str) -> bool:
+        return any(code in refusal.codes for refusal in self.refusals)
+
+
+FOREIGN_MEDIA_TYPE = Refusal("a Content-Type other than application/ld+json", ("content-type",))
+REPEATED_ID = Refusal("a repeated id", ("id-repeated",))
+PLAIN_TYPES = Check(
+    "activitystreams",
+    "name ActivityStreams types, or others with a prefix",
+    lambda value: not has_foreign_names(value),
+)
+
+# fmt: off
+RECEIVERS = (
+    Receiver("DSpace", "https://github.com/DSpace/DSpace", (
+        FOREIGN_MEDIA_TYPE,
+        Refusal("an id that is neither urn:uuid: in lower case with hyphens nor an HTTP URL",
+                ID_CODES,
+                lambda value: not is_http_uri(value) and not is_urn(value)),
+    )),
+    Receiver("EPrints", "https://github.com/eprintsug/coar_notify", (
+        Refusal("a Content-Type that is not exactly application/ld+json",
+                ("content-type", "content-type-exact")),
+    )),
+    Receiver("PCI", "https://github.com/pci-dev/pci", (
+        FOREIGN_MEDIA_TYPE,
+        REPEATED_ID,
+        Refusal("types in another order", ("type-order",)),
+        Refusal("no actor.name, no object.ietf:cite-as, no origin.inbox",
+                (*NAME_CODES, "object.ietf:cite-as-required", "origin.inbox-required")),
+    )),
+    Receiver("PREreview", "https://github.com/PREreview/coar-notify", (
+        Refusal("@context or types in another order", ("@context-order", "type-order")),
+        Refusal("no actor.name", NAME_CODES),
+        Refusal("origin.type or target.type as a list", rules=(
+            Rule("origin.type", FINE, SHOULD, ONE_TYPE),
+            Rule("target.type", FINE, SHOULD, ONE_TYPE),
+        )),
+    )),
+    Receiver("Software Heritage", "https://docs.softwareheritage.org/user/coarnotify/", (
+        Refusal("an id that is not urn:uuid: in lower case", ID_CODES,
+                lambda value: not is_urn(value, SHORT_URN)),
+        REPEATED_ID,
+        Refusal("a target.inbox other than where it was posted", ("target.inbox-elsewhere",)),
+        Refusal("types without a colon that are no ActivityStreams names",
+                ("type-pattern", "type-known-actions"), has_foreign_names,
+                (Rule("type", FINE, SHOULD, PLAIN_TYPES),)),
+    )),
+)
+# fmt: on
+
+
+def refused_by(code: str, value: Any) -> tuple[str, ...]:
+    """Name the receivers that refuse what a finding reports."""
+    return tuple(
+        receiver.name
+        for receiver in RECEIVERS
+        if any(code in refusal.codes and refusal.applies(value) for refusal in receiver.refusals)
+    )
+
+
+# --- Validation ----------------------------------------------------------------------------------
+#
+# Applies the rules. `validate` finds everything that breaks them; `assess` decides what is refused
+# in a mode of validation (`mode_of`), with what is known of the delivery (`Arrival`); `constraints`
+# and `receivers` list the rules for people. The rules of a pattern are planned once, as tests
+# grouped by the object they look into, because most notifications are clean. No HTTP, no storage.
+
+MAX_EMBEDDED = 4  # notifications that are embedded in each other; the specification has one
+
+A_SERVICE = {"id": "https://…", "type": "Service", "inbox": "https://…"}
+A_FILE_OF_IT = {
+    "id": "https://…", "type": ["Article", "sorg:ScholarlyArticle"], "mediaType": "application/pdf"
+}  # fmt: skip
+A_PAGE = {
+    "id": "https://…",
+    "type": ["Page", "sorg:AboutPage"],
+    "ietf:cite-as": "https://doi.org/…",
+    "ietf:item": A_FILE_OF_IT,
+}
+A_RESULT = {"id": "https://…", "type": ["Page", "sorg:WebPage"]}
+# A right value for each member, and for the `object` in each family.
+EXAMPLE = {
+    "@context": [ACTIVITY_STREAMS, COAR_NOTIFY],
+    "id": "urn:uuid:…",
+    "type": list(REQUEST_REVIEW.types),
+    "origin": A_SERVICE,
+    "target": A_SERVICE,
+    "actor": {"id": "https://…", "type": "Person", "name": "…"},
+    "object": A_PAGE,
+    "context": A_PAGE,
+    "inReplyTo": "urn:uuid:…",
+    "summary": "…",
+}
+EXAMPLE_OBJECTS = {
+    "answer": {"id": "urn:uuid:…", "type": EXAMPLE["type"]},
+    "review": {**A_RESULT, "type": ["Page", "sorg:Review"], "ietf:cite-as": "https://doi.org/…"},
+    "endorsement": {**A_RESULT, "ietf:cite-as": "https://doi.org/…"},
+    "service result": A_RESULT,
+    "relationship": {
+        "id": "urn:uuid:…",
+        "type": "Relationship",
+        "as:subject": "https://…",
+        "as:relationship": "http://purl.org/vocab/frbr/core#supplement",
+        "as:object": "https://…",
+    },
+    "unprocessable": {"id": "urn:uuid:…"},
+}
+
+
+class Test(NamedTuple):
+    """A rule in the form in which it is applied to an object."""
+
+    name: str  # of the member
+    missing: tuple[Any, ...]  # values that count as missing
+    if_missing: str
+    accepts: Callable[..., bool] | None
+    sibling: str
+    position: int  # of the rule
+    rule: Rule
+
+
+class Plan(NamedTuple):
+    """The rules of a pattern, in the form in which they are applied."""
+
+    family: str
+    spec: str
+    members: frozenset[str]  # that have rules
+    twins: dict[str, str]  # members that must equal each other
+    groups: list[tuple[tuple[str, ...], list[Test]]]  # the path to an object, and its tests
+
+
+@functools.cache
+def plan_for(pattern: Pattern | None, embedded: bool = False) -> Plan:
+    """Return the plan for the rules of a pattern, or for those of every pattern."""
+    rules = RULES[pattern.name] if pattern else EVERY
+    groups: dict[tuple[str, ...], list[Test]] = {}
+    for position, rule in enumerate(rules):
+        if not rule.member or (embedded and rule.member == "@context"):
+            continue
+        if embedded:
+            levels = DEMOTED[rule.if_missing], DEMOTED[rule.if_wrong]
+            rule = Rule(rule.member, *levels, rule.check)
+        *path, name = rule.member.split(".")
+        may_be_empty = name != "type" or path == ["actor"]
+        missing: tuple[Any, ...] = (None,) if may_be_empty else (None, [])
+        accepts = rule.check.accepts if rule.if_wrong else None
+        test = Test(name, missing, rule.if_missing, accepts, rule.check.sibling, position, rule)
+        groups.setdefault(tuple(path), []).append(test)
+    family, spec = (pattern.family, pattern.spec) if pattern else ("", SPECIFICATION)
+    twins = {rule.check.sibling: rule.member for rule in rules if rule.check.sibling}
+    twins.update({member: sibling for sibling, member in twins.items()})
+    members = frozenset(rule.member for rule in rules)
+    return Plan(family, spec, members, twins, list(groups.items()))
+
+
+def broken_rules(part: dict[str, Any], plan: Plan) -> list[tuple[int, Rule, Any, dict[str, Any]]]:
+    """Apply the tests; returns the rules that are broken, the value, and the object around it."""
+    broken = []
+    for path, tests in plan.groups:
+        node: Any = part
+        for name in path:
+            node = node.get(name) if isinstance(node, dict) else None
+        if not isinstance(node, dict):
+            continue  # the rule for that object reports it
+        get = node.get
+        for name, missing, if_missing, accepts, sibling, position, rule in tests:
+            value = get(name)
+            if not value and value in missing:
+                if if_missing:
+                    broken.append((position, rule, None, node))
+            elif accepts and not (
+                accepts(value, lookup(part, sibling)) if sibling else accepts(value)
+            ):
+                broken.append((position, rule, value, node))
+    broken.sort(key=operator.itemgetter(0))
+    return broken
+
+
+def fix_of(rule: Rule, value: Any, part: Any, around: dict[str, Any], plan: Plan) -> str:
+    """Say what to write: what was probably meant, or else an example."""
+    parent, _, name = rule.member.rpartition(".")
+    if value is None:
+        path = f"{parent}." if parent else ""
+        hint = misnamed(name, (each for each in around if path + each not in plan.members))
+    elif rule.check.sibling:
+        hint = rule.check.hint(value, lookup(part, rule.check.sibling))
+    else:
+        hint = rule.check.hint(value)
+    if not hint and (plan.family, rule.member) == ("answer", "object"):
+        return EMBED_OFFER
+    example = lookup({**EXAMPLE, "object": EXAMPLE_OBJECTS.get(plan.family, A_PAGE)}, rule.member)
+    twin = lookup(part, plan.twins.get(rule.member, ""))
+    if hint or example is None:
+        return hint
+    if is_uri(twin) and rule.check.accepts(twin) and len(twin) <= 200:
+        example = twin
+    elif isinstance(example, dict) and is_uri(value) and len(value) <= 200:
+        example = {**example, "id": value}
+    written = json.dumps(example, ensure_ascii=False)
+    return f"write `{json.dumps(name)}: {written}`" if value is None else f"write `{written}`"
+
+
+def report(
+    rule: Rule, value: Any, part: Any, around: dict[str, Any], plan: Plan, prefix: str = ""
+) -> Finding:
+    """Describe a broken rule."""
+    need, level = (
+        ("required", rule.if_missing) if value is None else (rule.check.name, rule.if_wrong)
+    )
+    pointer = prefix + ("/" + rule.member.replace(".", "/") if rule.member else "")
+    where = pointer[1:].replace("/", ".") or "the notification"
+    demand = f"{'should' if level == SHOULD else 'must'} {rule.check.demand}"
+    fault = f"{where} is missing; it {demand}" if value is None else f"{where} {demand}"
+    if value == "":
+        fault += "; it is empty"
+    fix = fix_of(rule, value, part, around, plan) if rule.member else ""
+    code = rule.code(need)
+    return Finding(
+        level,
+        pointer,
+        code,
+        f"{fault}; {fix}" if fix else fault,
+        plan.spec,
+        short_value(value),
+        () if prefix else refused_by(code, value),
+        fix,
+    )
+
+
+def parts(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], Plan]]:
+    """Yield the notification, the one that it embeds if it is an answer, and so on.
+
+    Each comes as the pointer to it, itself and its plan.
+    """
+    pattern = pattern_of(document)
+    yield "", document, plan_for(pattern)
+    for level in range(1, MAX_EMBEDDED + 1):
+        if not pattern or pattern.family != "answer":
+            break
+        document = document.get("object", {})
+        pattern = pattern_of(document)
+        if pattern:
+            yield "/object" * level, document, plan_for(pattern, embedded=True)
+
+
+def validate(document: Any) -> list[Finding]:
+    """Find everything that is wrong with a notification.
+
+    `document` is what `parse` returns; it is not changed. Returns the findings in the order of the
+    rules, each once. Never raises.
+    """
+    if not isinstance(document, dict):
+        return [report(EVERY[0], document, document, {}, plan_for(None))]
+    findings: dict[tuple[str, str], Finding] = {}
+    for prefix, part, plan in parts(document):
+        for _, rule, value, around in broken_rules(part, plan):
+            finding = report(rule, value, part, around, plan, prefix)
+            # An answer and the Offer in it make some of the same demands of the same members.
+            findings.setdefault((finding.pointer, finding.fault), finding)
+    return list(findings.values())
+
+
+def most_important(findings: Iterable[Finding], limit: int = 100) -> tuple[list[Finding], int]:
+    """Return the findings, errors first, and how many were left out to stay within the limit."""
+    ordered = sorted(findings, key=lambda finding: finding.level)  # E, M, S
+    return ordered[:limit], max(0, len(ordered) - limit)
+
+
+class Arrival(NamedTuple):
+    """What is known of a delivery besides the document."""
+
+    content_type: str
+    posted_to: Collection[str] = ()  # URLs of the inbox: as requested, and as given out
+    known_as: str | None = None  # the name of a stored notification that has the same id
+
+
+LDN = "https://www.w3.org/TR/ldn/"
+JSON_LD = "application/ld+json"
+# Rules for the delivery, all of level S, by code: the member, and what it should do.
+DELIVERY_RULES = {
+    "content-type": ("", f"have the Content-Type {JSON_LD}"),
+    "id-repeated": ("id", "be new"),
+    "target.inbox-elsewhere": ("target.inbox", "be the URL that was posted to"),
+}
+
+
+def media_type_of(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower()
+
+
+def without_query(url: str) -> str:
+    """Return an HTTP URI in the form in which two of them can be compared."""
+    scheme, _, rest = re.split("[?#]", url, maxsplit=1)[0].partition("://")
+    host, _, path = rest.partition("/")
+    default_port = ":443" if scheme.lower() == "https" else ":80"
+    return f"{scheme.lower()}://{host.lower().removesuffix(default_port)}/{path}"
+
+
+def delivery_findings(document: Any, arrival: Arrival) -> list[Finding]:
+    """Find what is wrong with a delivery, though the document does not show it."""
+    found: dict[str, tuple[Any, str]] = {}  # by code: the value, and the rest of the message
+    content_type = clip(arrival.content_type, 100)
+    if media_type_of(content_type) != JSON_LD:
+        fix = f"found `{content_type}`; send `Content-Type: {JSON_LD}`"
+        found["content-type"] = content_type, fix
+    if arrival.known_as:
+        found["id-repeated"] = None, f"it was delivered before, as {arrival.known_as}"
+    inbox, here = lookup(document, "target.inbox"), list(arrival.posted_to)
+    if here and is_http_uri(inbox) and without_query(inbox) not in map(without_query, here):
+        found["target.inbox-elsewhere"] = short_value(inbox), f"write `{here[0]}`"
+    pattern = pattern_of(document)
+    spec = pattern.spec if pattern else SPECIFICATION
+    findings = []
+    for code, (value, fix) in found.items():
+        member, demand = DELIVERY_RULES[code]
+        pointer = "/" + member.replace(".", "/") if member else ""
+        message = f"{member or 'the notification'} should {demand}; {fix}"
+        page, names = spec if member else LDN, refused_by(code, value)
+        findings.append(Finding(SHOULD, pointer, code, message, page, value, names, fix))
+    return findings
+
+
+def receiver_findings(document: Any, receiver: Receiver, content_type: str) -> list[Finding]:
+    """Find what the specification allows, and this receiver alone refuses."""
+    findings = []
+    inexact = media_type_of(content_type) == JSON_LD != content_type.strip()
+    if inexact and receiver.may_refuse("content-type-exact"):
+        fault, fix = f"the Content-Type must be exactly {JSON_LD}", "send it without parameters"
+        code, message, names = "content-type-exact", f"{fault}; {fix}", (receiver.name,)
+        value = short_value(content_type)
+        findings.append(Finding(SHOULD, "", code, message, receiver.source, value, names, fix))
+    for rule in (rule for refusal in receiver.refusals for rule in refusal.rules):
+        value, plan = lookup(document, rule.member), plan_for(pattern_of(document))
+        if value is not None and not rule.check.accepts(value):
+            finding = report(rule, value, document, {}, plan)
+            findings.append(finding._replace(refused_by=(receiver.name,)))
+    return findings
+
+
+@functools.cache
+def coarnotify_server() -> Any:
+    """Return a server of the coarnotify library; raises `ImportError` if it is not installed."""
+    from coarnotify.server import COARNotifyServer, COARNotifyServiceBinding
+
+    class Binding(COARNotifyServiceBinding):  # type: ignore[misc]
+        def notification_received(self, notification: Any) -> None:
+            """Accept it."""
+
+    return COARNotifyServer(Binding())
+
+
+def library_errors(errors: Mapping[Any, Any], pointer: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the errors of a `ValidationError` of the library, each with its pointer."""
+    for key, entry in errors.items():
+        here = f"{pointer}/{key[0] if isinstance(key, tuple) else key}"
+        for text in entry.get("errors", []):
+            yield here, str(text)
+        yield from library_errors(entry.get("nested", {}), here)
+
+
+def coarnotify_findings(document: Any) -> list[Finding]:
+    """Ask the installed coarnotify library; whatever it raises is an error, in its words."""
+    try:
+        # It changes the document that it is given.
+        coarnotify_server().receive(copy.deepcopy(document))
+    except Exception as error:
+        errors = list(library_errors(getattr(error, "errors", {})))
+        if not errors:  # it crashes in many ways, such as on types that it does not know
+            pointer = "" if pattern_of(document) else "/type"
+            errors = [(pointer, f"{type(error).__name__}: {error}")]
+        return [
+            Finding(REFUSED, pointer, "coarnotify", f"coarnotify: {clip(text, 300)}", SPECIFICATION)
+            for pointer, text in errors
+        ]
+    return []
+
+
+# Which levels a value of VALIDATE_INCOMING refuses. The other findings are warnings.
+MODES: Mapping[bool | str, tuple[str, ...]] = {
+    True: (REFUSED,),
+    False: (),
+    "strict": (REFUSED, MUST),
+    "coarnotify": (REFUSED,),
+    **{receiver.name: (REFUSED,) for receiver in RECEIVERS},
+}
+
+
+def mode_of(value: Any) -> bool | str | None:
+    """Return the mode of validation that a setting means, in its right case; None if none."""
+    if isinstance(value, str):
+        names = {name.lower(): name for name in MODES if isinstance(name, str)}
+        return names.get(value.lower())
+    return value if isinstance(value, bool) else None
+
+
+class Assessment(NamedTuple):
+    """What a notification is refused for, and the other findings."""
+
+    errors: list[Finding]
+    warnings: list[Finding]
+
+    @property
+    def status(self) -> int:
+        """The status of the answer, if there are errors."""
+        media_type = any(error.code.startswith("content-type") for error in self.errors)
+        return 415 if media_type else 400
+
+
+def assess(document: Any, mode: bool | str, arrival: Arrival | None = None) -> Assessment:
+    """Validate a notification in one of the MODES.
+
+    Without an `arrival` it is judged by itself, as `--check` does it.
+    """
+    receiver = next((each for each in RECEIVERS if each.name == mode), None)
+    findings = validate(document)
+    if receiver:
+        content_type = arrival.content_type if arrival else JSON_LD
+        findings += receiver_findings(document, receiver, content_type)
+    if arrival:
+        findings += delivery_findings(document, arrival)
+    storable = isinstance(document, (dict, list))
+    if storable and mode == "coarnotify":
+        return Assessment(coarnotify_findings(document), findings)
+    levels = MODES[mode] if storable else (REFUSED,)
+    refused = [each.level in levels or mode in each.refused_by for each in findings]
+    return Assessment(
+        list(itertools.compress(findings, refused)),
+        [finding for finding, out in zip(findings, refused) if not out],
+    )
+
+
+def constraints_of(pattern: Pattern) -> list[dict[str, Any]]:
+    """List the rules for a pattern: code, member, demand, level, and who refuses what breaks it."""
+    rules = []
+    for rule in RULES[pattern.name]:
+        rules.append((rule.code("required"), rule.member, "be present", rule.if_missing))
+        code = rule.code(rule.check.name)
+        rules.append((code, rule.member, rule.check.demand, rule.if_wrong))
+    rules += [(code, *rule, SHOULD) for code, rule in DELIVERY_RULES.items()]
+    listed: dict[str, dict[str, Any]] = {}
+    for code, member, demand, level in rules:
+        if level and code not in listed:
+            names = [receiver.name for receiver in RECEIVERS if receiver.may_refuse(code)]
+            entry = {"code": code, "member": member, "demand": demand, "level": level}
+            listed[code] = {**entry, "refused_by": names}
+    return list(listed.values())
+
+
+def constraints() -> list[dict[str, Any]]:
+    """List the rules, one entry for each code, with the level it has for each pattern."""
+    listed: dict[str, dict[str, Any]] = {}
+    for pattern in PATTERNS:
+        for entry in constraints_of(pattern):
+            level, levels = entry.pop("level"), {**entry, "levels": {}}
+            listed.setdefault(entry["code"], levels)["levels"][pattern.name] = level
+    return list(listed.values())
+
+
+def receivers() -> list[dict[str, Any]]:
+    """List the receivers: name, where the facts come from, and what is refused."""
+    return [
+        {
+            "name": receiver.name,
+            "source": receiver.source,
+            "refuses": [refusal.what for refusal in receiver.refusals],
+        }
+        for receiver in RECEIVERS
+    ]
+
+
+# --- Samples and replies -------------------------------------------------------------------------
+#
+# Builds valid notifications from one set of parts. `sample` makes one of any pattern, `reply` makes
+# one that answers an Offer, `find_pattern` finds a pattern by its name. All three are pure, except
+# that each notification gets a new id. Must not know HTTP, the store or the settings.
+
+
+def service(url: str) -> dict[str, str]:
+    """Describe the service at a URL, which ends in a slash and has its inbox right below."""
+    return {"id": url, "inbox": f"{url}inbox", "type": "Service"}
+
+
+# RFC 2606 reserves these hosts for examples.
+REPOSITORY = service("https://repository.example.org/")
+REVIEWS = service("https://reviews.example.net/")
+LOCAL_INBOX = "http://localhost:5005/inbox"
+AUTHOR = {"id": "https://orcid.org/0000-0002-1825-0097", "name": "J. Carberry", "type": "Person"}
+PREPRINT = {
+    "id": "https://repository.example.org/preprint/421",
+    "ietf:cite-as": "https://doi.org/10.5555/12345680",
+    "ietf:item": {
+        "id": "https://repository.example.org/preprint/421/content.pdf",
+        "mediaType": "application/pdf",
+        "type": ["Article", "sorg:ScholarlyArticle"],
+    },
+    "type": ["Page", "sorg:AboutPage"],
+}
+# The id, the citation and the types of what the service announces.
+RESULTS = {
+    "Announce Endorsement": ("endorsement/7", "10.5555/98766", ["Page", "sorg:WebPage"]),
+    "Announce Review": ("review/7", "10.5555/98765", ["Document", "sorg:Review"]),
+    "Announce Service Result": ("report/7", "10.5555/98767", ["Document", "sorg:Report"]),
+}
+NO_REPLIES = ("Announce Relationship", "Request Endorsement", "Request Review")
+REPLY_PATTERNS = tuple(pattern for pattern in PATTERNS if pattern.name not in NO_REPLIES)
+
+
+def find_pattern(name: str) -> Pattern:
+    """Return the pattern that has a name, in any case.
+
+    Raises `ValueError`, which lists the names and suggests a close one.
+    """
+    patterns = {pattern.name.title(): pattern for pattern in PATTERNS}
+    with contextlib.suppress(KeyError):
+        return patterns[name.title()]
+    import difflib
+
+    close = difflib.get_close_matches(name.title(), patterns, n=1)
+    hint = f"; did you mean {close[0]}?" if close else "."
+    listed = ", ".join(pattern.name for pattern in PATTERNS)
+    given = escape_controls(clip(name, 80))
+    raise ValueError(f'no pattern is called "{given}"{hint} There are: {listed}')
+
+
+def sample(
+    pattern: str,
+    *,
+    origin: Mapping[str, Any] | None = None,
+    target: Mapping[str, Any] | None = None,
+    in_reply_to: Any = None,
+) -> dict[str, Any]:
+    """Return a new notification of a pattern, without any finding.
+
+    `origin` and `target` are service objects, with `id`, `inbox` and `type`. Without `target` it
+    goes to the default inbox of coarinbox. `in_reply_to` is the Offer that it answers; a made-up
+    one by default. Raises `ValueError` for an unknown pattern, and for an Offer that cannot be
+    answered with it.
+    """
+    chosen = find_pattern(pattern)
+    if in_reply_to is not None:
+        return answer(in_reply_to, chosen, origin, target)
+    from_repository = chosen.types[0] in ("Offer", "Undo")
+    services = [REPOSITORY, REVIEWS] if from_repository else [REVIEWS, REPOSITORY]
+    sender, receiver = origin or services[0], target or {**services[1], "inbox": LOCAL_INBOX}
+    if chosen.types[0] == "Offer":
+        return notification(chosen, AUTHOR, sender, receiver, object=PREPRINT)
+    ends = (sender, receiver) if from_repository else (receiver, sender)
+    offer = notification(find_pattern("Request Review"), AUTHOR, *ends, object=PREPRINT)
+    return answer(offer, chosen)
+
+
+def reply(offer: Any, pattern: str = "Accept") -> dict[str, Any]:
+    """Return a new notification that answers an Offer, which is not changed.
+
+    Every pattern but the requests and Announce Relationship answers an Offer. The reply goes from
+    the Offer's target to its origin; only Undo Offer comes from the sender of the Offer. It has no
+    findings but those that the Offer's own faults cause. Raises `ValueError` when the pattern
+    answers no Offer, or the document is not an Offer with a usable id.
+    """
+    chosen = find_pattern(pattern)
+    if chosen not in REPLY_PATTERNS:
+        listed = ", ".join(pattern.name for pattern in REPLY_PATTERNS)
+        raise ValueError(f"{chosen.name} answers no Offer. These do: {listed}")
+    return answer(offer, chosen)
+
+
+def answer(offer: Any, pattern: Pattern, origin: Any = None, target: Any = None) -> dict[str, Any]:
+    """Build what `reply` returns, for any pattern but requests, and between other services."""
+    if pattern.types[0] == "Offer":
+        raise ValueError(f"{pattern.name} starts a conversation and answers no Offer")
+    if "Offer" not in types_of(lookup(offer, "type")):
+        raise ValueError("only an Offer can be answered: an object whose type includes Offer")
+    if not is_uri(offer.get("id")):
+        raise ValueError("the Offer cannot be answered: its id is not an absolute URI")
+    ends = [offer.get("target"), offer.get("origin")]
+    actor = {"id": lookup(offer, "target.id"), "name": "Example Reviews", "type": "Service"}
+    if pattern.name == "Undo Offer":
+        ends, actor = ends[::-1], offer.get("actor")
+    elif origin:
+        actor["id"] = origin.get("id")
+    members = {"inReplyTo": offer["id"], **about(offer, pattern)}
+    return notification(pattern, actor, origin or ends[0], target or ends[1], **members)
+
+
+def about(offer: Any, pattern: Pattern) -> dict[str, Any]:
+    """Return the members that say what an answer to an Offer is about."""
+    if pattern.types[0] == "Flag":
+        return {"object": {"id": offer["id"]}, "summary": "The preprint answers with status 404."}
+    if pattern.types[0] != "Announce":
+        return {"object": {name: offer[name] for name in offer if name != "@context"}}
+    return {"object": result(offer, pattern), "context": offer.get("object")}
+
+
+def result(offer: Any, pattern: Pattern) -> dict[str, Any]:
+    """Make up what an Announce is about: a resource, or a relationship to that of the Offer."""
+    if pattern.name in RESULTS:
+        path, doi, types = RESULTS[pattern.name]
+        url = f"{REVIEWS['id']}{path}"
+        return {"id": url, "ietf:cite-as": f"https://doi.org/{doi}", "type": types}
+    return {
+        "id": uuid.uuid4().urn,
+        "type": "Relationship",
+        "as:subject": f"{REVIEWS['id']}dataset/7",
+        "as:relationship": "http://purl.org/vocab/frbr/core#supplement",
+        "as:object": lookup(offer, "object.id"),
+    }
+
+
+def notification(
+    pattern: Pattern, actor: Any, origin: Any, target: Any, **members: Any
+) -> dict[str, Any]:
+    types = list(pattern.types)
+    document = {
+        "@context": [ACTIVITY_STREAMS, COAR_NOTIFY],
+        "id": uuid.uuid4().urn,
+        "type": types if len(types) > 1 else types[0],
+        "actor": actor,
+        "origin": origin,
+        "target": target,
+        **members,
+    }
+    # The copy shares nothing with the parts, the Offer or other notifications.
+    return copy.deepcopy({name: value for name, value in document.items() if value is not None})
+
+
+# --- Settings ------------------------------------------------------------------------------------
 
 
 class ConfigurationError(ValueError):
@@ -222,11 +1459,14 @@ def is_text(value: Any) -> bool:
 
 
 def is_path(value: Any) -> bool:
-    return is_text(os.fspath(value) if isinstance(value, os.PathLike) else value)
+    try:
+        return is_text(os.fspath(value))
+    except Exception:  # whatever a configuration file has defined
+        return False
 
 
 def is_base_url(value: Any) -> bool:
-    return is_http_uri(value) and value.isascii() and not re.search("[?#]", value)
+    return is_http_uri(value) and value.isascii() and not re.search("[?#@]", value)
 
 
 def is_printable(value: Any) -> bool:
@@ -237,13 +1477,24 @@ def is_secret(value: Any) -> bool:
     return is_printable(value) and value == value.strip()
 
 
+def reply_patterns(value: Any) -> tuple[str, ...] | None:
+    """Return names of patterns that answer an Offer, in their right case; None if one does not."""
+    known = {pattern.name.lower(): pattern.name for pattern in REPLY_PATTERNS}
+    names = value if isinstance(value, (list, tuple)) else [value]
+    found = tuple(known.get(name.lower()) for name in names if isinstance(name, str))
+    return found if len(found) == len(names) and None not in found else None  # type: ignore[return-value]
+
+
 def optional(kind: Kind) -> Kind:
     return Kind(f"None or {kind.expected}", lambda value: value is None or kind.accepts(value))
 
 
 # `type`, because to `isinstance` True is a number.
 A_FLAG = Kind("True or False", lambda value: type(value) is bool)
-A_MODE = Kind('True, False or "strict"', lambda value: type(value) is bool or value == "strict")
+A_MODE = Kind(
+    'True, False, "strict", "coarnotify" or a receiver such as "DSpace"',
+    lambda value: mode_of(value) is not None,
+)
 A_STATUS = Kind("201 or 202", lambda value: type(value) is int and value in (201, 202))
 A_COUNT = Kind(
     "a whole number from 1 to 2147483647",
@@ -254,10 +1505,20 @@ A_DURATION = Kind(  # sockets refuse what the platform's clock cannot hold
     "a number of seconds, 0.001 to 86400",
     lambda value: type(value) in (int, float) and 0.001 <= value <= 86400,
 )
+A_DELAY = Kind(
+    "a number of seconds, 0 to 86400",
+    lambda value: type(value) in (int, float) and 0 <= value <= 86400,
+)
+PATTERNS_TO_REPLY = Kind(
+    "a list of " + ", ".join(pattern.name for pattern in REPLY_PATTERNS),
+    lambda value: reply_patterns(value) is not None,
+)
+A_URL = Kind('the URL of an inbox, such as "http://localhost:8080/inbox"', is_http_uri)
 A_HOST = Kind("a host name or an IP address", is_printable)
 A_BASE_URL = Kind('a URL such as "https://inbox.example.org", without a query', is_base_url)
 A_SECRET = Kind("a text without line breaks, or spaces around it", is_secret)
 A_FILE = Kind("the name of a file", is_path)
+ANYTHING = Kind("anything", lambda value: True)
 A_DIRECTORY = Kind("the name of a directory", is_path)
 
 
@@ -265,7 +1526,7 @@ def setting(default: Any, kind: Kind) -> Any:
     return dataclasses.field(default=default, metadata={"kind": kind})
 
 
-def quoted(value: Any) -> str:
+def short_repr(value: Any) -> str:
     try:
         return " ".join(repr(value).split())[:80]
     except ValueError:  # Python does not print numbers of more than 4300 digits
@@ -284,6 +1545,9 @@ class Settings:
     PORT: int = setting(5005, A_PORT)
     RESPONSE_STATUS: int = setting(201, A_STATUS)
     VALIDATE_INCOMING: bool | str = setting(True, A_MODE)
+    REPLIES: tuple[str, ...] = setting((), PATTERNS_TO_REPLY)
+    REPLY_DELAY: float = setting(1, A_DELAY)
+    REPLY_TO: str | None = setting(None, optional(A_URL))
     DEBUG: bool = setting(False, A_FLAG)
     DEBUG_PYCHARM: bool = setting(False, A_FLAG)
     DEBUG_PYCHARM_SERVER: str = setting("localhost", A_HOST)
@@ -294,6 +1558,9 @@ class Settings:
     MAX_CONNECTIONS: int = setting(128, A_COUNT)
     FSYNC: bool = setting(True, A_FLAG)
     TOKEN: str | None = setting(None, optional(A_SECRET))
+    CORS_ORIGINS: object = setting(
+        (), ANYTHING
+    )  # Flask-CORS uses the same name, see `cors_origins`
     SSL_CERT: str | None = setting(None, optional(A_FILE))
     SSL_KEY: str | None = setting(None, optional(A_FILE))
 
@@ -301,8 +1568,16 @@ class Settings:
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), field.metadata["kind"]
             if not kind.accepts(value):
-                reason = f"{field.name} is {quoted(value)}, expected {kind.expected}"
+                reason = f"{field.name} is {short_repr(value)}, expected {kind.expected}"
                 raise ConfigurationError(reason)
+        object.__setattr__(self, "VALIDATE_INCOMING", mode_of(self.VALIDATE_INCOMING))
+        object.__setattr__(self, "REPLIES", reply_patterns(self.REPLIES))
+        if self.VALIDATE_INCOMING == "coarnotify":
+            try:
+                coarnotify_server()
+            except ImportError as error:
+                reason = f"VALIDATE_INCOMING is 'coarnotify', which cannot be imported: {error}"
+                raise ConfigurationError(f"{reason}; pip install coarnotify") from error
         if self.SSL_KEY and not self.SSL_CERT:
             raise ConfigurationError("SSL_KEY is set, expected SSL_CERT beside it")
 
@@ -310,10 +1585,13 @@ class Settings:
 SETTING_NAMES = [field.name for field in dataclasses.fields(Settings)]
 
 
-def unknown(name: str, kind: str, known: Iterable[str]) -> str:
-    """Say that a name is unknown, and which known one is nearest."""
-    (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0)
-    return f"unknown {kind} {name}; nearest: {nearest}"
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a suggestion to end a message with, or nothing unless a known name is really close."""
+    import difflib
+
+    spelt = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(name.lower(), spelt, n=1, cutoff=0.64)
+    return f"; did you mean {spelt[near[0]]}?" if near else ""
 
 
 def failing_line(filename: str, error: BaseException) -> int | None:
@@ -335,13 +1613,14 @@ def read_configuration(filename: str) -> dict[str, Any]:
         with open(filename, "rb") as file:
             code = compile(file.read(), filename, "exec", dont_inherit=True)
         exec(code, module.__dict__)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # a KeyboardInterrupt of the file's own included
         line = failing_line(filename, error)
         where = f"{filename}, line {line}" if line else filename
         what = error.msg if isinstance(error, SyntaxError) else error
         reason = " ".join(f"{where}: {type(error).__name__}: {what}".split())
         raise ConfigurationError(reason) from error
-    return {name: value for name, value in vars(module).items() if name.isupper()}
+    names = [name for name in vars(module) if isinstance(name, str) and name.isupper()]
+    return {name: vars(module)[name] for name in names}
 
 
 def configure(filename: str | None, flags: Mapping[str, Any]) -> Settings:
@@ -350,10 +1629,11 @@ def configure(filename: str | None, flags: Mapping[str, Any]) -> Settings:
     Names that are no setting of ours are passed over with a warning: the file may be shared with
     a Flask application. Raises `ConfigurationError`.
     """
-    values = read_configuration(filename) if filename else {}
+    values = {} if filename is None else read_configuration(filename)
     for name in values:
         if name not in SETTING_NAMES:
-            LOG.warning("%s: ignored: %s", filename, unknown(name, "setting", SETTING_NAMES))
+            hint = did_you_mean(name, SETTING_NAMES)
+            LOG.warning("%s: ignored: unknown setting %s%s", filename, name, hint)
     ours = {name: value for name, value in values.items() if name in SETTING_NAMES}
     try:
         settings = Settings(**ours)
@@ -362,415 +1642,32 @@ def configure(filename: str | None, flags: Mapping[str, Any]) -> Settings:
     return dataclasses.replace(settings, **flags)
 
 
-# --- Rules ---------------------------------------------------------------------------------------
-
-SPECIFICATION = "https://coar-notify.net/specification/1.0.1/"
-
-E, M, S, OK = "E", "M", "S", ""
-LEVELS = {
-    E: "refused by the coarnotify libraries",
-    M: "breaks a MUST of the specification",
-    S: "breaks a SHOULD of the specification, or is known to be refused in production",
-}
-
-# In an offer that an answer embeds, M becomes S and @context is not expected: the specification's
-# own examples break those rules there.
-IN_EMBEDDED = {E: E, M: S, S: S, OK: OK}
-
-# Which levels a value of VALIDATE_INCOMING refuses. The others are warnings.
-REFUSED: Mapping[bool | str, tuple[str, ...]] = {True: (E,), False: (), "strict": (E, M)}
-
-
-class Pattern(NamedTuple):
-    """A kind of notification, known by its types."""
-
-    name: str
-    family: str  # those that share their rules
-    page: str  # below SPECIFICATION
-    types: tuple[str, ...]
-
-    @property
-    def spec(self) -> str:
-        return f"{SPECIFICATION}{self.page}/"
-
-
-# fmt: off
-PATTERNS = (
-    Pattern("Accept", "answer", "accept", ("Accept",)),
-    Pattern("Announce Endorsement", "announcement", "announce-endorsement",
-            ("Announce", "coar-notify:EndorsementAction")),
-    Pattern("Announce Relationship", "relationship", "announce-relationship",
-            ("Announce", "coar-notify:RelationshipAction")),
-    Pattern("Announce Review", "announcement", "announce-review",
-            ("Announce", "coar-notify:ReviewAction")),
-    Pattern("Announce Service Result", "service result", "announce-resource", ("Announce",)),
-    Pattern("Reject", "answer", "reject", ("Reject",)),
-    Pattern("Request Endorsement", "request", "request-endorsement",
-            ("Offer", "coar-notify:EndorsementAction")),
-    Pattern("Request Review", "request", "request-review", ("Offer", "coar-notify:ReviewAction")),
-    Pattern("Tentatively Accept", "answer", "tentative-accept", ("TentativeAccept",)),
-    Pattern("Tentatively Reject", "answer", "tentative-reject", ("TentativeReject",)),
-    Pattern("Unprocessable Notification", "unprocessable", "unprocessable",
-            ("Flag", "coar-notify:UnprocessableNotification")),
-    Pattern("Undo Offer", "answer", "undo-offer", ("Undo",)),
-)
-# fmt: on
-
-ACTIVITY_STREAMS = "https://www.w3.org/ns/activitystreams"
-COAR_NOTIFY = "https://coar-notify.net"
-PURL = "https://purl.org/coar/notify"
-COAR_NOTIFY_VARIANTS = (COAR_NOTIFY + "/", PURL, PURL + "/")
-COAR_NOTIFY_TYPES = frozenset(
-    name for pattern in PATTERNS for name in pattern.types if name.startswith("coar-notify:")
-)
-ACTOR_TYPES = frozenset("Application Group Organization Person Service".split())
-AS2_OBJECT_TYPES = ACTOR_TYPES | frozenset(
-    "Activity Article Audio Collection CollectionPage Relationship Document Event Image"
-    " IntransitiveActivity Note Object OrderedCollection OrderedCollectionPage Page Place Profile"
-    " Question Tombstone Video".split()
-)
-
-
-def types_of(value: Any) -> frozenset[str]:
-    """Collect the type names in the value of a `type` member; anything but strings is ignored."""
-    names = value if isinstance(value, list) else [value]
-    return frozenset(name for name in names if isinstance(name, str))
-
-
-def pattern_of(document: Any) -> Pattern | None:
-    """Find the pattern that a notification claims by its `type`, the most specific that fits."""
-    types = types_of(lookup(document, "type"))
-    fitting = [pattern for pattern in PATTERNS if types.issuperset(pattern.types)]
-    return max(fitting, key=lambda pattern: len(pattern.types), default=None)
-
-
-UUID_URN = re.compile(r"(?i:urn:uuid:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})")
-TYPE_SUBTYPE = re.compile(r"[\w!#$&^.+-]+/[\w!#$&^.+-]+ *(;|\Z)", re.ASCII)
-
-TYPE_SETS = tuple(" + ".join(pattern.types) for pattern in PATTERNS)
-
-
-def nearest_types(value: Any) -> str:
-    # Cut short: comparing costs the product of the lengths.
-    given = " + ".join(sorted(types_of(value)))[:100]
-    nearest = difflib.get_close_matches(given, TYPE_SETS, n=1, cutoff=0)
-    return f"nearest: {nearest[0]}" if given else ""
-
-
-def is_types(value: Any) -> bool:
-    names = value if isinstance(value, list) else [value]
-    return all(isinstance(name, str) for name in names)
-
-
-def names_namespaces(value: Any) -> bool:
-    names = value if isinstance(value, list) else []
-    known = (COAR_NOTIFY, *COAR_NOTIFY_VARIANTS)
-    return ACTIVITY_STREAMS in names and any(namespace in names for namespace in known)
-
-
-def names_no_variant(value: Any) -> bool:
-    names = value if isinstance(value, list) else []
-    return COAR_NOTIFY in names or not any(variant in names for variant in COAR_NOTIFY_VARIANTS)
-
-
-def is_preferred_id(value: Any) -> bool:
-    return is_http_uri(value) or (is_text(value) and bool(UUID_URN.fullmatch(value)))
-
-
-def is_media_type(value: Any) -> bool:
-    return is_text(value) and bool(TYPE_SUBTYPE.match(value))
-
-
-def has_known_actions(value: Any) -> bool:
-    actions = (name for name in types_of(value) if re.match("coar-notify:|[^:]*Action$", name))
-    return COAR_NOTIFY_TYPES.issuperset(actions)
-
-
-class Check(NamedTuple):
-    """Something that a rule demands of the value of a member."""
-
-    name: str  # ends the code of a finding
-    demand: str  # completes "the member must"
-    holds: Callable[..., bool]  # told the value, and those of the members in `beside`
-    beside: tuple[str, ...] = ()
-    hint: Callable[[Any], str] = lambda value: ""
-
-
-def include(name: str, types: frozenset[str], what: str) -> Check:
-    return Check(name, f"include {what}", lambda value: not types.isdisjoint(types_of(value)))
-
-
-def equal(member: str) -> Check:
-    return Check(
-        f"equals-{member}",
-        f"equal {member}",
-        lambda value, other: other is None or value == other,
-        beside=(member,),
+def cors_origins(value: Any) -> frozenset[str]:
+    """Read CORS_ORIGINS: an origin, "*", or a list of them; what is no origin gets a warning."""
+    listed = value if isinstance(value, (list, tuple, set, frozenset)) else [value]
+    origins = frozenset(each.lower().rstrip("/") for each in listed if isinstance(each, str))
+    usable = frozenset(
+        each for each in origins if each == "*" or re.fullmatch("https?://[^/?#@]+", each)
     )
+    if len(usable) < len(listed):
+        LOG.warning('CORS_ORIGINS is %s, expected origins like "https://x.org"', short_repr(value))
+    return usable
 
 
-PRESENT = Check("present", "be present", lambda value: True)
-OBJECT = Check("object", "be an object", lambda value: isinstance(value, dict))
-TEXT = Check(
-    "text", "be a text that is not empty", lambda value: isinstance(value, str) and value != ""
-)
-ABSOLUTE_URI = Check("absolute-uri", "be an absolute URI", is_uri)
-HTTP_URI = Check("http-uri", "be an HTTP URI", is_http_uri)
-PREFERRED_ID = Check("preferred", "be a hyphenated urn:uuid: or an HTTP URI", is_preferred_id)
-TYPES = Check("strings", "be a string or a list of strings", is_types)
-ONE_TYPE = Check("single", "be a single string", lambda value: not isinstance(value, list))
-SERVICE = include("service", frozenset({"Service"}), "Service")
-OFFER = include("offer", frozenset({"Offer"}), "Offer")
-ACTOR_TYPE = include("actor", ACTOR_TYPES, "one of " + ", ".join(sorted(ACTOR_TYPES)))
-AS2_TYPE = include("as2-object", AS2_OBJECT_TYPES, "an ActivityStreams 2.0 object type")
-MEDIA_TYPE = Check("media-type", "be a media type, type/subtype", is_media_type)
-NAMESPACES = Check(
-    "namespaces", f"be a list holding {ACTIVITY_STREAMS} and {COAR_NOTIFY}", names_namespaces
-)
-CURRENT = Check("current", f"name {COAR_NOTIFY}, not a variant of it", names_no_variant)
-PATTERN = Check(
-    "pattern",
-    "hold the types of a pattern: " + ", ".join(TYPE_SETS),
-    lambda value: pattern_of({"type": value}) is not None,
-    hint=nearest_types,
-)
-KNOWN_ACTIONS = Check(
-    "known-actions", "name no unknown action", has_known_actions, hint=nearest_types
-)
-
-
-class Finding(NamedTuple):
-    """One thing that is wrong with a notification."""
-
-    level: str  # E, M or S
-    pointer: str  # RFC 6901, to the member or to where one is missing
-    code: str  # names the rule; the same in every version
-    message: str
-    spec: str  # URL of the page that says so
-    value: Any = None  # what stands there, where it is short
-
-    def as_json(self) -> dict[str, Any]:
-        return {name: value for name, value in self._asdict().items() if value is not None}
-
-
-def abridged(value: Any) -> Any:
-    """Return a value if it is short enough to be repeated in an answer, else None."""
-    try:
-        return value if len(json.dumps(value, allow_nan=False)) <= 100 else None
-    except (RecursionError, TypeError, ValueError):
-        return None
-
-
-class Rule(NamedTuple):
-    """What is demanded of a member, and the levels of it being absent and of it being wrong."""
-
-    member: str  # its dotted name; empty for the whole notification
-    absent: str
-    wrong: str = OK
-    check: Check = PRESENT
-
-    def code(self, need: str) -> str:
-        return f"{self.member or 'notification'}-{need}"
-
-    def examine(self, values: Mapping[str, Any], prefix: str, spec: str) -> Finding | None:
-        """Apply the rule to the members of a notification that stands at the pointer `prefix`."""
-        if self.member not in values:
-            return None  # it has no place, and why is the business of another rule
-        value, check = values[self.member], self.check
-        if value is None:
-            level, need = self.absent, "required"
-        elif check.holds(value, *map(values.get, check.beside)):
-            return None
-        else:
-            level, need = self.wrong, check.name
-        if not level:
-            return None
-        pointer = prefix + ("/" + self.member.replace(".", "/") if self.member else "")
-        message = self.message(level, pointer, value)
-        return Finding(level, pointer, self.code(need), message, spec, abridged(value))
-
-    def message(self, level: str, pointer: str, value: Any) -> str:
-        where = pointer[1:].replace("/", ".") or "the notification"
-        demand = f"{'should' if level == S else 'must'} {self.check.demand}"
-        if value is None:
-            return f"{where} is missing; it {demand}"
-        hint = self.check.hint(value)
-        return f"{where} {demand} ({hint})" if hint else f"{where} {demand}"
-
-
-# fmt: off
-EVERY = (
-    #    member            absent, wrong: what it must be
-    Rule("",                E, E, OBJECT),
-    Rule("@context",        M, M, NAMESPACES),
-    Rule("@context",        OK, S, CURRENT),
-    Rule("id",              E, E, ABSOLUTE_URI),
-    Rule("id",              OK, S, PREFERRED_ID),
-    Rule("type",            OK, E, TYPES),
-    Rule("type",            E, E, PATTERN),
-    Rule("origin",          E, E, OBJECT),
-    Rule("origin.id",       E, E, HTTP_URI),
-    Rule("origin.type",     M, M, TYPES),
-    Rule("origin.type",     OK, S, SERVICE),
-    Rule("origin.inbox",    S, M, HTTP_URI),
-    Rule("target",          E, E, OBJECT),
-    Rule("target.id",       E, E, HTTP_URI),
-    Rule("target.type",     M, M, TYPES),
-    Rule("target.type",     OK, S, SERVICE),
-    Rule("target.inbox",    M, M, HTTP_URI),
-    Rule("object",          E, E, OBJECT),
-    Rule("object.id",       E, E, ABSOLUTE_URI),
-    Rule("actor",           S, E, OBJECT),
-    Rule("actor.id",        M, E, ABSOLUTE_URI),
-    Rule("actor.type",      M, E, ACTOR_TYPE),
-    Rule("actor.type",      OK, S, ONE_TYPE),
-    Rule("inReplyTo",       OK, E, ABSOLUTE_URI),
-    Rule("context",         OK, E, OBJECT),
-    Rule("context.id",      E, E, HTTP_URI),
-)
-
-
-def resource(
-    member: str, no_type: str = OK, no_cite_as: str = OK, no_item: str = OK
-) -> tuple[Rule, ...]:
-    """The rules for something in a repository, but for its id.
-
-    The arguments are the levels of a missing member.
-    """
-    return (
-        Rule(f"{member}.type", no_type, M, AS2_TYPE),
-        Rule(f"{member}.ietf:cite-as", no_cite_as, M, HTTP_URI),
-        Rule(f"{member}.ietf:item", no_item, M, OBJECT),
-        Rule(f"{member}.ietf:item.id", M, M, HTTP_URI),
-        Rule(f"{member}.ietf:item.type", M, M, AS2_TYPE),
-        Rule(f"{member}.ietf:item.mediaType", M, M, MEDIA_TYPE),
-    )
-
-
-ANNOUNCEMENT = EVERY + (
-    Rule("object.type",         E, E, AS2_TYPE),
-    Rule("object.ietf:cite-as", S, M, HTTP_URI),
-    Rule("context",             E),
-    *resource("context"),
-)
-
-FAMILIES: Mapping[str, tuple[Rule, ...]] = {
-    "request": EVERY + (
-        Rule("object.id",       OK, M, HTTP_URI),
-        *resource("object", no_type=M, no_cite_as=S, no_item=M),
-    ),
-    "answer": EVERY + (
-        Rule("inReplyTo",       E),
-        Rule("inReplyTo",       OK, E, equal("object.id")),
-        Rule("object.type",     E, E, TYPES),
-        Rule("object.type",     OK, M, OFFER),
-    ),
-    "announcement": ANNOUNCEMENT,
-    "relationship": ANNOUNCEMENT + (
-        Rule("object.as:subject",      E, E, ABSOLUTE_URI),
-        Rule("object.as:relationship", E, E, ABSOLUTE_URI),
-        Rule("object.as:object",       E, E, ABSOLUTE_URI),
-        Rule("context.id",             OK, M, equal("object.as:object")),
-    ),
-    "service result": ANNOUNCEMENT + (
-        Rule("type",            OK, S, KNOWN_ACTIONS),
-    ),
-    "unprocessable": EVERY + (
-        Rule("inReplyTo",       E),
-        Rule("summary",         E, M, TEXT),
-    ),
-}
-# fmt: on
-
-RULES = {pattern.name: FAMILIES[pattern.family] for pattern in PATTERNS}
-
-EMBEDDED = {
-    name: tuple(
-        rule._replace(absent=IN_EMBEDDED[rule.absent], wrong=IN_EMBEDDED[rule.wrong])
-        for rule in rules
-        if rule.member != "@context"
-    )
-    for name, rules in RULES.items()
-}
-
-
-def collect(document: Any, rules: Iterable[Rule]) -> dict[str, Any]:
-    """Look up the members that rules are about, by their dotted names; None is one that is missing.
-
-    Where the parent of a member is not an object, there is no entry for it.
-    """
-    values = {"": document}
-    for rule in rules:
-        if rule.member not in values:
-            parent, _, name = rule.member.rpartition(".")
-            if isinstance(values.get(parent), dict):  # the rule for the parent comes first
-                values[rule.member] = values[parent].get(name)
-    return values
-
-
-def parts(document: Any) -> Iterator[tuple[str, Any, Pattern | None, tuple[Rule, ...]]]:
-    """Yield the notification and, where it answers one that it embeds, that one, and so on.
-
-    Each comes as the pointer to it, itself, its pattern and its rules.
-    """
-    prefix, pattern = "", pattern_of(document)
-    yield prefix, document, pattern, RULES[pattern.name] if pattern else EVERY
-    while pattern and pattern.family == "answer":
-        prefix, document = prefix + "/object", document.get("object")
-        pattern = pattern_of(document)
-        if pattern:
-            yield prefix, document, pattern, EMBEDDED[pattern.name]
-
-
-def validate(document: Any) -> list[Finding]:
-    """Find everything that is wrong with a notification.
-
-    `document` is what `parse` returns; it is not changed. Returns the findings in the order of
-    the rules. Never raises.
-    """
-    findings: dict[str, Finding] = {}
-    for prefix, part, pattern, rules in parts(document):
-        spec = pattern.spec if pattern else SPECIFICATION
-        values = collect(part, rules)
-        for rule in rules:
-            finding = rule.examine(values, prefix, spec)
-            if finding:
-                # An answer and the offer in it make some of the same demands of the same members.
-                findings.setdefault(finding.message, finding)
-    return list(findings.values())
-
-
-def judge(document: Any, mode: bool | str) -> tuple[list[Finding], list[Finding]]:
-    """Validate a document; returns what it is refused for in a mode, and the warnings."""
-    findings = validate(document)
-    refused = REFUSED[mode] if isinstance(document, (dict, list)) else (E,)
-    return (
-        [finding for finding in findings if finding.level in refused],
-        [finding for finding in findings if finding.level not in refused],
-    )
-
-
-def constraints() -> list[dict[str, Any]]:
-    """List the rules, one entry for each code, with the level it has for each pattern."""
-    listed: dict[str, dict[str, Any]] = {}
-    for pattern in PATTERNS:
-        for rule in RULES[pattern.name]:
-            required = ("required", "be present", rule.absent)
-            right = (rule.check.name, rule.check.demand, rule.wrong)
-            for need, demand, level in (required, right):
-                if level:
-                    code = rule.code(need)
-                    entry = {"code": code, "member": rule.member, "demand": demand, "levels": {}}
-                    listed.setdefault(code, entry)["levels"].setdefault(pattern.name, level)
-    return list(listed.values())
-
-
-# --- Storage -------------------------------------------------------------------------------------
+# --- Store ---------------------------------------------------------------------------------------
+#
+# `Store` keeps notifications in a directory, one file each. The directory is the only truth about
+# them: files that people, or other processes, add or remove count. `Store.add` stores a batch: it
+# writes and syncs the files side by side in a `Pool`, links them under their names, and syncs the
+# directory once. What goes wrong with the directory is raised as `OSError`.
+# Must not know: JSON, HTTP, the event loop.
 
 NAME = "[0-9]{8}_[0-9]{6}_[0-9a-f]{32}"
-SUFFIX = ".json"
-BATCH = 20_000  # names that are held in memory
-FILE_NAME = re.compile(NAME + re.escape(SUFFIX))
+FILE_NAME = re.compile(rf"({NAME})\.json")
+DRAFT_NAME = re.compile(rf"\.{NAME}\.part")
+DRAFT_LIFETIME = 3600  # seconds after which nobody can still be writing a draft
+
+Outcome = Union[str, OSError]  # the name of what was stored, or why it was not
 
 
 def new_name() -> str:
@@ -778,92 +1675,162 @@ def new_name() -> str:
 
 
 def open_file(path: str, flags: int) -> int:
-    """Open as `os.open`, but follow no link, which could lead anywhere, and wait at no pipe."""
-    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    """Open as `os.open`, but follow no symlink, which could lead anywhere, nor wait at a FIFO."""
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):
+        flags |= getattr(os, name, 0)
     return os.open(path, flags, 0o666)
 
 
-def create(path: str, mode: str) -> IO[bytes]:
-    """Open a file that may be new, and its directory too if somebody has removed it."""
+def create_file(path: str, flags: int) -> int:
+    """Open a file for writing, and create its directory if somebody has removed it."""
+    flags |= os.O_CREAT
     try:
-        return open(path, mode, buffering=0, opener=open_file)
+        return open_file(path, flags)
     except FileNotFoundError:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        return open(path, mode, buffering=0, opener=open_file)
+        return open_file(path, flags)
 
 
-def disk_full() -> OSError:
-    """What to raise when only a part of something was written."""
-    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def write_all(file: int, data: bytes) -> None:
+    """Write to a file. Raises `OSError` if the disk took only a part."""
+    if os.write(file, data) < len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class Pool:
+    """Daemon threads, started on demand: they never keep the program from ending."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.threads: list[threading.Thread] = []
+        self.tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.idle = threading.Semaphore(0)
+
+    def submit(self, task: Callable[[], None]) -> None:
+        """Run a task, which must not raise. Raises `RuntimeError` if there can be no thread."""
+        if not self.idle.acquire(blocking=False) and len(self.threads) < self.size:
+            thread = threading.Thread(target=self.work, daemon=True)
+            try:
+                thread.start()
+                self.threads.append(thread)
+            except RuntimeError:
+                if not self.threads:
+                    raise
+        self.tasks.put(task)
+
+    def work(self) -> None:
+        while task := self.tasks.get():
+            task()
+            self.idle.release()
+
+    def close(self) -> None:
+        """End the threads, each after the task that it is busy with."""
+        for _ in self.threads:
+            self.tasks.put(None)
+        for thread in self.threads:
+            thread.join(0.01)  # an idle one needs no longer
 
 
 class Store:
-    """Notifications in a directory, one file each, which is the only truth about them.
-
-    Files that somebody adds or removes, or another process that shares the directory, count. What
-    goes wrong with the directory is raised as `OSError`.
-    """
+    """Notifications in a directory, which is created if it is missing."""
 
     def __init__(self, directory: str, fsync: bool) -> None:
-        """Use `directory`, creating it if it is missing; `fsync` makes `add` wait for the disk."""
-        self.directory = os.path.abspath(directory)
-        self.fsync = fsync
+        """Use `directory`; `fsync` makes `add` wait for the disk. Raises `OSError`."""
+        self.directory, self.fsync = os.path.abspath(directory), fsync
+        self.syncers = Pool(8)  # more do not make the disk faster
         os.makedirs(self.directory, exist_ok=True)
         if not os.access(self.directory, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), self.directory)
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Remove the drafts that a killed process has left behind."""
+        with os.scandir(self.directory) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    age = time.time() - entry.stat(follow_symlinks=False).st_mtime
+                    if DRAFT_NAME.fullmatch(entry.name) and age > DRAFT_LIFETIME:
+                        os.unlink(entry.path)
 
     def path(self, name: str) -> str:
-        return os.path.join(self.directory, name + SUFFIX)
+        return os.path.join(self.directory, f"{name}.json")
 
-    def names(self) -> Iterator[str]:
-        """Yield the names of the notifications by the second in which they arrived.
+    def draft(self, name: str) -> str:
+        return os.path.join(self.directory, f".{name}.part")
 
-        Looks through the directory again for every `BATCH` of them, so as not to hold them all.
-        """
-        last, complete = "", False
-        while not complete:
-            batch = heapq.nsmallest(BATCH, (name for name in self.unsorted() if name > last))
-            yield from batch
-            last, complete = batch[-1] if batch else "", len(batch) < BATCH
-
-    def unsorted(self) -> Iterator[str]:
+    def names(self) -> list[str]:
+        """List the names of the notifications in the order in which they arrived."""
         with contextlib.suppress(FileNotFoundError), os.scandir(self.directory) as entries:
-            for entry in entries:
-                if FILE_NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
-                    yield entry.name[: -len(SUFFIX)]
+            files = (entry.name for entry in entries if entry.is_file(follow_symlinks=False))
+            return sorted(match[1] for match in map(FILE_NAME.fullmatch, files) if match)
+        return []
 
-    def add(self, octets: bytes) -> str:
-        """Store a notification under a new name, which is returned once it is complete.
+    def add(self, bodies: Sequence[bytes]) -> list[Outcome]:
+        """Store a batch; returns the name of each body, or why that one could not be stored.
 
-        It appears whole or not at all, and never in place of another one.
+        A notification appears whole or not at all, and never in place of another one.
         """
-        name = new_name()
-        draft = os.path.join(self.directory, f".{name}.part")
-        try:
-            with create(draft, "xb") as file:
-                if file.write(octets) < len(octets):
-                    raise disk_full()
-                if self.fsync:
-                    os.fsync(file.fileno())
-            self.publish(draft, self.path(name))
-        finally:
-            with contextlib.suppress(OSError):
-                os.remove(draft)
-        return name
-
-    def publish(self, draft: str, path: str) -> None:
-        try:
-            os.link(draft, path)
-        except FileExistsError:
-            raise
-        except (AttributeError, OSError):
-            # No hard links here. Names do not repeat, so this replaces nothing either.
-            os.rename(draft, path)
+        names = [new_name() for _ in bodies]
+        outcomes: dict[str, Outcome] = {}
+        self.write_drafts(list(zip(names, bodies)), outcomes)
+        for name in names:
+            self.publish(name, outcomes)
         try:
             self.sync_directory()
-        except OSError:
-            os.remove(path)  # nobody will be told that it is there
-            raise
+        except OSError as error:
+            for name in names:  # nobody will be told that they are there
+                outcomes[name] = error
+                with contextlib.suppress(OSError):
+                    os.unlink(self.path(name))
+        return [outcomes[name] for name in names]
+
+    def write_drafts(self, batch: list[tuple[str, bytes]], outcomes: dict[str, Outcome]) -> None:
+        """Write and sync the drafts of a batch, several at once: the disk syncs them together."""
+        shares = min(len(batch), self.syncers.size) if self.fsync else 1
+        done: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+        def write_share(number: int) -> None:
+            for name, body in batch[number::shares]:
+                outcomes[name] = self.write_draft(name, body)
+            done.put(None)
+
+        for number in range(1, shares):
+            try:
+                self.syncers.submit(functools.partial(write_share, number))
+            except RuntimeError:  # no thread can be started: this one does it all
+                write_share(number)
+        write_share(0)
+        for _ in range(shares):
+            done.get()
+
+    def write_draft(self, name: str, body: bytes) -> Outcome:
+        try:
+            file = create_file(self.draft(name), os.O_WRONLY | os.O_EXCL)
+            try:
+                write_all(file, body)
+                if self.fsync:
+                    os.fsync(file)
+            finally:
+                os.close(file)
+        except OSError as error:
+            return error
+        return name
+
+    def publish(self, name: str, outcomes: dict[str, Outcome]) -> None:
+        """Link a draft under its name, if it was written, and remove the draft."""
+        draft, path = self.draft(name), self.path(name)
+        try:
+            if outcomes[name] is name:
+                try:
+                    os.link(draft, path)
+                except FileExistsError:
+                    raise
+                except (AttributeError, OSError):
+                    os.rename(draft, path)  # no links here; names do not repeat, so this is as safe
+        except OSError as error:
+            outcomes[name] = error
+        with contextlib.suppress(OSError):
+            os.unlink(draft)
 
     def sync_directory(self) -> None:
         if self.fsync and os.name == "posix":
@@ -874,19 +1841,19 @@ class Store:
                 os.close(directory)
 
     def read(self, name: str) -> bytes:
-        """Read the octets of a notification. Raises `KeyError` when there is none of this name."""
+        """Read a notification. Raises `KeyError` if there is none of this name."""
         with self.regular_file(name) as path, open(path, "rb", opener=open_file) as file:
             return file.read()
 
     def remove(self, name: str) -> None:
-        """Remove a notification. Raises `KeyError` when there is none of this name."""
+        """Remove a notification. Raises `KeyError` if there is none of this name."""
         with self.regular_file(name) as path:
-            os.remove(path)
+            os.unlink(path)
 
     @contextlib.contextmanager
     def regular_file(self, name: str) -> Iterator[str]:
+        """Refuse FIFOs, which would block, and symlinks, which could point anywhere."""
         try:
-            # What is no regular file could keep its reader waiting, or lead out of the directory.
             if not stat.S_ISREG(os.lstat(self.path(name)).st_mode):
                 raise KeyError(name)
             yield self.path(name)
@@ -901,14 +1868,24 @@ class Store:
 
 
 # --- Deliveries ----------------------------------------------------------------------------------
+#
+# A `Delivery` is one attempt to deliver a notification and what became of it. `DeliveryLog` keeps
+# all of them in a file, one JSON object a line, the newest at the end. The file may be edited, cut
+# or replaced at any time: a line that cannot be read is passed over. A `Query` selects deliveries.
+# Reading backwards yields None now and then: there, long reads take turns, or are given up.
+# Must not know: HTTP, the event loop.
 
 # The members that say what a notification is about: who sent it, and its place in a conversation.
-ABOUT = ("id", "inReplyTo", "origin.id", "actor.name", "actor.id", "object.id")
-ABOUT_LENGTH = 1000  # characters that are kept of each
-
-CONVERSATION = 50  # deliveries of one that are shown, the newest
-MARK = 64  # octets at the beginning of a line in the log: they hold its name
-HEARTBEAT = 1.0  # seconds after which those who follow the log learn that there is nothing new
+ABOUT = (
+    "id", "inReplyTo", "origin", "origin.id", "origin.inbox", "target.id", "actor.name",
+    "actor.id", "context.id", "object.id", "object.object.id",
+)  # fmt: skip
+ABOUT_LENGTH = 1000  # characters kept of each
+MAX_LOGGED_HEADERS = 16384  # characters of a request's headers in a line of the log
+CONVERSATION = 50  # deliveries shown of one conversation, the newest
+BLOCK = 262144  # bytes of the log that are read at once
+MAX_LINE = 8388608  # bytes of a line of the log; a longer one is not looked at
+RECHECK = 1.0  # seconds after which those who follow the log look for changes by other processes
 
 
 def utc_now() -> str:
@@ -921,26 +1898,38 @@ def summary(document: Any) -> dict[str, str]:
     return {member: value[:ABOUT_LENGTH] for member, value in values if isinstance(value, str)}
 
 
+VERDICTS = ("dropped", "stored", "queued", "redirected", "refused", "failed")
+
+
 class Delivery(NamedTuple):
     """An attempt to deliver a notification, and what became of it."""
 
-    name: str  # also that of the notification, if it was stored; first, see `MARK`
-    time: str  # of the answer: ISO 8601, UTC; empty for what was put into the store by hand
-    client: str  # its address
-    target: str  # of the request: path and query
-    headers: Mapping[str, Any]  # of the request, without secrets
-    status: int  # of the answer; 0 if there was none
-    detail: str  # of the problem; empty if there was none
-    pattern: str | None
-    about: Mapping[str, Any]  # see `summary`
-    findings: Sequence[Finding]
-    body: bytes | None = None  # as far as it came; None in the log if it was stored
+    name: str = ""  # also that of the notification, if it was stored; first, see `line_start`
+    time: str = ""  # of the answer: ISO 8601, UTC
+    direction: str = "in"  # "out" for what this inbox sent
+    client: str = ""  # its address; empty for what this inbox sent
+    method: str = "POST"
+    target: str = ""  # of the request: path and query; the whole URL of what this inbox sent
+    headers: Mapping[str, str] = {}  # of the request, without secrets
+    status: int = 0  # of the answer; 0 if there was none
+    answer_headers: Mapping[str, str] = {}
+    detail: str = ""  # of the problem; empty if there was none
+    pattern: str | None = None
+    about: Mapping[str, str] = {}  # see `summary`
+    findings: Sequence[Finding] = ()
+    errors: int = 0  # how many of the findings it was refused for: the first ones
+    omitted: int = 0  # findings beyond a hundred
+    body: bytes | None = None  # as far as it arrived; None in the log if it was stored
+    answer_body: bytes | None = None  # only of what this inbox sent
     simulated: bool = False  # whether a failure, or a delay, was asked for
+    seconds: float = 0.0  # from the end of the request to the answer
+    via: str = ""  # how it got here, if not by a request: "adopted", "REPLIES" or "page"
 
     @property
     def verdict(self) -> str:
+        """One word for the status, one of `VERDICTS`."""
         if not self.status:
-            return "dropped" if self.time else "found"
+            return "stored" if self.via == "adopted" else "dropped"
         if self.status >= 400:
             return "refused" if self.status < 500 else "failed"
         if self.status >= 300:
@@ -948,8 +1937,11 @@ class Delivery(NamedTuple):
         return "queued" if self.status == 202 else "stored"
 
     @property
-    def outcome(self) -> str:
-        return f"{self.status} {self.verdict}" if self.status else self.verdict
+    def peer(self) -> str:
+        """The service at the other end: where it was sent to, or the origin that it names."""
+        if self.direction == "out":
+            return self.target
+        return self.about.get("origin.id") or self.about.get("origin") or ""
 
     @property
     def notification(self) -> Any:
@@ -959,93 +1951,89 @@ class Delivery(NamedTuple):
         except ValueError:
             return None
 
-    @property
-    def moment(self) -> str:
-        """The time, for people, without the zone."""
-        return self.time[:19].replace("T", " ")
-
-    @property
-    def sender(self) -> str | None:
-        return self.about.get("origin.id") or self.about.get("actor.id")
-
-    @property
-    def subject(self) -> str | None:
-        return self.about.get("object.id")
-
     def has_status(self, wanted: str) -> bool:
-        """Whether the status is 400, say, or 4xx, or any where nothing is wanted."""
+        """Match the status against a pattern such as `400` or `4xx`; an empty one matches any."""
         return re.fullmatch(wanted.replace("x", ".") or ".*", str(self.status)) is not None
 
-    def texts(self) -> Iterator[str]:
-        """Yield what a search looks into."""
+    def searchable(self) -> Iterator[str]:
+        """Yield the texts that a search looks into."""
         yield from (self.name, str(self.status), self.verdict, self.detail)
         yield from filter(None, [self.pattern, *self.about.values()])
         for finding in self.findings:
             yield from (finding.code, finding.message)
 
     def as_json(self) -> dict[str, Any]:
+        """Write the delivery for the log and for programs; a body that is not a text as base64."""
         entry = {**self._asdict(), "findings": [finding.as_json() for finding in self.findings]}
-        octets = entry.pop("body")
-        if octets is None:
-            return entry
-        try:
-            return {**entry, "body": octets.decode("utf-8")}
-        except UnicodeDecodeError:
-            return {**entry, "body_base64": base64.b64encode(octets).decode()}
+        for member in ("body", "answer_body"):
+            data = entry.pop(member)
+            if data is not None:
+                entry.update(body_as_json(member, data))
+        return entry
 
     @classmethod
     def from_json(cls, line: bytes) -> Delivery | None:
-        """Read what `as_json` wrote; None where it was torn, or edited beyond use."""
+        """Read what `as_json` wrote; None for a line that was torn, or edited beyond use."""
         try:
             entry = parse(line)
-            findings = [Finding(**finding) for finding in entry.pop("findings")]
-            octets = base64.b64decode(entry.pop("body_base64", ""), validate=True) or None
-            text = entry.pop("body", None)
-            body = octets if text is None else text.encode("utf-8", "replace")
-            delivery = cls(**entry, findings=findings, body=body)
-            texts = [delivery.name, delivery.time, delivery.client, delivery.target]
-            texts += [delivery.detail, *delivery.about.values()]
-            texts += [text for finding in findings for text in finding[:-1]]
-            texts += [] if delivery.pattern is None else [delivery.pattern]
+            for member in ("body", "answer_body"):
+                if member in entry:
+                    entry[member] = entry[member].encode("utf-8", "replace")
+                elif f"{member}_base64" in entry:
+                    entry[member] = base64.b64decode(entry[f"{member}_base64"], validate=True)
+            entry["findings"] = [Finding.from_json(each) for each in entry.get("findings", ())]
+            known = {name: entry[name] for name in cls._fields if name in entry}
         except (AttributeError, KeyError, TypeError, ValueError):
             return None
-        usable = (
-            all(isinstance(text, str) for text in texts)
-            and isinstance(delivery.headers, dict)
-            and type(delivery.status) is int
-            and type(delivery.simulated) is bool
-            and re.fullmatch(NAME, delivery.name)
+        # The defaults show of which type each member is.
+        typed = all(
+            isinstance(value, type(cls._field_defaults[name]))
+            for name, value in {**known, "findings": ()}.items()
+            if cls._field_defaults[name] is not None
         )
-        return delivery if usable else None
+        about, pattern = known.get("about", {}), known.get("pattern") or ""
+        texts = typed and all(isinstance(text, str) for text in (pattern, *about.values()))
+        return cls(**known) if texts and re.fullmatch(NAME, known.get("name", "")) else None
+
+    @classmethod
+    def from_stored_file(cls, name: str, body: bytes) -> Delivery:
+        """Describe a notification that was put into the store without being delivered here."""
+        try:
+            document = parse(body)
+        except ValueError as error:
+            return cls(name, via="adopted", detail=f"it is not JSON: {error}")
+        pattern = pattern_of(document)
+        return cls(
+            name,
+            via="adopted",
+            pattern=pattern and pattern.name,
+            about=summary(document),
+            findings=validate(document),
+        )
 
 
-def found_in_store(name: str, octets: bytes) -> Delivery:
-    """Describe a notification that was put into the store by hand."""
-    document, detail = None, ""
+def body_as_json(member: str, data: bytes) -> dict[str, str]:
+    """Write bytes as a text, or as base64 if they are not one or JSON would swell them more."""
     try:
-        document = parse(octets)
-    except ValueError as error:
-        detail = f"it is not JSON: {error}"
-    pattern = pattern_of(document)
-    return Delivery(
-        name,
-        time="",
-        client="",
-        target="",
-        headers={},
-        status=0,
-        detail=detail,
-        pattern=pattern and pattern.name,
-        about=summary(document),
-        findings=[] if detail else validate(document),
-    )
+        text = data.decode("utf-8")
+        if len(json.dumps(text)) <= len(data) * 4 // 3 + 4:
+            return {member: text}
+    except UnicodeDecodeError:
+        pass
+    return {f"{member}_base64": base64.b64encode(data).decode()}
 
 
-# What the values in a query must be, as a regular expression and in words. A form sends empty ones.
-PARAMETERS = {
+# What the parameters of a URL must be, as a regular expression and in words.
+Parameters = Mapping[str, tuple[str, str]]
+
+# A form sends empty ones.
+QUERY_PARAMETERS: Parameters = {
     "limit": ("|[1-9][0-9]{0,2}|1000", "a number from 1 to 1000"),
     "status": ("|0|[1-5]([0-9]{2}|xx)", "a status such as 400, or 4xx, or 0 for no answer"),
     "pattern": ("|".join(["", *RULES]), "one of " + ", ".join(RULES)),
+    "origin": ("(?s:.*)", "a text"),
+    "direction": ("|in|out", "in or out"),
+    "warnings": ("|1", "1"),
     "since": (
         f"|{NAME}" r"|[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]+)?)?Z)?",
         "the name of a delivery, or a time in UTC such as 2026-01-31T12:00:00Z",
@@ -1055,16 +2043,32 @@ PARAMETERS = {
 }
 
 
-def parse_query(text: str, parameters: Mapping[str, tuple[str, str]]) -> dict[str, str]:
-    """Read the query of a URL. Raises `ValueError`, saying what may be asked for."""
+def parse_query(text: str, parameters: Parameters) -> dict[str, str]:
+    """Read the query of a URL. Raises `ValueError`, saying which parameters work."""
     values = dict(parse_qsl(text, keep_blank_values=True, errors="strict"))
+    check_parameters(values, parameters)
+    return values
+
+
+def check_parameters(values: Mapping[str, str], parameters: Parameters) -> None:
+    """Raise `ValueError` for a parameter that is unknown, or has an unusable value."""
     for name, value in values.items():
         if name not in parameters:
-            raise ValueError(f"{quoted(name)} is no parameter, but {', '.join(parameters)} are")
+            known = f"known are {', '.join(parameters)}" if parameters else "there are none here"
+            raise ValueError(f"unknown parameter {short_repr(name)}; {known}")
         expression, expected = parameters[name]
         if not re.fullmatch(expression, value):
-            raise ValueError(f"{name} is {quoted(value)}, expected {expected}")
-    return values
+            raise ValueError(f"{name} is {short_repr(value)}, expected {expected}")
+
+
+def json_bytes(text: str) -> bytes:
+    """Write a text as it stands in a line of the log, without its quotes."""
+    return json.dumps(text)[1:-1].encode()
+
+
+def line_start(name: str) -> bytes:
+    """How the line of a delivery begins."""
+    return b'{"name": "%b"' % json_bytes(name)
 
 
 class Query(NamedTuple):
@@ -1076,807 +2080,279 @@ class Query(NamedTuple):
     since: str = ""  # after the delivery of this name, or from this time on
     before: str = ""  # before the delivery of this name
     q: str = ""  # holding this text
-
-    @classmethod
-    def from_query(cls, text: str) -> Query:
-        """Read the query of a URL. Raises `ValueError`."""
-        return cls(**parse_query(text, PARAMETERS))
+    origin: str = ""  # of or to a service whose URL holds this text
+    direction: str = ""  # in or out
+    warnings: str = ""  # 1: with findings
 
     @property
     def page_length(self) -> int:
         return int(self.limit or 50)
+
+    def may_match(self, line: bytes) -> bool:
+        """Look at the raw line first: parsing every line would be slow."""
+        status = self.status.replace("x", "[0-9]")
+        if status and not re.search(rb'"status": %b,' % status.encode(), line):
+            return False
+        if self.warnings and b'"findings": [{' not in line:
+            return False
+        if self.pattern and b'"pattern": "%b"' % self.pattern.encode() not in line:
+            return False
+        # The line does not hold the verdict, and what JSON escapes may be written in many ways.
+        texts = [text.lower() for text in (self.origin, self.q) if text]
+        texts = [text for text in texts if json_bytes(text) == text.encode()]
+        texts = [text for text in texts if not any(text in verdict for verdict in VERDICTS)]
+        lower = line.lower() if texts else b""
+        return b"\\u" in lower or all(text.encode() in lower for text in texts)
 
     def matches(self, delivery: Delivery) -> bool:
         text = self.q.casefold()
         return (
             delivery.has_status(self.status)
             and self.pattern in ("", delivery.pattern)
-            and any(text in each.casefold() for each in delivery.texts())
+            and self.direction in ("", delivery.direction)
+            and self.origin.casefold() in delivery.peer.casefold()
+            and bool(self.warnings) <= bool(delivery.findings)
+            and any(text in each.casefold() for each in delivery.searchable())
         )
 
     def ends_at(self, delivery: Delivery) -> bool:
-        """Whether neither this delivery is wanted nor those before it."""
-        # No name has a "-"; and without its "Z" a time is less than all that begin with it.
-        moment = self.since.rstrip("Z") if "-" in self.since else ""
-        return delivery.name == self.since or delivery.time < moment
+        """Whether this delivery, and hence every older one, is outside the range of `since`."""
+        # Times contain "-", names do not. Dropping the "Z" makes 12:00 sort before 12:00:00.5Z.
+        start = self.since.rstrip("Z") if "-" in self.since else ""
+        return delivery.name == self.since or delivery.time < start
 
 
-def backwards(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines of a file, the last one first, each with the offset of its end."""
-    start = end = file.seek(0, os.SEEK_END)
-    rest = b""  # the end of a line whose beginning is still to be read
-    while start:
-        size = min(start, max(65536, len(rest)))  # doubled for long lines, so as not to join often
-        start = file.seek(start - size)
-        rest, *lines = (file.read(size) + rest).split(b"\n")
-        for line in reversed(lines):
-            yield end, line
-            end -= len(line) + 1
-    yield end, rest
+# What the page counts, each as the query that selects it.
+TOTALS = {
+    "all": Query(),
+    "stored": Query(status="2xx", direction="in"),
+    "with_warnings": Query(status="2xx", direction="in", warnings="1"),
+    "refused": Query(status="4xx", direction="in"),
+    "failed": Query(status="5xx", direction="in"),
+    "sent": Query(direction="out"),
+}
+# What is needed of a line to count it, and to know the id of what was stored.
+LINE = re.compile(
+    rb'\{"name": "([^"]*)", "time": "[^"]*", (?:"direction": "([a-z]+)", )?.*?"status": ([0-9]+), '
+    rb'.*?"about": \{(?:"id": ("(?:[^"\\]|\\.)*"))?.*?"findings": \[(\{)?'
+)
 
 
-class Bookmark(NamedTuple):
-    """A place in the log of the deliveries, and a line by which to know that log again."""
+class Totals(NamedTuple):
+    """How many deliveries each query in `TOTALS` selects."""
 
-    place: int  # offset of what is to be read next
-    line: int  # offset of some line that was there
-    beginning: bytes  # of that line, with the name of its delivery
+    all: int = 0
+    stored: int = 0
+    with_warnings: int = 0
+    refused: int = 0
+    failed: int = 0
+    sent: int = 0
 
-    def holds(self, file: IO[bytes]) -> bool:
-        """Whether a file is still the log that it was."""
-        file.seek(self.line)
-        return file.read(len(self.beginning)) == self.beginning
-
-    def find(self, file: IO[bytes]) -> Bookmark:
-        """Go to the place, or to the beginning of the file if that is not the log that it was."""
-        mark = self if self.holds(file) else BEGINNING
-        return mark._replace(place=file.seek(min(mark.place, file.seek(0, os.SEEK_END))))
+    def plus(self, delivery: Delivery) -> Totals:
+        counts = zip(self, TOTALS.values())
+        return Totals(*(count + query.matches(delivery) for count, query in counts))
 
 
-BEGINNING = Bookmark(0, 0, b"")
+class Place(NamedTuple):
+    """A position in the log: which file it is, and the offset of what is to be read next."""
+
+    inode: int = 0
+    offset: int = 0
+
+
+START = Place()
 
 
 class DeliveryLog:
-    """All attempts to deliver a notification, one JSON object a line, the last one at the end.
-
-    The file may be edited, cut short or removed at any time; lines that cannot be read are passed
-    over. What else goes wrong with it is raised as `OSError`.
-    """
+    """All deliveries, in a file; what goes wrong with it is raised as `OSError`."""
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.changed = threading.Condition()
-        self.wakes = 0
+        self.changed = threading.Condition()  # for `follow`, which waits in other threads
 
-    def append(self, delivery: Delivery) -> None:
-        """Write a delivery at the end of the log, with the time, whole or not at all."""
-        with self.changed, create(self.path, "a+b") as file:
-            # Here, so that the lines are in the order of their times.
-            line = json.dumps({**delivery.as_json(), "time": utc_now()}).encode() + b"\n"
-            end = file.tell()
-            if not self.is_whole(file):
-                # The last line was cut short, or another process is just writing it: then an
-                # empty line will follow.
-                line = b"\n" + line
-            if file.write(line) < len(line):
-                file.truncate(end)
-                raise disk_full()
+    def append(self, delivery: Delivery) -> Delivery:
+        """Write a delivery, with the present time, at the end of the log; returns it so."""
+        delivery = delivery._replace(time=utc_now())
+        line = json.dumps(delivery.as_json()).encode() + b"\n"
+        with self.changed:
+            file = create_file(self.path, os.O_RDWR | os.O_APPEND)
+            try:
+                end = os.lseek(file, -1, os.SEEK_END) if os.fstat(file).st_size else 0
+                if end and os.read(file, 1) != b"\n":
+                    line = b"\n" + line  # leave a torn line alone, it is passed over
+                write_all(file, line)
+            finally:
+                os.close(file)
             self.changed.notify_all()
-
-    def is_whole(self, file: IO[bytes]) -> bool:
-        """Whether the last line of a log has its end."""
-        file.seek(max(0, file.tell() - 1))
-        return file.read(1) in (b"", b"\n")
+        return delivery
 
     def clear(self) -> None:
+        """Forget all deliveries."""
         with self.changed, contextlib.suppress(FileNotFoundError):
-            os.remove(self.path)
+            os.unlink(self.path)
 
-    def wake(self) -> None:
-        """Have those who `follow` look around at once."""
-        with self.changed:
-            self.wakes += 1
-            self.changed.notify_all()
+    def end(self) -> Place:
+        """Return the place after the last delivery so far."""
+        with contextlib.suppress(FileNotFoundError):
+            status = os.stat(self.path)
+            return Place(status.st_ino, status.st_size)
+        return START
 
-    def reading(self) -> IO[bytes]:
-        try:
-            return open(self.path, "rb", opener=open_file)
-        except FileNotFoundError:
-            return io.BytesIO()
+    def read(self, place: Place) -> tuple[list[bytes], Place]:
+        """Return some whole lines from a place on, and the place after them.
 
-    def newest_first(self, *texts: str) -> Iterator[Delivery]:
-        """Read the log from its end; where texts are given, only what holds one of them."""
-        needles = [json.dumps(text)[1:-1].encode() for text in texts] or [b""]
-        with self.reading() as file:
-            for _, line in backwards(file):
-                # Most lines need not be parsed to see that they do not matter.
-                delivery = Delivery.from_json(line) if any(n in line for n in needles) else None
-                if delivery:
+        Begins anew at the start of the file if it has been replaced or cut since.
+        """
+        with (
+            contextlib.suppress(FileNotFoundError),
+            open(self.path, "rb", opener=open_file) as file,
+        ):
+            status = os.fstat(file.fileno())
+            same = place.inode == status.st_ino and place.offset <= status.st_size
+            offset = place.offset if same else 0
+            file.seek(offset)
+            data = file.read(BLOCK)
+            if b"\n" not in data and len(data) == BLOCK:
+                data += file.readline(MAX_LINE)
+            end = data.rfind(b"\n") + 1
+            return data[:end].split(b"\n")[:-1], Place(status.st_ino, offset + end)
+        return [], START
+
+    def follow(self, deadline: float) -> Iterator[Delivery]:
+        """Yield all deliveries, and those that arrive before a deadline (`time.monotonic`).
+
+        Deliveries that were already logged count even if reading them takes longer than that.
+        """
+        place, enough = START, self.end()
+        while True:
+            lines, place = self.read(place)
+            yield from filter(None, map(Delivery.from_json, lines))
+            seconds = deadline - time.monotonic()
+            if seconds <= 0 and (not lines or place.offset >= enough.offset):
+                return
+            with self.changed:
+                if not lines and self.end() == place:
+                    self.changed.wait(min(seconds, RECHECK))
+
+    def blocks(self) -> Iterator[list[bytes]]:
+        """Yield the lines of the log, the newest first, in blocks that are read at once."""
+        with (
+            contextlib.suppress(FileNotFoundError),
+            open(self.path, "rb", opener=open_file) as file,
+        ):
+            start = file.seek(0, os.SEEK_END)
+            rest = b""  # the end of a line whose beginning is still to be read
+            while start:
+                size = min(start, max(BLOCK, len(rest)))  # double for a long line: join it rarely
+                start = file.seek(start - size)
+                rest, *lines = (file.read(size) + rest).split(b"\n")
+                rest = rest if len(rest) <= MAX_LINE else b""
+                yield lines[::-1]
+            yield [rest]
+
+    def newest_first(self, *needles: bytes) -> Iterator[Delivery | None]:
+        """Read the log from its end; where needles are given, only lines that hold one of them."""
+        for lines in self.blocks():
+            yield None
+            for line in lines:
+                if not needles or any(needle in line for needle in needles):
+                    yield Delivery.from_json(line)
+
+    def find(self, name: str) -> Iterator[Delivery | None]:
+        """Yield the delivery of this name, if there is one."""
+        for delivery in self.newest_first(line_start(name)):
+            yield delivery
+            if delivery:
+                return
+
+    def select(self, query: Query, limit: int | None = None) -> Iterator[Delivery | None]:
+        """Yield the deliveries that a query selects, the newest first, at most `limit`."""
+        found, skipping = 0, bool(query.before)
+        for lines in self.blocks():
+            yield None
+            for line in lines:
+                if query.since and line.startswith(line_start(query.since)):
+                    return
+                if skipping:
+                    skipping = not line.startswith(line_start(query.before))
+                    continue
+                delivery = query.may_match(line) and Delivery.from_json(line)
+                if not delivery:
+                    continue
+                if query.ends_at(delivery):
+                    return
+                if query.matches(delivery):
+                    found += 1
                     yield delivery
+                if found == limit:
+                    return
 
-    def find(self, name: str) -> Delivery | None:
-        """Find a delivery by its name."""
-        return next((each for each in self.newest_first(name) if each.name == name), None)
-
-    def select(self, query: Query, limit: int | None) -> Iterator[Delivery]:
-        """Find the deliveries that somebody wants to see, the newest first, at most so many."""
-        deliveries = self.newest_first()
-        if query.before:
-            deliveries = itertools.dropwhile(lambda each: each.name != query.before, deliveries)
-            next(deliveries, None)
-        recent = itertools.takewhile(lambda each: not query.ends_at(each), deliveries)
-        yield from itertools.islice(filter(query.matches, recent), limit)
-
-    def conversation(self, about: Mapping[str, str]) -> list[Delivery]:
-        """Find what a notification answers, what answers it, and itself, the oldest first.
+    def conversation(self, about: Mapping[str, str]) -> Iterator[Delivery | None]:
+        """Yield what a notification answers, what answers it, and itself, the newest first.
 
         Of very many, these are the newest, and what it answers.
         """
-        own, asked = about.get("id"), about.get("inReplyTo")
-        ids = {text for text in (own, asked) if text}
-        found = (
-            delivery
-            for delivery in (self.newest_first(*ids) if ids else ())
-            if not ids.isdisjoint((delivery.about.get("id"), delivery.about.get("inReplyTo")))
-        )
-        newest = list(itertools.islice(found, CONVERSATION))
-        if asked and all(delivery.about.get("id") != asked for delivery in newest):
-            older = (delivery for delivery in found if delivery.about.get("id") == asked)
-            newest += itertools.islice(older, 1)
-        return newest[::-1]
+        own, in_reply_to = about.get("id"), about.get("inReplyTo")
+        ids = {id_ for id_ in (own, in_reply_to) if id_}
+        needles = [
+            b'"%b": "%b"' % (member, json_bytes(id_))
+            for id_ in ids
+            for member in (b"id", b"inReplyTo")
+        ]
+        shown, asked = 0, not in_reply_to
+        for delivery in self.newest_first(*needles) if ids else ():
+            if delivery is None:
+                yield None
+                continue
+            if ids.isdisjoint((delivery.about.get("id"), delivery.about.get("inReplyTo"))):
+                continue
+            is_asked = delivery.about.get("id") == in_reply_to
+            if shown < CONVERSATION or (is_asked and not asked):
+                shown, asked = shown + 1, asked or is_asked
+                yield delivery
+            if shown >= CONVERSATION and asked:
+                return
 
-    def bookmark(self, query: Query) -> Bookmark:
-        """Find where `follow` is to begin: at the end, unless something `since` then is wanted."""
-        with self.reading() as file:
-            first = file.read(MARK)
-            size = file.seek(0, os.SEEK_END)
-            for end, line in backwards(file) if query.since else ():
+    def beside(self, name: str, query: Query) -> Iterator[tuple[str, str] | None]:
+        """Yield the names of the next newer and the next older delivery that a query selects."""
+        newer, passed = "", False
+        for delivery in self.select(query._replace(before="", limit="")):
+            if delivery is None:
+                yield None
+            elif delivery.name == name:
+                passed = True
+            elif passed:
+                yield newer, delivery.name
+                return
+            else:
+                newer = delivery.name
+        yield (newer, "") if passed else ("", "")
+
+    def place_after(self, query: Query) -> Iterator[Place | None]:
+        """Yield the place where following is to begin, according to `since`; else the end."""
+        if not query.since:
+            yield self.end()
+            return
+        end = self.end().offset
+        inode = self.end().inode
+        for lines in self.blocks():
+            yield None
+            for line in lines:
                 delivery = Delivery.from_json(line)
                 if delivery and query.ends_at(delivery):
-                    return Bookmark(end, end - len(line), line[:MARK])
-        return Bookmark(0 if query.since else size, 0, first)
-
-    def follow(
-        self, bookmark: Bookmark, patience: Callable[[], float] = lambda: HEARTBEAT
-    ) -> Iterator[Delivery | None]:
-        """Yield the deliveries from a place on, as they come.
-
-        Yields None when all have been read, and whenever some seconds, `patience`, have brought
-        none, or `wake` is called.
-        """
-        while True:
-            state = self.state()
-            with self.reading() as file:
-                found = bookmark = bookmark.find(file)
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        break
-                    place, delivery = bookmark.place, Delivery.from_json(line)
-                    bookmark = bookmark._replace(place=place + len(line))
-                    if delivery:
-                        bookmark = Bookmark(bookmark.place, place, line[:MARK])
-                        yield delivery
-                if not found.holds(file):  # it was exchanged while it was read
-                    bookmark = BEGINNING
-            while state == self.state():
-                yield None
-                with self.changed:
-                    if state == self.state():
-                        self.changed.wait(patience())
-
-    def state(self) -> tuple[int, ...]:
-        """Return a value that changes when the file does, or somebody calls `wake`."""
-        try:
-            status = os.stat(self.path)
-        except FileNotFoundError:
-            return (self.wakes,)
-        return self.wakes, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-# --- Pages ---------------------------------------------------------------------------------------
-
-MAX_LINES = 2000  # of a payload that are shown
-MAX_LENGTH = 2000  # characters of a text that are shown
-
-STYLE = """
-:root {
-  color-scheme: light dark;
-  --ink: light-dark(#1b2026, #e3e7eb); --paper: light-dark(#fff, #12161b);
-  --faint: light-dark(#59636e, #98a2ad); --line: light-dark(#d5dae0, #333b44);
-  --link: light-dark(#0a4fae, #7fb8f7); --good: light-dark(#13652d, #5fce7c);
-  --bad: light-dark(#a3142b, #ff8a80); --odd: light-dark(#7a4a00, #e5b35b);
-  --E: light-dark(#ffe1df, #56211f); --M: light-dark(#fff0bf, #4a3a0c);
-  --S: light-dark(#e2eefc, #1d344e);
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 90rem; padding: 0 1rem 3rem; background: var(--paper);
-  color: var(--ink); font: 14px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-a { color: var(--link); }
-:focus-visible { outline: 2px solid var(--link); outline-offset: 1px; }
-h1 { font-size: 1.3rem; margin: 1rem 0 .5rem; }
-h2 { font-size: 1rem; margin: 1.5rem 0 .25rem; }
-code, pre, time { font-family: ui-monospace, monospace; font-size: .9em; }
-pre { margin: 0; padding: .5rem .75rem; border: 1px solid var(--line); white-space: pre-wrap; }
-header, form { display: flex; flex-wrap: wrap; gap: .25rem 1rem; align-items: center; }
-header { padding: .5rem 0; border-bottom: 1px solid var(--line); }
-[hidden] { display: none; }
-input, select, button { font: inherit; line-height: inherit; height: 1.75rem; color: inherit;
-  background: var(--paper); border: 1px solid var(--faint); border-radius: 3px; }
-#q { width: 16rem; }
-#empty { margin-left: auto; }
-.copy { user-select: all; }
-.faint, dt, time { color: var(--faint); }
-.stored, .queued { color: var(--good); }
-.refused { color: var(--bad); }
-.failed, .dropped, .redirected, .warning { color: var(--odd); }
-#newest { position: absolute; clip-path: inset(50%); }
-ol.rows { list-style: none; margin: .25rem -.5rem; padding: 0; }
-ol.rows a, .columns { display: grid; grid-template-columns: 10rem 7.5rem 13rem 1fr 1fr;
-  gap: 0 1rem; align-items: baseline; }
-ol.rows a { padding: .25rem .5rem; border-top: 1px solid var(--line);
-  color: inherit; text-decoration: none; }
-ol.rows a:hover, ol.rows a[aria-current] { background: var(--S); }
-ol.rows span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-ol.rows .why { grid-column: 2 / -1; }
-.columns { margin: 1rem 0 0; font-size: .9em; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; margin: .5rem 0; }
-dd { margin: 0; }
-.beside { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 0 1.5rem; }
-.beside > section:first-child { order: 1; }
-.E { --tint: var(--E); --edge: var(--bad); }
-.M { --tint: var(--M); --edge: var(--odd); }
-.S { --tint: var(--S); --edge: var(--link); }
-mark { display: block; margin: 0 -.75rem; padding: 0 .75rem; color: inherit;
-  background: var(--tint); }
-ol.findings { margin: 0; padding-left: 1.75rem; }
-ol.findings li { margin-bottom: .5rem; padding-left: .5rem; border-left: 3px solid var(--edge); }
-ol.findings p { margin: 0; }
-ol.findings .faint { font-size: .9em; }
-li:target, tr:target, mark:has(:target) { outline: 2px solid var(--link); }
-table { border-collapse: collapse; table-layout: fixed; width: 100%; }
-tr { border-bottom: 1px solid var(--line); }
-td, th { padding: .25rem .75rem .25rem 0; text-align: left; vertical-align: top; }
-@media (max-width: 60rem) {
-  .beside, label:has(#q), td { display: block; }
-  .columns, thead { display: none; }
-  td { padding: 0; }
-  ol.rows a { grid-template-columns: max-content 1fr; }
-  ol.rows span, ol.rows .why { grid-column: 1 / -1; }
-  ol.rows .why { white-space: normal; }
-}
-"""
-
-# The server renders everything; the script fetches the page again and exchanges what is `live`.
-SCRIPT = """
-const home = document.querySelector("nav a").href;
-const form = document.querySelector("form");
-const state = document.getElementById("state");
-let wanted = false, busy = false, events;
-
-function say(text, kind) {
-  state.textContent = text;
-  state.className = kind;
-}
-
-function exchange(part, fresh) {
-  const rows = part.querySelector("ol"), found = fresh.querySelector("ol");
-  if (!rows || !found) return part.replaceChildren(...fresh.childNodes);
-  // Row by row, so that nothing moves under the eyes, the pointer or the focus of a reader.
-  const keys = list => [...list.children].map(row => row.firstElementChild.id);
-  const left = keys(found);
-  for (const row of [...rows.children]) {
-    if (!left.includes(row.firstElementChild.id)) row.remove();
-  }
-  [...found.children].forEach((row, index) => {
-    if (keys(rows)[index] !== left[index]) rows.insertBefore(row, rows.children[index] ?? null);
-  });
-}
-
-async function renew() {
-  const answer = await fetch(location.href, {headers: {Accept: "text/html"}});
-  if (!answer.ok) return say(answer.status === 404 ? "removed" : "not connected", "refused");
-  const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-  for (const part of document.querySelectorAll(".live")) {
-    exchange(part, page.getElementById(part.id));
-  }
-}
-
-async function refresh() {
-  wanted = true;
-  if (busy) return;
-  busy = true;
-  while (wanted) {
-    wanted = false;
-    await renew().catch(() => say("not connected", "refused"));
-  }
-  busy = false;
-}
-
-function listen() {
-  events?.close();  // a browser has few connections for all the pages that are open
-  if (document.hidden) return;
-  events = new EventSource(home + "deliveries");
-  events.onopen = () => { say("live", "faint"); refresh(); };
-  events.onmessage = refresh;
-  events.onerror = () => say("not connected", "refused");
-}
-
-async function empty() {
-  if (!confirm("Remove all notifications and deliveries from the inbox?")) return;
-  const answer = await fetch(home + "inbox", {method: "DELETE"}).catch(() => null);
-  if (answer?.ok) location.href = home;
-  else alert(answer ? (await answer.json()).detail : "The inbox cannot be reached.");
-}
-
-if (form) {
-  const button = document.getElementById("empty");
-  button.hidden = false;
-  button.addEventListener("click", empty);
-  document.getElementById("filter").hidden = true;
-  form.addEventListener("input", () => {
-    history.replaceState(null, "", home + "?" + new URLSearchParams(new FormData(form)));
-    refresh();
-  });
-}
-document.addEventListener("visibilitychange", listen);
-listen();
-"""
-
-
-def digest(text: str) -> str:
-    return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
-
-
-CONTENT_SECURITY_POLICY = (
-    f"default-src 'none'; style-src {digest(STYLE)}; script-src {digest(SCRIPT)}; img-src data:;"
-    " connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
-)
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<link rel="icon" href="data:,">
-<style>{style}</style>
-</head>
-<body>
-<header>
-<b>coarinbox</b> <code class="copy">{inbox}</code>
-<nav><a href="{root}">Deliveries</a> · <a href="{root}constraints">Constraints</a></nav>
-<span id="state" role="status"></span>
-</header>
-<main>
-{content}
-</main>
-<script>{script}</script>
-</body>
-</html>
-"""
-
-HOME = """<h1>Deliveries</h1>
-<form role="search" action="{root}">
-<label>Filter <input id="q" type="search" name="q" value="{q}" autocomplete="off"
-placeholder="pattern, id, origin, finding …"></label>
-<label>Status <select id="status" name="status">{options}</select></label>
-<input type="hidden" name="pattern" value="{pattern}">
-<input type="hidden" name="since" value="{since}">
-<button id="filter">Filter</button>
-<button id="empty" type="button" hidden>Empty the inbox</button>
-</form>
-<p id="newest" class="live" role="status">{newest}</p>
-<p class="columns faint" aria-hidden="true"><span>Time (UTC)</span> <span>Verdict</span>
-<span>Pattern</span> <span>Origin</span> <span>Object</span></p>
-<div id="deliveries" class="live">{deliveries}</div>
-<p id="more" class="live">{more}</p>"""
-
-OPTION = """<option value="{value}"{selected}>{label}</option>"""
-STATUSES = {"": "all", "2xx": "2xx stored", "4xx": "4xx refused", "5xx": "5xx failed"}
-
-ROWS = """<ol class="rows">{rows}</ol>"""
-
-ROW = """
-<li><a id="row-{name}" href="{root}deliveries/{name}"{current}>
-<time datetime="{time}">{moment}</time> <b class="{verdict}">{outcome}</b>
-<span>{pattern}</span> <span class="faint">{sender}</span> <span class="faint">{subject}</span>
-<span class="why {kind}">{reasons}</span></a></li>"""
-
-NEWEST = """<a href="{root}{query}">Newest deliveries</a> """
-OLDER = """<a href="{root}{query}">Older deliveries</a>"""
-
-NOTE = """<p class="{kind}">{text}</p>"""
-
-EMPTY = """<p>Nothing has been delivered yet. The inbox, ready to copy:</p>
-<pre class="copy">{inbox}</pre>
-<p>A first notification, to try it:</p>
-<pre class="copy">curl -i {inbox} {token}-H 'Content-Type: application/ld+json' -d '{
-  "@context": ["https://www.w3.org/ns/activitystreams", "https://coar-notify.net"],
-  "id": "urn:uuid:94ecae35-dcfd-4182-8550-22c7164fe23f",
-  "type": ["Announce", "coar-notify:ReviewAction"],
-  "actor": {"id": "https://review.example.com/", "name": "Reviews", "type": "Service"},
-  "origin": {"id": "https://review.example.com/system", "type": "Service",
-             "inbox": "https://review.example.com/inbox"},
-  "target": {"id": "https://repository.example.org/", "type": "Service",
-             "inbox": "https://repository.example.org/inbox"},
-  "context": {"id": "https://repository.example.org/preprint/421"},
-  "object": {"id": "https://review.example.com/review/7", "type": ["Page", "sorg:Review"],
-             "ietf:cite-as": "https://doi.org/10.5555/98765"}}'</pre>"""
-
-DELIVERY = """<h1><span class="{verdict}">{outcome}</span> {pattern}</h1>
-<p>{detail}</p>
-<dl>{facts}</dl>
-<div class="beside">
-<section aria-labelledby="findings"><h2 id="findings">Findings</h2>
-{findings}</section>
-<section aria-labelledby="payload"><h2 id="payload">Payload</h2>
-{payload}</section>
-</div>
-<section><h2>Conversation</h2>
-<div id="missing" class="live">{missing}</div>
-<div id="conversation" class="live">{conversation}</div></section>
-<section><h2>Request</h2>
-<pre>POST {target}
-{head}</pre></section>"""
-
-FACT = """<dt>{name}</dt><dd>{value}</dd>"""
-LINK = """<a href="{url}">{text}</a>"""
-LINE = """{text}\n"""
-MARKED_LINE = """<mark class="{level}">{text}{references}</mark>"""
-REFERENCE = """ <a id="at-{number}" href="#finding-{number}">[{number}]</a>"""
-FINDING = """
-<li id="finding-{number}" class="{level}"><p>{message}</p>
-<p class="faint"><a href="#at-{number}">{place}</a> · {meaning} ·
-<a href="{root}constraints#{code}">{code}</a> · {specification}</p></li>"""
-FINDINGS = """<ol class="findings">{items}</ol>"""
-PAYLOAD = """<pre>{lines}</pre>
-<p class="faint">Indented. <a href="{root}deliveries/{name}/body">As it came</a></p>"""
-
-CONSTRAINTS = """<h1>Constraints</h1>
-<dl>{meanings}</dl>
-<table>
-<thead><tr><th>Code</th><th>The member is to</th><th>Levels</th></tr></thead>
-<tbody>{rows}</tbody>
-</table>"""
-CONSTRAINT = """
-<tr id="{code}"><td><code>{code}</code></td><td>{demand}</td><td>{levels}</td></tr>"""
-
-
-class Html(NamedTuple):
-    """Markup that may be sent as it is: made by `fill` from the templates above."""
-
-    text: str
-
-
-def safe(value: Any) -> str:
-    """Write a value as HTML: markup and lists of it as they are, anything else escaped."""
-    if isinstance(value, Html):
-        return value.text
-    if isinstance(value, list):
-        return "".join(map(safe, value))
-    return "" if value is None else html.escape(visible(clip(str(value), MAX_LENGTH)))
-
-
-def fill(template: str, source: object = None, **values: Any) -> Html:
-    """Put values into a template; those that are not given are attributes of `source`."""
-
-    def field(match: re.Match[str]) -> str:
-        name = match[1]
-        return safe(values[name] if name in values else getattr(source, name))
-
-    return Html(re.sub(r"\{([a-z]+)\}", field, template))
-
-
-class Site(NamedTuple):
-    """What a page needs to know about where it stands."""
-
-    root: str  # the relative URL of `/`
-    inbox: str  # the absolute URL of the inbox
-    token: str  # what curl needs besides
-
-
-def page(site: Site, title: str, content: Html) -> Html:
-    return fill(PAGE, site, title=title, style=Html(STYLE), script=Html(SCRIPT), content=content)
-
-
-def by_level(findings: Sequence[Finding]) -> list[Finding]:
-    return sorted(findings, key=lambda finding: finding.level)
-
-
-def rows(site: Site, deliveries: Sequence[Delivery], current: str = "") -> Html:
-    """List deliveries, each with the reasons for its verdict; the current one is marked."""
-    items = []
-    for delivery in deliveries:
-        messages = [finding.message for finding in by_level(delivery.findings)]
-        reasons = clip("; ".join(messages) or delivery.detail, 500)
-        kind = delivery.verdict if delivery.detail else "warning"
-        here = Html(' aria-current="page"') if delivery.name == current else ""
-        item = fill(ROW, delivery, root=site.root, current=here, kind=kind, reasons=reasons)
-        items.append(item)
-    return fill(ROWS, rows=items)
-
-
-def note(text: str, kind: str = "faint") -> Html:
-    return fill(NOTE, kind=kind, text=text)
-
-
-def home_page(site: Site, query: Query, deliveries: Sequence[Delivery]) -> Html:
-    """Show the deliveries that a query selects, or how to make the first one.
-
-    There may be one delivery more than are to be shown, which means that there are older ones.
-    """
-    listed, newest, content = deliveries[: query.page_length], "", note("No delivery matches.")
-    if listed:
-        newest = f"The newest: {listed[0].moment}, {listed[0].outcome}."
-        content = rows(site, listed)
-    elif query == Query():
-        content = fill(EMPTY, site)
-    statuses = {**STATUSES, query.status: STATUSES.get(query.status, query.status)}
-    options = [
-        fill(OPTION, value=value, label=label, selected=Html(" selected" * (value == query.status)))
-        for value, label in statuses.items()
-    ]
-    live = {"newest": newest, "deliveries": content, "more": turn_page(site, query, deliveries)}
-    home = fill(HOME, query, root=site.root, options=options, **live)
-    return page(site, "Deliveries · coarinbox", home)
-
-
-def turn_page(site: Site, query: Query, deliveries: Sequence[Delivery]) -> list[Html]:
-    limit, links = query.page_length, []
-    if query.before:
-        links.append(fill(NEWEST, site, query=as_query(query._replace(before=""))))
-    if len(deliveries) > limit:
-        older = query._replace(before=deliveries[limit - 1].name)
-        links.append(fill(OLDER, site, query=as_query(older)))
-    return links
-
-
-def as_query(query: Query) -> str:
-    return "?" + urlencode({name: value for name, value in query._asdict().items() if value})
-
-
-def delivery_page(
-    site: Site, delivery: Delivery, octets: bytes | None, around: Sequence[Delivery]
-) -> Html:
-    """Show a delivery: what is wrong with it beside its payload, and what belongs to it."""
-    unstored = delivery.detail or octets is None
-    stored = {} if unstored else {"stored as": f"{site.inbox}/{delivery.name}"}
-    facts = {"time": delivery.time, "client": delivery.client, **stored, **delivery.about}
-    content = fill(
-        DELIVERY,
-        delivery,
-        facts=[fill(FACT, name=name, value=linked(value)) for name, value in facts.items()],
-        findings=findings_list(site, delivery),
-        payload=payload(site, delivery, octets),
-        missing=missing(delivery, around),
-        conversation=conversation(site, delivery, around),
-        head=[fill(LINE, text=f"{name}: {value}") for name, value in delivery.headers.items()],
-    )
-    title = f"{delivery.outcome} {delivery.pattern or ''} · coarinbox"
-    return page(site, title, content)
-
-
-def linked(value: str, text: str = "") -> str | Html:
-    return fill(LINK, url=value, text=text or value) if is_http_uri(value) else value
-
-
-def findings_list(site: Site, delivery: Delivery) -> Html:
-    if not delivery.findings:
-        return note("None." if delivery.pattern else "Not checked.")
-    items = []
-    for number, finding in enumerate(by_level(delivery.findings), 1):
-        place, meaning = finding.pointer or "the notification", LEVELS.get(finding.level)
-        common = {"root": site.root, "number": number, "place": place, "meaning": meaning}
-        specification = linked(finding.spec, "specification")
-        items.append(fill(FINDING, finding, **common, specification=specification))
-    return fill(FINDINGS, items=items)
-
-
-def missing(delivery: Delivery, around: Sequence[Delivery]) -> Html | str:
-    asked = delivery.about.get("inReplyTo")
-    if not asked or any(other.about.get("id") == asked for other in around):
-        return ""
-    return note(f"It replies to {clip(asked, 200)}, which was never delivered here.", "warning")
-
-
-def conversation(site: Site, delivery: Delivery, around: Sequence[Delivery]) -> Html:
-    """Show what a notification answers, and what answers it."""
-    if all(other.name == delivery.name for other in around):
-        return note("No other delivery belongs to it.")
-    return rows(site, around, delivery.name)
-
-
-def payload(site: Site, delivery: Delivery, octets: bytes | None) -> Html:
-    """Show a notification, or what came in place of one, with the numbers of the findings."""
-    if not octets:
-        return note("It is no longer stored." if octets is None else "Nothing of it was read.")
-    try:
-        lines = outline(parse(octets))
-    except ValueError:
-        lines = ((None, text) for text in octets.decode("utf-8", "backslashreplace").splitlines())
-    first = list(itertools.islice(lines, MAX_LINES))
-    marks = locate(by_level(delivery.findings), {path for path, _ in first})
-    listed = [payload_line(text, marks.get(path, [])) for path, text in first]
-    if next(lines, None):
-        listed.append(fill(LINE, text=f"… only {MAX_LINES} lines are shown"))
-    return fill(PAYLOAD, delivery, root=site.root, lines=listed)
-
-
-def payload_line(text: str, marks: Sequence[tuple[int, Finding]]) -> Html:
-    if not marks:
-        return fill(LINE, text=text)
-    references = [fill(REFERENCE, number=number) for number, _ in marks]
-    return fill(MARKED_LINE, marks[0][1], text=text, references=references)
-
-
-Path = tuple[str, ...]  # the members and indexes that lead to a value
-
-
-def locate(
-    findings: Sequence[Finding], paths: Collection[Path | None]
-) -> dict[Path | None, list[tuple[int, Finding]]]:
-    """Number the findings, and collect them by path: their own, or that of the next parent."""
-    marks: dict[Path | None, list[tuple[int, Finding]]] = {}
-    for number, finding in enumerate(findings, 1):
-        path = tuple(finding.pointer.split("/")[1:])  # no rule has a member with "/" or "~"
-        while path and path not in paths:
-            path = path[:-1]
-        marks.setdefault(path, []).append((number, finding))
-    return marks
-
-
-def outline(
-    value: Any, path: Path = (), before: str = "", after: str = ""
-) -> Iterator[tuple[Path | None, str]]:
-    """Yield the lines of a document as JSON, each with the path to what begins on it."""
-    children: list[tuple[str, str, Any]] = []
-    if isinstance(value, dict):
-        children = [(name, f"{json_text(name)}: ", child) for name, child in value.items()]
-    elif isinstance(value, list) and any(isinstance(child, (dict, list)) for child in value):
-        children = [(str(index), "", child) for index, child in enumerate(value)]
-    if not children:
-        yield path, f"{before}{json_text(value)}{after}"
-        return
-    opening, closing = "{}" if isinstance(value, dict) else "[]"
-    margin = "  " * len(path)
-    yield path, before + opening
-    for number, (name, key, child) in enumerate(children, 1):
-        comma = "," if number < len(children) else ""
-        yield from outline(child, (*path, name), f"{margin}  {key}", comma)
-    yield None, margin + closing + after
-
-
-def json_text(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
-def constraints_page(site: Site, refused: Sequence[str]) -> Html:
-    """Show the rules, and which of their levels this inbox refuses."""
-    listed = [fill(CONSTRAINT, **{**entry, "levels": levels(entry)}) for entry in constraints()]
-    meanings = [
-        fill(FACT, name=level, value=meaning + "; refused here" * (level in refused))
-        for level, meaning in LEVELS.items()
-    ]
-    content = fill(CONSTRAINTS, meanings=meanings, rows=listed)
-    return page(site, "Constraints · coarinbox", content)
-
-
-def levels(entry: Mapping[str, Any]) -> str:
-    """Say which patterns a constraint has at which level."""
-    named: dict[str, list[str]] = {}
-    for name, level in entry["levels"].items():
-        named.setdefault(level, []).append(name)
-    return "; ".join(
-        f"{level}: {'every pattern' if len(names) == len(PATTERNS) else ', '.join(names)}"
-        for level, names in named.items()
-    )
-
-
-# --- Answers -------------------------------------------------------------------------------------
-
-JSON_LD = "application/ld+json"
-PIECE = 65536  # characters, about, of a long list that are sent at once
-
-
-class Response(NamedTuple):
-    """Status, body and own headers of an answer; `reply` adds the headers that all have."""
-
-    status: int  # 0 ends the connection without an answer
-    body: bytes | Generator[bytes, None, None] = b""
-    headers: Mapping[str, str] = {}
-    detail: str = ""  # why it is an error
-
-
-def json_response(
-    status: int, document: Any, kind: str = "application/json", headers: Mapping[str, str] = {}
-) -> Response:
-    body = json.dumps(document, indent=2).encode() + b"\n"
-    return Response(status, body, {"Content-Type": kind, **headers})
-
-
-def html_response(document: Html, headers: Mapping[str, str] = {}) -> Response:
-    common = {
-        "Content-Type": "text/html; charset=utf-8",
-        "Content-Security-Policy": CONTENT_SECURITY_POLICY,
-        "Referrer-Policy": "no-referrer",
-    }
-    return Response(200, document.text.encode(), {**common, **headers})
-
-
-class Problem(Exception):
-    """Something to answer with an error; raise it anywhere while a request is served."""
-
-    def __init__(
-        self, status: int, detail: str, headers: Mapping[str, str] = {}, **members: Any
-    ) -> None:
-        self.status, self.detail = status, detail
-        self.headers, self.members = headers, members
-
-    def response(self) -> Response:
-        """Make the problem document (RFC 9457)."""
-        phrase = http.client.responses.get(self.status, "Error")
-        title = {"type": "about:blank", "title": phrase, "status": self.status}
-        document = {**title, "detail": self.detail, **self.members}
-        response = json_response(self.status, document, "application/problem+json", self.headers)
-        return response._replace(detail=self.detail)
-
-
-@contextlib.contextmanager
-def store_problems() -> Iterator[None]:
-    """Turn what goes wrong with the store into problems."""
-    try:
-        yield
-    except KeyError:
-        raise Problem(404, "no notification has this name") from None
-    except OSError as error:
-        LOG.error("the store failed: %s", error)
-        full = errno.errorcode.get(error.errno or 0) in ("ENOSPC", "EDQUOT")
-        detail = f"the store failed: {error.strerror or error}"
-        raise Problem(507 if full else 500, detail) from error
-
-
-def json_list(
-    document: Mapping[str, Any], member: str, texts: Iterable[str], kind: str = "application/json"
-) -> Response:
-    """Answer with a document whose last member is a list of texts, each of which is JSON.
-
-    It is sent while it is read. What goes wrong with the store before is raised here, as `Problem`.
-    """
-    head, _, tail = json.dumps({**document, member: []}, indent=2).rpartition("[]")
-    pieces = in_pieces(head + "[", texts, f"\n  ]{tail}\n")
-    first, second = next(pieces), next(pieces, b"")  # only one piece goes with its length
-    body = resumed(first + second, pieces) if second else first
-    return Response(200, body, {"Content-Type": kind})
-
-
-def in_pieces(head: str, texts: Iterable[str], tail: str) -> Generator[bytes, None, None]:
-    piece, separator = head, "\n    "
-    with store_problems():
-        for text in texts:
-            piece += separator + text.replace("\n", "\n    ")
-            separator = ",\n    "
-            if len(piece) > PIECE:
-                yield piece.encode()
-                piece = ""
-    yield (piece + tail).encode()
-
-
-def resumed(start: bytes, rest: Generator[bytes, None, None]) -> Generator[bytes, None, None]:
-    yield start
-    yield from rest
-
-
-def as_event(delivery: Delivery | None) -> bytes:
-    """Write a delivery as a server-sent event (HTML section 9.2)."""
-    if delivery is None:
-        return b":\n\n"  # a comment, or nobody would notice that the client has left
-    return f"id: {delivery.name}\ndata: {json.dumps(delivery.as_json())}\n\n".encode()
+                    yield Place(inode, end)
+                    return
+                end -= len(line) + 1
+        yield Place(inode, 0)
 
 
 # --- Simulated failures --------------------------------------------------------------------------
+#
+# A `Failure` is what a test wants an attempt to deliver to meet. `Failures` holds those that were
+# lined up with `fail_next`, and counts the attempts at each notification for those that come with
+# the URL of the inbox. Must not know: how HTTP is parsed, when a failure is due.
 
-# What the values in the query of the inbox must be, as a regular expression and in words.
-FAILURE_PARAMETERS = {
+FAILURE_PARAMETERS: Parameters = {
     "status": ("[345][0-9]{2}", "a status from 300 to 599"),
     "times": ("[1-9][0-9]{0,5}", "a number from 1 to 999999"),
     "retry-after": (
@@ -1887,20 +2363,28 @@ FAILURE_PARAMETERS = {
     "close": ("1", "1"),
 }
 
+MAX_TRACKED = 10_000  # notifications whose attempts are counted
+# Headers that a client may rely on when it sees one of these statuses (RFC 9110 section 15).
+DEMANDED_HEADERS: Mapping[int, Mapping[str, str]] = {
+    401: {"WWW-Authenticate": 'Bearer realm="coarinbox"'},
+    405: {"Allow": "GET, HEAD, OPTIONS"},
+    407: {"Proxy-Authenticate": 'Basic realm="coarinbox"'},
+    426: {"Upgrade": "HTTP/2.0"},
+}
+
 
 class Failure(NamedTuple):
-    """What an attempt to deliver meets, because a test wants it to."""
+    """A simulated failure."""
 
-    status: int = 0  # of the answer
+    status: int = 0  # of the answer; 0 for the usual one
     times: int = 0  # how many attempts at each notification; 0 for all
     retry_after: str = ""  # seconds, or an HTTP date (RFC 9110 section 10.2.3)
     delay: float = 0  # seconds until the answer
     close: bool = False  # whether there is no answer at all
 
     @classmethod
-    def from_query(cls, text: str) -> Failure:
-        """Read the query of a URL. Raises `ValueError` if it does not make a failure."""
-        values = parse_query(text, FAILURE_PARAMETERS)
+    def from_values(cls, values: Mapping[str, str]) -> Failure:
+        """Read parameters that `parse_query` has checked. Raises `ValueError` if one is missing."""
         if values and not values.keys() & {"status", "delay", "close"}:
             raise ValueError("a failure needs a status, a delay or close")
         return cls(
@@ -1912,199 +2396,2280 @@ class Failure(NamedTuple):
         )
 
     def headers(self, inbox: str) -> dict[str, str]:
-        location = inbox if self.status < 400 else ""
-        fields = {"Retry-After": self.retry_after, "Location": location}
-        return {name: value for name, value in fields.items() if value}
-
-
-MAX_MET = 10_000  # notifications whose attempts are counted
+        """Return the headers that the answer needs beside its status."""
+        headers = dict(DEMANDED_HEADERS.get(self.status, {}))
+        if self.status < 400:
+            headers["Location"] = inbox
+        if self.retry_after:
+            headers["Retry-After"] = self.retry_after
+        return headers
 
 
 class Failures:
-    """The failures that are due: those that were lined up first, then those that URLs ask for."""
+    """Simulated failures, waiting to be used up."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
         self.next: collections.deque[Failure] = collections.deque()
-        self.met: dict[tuple[Failure, str], int] = {}  # attempts that failed, the latest last
+        self.attempts: dict[tuple[Failure, bytes], int] = {}  # that failed, the latest last
 
-    def line_up(self, failure: Failure) -> None:
-        """Have the next attempts meet a failure, as many as it says."""
-        with self.lock:
-            self.next.extend([failure] * failure.times)
+    def push(self, failure: Failure) -> None:
+        """Have the next attempts fail, as many as `failure.times` says."""
+        self.next.extend([failure] * failure.times)
 
-    def due(self, failure: Failure, id_: str) -> Failure | None:
-        """Return what the next attempt at the notification with this id has to meet."""
-        with self.lock:
-            if self.next:
-                return self.next.popleft()
-            if failure == Failure():
-                return None
-            attempts = self.met.pop((failure, id_), 0)
-            if failure.times:
-                self.met[failure, id_] = attempts + 1
-            if len(self.met) > MAX_MET:
-                del self.met[next(iter(self.met))]
-            return failure if attempts < (failure.times or 1) else None
+    def pop(self, failure: Failure, identity: bytes) -> Failure | None:
+        """Return the failure to simulate for this attempt, if any.
+
+        `failure` is the one that the URL asks for, `identity` tells notifications apart.
+        """
+        if self.next:
+            return self.next.popleft()
+        if failure == Failure():
+            return None
+        key = failure, hashlib.sha256(identity).digest()  # ids may be as long as a body
+        attempts = self.attempts.pop(key, 0)
+        if failure.times:
+            self.attempts[key] = attempts + 1
+        if len(self.attempts) > MAX_TRACKED:
+            del self.attempts[next(iter(self.attempts))]
+        return failure if attempts < (failure.times or 1) else None
 
     def clear(self) -> None:
-        with self.lock:
-            self.next.clear()
-            self.met.clear()
+        self.next.clear()
+        self.attempts.clear()
 
 
-# --- Connections ---------------------------------------------------------------------------------
+# --- Messages ------------------------------------------------------------------------------------
+#
+# HTTP/1.1 without sockets (RFC 9112). `Incoming` holds the bytes that have arrived; `read_request`
+# is a generator that takes one `Request` out of them. A handler answers with a `Response`, or
+# raises a `Problem`. Parsed strictly: anything that a proxy might read differently (folded lines,
+# a bare LF, two lengths) is refused, because that is how request smuggling works.
+# Must not know: sockets, threads, resources.
 
-# One thread, the leader, serves every request as long as there is nothing to wait for: threads that
-# share an interpreter slow each other down at each call of the system. Who has to wait, for a
-# client, the disk or a long list, calls `InboxServer.resign` before that, or waits in a block of
-# `InboxServer.away`; then another thread leads, and this one is done when it has answered. A
-# connection without a request needs no thread.
+MAX_HEAD = 65536  # bytes of a request line and its headers, and of the trailer after chunks
+MAX_FIELDS = 100  # header lines, as in `http.client`
 
-WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+# The target of a request is a path, or a whole URL.
+REQUEST_LINE = re.compile(
+    r"([!-~]+) (?=[!-~])(?:(?i:https?)://([!-.0->@-~]*))?([!-~]*) (HTTP/[1-9]\.[0-9])\r\n"
+)
+FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n")
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+|(?!:))(?::[0-9]{1,5})?")
+TLS_HANDSHAKE = b"\x16\x03"  # how a client begins that speaks TLS
 
-
-# Seconds that a client may take over a request, or an answer, even if others want to be served.
-GRACE = 0.5
-
-
-class Wait(NamedTuple):
-    """What a connection waits for.
-
-    Without a request that has begun, it is for the next one, or for the next event of a stream.
-    """
-
-    since: float  # as of `time.monotonic`
-    how: int  # for `socket.shutdown`, to end it: SHUT_RD where it reads, else SHUT_RDWR
-    grace: float = 0  # seconds for which it is not ended to make room for others
-    begun: bool = False  # whether it is for the rest of a request, or until an answer is taken
+SECRET_HEADERS = frozenset({"authorization", "cookie", "proxy-authorization"})
+BODILESS = (204, 304)  # RFC 9110 section 6.4.1
 
 
-class Wire(io.RawIOBase):
-    """The octets that come from a client and go to it, until a deadline, however slowly they drip.
+class Problem(Exception):
+    """An HTTP error to answer with; raise it anywhere while a request is read or handled.
 
-    The socket does not block. Only when there is nothing to read, or no room for what is sent, does
-    the thread wait for the client, and lets another one lead. At the deadline, reading raises
-    `Problem`, and `send` raises `OSError`.
+    Status 0 closes the connection without an answer. `members` go into the problem document.
     """
 
     def __init__(
-        self,
-        connection: socket.socket,
-        away: Callable[[Wait], contextlib.AbstractContextManager[None]],
+        self, status: int, detail: str, headers: Mapping[str, str] = {}, **members: Any
     ) -> None:
-        """Use a connection, and let others be served in blocks of `away`."""
-        self.connection, self.away = connection, away
-        self.waits = True  # whether reading waits for the client, or else finds nothing
-        # Whether the selector has seen something: good for one reading, or a client that keeps
-        # sending would keep the leader from all others.
-        self.ready = False
-        self.ended = False  # whether the client will send no more
-        self.evicted = False  # whether the server has ended the connection
-        self.connection.setblocking(False)
+        super().__init__(detail)
+        self.status, self.detail = status, detail
+        self.headers, self.members = headers, members
 
-    def start(self, seconds: float) -> None:
-        """Give the client so long."""
-        self.began = time.monotonic()
-        self.deadline = self.began + seconds
+    def response(self) -> Response:
+        """Make the problem document (RFC 9457)."""
+        title = http.client.responses.get(self.status, "Error")
+        document = {"type": "about:blank", "title": title, "status": self.status}
+        document.update(detail=self.detail, **self.members)
+        return json_response(self.status, document, "application/problem+json", self.headers)
 
-    def readable(self) -> bool:
-        return True
 
-    def readinto(self, buffer: Any) -> int | None:
-        if not self.waits and not self.ready and not self.decrypted():
-            return None
-        self.ready = False
-        try:
-            size = self.receive(buffer)
-        except socket.timeout:
-            raise self.too_late() from None
-        except ConnectionError:
-            size = 0  # a client that is gone will send no more
-        self.ended = size == 0
-        if self.ended and self.waits and self.evicted:
-            detail = "the request was not complete when others came (MAX_CONNECTIONS)"
-            raise Problem(503, detail, {"Retry-After": "1"})
-        # Octets that come one by one come in time, each.
-        if self.waits and time.monotonic() > self.deadline:
-            raise self.too_late()
-        return size
+class Response(NamedTuple):
+    """An answer, without the headers that every answer has."""
 
-    def receive(self, buffer: Any) -> int | None:
-        """Read what has come; where nothing has, wait for it, or return None."""
-        try:
-            return self.connection.recv_into(buffer)
-        except WOULD_BLOCK:
-            if not self.waits:
+    status: int
+    # A body of unknown length is an iterator, see `Scan`, or what an event stream listens to.
+    body: bytes | Iterator[bytes] | Events = b""
+    headers: Mapping[str, str] = {}
+
+
+class Events(NamedTuple):
+    """The body of an event stream: the deliveries that match, from a place in the log on."""
+
+    query: Query
+    place: Place
+
+
+def json_response(
+    status: int, document: Any, kind: str = "application/json", headers: Mapping[str, str] = {}
+) -> Response:
+    body = json.dumps(document, indent=2).encode() + b"\n"
+    return Response(status, body, {"Content-Type": kind, **headers})
+
+
+class Request:
+    """A request, as far as it was read; `problem` says why it is incomplete or refused."""
+
+    def __init__(self) -> None:
+        self.line = self.method = self.target = ""
+        self.version = "HTTP/1.1"
+        self.host = ""  # from the target, if that is a URL, else from the Host header
+        self.fields: list[tuple[str, str]] = []  # the header lines, as they were sent
+        self.headers: dict[str, str] = {}  # by their names in lower case, repeated ones joined
+        self.body = bytearray()
+        self.chunked, self.length = False, 0
+        self.approved = False  # whether host, token and site are right: only then is it logged
+        self.unread = True  # whether more of it may come, so that no other request can follow
+        self.problem: Problem | None = None
+        self.arrived = 0.0  # when it was complete, by `time.monotonic`
+
+    @property
+    def is_http10(self) -> bool:
+        """Whether the client speaks HTTP/1.0, which has neither chunks nor a need for Host."""
+        return self.version == "HTTP/1.0"
+
+    @property
+    def keeps_alive(self) -> bool:
+        options = [each.strip() for each in self.headers.get("connection", "").lower().split(",")]
+        return "close" not in options and (not self.is_http10 or "keep-alive" in options)
+
+    @property
+    def expects_continue(self) -> bool:
+        expected = self.headers.get("expect", "").lower() == "100-continue"
+        return expected and not self.is_http10 and self.unread
+
+    def shown_fields(self) -> dict[str, str]:
+        """Return the headers as they were sent, up to a limit, without secrets."""
+        spelling = {name.lower(): name for name, _ in reversed(self.fields)}
+        shown: dict[str, str] = {}
+        room = MAX_LOGGED_HEADERS
+        for key, value in self.headers.items() if self.approved else ():
+            room -= len(key) + len(value)
+            if room < 0:
+                shown["…"] = f"more than {MAX_LOGGED_HEADERS} characters of headers"
+                break
+            shown[spelling[key]] = "(masked)" if key in SECRET_HEADERS else value
+        return shown
+
+
+Reading = Generator[Optional[Request], None, None]  # yields None while bytes are missing
+
+
+class Incoming:
+    """The bytes that have arrived on a connection, and why no more will."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+        self.ended: Problem | None = None
+
+    def more(self) -> Reading:
+        """Wait for more bytes: the only place where a reader waits, or learns that it is over."""
+        if self.ended:
+            raise self.ended
+        yield None
+
+    def line(self, limit: int, too_long: Problem) -> Generator[Request | None, None, bytes]:
+        """Take a line, with its end; raise `too_long` if it has more than `limit` bytes."""
+        searched = 0
+        while (end := self.data.find(b"\n", searched, limit) + 1) == 0:
+            searched = len(self.data)
+            if searched >= limit:
+                raise too_long
+            yield from self.more()
+        line = bytes(self.data[:end])
+        del self.data[:end]
+        return line
+
+    def move(self, size: int, body: bytearray) -> Reading:
+        """Move `size` bytes to the end of `body` as they arrive."""
+        while True:
+            part = self.data[:size]
+            body += part
+            del self.data[: len(part)]
+            size -= len(part)
+            if not size:
+                return
+            yield from self.more()
+
+
+def read_request(
+    incoming: Incoming, max_body: int
+) -> Generator[Request | None, None, Request | None]:
+    """Read one request: return it, whole or with its `problem`, or None if none has begun.
+
+    Yields None while bytes are missing, and the request itself, once, when its head is complete:
+    then the caller may refuse it by throwing a `Problem` in.
+    """
+    while bytes(incoming.data[:1]) in (b"", b"\r", b"\n"):  # RFC 9112 section 2.2
+        if not incoming.data:
+            if incoming.ended:
                 return None
-            with self.patiently(socket.SHUT_RD):
-                return self.connection.recv_into(buffer)
-
-    def decrypted(self) -> bool:
-        """Whether TLS holds octets of which the selector knows nothing."""
-        return isinstance(self.connection, ssl.SSLSocket) and self.connection.pending() > 0
-
-    def too_late(self) -> Problem:
-        return Problem(408, "the request was not complete in time (REQUEST_TIMEOUT)")
-
-    def send(self, octets: bytes) -> None:
-        """Send all. Raises `OSError` if the client is gone, or does not take it in time."""
-        sent = 0
-        with contextlib.suppress(*WOULD_BLOCK):
-            sent = self.connection.send(octets)
-        if sent < len(octets):
-            with self.patiently(socket.SHUT_RDWR):
-                self.connection.sendall(memoryview(octets)[sent:])
-
-    @contextlib.contextmanager
-    def patiently(self, how: int) -> Iterator[None]:
-        """Wait for the client in the block, until the deadline, while others are served."""
-        with self.away(Wait(self.began, how, GRACE, begun=True)):
-            # 0 would mean not to wait, and less than that is no time-out.
-            self.connection.settimeout(max(0.001, self.deadline - time.monotonic()))
-            try:
-                yield
-            finally:
-                self.connection.setblocking(False)
+            yield None
+        del incoming.data[: len(incoming.data) - len(incoming.data.lstrip(b"\r\n"))]
+    request = Request()
+    try:
+        yield from read_head(incoming, request)
+        check_framing(request)
+        yield request
+        yield from read_body(incoming, request, max_body)
+    except Problem as problem:
+        request.problem = problem
+    return request
 
 
-# --- HTTP ----------------------------------------------------------------------------------------
+def read_head(incoming: Incoming, request: Request) -> Reading:
+    while incoming.data[:1] == TLS_HANDSHAKE[:1] and len(incoming.data) < 2:
+        yield from incoming.more()
+    if incoming.data.startswith(TLS_HANDSHAKE):
+        raise Problem(
+            400, "the client speaks TLS, this port does not: use http://, or set SSL_CERT"
+        )
+    too_long = Problem(414, f"the request line is longer than {MAX_HEAD} bytes")
+    try:
+        line = (yield from incoming.line(MAX_HEAD, too_long)).decode("latin-1")
+    except Problem:
+        line = incoming.data[:200].decode("latin-1")
+        raise
+    finally:  # a malformed one is still shown as what it was meant to be
+        request.line = line.rstrip("\r\n")
+        request.method, request.target = [*request.line.split(" "), ""][:2]
+    match = REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise Problem(400, f"the request line is malformed: {request.line!r:.80}")
+    request.method, host, request.target, request.version = match.groups()
+    if host is not None or request.target.startswith("/"):
+        # Two slashes would begin the name of another host.
+        request.target = "/" + request.target.lstrip("/")
+    if not request.version.startswith("HTTP/1."):
+        raise Problem(505, f"this server speaks HTTP/1.1, not {request.version}")
+    yield from read_fields(incoming, MAX_HEAD - len(line), request.fields)
+    for name, value in request.fields:
+        key = name.lower()
+        known = request.headers.get(key)
+        request.headers[key] = value if known is None else f"{known}, {value}"
+    request.host = request.headers.get("host", "") if host is None else host
+
+
+def read_fields(incoming: Incoming, limit: int, fields: list[tuple[str, str]]) -> Reading:
+    """Read header lines, at most `limit` bytes, up to the empty line that ends them."""
+    too_long = Problem(431, f"the head is longer than {MAX_HEAD} bytes")
+    while (line := (yield from incoming.line(limit, too_long))) != b"\r\n":
+        limit -= len(line)
+        if len(fields) == MAX_FIELDS:
+            raise Problem(431, f"there are more than {MAX_FIELDS} header lines")
+        match = FIELD.fullmatch(line)
+        if not match:  # its value may be a secret, so do not quote that
+            name = line.partition(b":")[0][:80] if line[:1].strip() and b":" in line else b""
+            raise Problem(400, f"header line {len(fields) + 1} is malformed: {name!r}")
+        fields.append((match[1].decode("latin-1"), match[2].strip().decode("latin-1")))
+
+
+def check_framing(request: Request) -> None:
+    """Find out where the body ends, for every method: the next request begins there."""
+    coding, length = request.headers.get("transfer-encoding"), request.headers.get("content-length")
+    if coding is not None and (length is not None or request.is_http10):
+        raise Problem(400, "Transfer-Encoding needs HTTP/1.1 and excludes Content-Length")
+    if coding is not None and coding.lower() != "chunked":
+        raise Problem(400, "the only transfer coding that this server reads is chunked")
+    if length is not None and not re.fullmatch("[0-9]+", length):
+        raise Problem(400, "Content-Length is not one number of bytes")
+    request.chunked = coding is not None
+    # Look at 20 digits at most: they exceed any limit, and converting thousands is slow.
+    request.length = int((length or "0").lstrip("0")[:20] or "0")
+    # What follows a POST without a length is a body all the same, and no request.
+    request.unread = request.chunked or request.length > 0 or needs_length(request)
+
+
+def needs_length(request: Request) -> bool:
+    framed = {"transfer-encoding", "content-length"} & request.headers.keys()
+    return request.method in ("POST", "PUT") and not framed
+
+
+def read_body(incoming: Incoming, request: Request, max_body: int) -> Reading:
+    too_large = Problem(413, f"the body is larger than {max_body} bytes (MAX_CONTENT_LENGTH)")
+    if needs_length(request):
+        raise Problem(411, "the request has neither Content-Length nor a chunked body")
+    if request.length > max_body:
+        raise too_large
+    if request.chunked:
+        yield from read_chunks(incoming, request, max_body, too_large)
+    elif request.length:
+        yield from incoming.move(request.length, request.body)
+    request.unread = False
+
+
+def read_chunks(incoming: Incoming, request: Request, max_body: int, too_large: Problem) -> Reading:
+    malformed = Problem(400, "the chunks of the body are malformed")
+    while True:
+        match = CHUNK_SIZE.fullmatch((yield from incoming.line(1024, malformed)))
+        if not match:
+            raise malformed
+        size = int(match[1], 16)
+        if size == 0:
+            break
+        if len(request.body) + size > max_body:
+            raise too_large
+        yield from incoming.move(size, request.body)
+        if (yield from incoming.line(2, malformed)) != b"\r\n":
+            raise malformed
+    yield from read_fields(incoming, MAX_HEAD, [])  # the trailer, which nobody needs
+
+
+# --- Intake --------------------------------------------------------------------------------------
+#
+# What becomes of a notification, as pure functions: `judge` looks at the request and returns a
+# `Verdict`; with the store's answer, `conclude` makes the `Response` and the `Delivery` of it. The
+# waiting in between is up to the caller.
+# Must not know: sockets, threads, how a notification is stored.
 
 JSON_TYPE = re.compile(r"(?i:application/([^\s;]+\+)?json)[ \t]*(;|\Z)")
 ACCEPT_POST = f"{JSON_LD}, application/json, application/activity+json"
 
-# The Host header (RFC 9110 section 7.2).
-HOST_HEADER = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+|(?!:))(?::[0-9]+)?")
-# The request line and a header line (RFC 9112 sections 3 and 5), held to the letter: whatever
-# another reader of the same octets could take for something else, a line folded or ended otherwise,
-# is refused. The target of a request is a path, or a whole URL.
-REQUEST_LINE = re.compile(
-    r"([!-~]+) (?=[!-~])(?:(?i:https?)://([!-.0->@-~]*))?([!-~]*) (HTTP/[1-9]\.[0-9])\r\n"
+
+class Verdict(NamedTuple):
+    """What is known of a notification before it is stored."""
+
+    problem: Problem | None = None  # why it is refused
+    failure: Failure | None = None  # a simulated failure that is due
+    pattern: str | None = None
+    about: Mapping[str, str] = {}  # see `summary`
+    findings: Sequence[Finding] = ()
+    errors: int = 0  # how many of the findings it is refused for: the first ones
+    omitted: int = 0  # findings beyond the hundred that are kept
+
+
+def check_content(request: Request) -> None:
+    """Raise `Problem` if the body cannot be JSON, by its headers."""
+    given = request.headers.get("content-type", "missing")
+    if not JSON_TYPE.match(given):
+        detail = f"Content-Type is {given}, expected {ACCEPT_POST} or the like"
+        raise Problem(415, detail, {"Accept-Post": ACCEPT_POST})
+    coding = request.headers.get("content-encoding", "identity").lower()
+    if coding != "identity":
+        detail = f"Content-Encoding is {coding}, expected none"
+        raise Problem(415, detail, {"Accept-Encoding": "identity"})
+
+
+def parse_notification(body: bytes) -> Any:
+    """Parse a body. Raises `Problem`."""
+    try:
+        return parse(body)
+    except NestedTooDeeplyError as error:
+        raise Problem(400, f"the document is {error}") from error
+    except ValueError as error:
+        raise Problem(400, f"the body is not JSON: {error}") from error
+
+
+def judge(
+    request: Request,
+    mode: bool | str,
+    here: Collection[str],
+    known_as: Callable[[Any], str | None],
+    failures: Callable[[bytes], Failure | None],
+) -> Verdict:
+    """Check a notification: its headers, its syntax, the rules, and whether a failure is due.
+
+    `mode` is VALIDATE_INCOMING, `here` the URLs of this inbox, `known_as` returns the name of a
+    stored notification by its id, `failures` the failure to simulate by what tells notifications
+    apart.
+    """
+    body = bytes(request.body)
+    try:
+        check_content(request)
+        document = parse_notification(body)
+    except Problem as problem:
+        return Verdict(problem)
+    id_ = lookup(document, "id")
+    content_type = request.headers["content-type"]
+    assessment = assess(document, mode, Arrival(content_type, here, known_as(id_)))
+    errors, omitted = most_important(assessment.errors)
+    warnings, more = most_important(assessment.warnings, 100 - len(errors))
+    pattern = pattern_of(document)
+    verdict = Verdict(
+        pattern=pattern and pattern.name,
+        about=summary(document),
+        findings=[*errors, *warnings],
+        errors=len(errors),
+        omitted=omitted + more,
+    )
+    if errors:
+        count = f"{len(assessment.errors):,} error{'s' * (len(assessment.errors) > 1)}"
+        detail = f"not a valid notification: {count}"
+        refusal = Problem(assessment.status, detail, **receipt(verdict))
+        return verdict._replace(problem=refusal)
+    identity = id_.encode("utf-8", "replace") if isinstance(id_, str) else body
+    return verdict._replace(failure=failures(identity))
+
+
+def receipt(known: Verdict | Delivery) -> dict[str, Any]:
+    """What an answer tells the client about its notification."""
+    members: dict[str, Any] = {"pattern": known.pattern}
+    findings = [finding.as_json() for finding in known.findings]
+    if known.errors:
+        members["errors"] = findings[: known.errors]
+    members["warnings"] = findings[known.errors :]
+    if known.omitted:
+        members["omitted"] = f"and {known.omitted:,} more"
+    return members
+
+
+def simulated(failure: Failure, inbox: str) -> Problem | None:
+    """Return the problem that a simulated failure answers with; None if it was only a delay."""
+    if failure.close:
+        return Problem(0, "a simulated failure: the connection ends without an answer")
+    if failure.status:
+        return Problem(failure.status, "a simulated failure", failure.headers(inbox))
+    return None
+
+
+def store_problem(error: OSError) -> Problem:
+    full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+    return Problem(507 if full else 500, f"the store failed: {error.strerror or error}")
+
+
+def accepted(known: Verdict | Delivery, location: str, status: int) -> Response:
+    """Acknowledge a notification that has been stored (LDN section 3.3.2)."""
+    headers = {"Location": location} if status == 201 else {}
+    return json_response(status, {"location": location, **receipt(known)}, headers=headers)
+
+
+def conclude(
+    request: Request, verdict: Verdict, client: str, name: str, response: Response
+) -> Delivery:
+    """Describe the delivery that a request was; `name` is empty if nothing was stored."""
+    return Delivery(
+        name=name or new_name(),
+        client=client,
+        method=request.method,
+        target=request.target,
+        headers=request.shown_fields(),
+        status=response.status,
+        answer_headers=dict(response.headers),
+        detail=verdict.problem.detail if verdict.problem else "",
+        pattern=verdict.pattern,
+        about=verdict.about,
+        findings=verdict.findings,
+        errors=verdict.errors,
+        omitted=verdict.omitted,
+        body=bytes(request.body) if request.approved and not name else None,
+        simulated=verdict.failure is not None,
+        seconds=round(time.monotonic() - request.arrived, 4) if request.arrived else 0.0,
+    )
+
+
+# --- Waiting -------------------------------------------------------------------------------------
+#
+# What a generator can wait for: it yields one of these values, and the event loop resumes it with
+# the result. So `name = yield Commit(body)` reads like a call that blocks, and holds no thread.
+# Must not know: who waits, and how the loop does it.
+
+
+class Commit(NamedTuple):
+    """Wait until a body is stored; gives its name, or raises `OSError`."""
+
+    body: bytes
+
+
+class Pause(NamedTuple):
+    """Wait for some seconds; raises `ConnectionAbortedError` if the client leaves meanwhile."""
+
+    seconds: float
+
+
+class Blocking(NamedTuple):
+    """Wait for a function that may block; gives what it returns, or raises what it raises."""
+
+    function: Callable[[], Any]
+
+
+class Sending(NamedTuple):
+    """Wait for a function that talks to another inbox; gives what it returns, or raises."""
+
+    function: Callable[[], Any]
+
+
+class Scan(NamedTuple):
+    """Advance an iterator that reads much; gives the list of its items that are not None.
+
+    Scans take turns, and end when their client leaves, or the server stops.
+    """
+
+    items: Iterator[Any]
+
+
+TURN = 0.02  # seconds that a scan may take before the next one has its turn
+
+
+def take_turn(items: Iterator[Any]) -> tuple[list[Any], bool]:
+    """Advance an iterator for a while; returns its items but None, and whether it has ended."""
+    end = time.monotonic() + TURN
+    found = []
+    for item in items:
+        if item is not None:
+            found.append(item)
+        if time.monotonic() >= end:
+            return found, False
+    return found, True
+
+
+Steps = Generator[Union[Commit, Pause, Blocking, Sending, Scan], Any, None]
+
+
+# --- Sending -------------------------------------------------------------------------------------
+#
+# Sends notifications to other inboxes with `http.client`, which ignores proxies in the environment.
+# `send` is for people: it finds the inbox of a resource and follows redirects. `post` is for the
+# server: one request to addresses that were approved before. `addresses_of`, `addresses_of_client`
+# and `retry_delay` decide where and when. Starts no thread, never sleeps. Must not know the server.
+
+MAX_ANSWER = 65536  # bytes of an answer that are read, its head included
+MAX_REDIRECTS = 5
+URL_CHARACTERS = "/?%:@!$&'()*+,;=~[]"  # they stay as they are in a request
+LDP_INBOX = ("http://www.w3.org/ns/ldp#inbox", "ldp:inbox")
+
+# How resources that are not inboxes answer a POST. 403 comes from web frameworks that miss their
+# token against cross-site requests.
+NOT_AN_INBOX = (403, 404, 405, 501)
+
+
+class SendError(OSError):
+    """There is no answer. The text is one line that says why, without secrets."""
+
+
+class Answer(NamedTuple):
+    """What a receiver answered."""
+
+    url: str  # of the inbox, after redirects and discovery
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes  # cut where the receiver stopped, or at MAX_ANSWER
+    location: str  # absolute; empty if there is none
+
+    @property
+    def accepted(self) -> bool:
+        """Whether it is what LDN wants of an inbox; 200 may be any page that ignores the body."""
+        return self.status in (201, 202)
+
+    def reasons(self) -> list[str]:
+        """List what a problem document (RFC 9457) or the like says: its detail, its findings."""
+        try:
+            problem = parse(self.body)
+        except ValueError:
+            return []
+        lists = [lookup(problem, "errors"), lookup(problem, "warnings")]
+        findings = [each for found in lists if isinstance(found, list) for each in found]
+        members = ("level", "pointer", "message")
+        texts = [" ".join(str(lookup(each, name) or "-") for name in members) for each in findings]
+        details = [lookup(problem, member) for member in ("detail", "message", "error")]
+        return [*[each for each in details if isinstance(each, str)][:1], *texts]
+
+
+def send(document: Any, url: str, *, token: str | None = None, timeout: float = 10) -> Answer:
+    """POST a notification to an inbox, or to the inbox that a resource advertises.
+
+    `document` is sent as JSON, or as it is if it is bytes. `token` goes as `Authorization: Bearer`,
+    and only to the scheme, host and port of `url`. Redirects are followed for 307 and 308.
+    `timeout` is in seconds, for all of it except the operating system's look-up of names. Raises
+    `SendError` if there is no answer.
+    """
+    deadline = time.monotonic() + timeout
+
+    def request(method: str, target: str, body: bytes | None, followed: Collection[int]) -> Answer:
+        for _ in range(MAX_REDIRECTS + 1):
+            secret = token if origin_of(target) == origin_of(url) else None
+            answer = exchange(method, target, addresses_of(target), deadline, body, secret)
+            if answer.status not in followed or not answer.location:
+                return answer
+            target = answer.location
+        raise failure(url, f"more than {MAX_REDIRECTS} redirects")
+
+    # POST before discovery: the URL is nearly always that of the inbox, where a page must not
+    # divert the notification, and a receiver under test should see one request.
+    answer = request("POST", url, encode(document), (307, 308))
+    if answer.status in NOT_AN_INBOX:
+        inbox = ""
+        with contextlib.suppress(SendError):  # the first answer says more
+            page = request("GET", answer.url, None, (301, 302, 303, 307, 308))
+            inbox = advertised_inbox(page)
+        if inbox not in ("", answer.url):
+            return request("POST", inbox, encode(document), (307, 308))
+    return answer
+
+
+def post(document: Any, url: str, addresses: Sequence[str], timeout: float = 10) -> Answer:
+    """POST a notification to one of these IP addresses, without redirects and discovery.
+
+    Raises `SendError` if there is no answer.
+    """
+    return exchange("POST", url, addresses, time.monotonic() + timeout, encode(document))
+
+
+def addresses_of(url: str) -> list[str]:
+    """Look up the IP addresses of the host of a URL. Raises `SendError` if there are none."""
+    _, host, port = origin_of(url)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise failure(url, f"the host is unknown: {explain(error)}") from error
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+
+def addresses_of_client(addresses: Iterable[str], client: str) -> list[str]:
+    """Select the addresses that are the client's; a reply to it may go to these only.
+
+    A payload must not make the inbox connect to third parties. 127.0.0.1 and ::1 count as one, and
+    so do an IPv4 address and its IPv6-mapped form.
+    """
+
+    def normal(text: str) -> str:
+        address = ipaddress.ip_address(text)
+        address = getattr(address, "ipv4_mapped", None) or address
+        return "127.0.0.1" if str(address) == "::1" else str(address)
+
+    return [address for address in addresses if normal(address) == normal(client)]
+
+
+def retry_delay(
+    tries: int, status: int | None, headers: Mapping[str, str] | http.client.HTTPMessage = {}
+) -> float | None:
+    """Return the seconds before the next try, or None if there is none.
+
+    `tries` counts those so far. `status` and `headers` are those of the last answer; the status is
+    None if there was none. `Retry-After` is honoured up to a minute.
+    """
+    if tries > 2 or not (status is None or status == 429 or 500 <= status < 600):
+        return None
+    after, wait = headers.get("Retry-After") or "", 2.0 * tries
+    if re.fullmatch("[0-9]{1,9}", after):
+        wait = float(after)
+    elif after:
+        # Date is the receiver's own clock, which may differ from ours.
+        with contextlib.suppress(OverflowError, TypeError, ValueError):
+            now = parsedate_to_datetime(headers.get("Date") or "")
+            wait = (parsedate_to_datetime(after) - now).total_seconds()
+    return min(max(wait, 0.0), 60.0)
+
+
+def encode(document: Any) -> bytes:
+    return document if isinstance(document, bytes) else json.dumps(document).encode()
+
+
+def exchange(
+    method: str,
+    url: str,
+    addresses: Sequence[str],
+    deadline: float,
+    body: bytes | None = None,
+    token: str | None = None,
+) -> Answer:
+    """Make one request to one of the addresses. Raises `SendError` if there is no answer."""
+    headers: dict[str, Any] = {
+        "Accept": "application/ld+json, application/json, text/html;q=0.5, */*;q=0.1",
+        "Connection": "close",
+        "User-Agent": f"coarinbox/{__version__}",
+    }
+    if body is not None:
+        headers["Content-Type"] = JSON_LD
+    if token is not None:
+        if not is_secret(token):  # a line break would add headers
+            raise SendError("the token must be a text without line breaks, or spaces around it")
+        headers["Authorization"] = f"Bearer {token}".encode()
+    parts = urlsplit(url)
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    connection = PinnedConnection(url, addresses, deadline)
+    try:
+        connection.connect()
+        # A receiver may refuse a notification before it has read all of it.
+        with contextlib.suppress(ConnectionError):
+            connection.request(method, quote(target, URL_CHARACTERS), body, headers)
+        return connection.read_answer(method)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise failure(url, explain(error)) from error
+    finally:
+        connection.close()
+
+
+class PinnedConnection(http.client.HTTPConnection):
+    """A connection to the host of a URL at addresses that were looked up before.
+
+    A second look-up could lead elsewhere. One deadline covers all that is done with it.
+    """
+
+    def __init__(self, url: str, addresses: Sequence[str], deadline: float) -> None:
+        self.scheme, host, port = origin_of(url)
+        self.default_port = 443 if self.scheme == "https" else 80  # the Host header omits it
+        super().__init__(host, port)
+        self.url, self.addresses, self.deadline = url, addresses, deadline
+
+    def connect(self) -> None:
+        for left, address in zip(range(len(self.addresses), 0, -1), self.addresses):
+            try:
+                # Share the time, or one dead address would use up all of it.
+                timeout = remaining(self.deadline) / left
+                self.sock = socket.create_connection((address, self.port), timeout)
+                break
+            except OSError:
+                if left == 1:
+                    raise
+        # Otherwise the body waits until the receiver acknowledges the head.
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self.scheme == "https":
+            self.sock.settimeout(remaining(self.deadline))
+            context = ssl.create_default_context()
+            self.sock = context.wrap_socket(self.sock, server_hostname=self.host)
+
+    def send(self, data: Any) -> None:
+        left = memoryview(data)
+        while left:
+            self.sock.settimeout(remaining(self.deadline))
+            left = left[self.sock.send(left) :]
+
+    def read_answer(self, method: str) -> Answer:
+        """Read the answer; the status counts, even if the end of the body is missing."""
+        response = http.client.HTTPResponse(self.sock, method=method)
+        response.fp.close()
+        response.fp = io.BufferedReader(AnswerReader(self.sock, self.deadline))
+        response.begin()
+        body = bytearray()
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            while data := response.read1(MAX_ANSWER):
+                body += data
+        location = resolve(self.url, response.headers.get("Location") or "")
+        return Answer(self.url, response.status, response.headers, bytes(body), location)
+
+
+class AnswerReader(io.RawIOBase):
+    """Reads MAX_ANSWER bytes of a socket at most, then reports the end of input.
+
+    A socket's own time-out starts anew with each byte, so it is set to what the deadline leaves.
+    """
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self.sock, self.deadline, self.left = sock, deadline, MAX_ANSWER
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self.sock.settimeout(remaining(self.deadline))
+        view = memoryview(buffer)[: self.left]
+        count = self.sock.recv_into(view) if view else 0
+        self.left -= count
+        return count
+
+
+def remaining(deadline: float) -> float:
+    """Return the seconds until the deadline. Raises `TimeoutError` if it has passed."""
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError
+    return seconds
+
+
+def origin_of(url: str) -> tuple[str, str, int]:
+    """Return scheme, host and port of a URL. Raises `SendError` if it is not one to send to."""
+    try:
+        parts = urlsplit(url)
+        port = (443 if parts.scheme == "https" else 80) if parts.port is None else parts.port
+    except ValueError as error:
+        raise failure(url, f"the URL is unusable: {error}") from error
+    if not is_http_uri(url):
+        raise failure(url, "the URL is unusable, expected http://HOST/… or https://HOST/…")
+    if "@" in parts.netloc:
+        raise failure(url, "a user name or a password in a URL is not sent; use a token")
+    return parts.scheme, parts.hostname or "", port
+
+
+def resolve(base: str, reference: str) -> str:
+    """Resolve a URL reference; one that is unusable is returned as it is."""
+    try:
+        return urljoin(base, reference) if reference else ""
+    except ValueError:
+        return reference
+
+
+def failure(url: str, reason: str) -> SendError:
+    public = re.sub("//[^/]*@", "//…@", url[:500])
+    return SendError(escape_controls(f"{clip(public, 200)}: {reason}"))
+
+
+def explain(error: Exception) -> str:
+    """Say in a few words why there is no answer."""
+    if isinstance(error, (TimeoutError, socket.timeout)):
+        return "timed out"
+    if isinstance(error, ConnectionResetError):  # RemoteDisconnected is one, too
+        return "the receiver closed the connection without an answer"
+    text = getattr(error, "strerror", None) or str(error)
+    if isinstance(error, ssl.SSLError):
+        text = re.sub(r"^\[.*?\] | \(_ssl\.c:\d+\)$", "", text)
+        hint = "; set SSL_CERT_FILE to trust it" if "verify" in text else ""
+        hint = "; try http:" if re.search("version number|record layer", text) else hint
+        return f"TLS failed: {text}{hint}"
+    if isinstance(error, http.client.HTTPException):
+        return f"the answer is not HTTP: {text}"
+    return text
+
+
+def advertised_inbox(answer: Answer) -> str:
+    """Find the URL of the inbox that a resource advertises (LDN section 3.1); empty if none."""
+    if answer.status != 200:
+        return ""
+    for header in answer.headers.get_all("Link", []):
+        for link, parameters in re.findall("<([^<>]*)>([^<]*)", header):
+            relation = re.search(r'\brel *= *"?([^";,]*)', parameters, re.IGNORECASE)
+            if relation and names_inbox(relation[1]):
+                return resolve(answer.url, link)
+    if "html" in answer.headers.get_content_type():
+        finder = InboxFinder(answer.url)
+        finder.feed(answer.body.decode("utf-8", "replace"))
+        return finder.inbox
+    try:
+        return described_inbox(parse(answer.body), answer.url)
+    except ValueError:
+        return ""
+
+
+def names_inbox(relations: str) -> bool:
+    return any(relation in LDP_INBOX for relation in relations.lower().split())
+
+
+def described_inbox(document: Any, url: str) -> str:
+    """Find the inbox in a JSON-LD document, preferably that of the resource at the URL."""
+    parts = [document, lookup(document, "@graph")]
+    lists = [part if isinstance(part, list) else [part] for part in parts]
+    nodes = [node for part in lists for node in part if isinstance(node, dict)]
+    nodes.sort(key=lambda node: resolve(url, str(node.get("@id", node.get("id", "")))) != url)
+    for value in (node.get(name) for node in nodes for name in (*LDP_INBOX, "inbox")):
+        first = value[0] if isinstance(value, list) and value else value
+        link = first.get("@id", first.get("id")) if isinstance(first, dict) else first
+        if link and isinstance(link, str):
+            return resolve(url, link)
+    return ""
+
+
+class InboxFinder(HTMLParser):
+    """Finds the inbox in the links and the RDFa of an HTML page."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self.base, self.inbox = url, ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = {name: value or "" for name, value in attrs}
+        if tag == "base":
+            self.base = resolve(self.base, given.get("href", "")) or self.base
+        if not self.inbox and names_inbox(f"{given.get('rel')} {given.get('property')}"):
+            self.inbox = resolve(self.base, given.get("resource") or given.get("href", ""))
+
+
+# --- Replies -------------------------------------------------------------------------------------
+#
+# Sends notifications as deliveries: `outgoing` makes one attempt and describes it, `answer_offer`
+# plays the review service that answers an Offer with the patterns of REPLIES.
+# Must not know: sockets, pages, the event loop.
+
+FORWARDED = ("forwarded", "x-forwarded-for")  # headers of a request that came through a proxy
+
+
+def outgoing(document: Any, url: str, via: str, exchange: Callable[[], Answer]) -> Delivery:
+    """Make an attempt to send a notification, and describe it, whatever became of it."""
+    body = encode(document)
+    try:
+        parsed = parse(body)
+    except ValueError:
+        parsed = None
+    pattern = pattern_of(parsed)
+    findings, omitted = most_important(validate(parsed))
+    delivery = Delivery(
+        name=new_name(),
+        direction="out",
+        target=url,
+        headers={"Content-Type": JSON_LD},
+        pattern=pattern and pattern.name,
+        about=summary(parsed),
+        findings=findings,
+        omitted=omitted,
+        body=body,
+        via=via,
+    )
+    started = time.monotonic()
+    try:
+        answer = exchange()
+    except SendError as error:
+        return delivery._replace(detail=str(error))
+    return delivery._replace(
+        target=answer.url,
+        status=answer.status,
+        answer_headers={name.title(): clip(text, 1000) for name, text in answer.headers.items()},
+        detail="" if answer.accepted else "; ".join(answer.reasons()[:1]),
+        answer_body=answer.body,
+        seconds=round(time.monotonic() - started, 4),
+    )
+
+
+def reply_addresses(url: Any, offer: Delivery, settings: Settings) -> list[str]:
+    """Look up where replies to an Offer go. Raises `SendError`, saying why they may not.
+
+    A payload must not make this inbox talk to third parties: without REPLY_TO, replies go only to
+    the host that delivered the Offer.
+    """
+    if settings.REPLY_TO:
+        return addresses_of(url)
+    if not is_http_uri(url):
+        raise SendError("the Offer has no origin.inbox to reply to; set REPLY_TO")
+    proxied = settings.BASE_URL or any(name.lower() in FORWARDED for name in offer.headers)
+    if proxied:
+        raise SendError("behind a proxy, anybody could have sent the Offer; set REPLY_TO")
+    allowed = addresses_of_client(addresses_of(url), offer.client)
+    if not allowed:
+        reason = f"its host is not {offer.client}, which delivered the Offer; set REPLY_TO"
+        raise SendError(f"no reply is sent to {clip(url, 200)}: {reason}")
+    return allowed
+
+
+def answer_offer(
+    offer: Any, delivery: Delivery, settings: Settings, record: Callable[[Delivery], Delivery]
+) -> Steps:
+    """Answer an Offer with each pattern of REPLIES, one after the other, after a delay each."""
+    url = settings.REPLY_TO or lookup(offer, "origin.inbox")
+    try:
+        addresses = yield Sending(lambda: reply_addresses(url, delivery, settings))
+        documents = [reply(offer, pattern) for pattern in settings.REPLIES]
+    except (SendError, ValueError) as error:
+        LOG.info("%s is not answered: %s", delivery.name, error)
+        about = {"inReplyTo": delivery.about.get("id", "")}
+        record(Delivery(new_name(), direction="out", detail=str(error), about=about, via="REPLIES"))
+        return
+    for document in documents:
+        seconds: float | None = settings.REPLY_DELAY
+        tries = 0
+        while seconds is not None:
+            yield Pause(seconds)
+            post_it = functools.partial(post, document, url, addresses)
+            attempt = functools.partial(outgoing, document, url, "REPLIES", post_it)
+            sent = record((yield Sending(attempt)))
+            tries += 1
+            seconds = retry_delay(tries, sent.status or None, sent.answer_headers)
+
+
+# --- Pages ---------------------------------------------------------------------------------------
+#
+# Renders the pages: `list_page`, `delivery_page`, `constraints_page`, `samples_page`, `error_page`,
+# each told a `PageContext`, and returning `Html`. They are pure functions, except that samples and
+# replies get new ids. Whatever arrived is escaped; links are relative, so that pages work behind
+# any reverse proxy. Everything can be read without the script, which keeps a page up to date. Must
+# not know requests, the store or the log.
+
+MAX_LINES = 2000  # of a payload that are shown
+MAX_LENGTH = 2000  # characters of a text that are shown
+MAX_COPY = 65536  # characters of a body that a button copies, or a form holds
+
+STYLE = """
+:root { color-scheme: light dark; --paper: light-dark(#fff, #111317);
+  --panel: light-dark(#f7f8fa, #181b21); --line: light-dark(#e3e6ea, #2b3038);
+  --edge: light-dark(#868e98, #6b747f); --ink: light-dark(#1a1e24, #eceef1);
+  --faint: light-dark(#5b636e, #a3abb5); --accent: light-dark(#3350b5, #9fb2ff);
+  --accent-tint: light-dark(#eef2fe, #1d2440); --red: light-dark(#b01030, #ff9a97);
+  --red-tint: light-dark(#ffe9ea, #3d161b); --amber: light-dark(#7a4b00, #f2bf5c);
+  --amber-tint: light-dark(#fff1cc, #36270b); --green: light-dark(#176638, #5fd08c);
+  --code: light-dark(#eef0f3, #22262e);
+  --mono: ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, monospace; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 96rem; padding: 0 2rem 4rem; background: var(--paper);
+  color: var(--ink); font: .875rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1, h2, h3, p, ol, ul, dl, dd { margin: 0; padding: 0; list-style: none; }
+h1 { font-size: 1.25rem; line-height: 1.75rem; } h2, h2 code { font-size: .9375rem; }
+h3, h2 button { font-size: .875rem; } h1, h2, h3, b { font-weight: 600; }
+.open b { font-weight: 500; } small { font-size: .8125rem; font-weight: 400; color: var(--faint); }
+code, pre, .json, textarea { font-family: var(--mono); font-size: .8125rem; }
+time, .totals, .chip { font-variant-numeric: tabular-nums; }
+.heads, .rows time, .timeline time { font-size: .8125rem; }
+a { color: var(--accent); text-underline-offset: .2em;
+  text-decoration-color: color-mix(in srgb, currentColor 40%, transparent); }
+a:hover { text-decoration-color: currentColor; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: .25rem; }
+main:focus { outline: none; } :root:not(.scripted) .script { display: none; }
+.sr, .skip:not(:focus) { position: absolute; width: 1px; height: 1px; overflow: hidden;
+  clip-path: inset(50%); white-space: nowrap; }
+.skip { position: absolute; top: .375rem; left: .75rem; padding: .375rem 1.25rem;
+  background: var(--paper); z-index: 2; }
+.faint, #state, .facts dt { color: var(--faint); }
+button, input, select, textarea { font: inherit; color: inherit; background: var(--paper);
+  border: 1px solid var(--edge); border-radius: .375rem; padding: .1875rem .625rem;
+  min-height: 1.875rem; }
+::placeholder { color: var(--faint); opacity: 1; }
+button, .tools > a { cursor: pointer; font-weight: 500; border: 1px solid var(--line);
+  background: var(--panel); }
+button:hover, .tools > a:hover { border-color: var(--edge); }
+.tools > a { color: inherit; text-decoration: none; border-radius: .375rem;
+  padding: .1875rem .625rem; }
+button.main, .tools > a.main { background: var(--accent); border-color: var(--accent);
+  color: var(--paper); }
+textarea { width: 100%; font: .8125rem/1.5 var(--mono); padding: .5rem .75rem; resize: vertical; }
+label { display: block; font-weight: 500; }
+.tools { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; }
+.push, h3 time { margin-left: auto; }
+body > header { display: flex; flex-wrap: wrap; gap: .25rem 1.5rem; align-items: center;
+  margin: 0 -2rem 1.5rem; padding: .625rem 2rem; border-bottom: 1px solid var(--line); }
+body > header nav { display: flex; gap: 1.25rem; }
+body > header nav a { color: var(--faint); text-decoration: none; padding: .25rem 0; }
+body > header nav :is(:hover, [aria-current]) { color: var(--ink); }
+body > header nav [aria-current] { font-weight: 600; box-shadow: 0 2px var(--accent); }
+.address { display: flex; gap: .5rem; align-items: center; margin-left: auto; }
+#state::before { content: ""; display: inline-block; width: .5rem; height: .5rem;
+  margin-right: .4rem; border-radius: 50%; background: var(--green); }
+#state:empty { display: none; }
+#state.off::before { background: none; border: 2px solid var(--red); }
+/* Chips: red is filled, amber is filled for a MUST and outlined for a SHOULD, green is plain */
+.chip { display: inline-block; justify-self: start; padding: 0 .5rem; font-size: .8125rem;
+  border: 1px solid transparent; border-radius: .375rem; font-weight: 600; line-height: 1.375rem;
+  white-space: nowrap; }
+.chip.E { color: var(--red); background: var(--red-tint);
+  border-color: color-mix(in srgb, var(--red) 35%, transparent); }
+.chip.M { color: var(--amber); background: var(--amber-tint); }
+.chip.S { color: var(--amber); border-color: color-mix(in srgb, var(--amber) 35%, transparent); }
+.chip.ok, .chip.none { padding: 0; color: var(--green); } .chip.none { color: var(--faint); }
+.tag { display: inline-block; padding: 0 .375rem; border: 1px solid var(--line);
+  border-radius: .25rem; font-size: .75rem; line-height: 1.125rem; font-weight: 400;
+  color: var(--faint); white-space: nowrap; }
+.totals, .active { display: flex; flex-wrap: wrap; gap: .375rem; }
+.totals a, .active a { display: block; padding: .125rem .75rem; border: 1px solid var(--line);
+  border-radius: 1rem; color: inherit; text-decoration: none; }
+.totals a b { margin-left: .25rem; }
+.totals a:hover, .active a:hover { border-color: var(--edge); }
+.totals a[aria-current], .active a { background: var(--accent-tint); border-color: var(--accent); }
+.totals .bad b { color: var(--red); }
+.filters { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center;
+  margin: .875rem 0 1.25rem; }
+.filters form { display: contents; } .filters [type=search] { width: 18rem; }
+.rows li, .heads { display: grid; align-items: baseline; gap: 0 1rem;
+  grid-template-columns: 9.25rem 9.75rem 12.5rem 12.5rem 9rem minmax(0, 1fr); }
+.rows li { position: relative; margin: 0 -.75rem; padding: .3125rem .75rem;
+  border-top: 1px solid var(--line); }
+.rows li:has(.chip.E) { box-shadow: inset 3px 0 var(--red); }
+.rows li.new { animation: new 6s ease-out; }
+@keyframes new { from { background: var(--accent-tint); } }
+.heads { color: var(--faint); padding-bottom: .25rem; }
+.rows li > *, .open b, .why span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+  }
+.open { display: grid; grid-column: span 2; grid-template-columns: subgrid; align-items: baseline;
+  color: inherit; text-decoration: none; }
+.open::after { content: ""; position: absolute; inset: 0; } .open:focus-visible { outline: none; }
+.open:focus-visible::after { outline: 2px solid var(--accent); outline-offset: -2px; }
+.rows .from { position: relative; z-index: 1; justify-self: start; max-width: 100%; color: inherit;
+  text-decoration: none; }
+.rows a.from:hover { text-decoration: underline; }
+.rows .about, .rows time, .rows .why { color: var(--faint); }
+.rows .why { display: flex; gap: .375rem; } .rows li:has(.chip.E) .why { color: var(--red); }
+.pages { display: flex; gap: 1.5rem; margin-top: 1rem; padding-top: 1rem;
+  border-top: 1px solid var(--line); }
+.pager { display: flex; gap: 1.25rem; margin-bottom: .75rem; }
+.pager :first-child { margin-right: auto; }
+.title { display: flex; flex-wrap: wrap; gap: .25rem .75rem; align-items: baseline; }
+.title .chip { font-size: .9375rem; line-height: 1.625rem; align-self: center; }
+.facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 0 1.25rem;
+  margin: .75rem 0 1rem; }
+.beside { display: grid; grid-template-columns: minmax(0, 7fr) minmax(0, 6fr); gap: 2rem;
+  margin-top: 1.75rem; align-items: start; }
+section > h2 { display: flex; flex-wrap: wrap; gap: 0 .75rem; align-items: center;
+  min-height: 1.875rem; margin-bottom: .375rem; }
+section + section { margin-top: 1.75rem; }
+pre, .json { margin: 0; padding: .75rem 1rem; line-height: 1.4375rem; background: var(--panel);
+  border: 1px solid var(--line); border-radius: .5rem; white-space: pre-wrap; overflow: clip; }
+.json { padding-left: 1.75rem; white-space: normal; } .json details > * { margin-left: 2ch; }
+.json details details details details details details details details details > * {
+  margin-left: 1px; }
+.json summary, .json details > .end { margin-left: 0; }
+.json summary { list-style: none; position: relative; }
+.json summary::before { content: "▾"; position: absolute; left: -1.75ch; color: var(--faint); }
+.json details:not([open]) > summary::before { content: "▸"; }
+.json details:not([open]) > summary::after { content: " …"; color: var(--faint); }
+.json details:not([open]):has(.ref) > summary::after { content: " … with findings";
+  color: var(--red); }
+.json .k { color: var(--accent); } .E { --tone: var(--red); --tint: var(--red-tint); }
+.M { --tone: var(--amber); --tint: var(--amber-tint); }
+.S { --tone: var(--faint); --tint: light-dark(#eceef1, #252a32); }
+.json :is(.E, .M, .S):not(.ref), pre mark { color: inherit; background: var(--tint);
+  border-image: conic-gradient(var(--tint) 0 0) fill 0 / 0 / 0 100vw; }
+.json .ghost { font-style: italic; user-select: none; }
+.json .ghost::before { content: "+ "; color: var(--tone); font-weight: 700; margin-left: -2ch; }
+.ref { display: inline-block; min-width: 1.125rem; padding: 0 .25rem; border-radius: .25rem;
+  text-align: center; font: 600 .75rem/1.125rem system-ui, sans-serif; text-decoration: none;
+  color: var(--paper); background: var(--tone); }
+.level { display: flex; gap: .5rem; align-items: baseline; color: var(--tone); }
+.findings + .level { margin-top: 1rem; }
+.findings li { position: relative; padding: .5rem 0 .5rem 2rem; border-top: 1px solid var(--line);
+  }
+.findings .ref { position: absolute; left: 0; top: .6875rem; }
+.findings code, .rules code { background: var(--code); border-radius: .25rem;
+  padding: .0625rem .25rem; }
+.findings p:last-child { font-size: .8125rem; color: var(--faint); margin-top: .125rem; }
+:target:not(section, main), .json :has(> :target), mark:has(:target) {
+  outline: 2px solid var(--accent); outline-offset: 2px; border-radius: .25rem; }
+.timeline > li { position: relative; padding: 0 0 1.125rem 1.75rem; }
+.timeline > li::before { content: ""; position: absolute; left: .25rem; top: .375rem; z-index: 1;
+  width: .75rem; height: .75rem; border: 2px solid var(--dot, var(--edge)); border-radius: 50%;
+  background: var(--paper); }
+.timeline > li:not(:last-child)::after { content: ""; position: absolute; left: .5625rem;
+  top: .625rem; bottom: -.625rem; border-left: 2px solid var(--line); }
+.timeline .out { --dot: var(--accent); } .timeline .failed { --dot: var(--red); }
+.timeline > .out::before { background: var(--dot); }
+.timeline h3 { display: flex; flex-wrap: wrap; gap: 0 .625rem; align-items: baseline; }
+.timeline time { font-weight: 400; color: var(--faint); }
+.attempts li { display: flex; flex-wrap: wrap; gap: 0 .75rem; align-items: baseline; }
+summary { cursor: pointer; }
+.card, .card form { display: grid; gap: .5rem; grid-template-columns: minmax(0, 1fr); }
+.card { padding: 1rem; border: 1px solid var(--line); border-radius: .5rem; }
+.tools > :is(input, select) { flex: 1 1 12rem; min-width: 0; }
+pre + details, details > pre { margin-top: .5rem; }
+.rail { display: grid; grid-template-columns: 12.5rem minmax(0, 1fr) minmax(0, 1fr); gap: 2.25rem;
+  align-items: start; margin-top: 1.25rem; }
+.rail > nav, .rail > aside { position: sticky; top: 1rem; }
+.rail > aside { max-height: calc(100vh - 2rem); overflow-y: auto; }
+.rail > nav a { display: block; margin-left: -.75rem; padding: .25rem .75rem;
+  border-radius: .375rem; color: inherit; text-decoration: none; }
+.rail > nav a:hover, .rows li:hover { background: var(--panel); }
+.rail > nav a[aria-current] { background: var(--accent-tint); color: var(--accent);
+  font-weight: 600; }
+.rail > .wide { grid-column: 2 / -1; max-width: 56rem; }
+.rules li { display: grid; grid-template-columns: 5rem minmax(0, 1fr) auto; gap: 0 .75rem;
+  align-items: baseline; padding: .25rem 0; border-top: 1px solid var(--line); }
+.rules b { color: var(--tone); font-size: .8125rem; }
+.rules a { color: var(--faint); font-size: .8125rem; text-decoration: none; }
+.rules a:hover { text-decoration: underline; }
+.rules code:empty, section > p:empty { display: none; }
+@media (max-width: 76rem) { /* the reason moves below */
+  .rows li, .heads { grid-template-columns: 6rem 9.5rem 11rem minmax(0, 5fr) minmax(0, 4fr); }
+  .rows time span:has(+ small:not(:empty)), .rows .why:empty, .heads span:last-child {
+    display: none; }
+  .rows .why { grid-column: 2 / -1; }
+  .rail { grid-template-columns: minmax(0, 5fr) minmax(0, 4fr); gap: 1.25rem 2rem; }
+  .rail > .wide { grid-column: 1 / -1; }
+  .rail > nav { position: static; grid-column: 1 / -1; display: grid; padding-left: .75rem;
+    grid-template-columns: repeat(auto-fill, minmax(10.75rem, 1fr)); }
+  .rules li { grid-template-columns: 4.5rem minmax(0, 1fr); } .rules a { grid-column: 2; }
+}
+@media (max-width: 48rem) { /* two lines a row, one column */
+  body { padding: 0 1rem 3rem; } body > header { margin: 0 -1rem 1rem; padding: .5rem 1rem; }
+  .address { margin-left: 0; } .heads, .keys, .rows .about:empty { display: none; }
+  .rows li { display: flex; flex-wrap: wrap; gap: .125rem .625rem; padding: .5rem .75rem; }
+  .rows .open { display: flex; gap: .625rem; order: -2; flex: 1 1 calc(100% - 7rem); }
+  .rows time { order: -1; margin-left: auto; } .totals a { padding: .125rem .5rem; }
+  .rows .from { max-width: 45%; } .rows .about:not(:has(+ .why:empty)) { max-width: 28%; }
+  .rows .why { flex: 1 1 3rem; }
+  .filters :is([type=search], select, [list]) { flex: 1 1 40%; width: auto; min-width: 0; }
+  .rail { grid-template-columns: minmax(0, 1fr); }
+  .rail > aside { position: static; max-height: none; }
+  .beside { display: flex; flex-direction: column; gap: 0; align-items: stretch; }
+  .beside > div { display: contents; } .beside section { margin: 0 0 1.75rem; }
+  .beside .first { order: -1; }
+}
+@media (prefers-reduced-motion: reduce) {
+  * { animation: none !important; } .rows li.new { background: var(--accent-tint); }
+}
+"""
+
+# The server renders everything. The script fetches the page again when a delivery comes, and
+# changes only what differs, so that focus, folding, scrolling and what was typed stay.
+SCRIPT = """
+const {root} = document.body.dataset, state = document.getElementById("state");
+const {title} = document, query = selector => document.querySelector(selector);
+let events, loading, typing, unseen = 0, wanted = false, busy = false;
+function say(text) { [state.textContent, state.className] = [text, text === "live" ? "" : "off"]; }
+function localize(part) {
+  const now = new Date(), units = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
+  const day = {day: "numeric", month: "short", hour: "2-digit", minute: "2-digit"};
+  for (const time of part.querySelectorAll("time")) {
+    const then = new Date(time.dateTime), age = Math.max(1, (now - then) / 1000);
+    if (isNaN(then)) continue;
+    const today = then.toDateString() === now.toDateString(), [first, last] = time.children;
+    const full = time.closest(".facts") && {...day, year: "numeric", second: "2-digit"};
+    const format = full || (today ? {timeStyle: "medium"} : day);
+    const [size, unit] = units.find(([size]) => age >= size);
+    first.textContent = then.toLocaleString("en-GB", format).replace(",", "");
+    const recent = today && !time.closest("ol:not(.rows)");
+    last.textContent = recent ? `${Math.floor(age / size)} ${unit} ago` : "";
+  }
+}
+function morph(old, fresh, marking) {
+  if (old.isEqualNode(fresh) || old.nodeName === "FORM") return;
+  if (old.nodeName !== fresh.nodeName) return old.replaceWith(fresh);
+  if (!old.attributes) return void (old.data = fresh.data);
+  const kept = old.id.startsWith("row-") ? "class" : "open";
+  for (const {name} of [...old.attributes, ...fresh.attributes]) {
+    const value = fresh.getAttribute(name);
+    if (name !== kept) value === null ? old.removeAttribute(name) : old.setAttribute(name, value);
+  }
+  for (const child of [...old.children]) {
+    if (child.id && !fresh.ownerDocument.getElementById(child.id)) child.remove();
+  }
+  let next = old.firstChild;
+  for (const node of [...fresh.childNodes]) {
+    const twin = node.id ? document.getElementById(node.id) : next?.id ? null : next;
+    const isNew = marking && !twin && node.id?.startsWith("row-");
+    if (isNew) node.className = "new";
+    unseen += isNew ? 1 : 0;
+    if (!twin || twin !== next) old.insertBefore(twin ?? node, next);
+    next = (twin ?? node).nextSibling;
+    if (twin) morph(twin, node, marking);
+  }
+  while (next?.nextSibling) next.nextSibling.remove();
+  next?.remove();
+}
+async function renew(marking) {
+  loading?.abort();
+  const {signal} = loading = new AbortController();
+  try {
+    const answer = await fetch(location.href, {headers: {Accept: "text/html"}, signal});
+    if (!answer.ok) return say(answer.status === 404 ? "removed" : "not connected");
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    localize(page);
+    morph(query("main"), page.querySelector("main"), marking);
+    document.title = unseen ? `(${unseen}) ${title}` : title;
+    if (document.body.dataset.stream !== page.body.dataset.stream) {
+      document.body.dataset.stream = page.body.dataset.stream;
+      listen();
+    }
+  } catch (error) {
+    if (error.name !== "AbortError") say("not connected");
+  }
+}
+async function refresh() {
+  wanted = true;
+  if (busy) return;
+  busy = true;
+  while (wanted && !document.hidden) {
+    wanted = false;
+    await renew(true);
+    await new Promise(done => setTimeout(done, 1000));
+  }
+  busy = false;
+}
+function listen() {
+  events?.close();  // a browser has few connections for all the pages that are open
+  if (document.hidden || !document.body.dataset.stream) return;
+  events = new EventSource(document.body.dataset.stream);
+  events.onopen = () => { say("live"); refresh(); };
+  events.onmessage = refresh;
+  events.onerror = () => say("not connected");
+}
+function search(form) {
+  const set = [...new FormData(form)].filter(([, value]) => value);
+  history.replaceState(null, "", root + (set.length ? "?" + new URLSearchParams(set) : ""));
+  renew(false);
+}
+async function ask(path, options) {
+  const answer = await fetch(root + path, options).catch(() => null);
+  if (answer?.ok) return answer.text();
+  const problem = answer ? await answer.json() : {detail: "The inbox cannot be reached."};
+  throw alert(problem.detail);
+}
+const actions = {
+  async copy(button) {
+    const area = document.createElement("textarea"), label = button.textContent;
+    area.value = button.dataset.copy;  // the clipboard of navigator needs HTTPS
+    button.after(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+    button.focus();
+    button.textContent = "Copied";
+    setTimeout(() => { button.textContent = label; }, 1500);
+  },
+  async send(button) {
+    const name = button.dataset.send || query("#sample").value;
+    const headers = {"Content-Type": "application/ld+json", "Accept": "*/*"};
+    const body = await ask("samples/" + encodeURIComponent(name), {headers});
+    await ask("inbox", {method: "POST", headers, body});
+    location.href = root;
+  },
+  async clear() {
+    if (!confirm("Remove all notifications and deliveries from the inbox?")) return;
+    await ask("inbox", {method: "DELETE"});
+    location.href = root;
+  },
+};
+addEventListener("click", ({target}) => {
+  const button = target.closest("button[type=button]");
+  for (const name in button?.dataset) actions[name](button);
+});
+addEventListener("input", ({target}) => {
+  clearTimeout(typing);
+  if (target.form?.id === "filter") typing = setTimeout(search, 150, target.form);
+});
+addEventListener("submit", event => {
+  if (event.target.id !== "filter") return;
+  event.preventDefault();
+  search(event.target);
+});
+addEventListener("keydown", event => {
+  const {key, target} = event, step = {j: 1, k: -1}[key];
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (target.matches("input, select, textarea")) return void (key === "Escape" && target.blur());
+  const rows = [...document.querySelectorAll(".open")], at = rows.indexOf(target) + step;
+  if (key === "Escape") query(".pager a")?.click();
+  else if (key === "/") event.preventDefault(query("[type=search]")?.focus());
+  else if (step && rows.length) rows[Math.min(Math.max(at, 0), rows.length - 1)].focus();
+  else if (step) query(step > 0 ? "[rel=next]" : "[rel=prev]")?.click();
+});
+for (const kind of ["focus", "pointermove", "keydown"]) {
+  addEventListener(kind, () => { if (unseen) [unseen, document.title] = [0, title]; });
+}
+document.addEventListener("visibilitychange", listen);
+setInterval(() => document.hidden || localize(document), 5000);
+document.documentElement.className = "scripted";
+localize(document);
+listen();
+"""
+
+
+def csp_hash(text: str) -> str:
+    return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+
+
+CONTENT_SECURITY_POLICY = (
+    f"default-src 'none'; style-src {csp_hash(STYLE)}; script-src {csp_hash(SCRIPT)};"
+    " img-src data:; connect-src 'self'; form-action 'self'; base-uri 'none';"
+    " frame-ancestors 'none'"
 )
-HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n")
-MAX_HEADERS = 100  # as in `http.client`
-MAX_LINE = 65536
 
-# Answers that have no body (RFC 9110 section 6.4.1).
-BODILESS = (204, 304)
+PAGE = """<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8"><title>{title} · coarinbox</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,"><link rel="http://www.w3.org/ns/ldp#inbox" href="{inbox}">
+<style>{style}</style></head>
+<body data-root="{root}" data-stream="{stream}">
+<a class="skip" href="#main">Skip to content</a>
+<header><b>coarinbox</b> <nav aria-label="Pages">{tabs}</nav>
+<span class="address"><code>{inbox}</code> {copy}</span>
+<span id="state" role="status"></span></header>
+<main id="main" tabindex="-1">{content}</main>
+<script>{script}</script></body></html>
+"""
+LIST = """<h1 class="sr">Deliveries</h1>
+<nav id="totals" class="totals" aria-label="Outcome">{totals}</nav>
+<div class="filters"><form id="filter" role="search" action="{root}">
+<input type="search" name="q" value="{q}" aria-label="Text" autocomplete="off"
+placeholder="Text, id or finding  ( / )">
+<select name="pattern" aria-label="Pattern"><option value="">Any pattern</option>{patterns}</select>
+<input name="origin" value="{origin}" list="origins" aria-label="Origin" autocomplete="off"
+placeholder="Any origin"><datalist id="origins">{origins}</datalist>
+{kept}<button>Filter</button></form>
+<ul id="active" class="active" aria-label="Active filters">{active}</ul>
+<button class="push script" type="button" data-clear="">Empty the inbox</button></div>
+<p id="newest" class="sr" role="status">{newest}</p>
+<div id="deliveries">{deliveries}</div>
+<nav id="turn" class="pages" aria-label="More">{turn} <span class="faint push">{shown}</span>
+<span class="faint keys script"><kbd>j</kbd> <kbd>k</kbd> move · <kbd>Enter</kbd> opens ·
+<kbd>/</kbd> searches</span></nav>"""
+ACTIVE = """<li><a href="{url}">{name} <b>{value}</b> <span aria-hidden="true">&times;</span>
+<span class="sr">remove</span></a></li>"""
+KEPT = """<input type="hidden" name="{name}" value="{value}">"""
+ROWS = """<p class="heads" aria-hidden="true"><span>Time</span><span>Verdict</span>
+<span>Pattern</span><span>Origin</span><span>About</span><span>Why</span></p>
+<ol class="rows">{rows}</ol>"""
+ROW = """<li id="row-{name}">{time}
+<a class="open" href="{url}"><span>{chip}</span> <b>{pattern}</b></a>
+{peer} <span class="about" title="{subject}">{about}</span> <span class="why">{why}</span></li>"""
+TIME = """<time datetime="{time}" title="{utc} UTC"><span>{shown}</span> <small></small></time>"""
+EMPTY = """<h1>Nothing has been delivered yet</h1>
+<p class="faint">Whatever arrives at <code>{inbox}</code> shows up here at once, refused or not.</p>
+<div class="beside"><div>{first}{sample}</div><div>
+<section class="script" aria-labelledby="here"><h2 id="here">Or from here</h2>
+<div class="card"><label for="sample">A valid sample of each pattern</label>
+<p class="tools"><select id="sample">{patterns}</select>
+<button class="main" type="button" data-send="">Send to this inbox</button></p></div></section>
+<section aria-labelledby="own"><h2 id="own">Or from your software</h2><dl class="facts">
+<dt>Without curl</dt>
+<dd><code>python coarinbox.py --send {inbox} --sample "Request Review"</code></dd>
+<dt>To fail</dt><dd><code>{inbox}?status=503&amp;times=2</code> refuses the first two attempts</dd>
+</dl></section></div></div>"""
+DELIVERY = """<nav class="pager" aria-label="Deliveries">{pager}</nav>
+<div class="title">{chip} <h1>{pattern}</h1> <span>{peer}{about}</span></div>
+<p>{reason}</p><dl class="facts">{facts}</dl><p class="tools">{tools}</p>
+<div class="beside"><div>{payload}{exchange}</div>
+<div>{findings}{conversation}{forms}</div></div>"""
+FACT = """<dt>{name}</dt><dd>{value}</dd>"""
+SECTION = """<section id="{id}" class="{kind}" aria-labelledby="{id}-title">
+<h2 id="{id}-title">{title}</h2>{content}</section>"""
+LINES = {  # of a document, by the kind of a `Line`
+    "leaf": """<p class="{level}">{key}{text}{refs}</p>\n""",
+    "open": """<details open><summary class="{level}">{key}{text}{refs}</summary>\n""",
+    "close": """<p class="end">{text}</p></details>\n""",
+    "missing": """<p class="ghost {level}">{text}{refs}</p>\n""",
+}
+REF = """ <a class="ref {level}" id="at-{number}" href="#finding-{number}"
+aria-label="finding {number}">{number}</a>"""
+LEVEL = """<h3 class="level {level}">{count} <small>{meaning}</small></h3>
+<ol class="findings">{items}</ol>"""
+FINDING = """<li id="finding-{number}" class="{level}">{ref} <p><b>{fault}</b></p> <p>{fix}</p>
+<p>{by}{rule} · {specification}</p></li>"""
+ENTRY = """<li class="{kind}"><h3>{chip} {title} {time}</h3>
+<p class="faint">{text}</p> {attempts}</li>"""
+ATTEMPTS = """<details><summary>{count} attempts</summary>
+<ol class="attempts">{items}</ol></details>"""
+ATTEMPT = """<li>{time} <span>{title}</span> <small>{later}</small></li> """
+REPLY = """<div class="card"><form method="get" action="{url}#reply">{kept}
+<label for="pattern">Pattern</label><p class="tools"><select id="pattern" name="reply">{patterns}
+</select> <button>Write it</button></p></form>{form}</div>"""
+DOCUMENT = """<label for="document">Document <small>as it will be sent; edit it as you like</small>
+</label><textarea id="document" name="document" rows="12" spellcheck="false">{text}</textarea>"""
+SEND = """<form class="{kind}" method="post" action="{url}/send">{document}
+<label for="{id}">To <small>{hint}</small></label><p class="tools"><input id="{id}" name="to"
+type="url" value="{to}" required> <button class="main">{text}</button></p></form>"""
+RAIL = """<h1>{title}</h1><p class="faint">{lead}</p>
+<div class="rail"><nav aria-label="Patterns">{patterns}</nav>{content}</div>"""
+RULE = """<li id="{code}" class="{level}"><b>{word}</b> <span><code>{member}</code> {demand}</span>
+<a href="#{code}">{code}</a></li>"""
+SAMPLE = """{name} <span class="push tools">{copy} <button type="button" class="script"
+data-send="{name}">Send to this inbox</button> <a href="{rules}">Rules</a></span>"""
+ERROR = """<h1>{title}</h1><p>{detail}</p>{findings}
+<p class="tools"><a class="main" href="{root}">All deliveries</a></p>"""
 
-LINE_ENDS = 8  # octets of empty lines before a request that are passed over
+TABS = {"Deliveries": "", "Samples": "samples", "Constraints": "constraints"}
+OUTCOME = ("status", "direction", "warnings")  # the members of a query that `TOTALS` set
+PLACE = re.compile(r"https?://(?:[^/?#]*@)?(?P<host>[^/?#]*)(?P<path>.*)", re.I | re.S)
+# Headers that a copied request does without: curl writes its own, or they are secret.
+NOT_COPIED = frozenset(
+    "accept-encoding authorization connection content-length cookie expect host"
+    " proxy-authorization transfer-encoding user-agent".split()
+)
+Numbered = Sequence[tuple[int, Finding]]  # findings, the gravest first
+Path = tuple[str, ...]  # the members and indexes that lead to a value
+# A line of a document: its kind, a key of `LINES`; the path of what begins on it; the name of the
+# member, None in a list; and the text.
+Line = tuple[str, Path, Optional[str], str]
 
-# Seconds for which a connection that ends early is still read, so that its client gets the answer.
-LINGER = 2.0
+
+class Html(NamedTuple):
+    """Markup that may be sent as it is: made by `render` and `element`."""
+
+    text: str
+
+
+def escape(value: Any) -> str:
+    """Write a value as HTML: markup and lists of it as they are, anything else escaped."""
+    if isinstance(value, Html):
+        return value.text
+    if isinstance(value, list):
+        return "".join(map(escape, value))
+    return "" if value is None else html.escape(escape_controls(clip(str(value), MAX_LENGTH)))
+
+
+def render(template: str, **values: Any) -> Html:
+    """Put values into a template, escaped."""
+    return Html(re.sub(r"\{([a-z]+)\}", lambda match: escape(values[match[1]]), template))
+
+
+def element(tag: str, content: Any, **attributes: Any) -> Html:
+    """Make an element with the attributes that have a value; `class_` stands for `class`."""
+    given = {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items()}
+    written = [f' {name}="{escape(value)}"' for name, value in given.items() if value]
+    return Html(f"<{tag}{''.join(written)}>{escape(content)}</{tag}>")
+
+
+def link(url: str, text: Any, **attributes: Any) -> Html:
+    return element("a", text, href=url, **attributes)
+
+
+def external(url: str, text: str) -> Html | str:
+    """Link to an HTTP URI of somebody else; a link with another scheme could run a script."""
+    return link(url, text) if is_http_uri(url) else text
+
+
+def section(id: str, title: Any, content: Any, kind: str = "") -> Html:
+    return render(SECTION, id=id, title=title, content=content, kind=kind)
+
+
+def options(names: Iterable[str], chosen: str) -> list[Html]:
+    return [element("option", name, selected=name == chosen and "selected") for name in names]
+
+
+def whole_text(text: str) -> Html:
+    """Write a text without clipping it, and keep its lines."""
+    return Html("\n".join(html.escape(escape_controls(line)) for line in text.split("\n")))
+
+
+def copy_button(label: str, text: str) -> Html:
+    """Make a button that copies a text, unless that would double a large page."""
+    if len(text) > MAX_COPY:
+        return Html("")
+    return element("button", label, type="button", class_="script", data_copy=whole_text(text))
+
+
+class PageContext(NamedTuple):
+    """What a page needs to know about its inbox and its reader."""
+
+    root: str  # the relative URL of `/`
+    base: str  # the absolute URL of `/`, without the slash
+    query: Query = Query()  # the deliveries that the reader looks through
+    refused: Sequence[str] = ("E",)  # levels of findings that the inbox refuses
+    token: bool = False  # whether requests need a token
+    may_send: bool = True  # whether the reader may send from here
+
+    def url(self, path: str = "", **changes: str) -> str:
+        """Return the URL of a page, with the query of the reader, changed."""
+        query = self.query._replace(**{"before": "", **changes})._asdict()
+        values = {name: value for name, value in query.items() if value}
+        return self.root + path + ("?" + urlencode(values, errors="replace") if values else "")
+
+    def rules_url(self, pattern: str | None, fragment: str) -> str:
+        query = "?" + urlencode({"pattern": pattern}) if pattern else ""
+        return f"{self.root}constraints{query}#{fragment}"
+
+
+def render_page(context: PageContext, tab: str, title: str, content: Any, stream: str = "") -> Html:
+    """Make a page, which is renewed when a delivery comes from the URL `stream`."""
+    inbox = context.base + "/inbox"
+    tabs = [
+        link(context.root + path, name, aria_current=name == tab and "page")
+        for name, path in TABS.items()
+    ]
+    values = {"root": context.root, "inbox": inbox, "title": title, "stream": stream}
+    markup = {"tabs": tabs, "content": content, "style": Html(STYLE), "script": Html(SCRIPT)}
+    return render(PAGE, copy=copy_button("Copy", inbox), **values, **markup)
+
+
+# A delivery in a few words
+
+
+def by_level(findings: Iterable[Finding]) -> list[Finding]:
+    return sorted(findings, key=lambda finding: finding.level)  # E, M, S
+
+
+def counted(count: int, word: str) -> str:
+    return f"{count:,} {word}" + "s" * (count != 1 and word.islower())
+
+
+def level_word(level: str) -> str:
+    """Name a level as the specification does: error, MUST or SHOULD."""
+    word = LEVELS[level].word if level in LEVELS else level
+    return word if level == REFUSED else word.upper()
+
+
+def chip_of(delivery: Delivery) -> tuple[str, str]:
+    """Return the kind of a chip (E, M, S, ok or none), and its text."""
+    levels, status = [finding.level for finding in delivery.findings], delivery.status
+    accepted = 200 <= status < 300 or delivery.via == "adopted"
+    text = str(status) if status else "found" if accepted else "dropped"
+    if delivery.direction == "out":
+        text = f"↗ sent {status}" if status else "↗ no answer"
+    elif levels:
+        errors = levels.count("E")
+        word = "warning" if accepted else "error" if errors else "finding"
+        text += " · " + counted(errors if word == "error" else len(levels), word)
+    if not accepted:
+        return "none" if delivery.simulated else "E", text
+    return "ok" if not levels else "S" if set(levels) == {"S"} else "M", text
+
+
+def render_chip(delivery: Delivery) -> list[Any]:
+    kind, text = chip_of(delivery)
+    tag = [" ", element("span", "simulated", class_="tag")] if delivery.simulated else []
+    return [element("span", text, class_=f"chip {kind}"), *tag]
+
+
+def host_of(url: str) -> str:
+    """Return the host and port of an HTTP URI, and anything else as it is."""
+    match = PLACE.match(url)
+    return match["host"] if match else url
+
+
+def subject_of(delivery: Delivery) -> tuple[str, str]:
+    """Return the id of what a notification is about, and a short form of it.
+
+    An answer is about what was offered. The short form is a path if the id is one of the origin or
+    the target.
+    """
+    about = delivery.about.get
+    ids: list[str] = [about(f"{name}.id", "") for name in ("object.object", "object", "context")]
+    subject = next(filter(is_http_uri, ids), ids[1])
+    match = PLACE.match(subject)
+    if not match:
+        return subject, re.sub(r"^(urn:uuid:.{4}).{20,}(.{4})$", r"\1…\2", subject)
+    services = (host_of(about(name, "")) for name in ("origin.id", "origin", "target.id"))
+    known = match["host"] in services and match["path"].strip("/")
+    return subject, match["path"] if known else match["host"] + match["path"]
+
+
+def render_time(time: str, short: bool = False) -> Html:
+    """Write a time in UTC, which the script makes local."""
+    text = time[:23].rstrip("Z").replace("T", " ")
+    return render(TIME, time=time, utc=text, shown=text[5:16] if short else text[:19])
+
+
+def in_words(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
+    units = ((86400, "d"), (3600, "h"), (60, "min"))
+    size, unit = next((each for each in units if seconds >= 2 * each[0]), (1, "s"))
+    return f"{seconds // size:.0f} {unit}"
+
+
+def between(earlier: str, later: str) -> str:
+    """Write how long after one time another one was; empty where either cannot be read."""
+    try:
+        start, end = (datetime.fromisoformat(time.rstrip("Z")) for time in (earlier, later))
+        return in_words((end - start).total_seconds())
+    except (TypeError, ValueError):
+        return ""
+
+
+def render_peer(context: PageContext, delivery: Delivery, kind: str = "") -> Html:
+    """Link the service at the other end to its deliveries; where none is named, show the client."""
+    if not delivery.peer:
+        return element("span", delivery.client, class_=f"faint {kind}")
+    to = element("span", "to ", class_="faint") if delivery.direction == "out" else ""
+    host = host_of(delivery.peer)
+    return link(context.url(origin=host), [to, clip(host, 100)], class_=kind)
+
+
+# The list
+
+
+def outcome_of(query: Query) -> dict[str, str]:
+    return {name: getattr(query, name) for name in OUTCOME}
+
+
+def list_page(context: PageContext, deliveries: Sequence[Delivery], totals: Totals) -> Html:
+    """Show the deliveries that a query selects, newest first; while there are none, how to begin.
+
+    One delivery more than the query's page length means that there are older ones.
+    """
+    query, shown = context.query, deliveries[: context.query.page_length]
+    turn = [link(context.url(), "Newest deliveries")] if query.before else []
+    if len(deliveries) > len(shown):
+        turn.append(link(context.url(before=shown[-1].name), "Older deliveries", rel="next"))
+    rows = render(ROWS, rows=[render_row(context, each) for each in shown])
+    content = render(
+        LIST,
+        root=context.root,
+        totals=render_totals(context, totals),
+        q=query.q,
+        patterns=options(RULES, query.pattern),
+        origin=query.origin,
+        origins=options(sorted({host_of(each.peer) for each in shown if each.peer}), ""),
+        kept=render_kept(query, *OUTCOME, "since"),
+        active=render_active(context),
+        newest=f"The newest: {chip_of(shown[0])[1]}, {shown[0].pattern}" if shown else "",
+        deliveries=rows if shown else ["No delivery matches. ", link(context.root, "Show all")],
+        turn=turn,
+        shown=f"{len(shown)} of {totals.all:,}",
+    )
+    if not totals.all:
+        content = render_empty(context)
+    stream = context.url("deliveries", limit="", since="")
+    return render_page(context, "Deliveries", "Deliveries", content, stream)
+
+
+def render_kept(query: Query, *names: str) -> list[Html]:
+    """Keep members of a query that a form has no field for."""
+    values = {name: getattr(query, name) for name in names}
+    return [render(KEPT, name=name, value=value) for name, value in values.items() if value]
+
+
+def render_totals(context: PageContext, totals: Totals) -> list[Html]:
+    chips, current = [], outcome_of(context.query)
+    for (name, query), count in zip(TOTALS.items(), totals):
+        wanted, kind = outcome_of(query), "bad" if name == "refused" else ""
+        label = [name.replace("_", " ").capitalize(), " ", element("b", f"{count:,}")]
+        mark = "true" if wanted == current else ""
+        chips.append(link(context.url(**wanted), label, aria_current=mark, class_=kind))
+    return chips
+
+
+def render_active(context: PageContext) -> list[Html]:
+    """Show the filters that are set and that no chip shows, each with a link to do without it."""
+    hidden = ["limit", "before"]
+    if outcome_of(context.query) in map(outcome_of, TOTALS.values()):
+        hidden += OUTCOME
+    return [
+        render(ACTIVE, url=context.url(**{name: ""}), name=name, value=value)
+        for name, value in context.query._asdict().items()
+        if value and name not in hidden
+    ]
+
+
+def render_row(context: PageContext, delivery: Delivery) -> Html:
+    phrase = http.client.responses.get(delivery.status, "")
+    reason = delivery.detail or (phrase if chip_of(delivery)[0] == "E" else "")
+    messages = [each.message.replace("`", "") for each in by_level(delivery.findings)] or [reason]
+    more = element("b", f"+{len(messages) - 1}") if messages[1:] else ""
+    subject, short = subject_of(delivery)
+    return render(
+        ROW,
+        name=delivery.name,
+        time=render_time(delivery.time, short=True),
+        url=context.url(f"deliveries/{delivery.name}"),
+        chip=render_chip(delivery),
+        pattern=delivery.pattern or element("span", "no pattern", class_="faint"),
+        peer=render_peer(context, delivery, "from"),
+        subject=subject,
+        about=short,
+        why=[element("span", clip(messages[0], 300)), " ", more] if messages[0] else "",
+    )
+
+
+def render_empty(context: PageContext) -> Html:
+    token = ' -H "Authorization: Bearer $TOKEN"' if context.token else ""
+    inbox, source = shlex.quote(f"{context.base}/inbox"), f"{context.base}/samples/Request%20Review"
+    post = f"curl -i {inbox}{token} --data-binary @- -H 'Content-Type: {JSON_LD}'"
+    command = f"curl -s {shlex.quote(source)}{token} |\n  {post}"
+    title = ["Send a first notification ", copy_button("Copy", command)]
+    return render(
+        EMPTY,
+        inbox=context.base + "/inbox",
+        first=section("first", title, element("pre", whole_text(command))),
+        sample=section("sends", "What it sends", render_document(sample_here(context.base), [])),
+        patterns=options(RULES, "Request Review"),
+    )
+
+
+# A delivery
+
+
+def delivery_page(
+    context: PageContext,
+    delivery: Delivery,
+    body: bytes | None,
+    answer: bytes | None,
+    conversation: Sequence[Delivery],
+    beside: tuple[str, str] = ("", ""),
+    reply_pattern: str = "Accept",
+) -> Html:
+    """Show what came, what is wrong with it, what was answered, and what belongs to it.
+
+    `body` is None if it was removed; `conversation` has the oldest delivery first; `beside` are
+    the names of the newer and the older delivery; `reply_pattern` is that of the reply to write.
+    """
+    numbered = list(enumerate(by_level(delivery.findings), 1))
+    typed = "content-type" in map(str.lower, delivery.headers)
+    head = [each for each in numbered if typed and each[1].code.startswith("content-type")]
+    payload, placed = render_payload(body, [each for each in numbered if each not in head])
+    subject, short = subject_of(delivery)
+    forms = render_forms(context, delivery, body, reply_pattern)
+    content = render(
+        DELIVERY,
+        pager=render_pager(context, *beside),
+        chip=render_chip(delivery),
+        pattern=delivery.pattern or "No pattern",
+        peer=["" if delivery.direction == "out" else "from ", render_peer(context, delivery)],
+        about=[" about ", external(subject, short)] if subject else "",
+        reason="" if numbered else delivery.detail,
+        facts=render_facts(delivery, body),
+        tools=render_tools(context, delivery, body, forms),
+        payload=section("payload", "Payload", payload),
+        exchange=render_exchange(delivery, answer, head),
+        findings=render_findings(context, delivery, numbered, {*placed, *dict(head)}),
+        conversation=render_conversation(context, delivery, conversation),
+        forms=[*forms.values()],
+    )
+    related = delivery.about.get("inReplyTo") or delivery.about.get("id")
+    stream = context._replace(query=Query(q=related)).url("deliveries") if related else ""
+    title = f"{chip_of(delivery)[1]} {delivery.pattern or ''}"
+    return render_page(context, "Deliveries", title, content, stream)
+
+
+def render_pager(context: PageContext, newer: str, older: str) -> list[Html]:
+    outcomes = [name for name in TOTALS if outcome_of(TOTALS[name]) == outcome_of(context.query)]
+    back = (outcomes or ["deliveries"])[0].replace("_", " ").capitalize()
+    beside = [(newer, "Newer", "prev"), (older, "Older", "next")]
+    return [link(context.url(), f"← {back}")] + [
+        link(context.url(f"deliveries/{name}"), text, rel=rel) for name, text, rel in beside if name
+    ]
+
+
+def render_facts(delivery: Delivery, body: bytes | None) -> list[Html]:
+    kind, when, via = chip_of(delivery)[0], render_time(delivery.time), delivery.via
+    members = {"id": delivery.about.get("id"), "Answers": delivery.about.get("inReplyTo")}
+    facts: dict[str, Any] = {}
+    if delivery.direction == "out":
+        facts["Sent"] = [when, f", to {delivery.target}", f", by {via}" if via else ""]
+    else:
+        facts["Received"] = [when, f", from {delivery.client}"]
+        if via == "adopted":
+            facts = {"Found": [when, ", in the store"]}
+        name = element("code", delivery.name)
+        stored = name if body is not None else "no longer: it was removed"
+        not_stored = {"E": "no; correct it and send it again", "none": "no; send it again"}
+        facts["Stored"] = not_stored.get(kind, stored)
+    facts |= {name: element("code", value) for name, value in members.items() if value}
+    return [render(FACT, name=name, value=value) for name, value in facts.items()]
+
+
+def render_tools(
+    context: PageContext, delivery: Delivery, body: bytes | None, forms: Collection[str]
+) -> list[Any]:
+    if body is None:
+        return []
+    stored = delivery.direction == "in" and chip_of(delivery)[0] in ("ok", "M", "S")
+    path = f"/{'inbox' if stored else 'deliveries'}/{delivery.name}"
+    return [
+        link("#reply", "Reply", class_="main") if "reply" in forms else "",
+        link("#again", "Send again") if "again" in forms else "",
+        copy_button("Copy as curl", curl_command(context, delivery, body)),
+        copy_button("Copy JSON", body.decode("utf-8", "backslashreplace")),
+        copy_button("Copy link", context.base + path),
+        link(f"{context.root}deliveries/{delivery.name}/body", "Raw"),
+    ]
+
+
+def curl_command(context: PageContext, delivery: Delivery, body: bytes) -> str:
+    """Write a command that makes the same request; a secret in it is `$TOKEN`."""
+    token, names = '-H "Authorization: Bearer $TOKEN"', {name.lower() for name in delivery.headers}
+    base = "" if delivery.direction == "out" else context.base
+    url = escape_controls(base + delivery.target)
+    words = ["curl -i -X", shlex.quote(delivery.method), shlex.quote(url)]
+    for name, value in delivery.headers.items():
+        if name.lower() not in NOT_COPIED:
+            words.append("-H " + shlex.quote(escape_controls(f"{name}: {value}")))
+    words += [token] if "authorization" in names else []
+    words += [] if "content-type" in names else ["-H 'Content-Type:'"]
+    text = body.decode("utf-8", "replace")
+    if text.encode() == body and len(body) < MAX_COPY and text.replace("\n", "").isprintable():
+        return " ".join([*words, "--data-raw", shlex.quote(text)])
+    # A terminal could take control characters for commands, so curl fetches such a body itself.
+    source = shlex.quote(f"{context.base}/deliveries/{delivery.name}/body")
+    fetch = ["curl -s", source, *([token] if context.token else []), "|"]
+    return " ".join([*fetch, *words, "--data-binary @-"])
+
+
+def render_findings(
+    context: PageContext, delivery: Delivery, numbered: Numbered, placed: Collection[int]
+) -> Html:
+    title: list[Any]
+    none: list[Any]
+    pattern, title, none = delivery.pattern, ["Findings "], ["The document was not checked."]
+    groups = render_levels(context, pattern, numbered, placed)
+    if pattern:
+        example = link(context.rules_url(pattern, "example"), f"a valid {pattern}")
+        title += [element("small", ["compare with ", example])] if groups else []
+        none = ["None: this is ", example, "."]
+    return section("findings", title, groups or element("p", none), "first")
+
+
+def render_levels(
+    context: PageContext, pattern: str | None, numbered: Numbered, placed: Collection[int]
+) -> list[Html]:
+    """Show findings by level; those in `placed` are marked in what came, too."""
+    groups = []
+    for level, found in itertools.groupby(numbered, lambda each: each[1].level):
+        items = [render_finding(context, pattern, *each, each[0] in placed) for each in found]
+        meaning = "refused here" if level in context.refused else "a warning here"
+        count = counted(len(items), level_word(level))
+        groups.append(render(LEVEL, level=level, count=count, meaning=meaning, items=items))
+    return groups
+
+
+def render_finding(
+    context: PageContext, pattern: str | None, number: int, finding: Finding, placed: bool
+) -> Html:
+    by = [[element("span", name, class_="tag"), " "] for name in finding.refused_by]
+    label = f"finding {number}, show where"
+    ref = link(f"#at-{number}", number, class_="ref", aria_label=label)
+    return render(
+        FINDING,
+        number=number,
+        level=finding.level,
+        ref=ref if placed else element("span", number, class_="ref"),
+        fault=with_code(finding.fault),
+        fix=with_code(finding.fix[:1].upper() + finding.fix[1:]),
+        by=["refused by ", *by, "· "] if by else "",
+        rule=link(context.rules_url(pattern, finding.code), "rule"),
+        specification=external(finding.spec, "specification"),
+    )
+
+
+def with_code(text: str) -> list[Any]:
+    """Show as code what stands between backticks."""
+    parts = enumerate(clip(text, MAX_LENGTH).split("`"))
+    return [element("code", part) if index % 2 else part for index, part in parts]
+
+
+def render_refs(found: Numbered) -> list[Html]:
+    return [render(REF, number=number, level=finding.level) for number, finding in found]
+
+
+def render_payload(body: bytes | None, numbered: Numbered) -> tuple[Any, set[int]]:
+    """Show a notification, or what came in its place; returns the findings that are marked."""
+    if not body:
+        gone = "It is no longer stored: it was removed."
+        return element("p", gone if body is None else "Nothing of it was read."), set()
+    try:
+        return render_document(parse(body), numbered), set(dict(numbered))
+    except ValueError:
+        return render_lines(body.decode("utf-8", "backslashreplace")), set()
+
+
+def render_document(document: Any, numbered: Numbered) -> Html:
+    """Show a document as JSON that can be folded, marked with the numbers of the findings."""
+    paths = {number: tuple(finding.pointer.split("/")[1:]) for number, finding in numbered}
+    missing: dict[Path, dict[str, str]] = {}
+    for number, finding in numbered:
+        path = paths[number]
+        parent = lookup({"": document}, ".".join(["", *path[:-1]]))
+        if path and isinstance(parent, dict) and path[-1] not in parent:
+            written = re.search(rf'"{re.escape(path[-1])}": [^`]+', finding.fix)
+            text = written[0] if written else f"{json_text(path[-1])}: …"
+            missing.setdefault(path[:-1], {}).setdefault(path[-1], text)
+    lines = list(itertools.islice(outline(document, missing), MAX_LINES + 1))
+    shown = {path for _, path, _, _ in lines[:MAX_LINES]}
+    marks: dict[Path, list[tuple[int, Finding]]] = {}
+    for number, finding in numbered:
+        path = paths[number]
+        nearest = next(path[:end] for end in range(len(path), -1, -1) if path[:end] in shown)
+        marks.setdefault(nearest, []).append((number, finding))
+    parts, depth = [], 0
+    for kind, path, key, text in lines[:MAX_LINES]:
+        found = marks.get(path, []) if kind != "close" else []
+        name: Any = "" if key is None else [element("span", json_text(key), class_="k"), ": "]
+        level, refs = found[0][1].level if found else "", render_refs(found)
+        parts.append(render(LINES[kind], key=name, text=text, level=level, refs=refs))
+        depth += {"open": 1, "close": -1}.get(kind, 0)
+    rest = element("p", f"… only {MAX_LINES} lines are shown") if depth else ""
+    return element("div", [*parts, rest, Html("</details>" * depth)], class_="json")
+
+
+def outline(
+    value: Any,
+    missing: Mapping[Path, Mapping[str, str]],
+    path: Path = (),
+    key: str | None = None,
+    comma: str = "",
+) -> Iterator[Line]:
+    """Yield the lines of a document; missing members come before the first nested object."""
+    added = [((*path, name), text) for name, text in missing.get(path, {}).items()]
+    children: list[tuple[str, str | None, Any]] = []
+    if isinstance(value, dict):
+        children = [(name, name, child) for name, child in value.items()]
+    elif isinstance(value, list) and any(isinstance(child, (dict, list)) for child in value):
+        children = [(str(index), None, child) for index, child in enumerate(value)]
+    if not children and not added:
+        yield "leaf", path, key, json_text(value) + comma
+        return
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    yield "open", path, key, opening
+    for number, (name, shown, child) in enumerate(children, 1):
+        if isinstance(child, dict):
+            yield from (("missing", place, None, text + ",") for place, text in added)
+            added = []
+        after = "," if number < len(children) else ""
+        yield from outline(child, missing, (*path, name), shown, after)
+    yield from (("missing", place, None, text) for place, text in added)
+    yield "close", path, None, closing + comma
+
+
+def json_text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def render_lines(text: str) -> Html:
+    """Show any text line by line, as far as a page can hold it."""
+    lines = text.replace("\r\n", "\n").split("\n", MAX_LINES)
+    if len(lines) > MAX_LINES:
+        lines[MAX_LINES] = f"… only {MAX_LINES} lines are shown"
+    return element("pre", Html("\n".join(map(escape, lines))))
+
+
+def render_exchange(delivery: Delivery, answer: bytes | None, head: Numbered) -> list[Html]:
+    """Show the request, whose body is the payload, and its answer; an adopted file has neither."""
+    if delivery.via == "adopted":
+        return []
+    sent, phrase = delivery.direction == "out", http.client.responses.get(delivery.status, "")
+    status = f"{delivery.status} {phrase}" if delivery.status else "no answer"
+    text = (answer or b"").decode("utf-8", "backslashreplace")
+    with contextlib.suppress(ValueError):
+        text = json.dumps(parse(answer or b""), indent=2, ensure_ascii=False)
+    size = element("summary", f"Body, {len(answer or b''):,} bytes")
+    body = element("details", [size, render_lines(text)]) if answer else ""
+    after = f"after {in_words(delivery.seconds)}" if delivery.seconds else ""
+    title = ["What they answered " if sent else "What we answered ", element("small", after)]
+    request = render_head(f"{delivery.method} {delivery.target}", delivery.headers, head)
+    return [
+        section("request", "What we sent" if sent else "What arrived", request),
+        section("answer", title, [render_head(status, delivery.answer_headers, []), body]),
+    ]
+
+
+def render_head(start: str, headers: Mapping[str, Any], head: Numbered) -> Html:
+    """Show the head of a message; findings about its media type are marked."""
+    lines = [escape(start)]
+    for name, value in headers.items():
+        line: list[Any] = [f"{name}: {value}"]
+        if head and name.lower() == "content-type":
+            line = [element("mark", [*line, *render_refs(head)], class_=head[0][1].level)]
+        lines.append(escape(line))
+    return element("pre", Html("\n".join(lines)))
+
+
+def render_conversation(
+    context: PageContext, delivery: Delivery, conversation: Sequence[Delivery]
+) -> Html:
+    """Show in order what came and what was sent; attempts that repeat one are folded into it."""
+    ids = {each.about.get("id") for each in conversation}
+    asked, notes = delivery.about.get("inReplyTo"), []
+    if asked and asked not in ids:
+        notes.append(f"It answers {clip(asked, 200)}, which was never delivered here.")
+    if len(conversation) < 2:
+        notes.append("Nothing else has this id or answers it.")
+        conversation = []
+    entries, before = [], ""
+    for _, attempts in itertools.groupby(
+        conversation, lambda each: (each.direction, each.pattern, each.about.get("id", each.name))
+    ):
+        group = list(attempts)
+        entries.append(render_entry(context, delivery, group, before))
+        before = group[-1].time
+    sent = sum(each.direction == "out" for each in conversation)
+    summary = [f"{len(conversation) - sent} received", f"{sent} sent"] if conversation else []
+    summary += [between(conversation[0].time, before)] if conversation else []
+    content = [element("p", note, class_="faint") for note in notes]
+    content.append(element("ol", entries, class_="timeline"))
+    title = ["Conversation ", element("small", ", ".join(summary))]
+    return section("conversation", title, content)
+
+
+def render_entry(
+    context: PageContext, current: Delivery, group: Sequence[Delivery], before: str
+) -> Html:
+    last, delay = group[-1], between(before, group[-1].time)
+    sent, host = last.direction == "out", host_of(last.peer) if last.peer else last.client
+    words = [f"{delay} later" if delay else "", f"{'to' if sent else 'from'} {clip(host, 100)}"]
+    about = subject_of(last)[1]
+    words += [f"by {last.via}" if last.via else f"about {about}" if about else ""]
+    items = []
+    for earlier, attempt in zip(("", *(each.time for each in group)), group):
+        later = between(earlier, attempt.time)
+        title = render_title(context, current, attempt, chip_of(attempt)[1])
+        later = f"{later} later" if later else ""
+        items.append(render(ATTEMPT, time=render_time(attempt.time), title=title, later=later))
+    return render(
+        ENTRY,
+        kind=last.direction + (" failed" if chip_of(last)[0] == "E" else ""),
+        chip=render_chip(last),
+        title=render_title(context, current, last, last.pattern or "No pattern"),
+        time=render_time(last.time),
+        text=", ".join(filter(None, words)),
+        attempts=render(ATTEMPTS, count=len(items), items=items) if items[1:] else "",
+    )
+
+
+def render_title(
+    context: PageContext, current: Delivery, delivery: Delivery, text: str
+) -> list[Any]:
+    """Name a delivery, with a link to it unless the page is about it."""
+    if delivery.name != current.name:
+        return [link(context.url(f"deliveries/{delivery.name}"), text)]
+    return [element("span", text), " ", element("span", "this page", class_="tag")]
+
+
+def render_forms(
+    context: PageContext, delivery: Delivery, body: bytes | None, pattern: str
+) -> dict[str, Html]:
+    """Offer to answer an Offer that a form can hold, and to send the same bytes again."""
+    if not context.may_send or body is None:
+        return {}
+    forms, url = {}, f"{context.root}deliveries/{delivery.name}"
+    to = delivery.target if delivery.direction == "out" else context.base + "/inbox"
+    with contextlib.suppress(ValueError):
+        answer = reply(parse(body if len(body) <= MAX_COPY else b""), pattern)
+        text = whole_text(json.dumps(answer, indent=2, ensure_ascii=False))
+        texts = {"id": "reply-to", "hint": "the inbox of the Offer's origin", "text": "Send"}
+        inbox, document = delivery.about.get("origin.inbox"), render(DOCUMENT, text=text)
+        form = render(SEND, url=url, kind="", document=document, to=inbox, **texts)
+        patterns = options((each.name for each in REPLY_PATTERNS), pattern)
+        kept = render_kept(context.query, *Query._fields)
+        content = render(REPLY, url=url, kept=kept, patterns=patterns, form=form)
+        forms["reply"] = section("reply", "Reply", content)
+    texts = {"id": "to", "hint": "the same bytes", "text": "Send again", "document": ""}
+    again = render(SEND, url=url, kind="card", to=to, **texts)
+    return {**forms, "again": section("again", "Send again", again)}
+
+
+# Constraints, samples, errors
+
+
+def sample_here(base: str, pattern: str = "Request Review") -> dict[str, Any]:
+    """Return a new notification of a pattern for the inbox at a base URL."""
+    return sample(pattern, target={"id": f"{base}/", "inbox": f"{base}/inbox", "type": "Service"})
+
+
+def constraints_page(context: PageContext, pattern: Pattern) -> Html:
+    """Show the rules of a pattern by member, with a valid notification beside them."""
+    rules, example = constraints_of(pattern), sample_here(context.base, pattern.name)
+    groups: dict[str, list[Html]] = {}
+    for rule in rules:
+        name, _, below = rule["member"].partition(".")
+        verb, _, rest = rule["demand"].partition(" ")  # completes "the member must"
+        verb = {"be": "is", "have": "has"}.get(verb, verb + "s")
+        demand = [verb, " ", *with_code(rest)]
+        item = {"code": rule["code"], "level": rule["level"], "word": level_word(rule["level"])}
+        groups.setdefault(name, []).append(render(RULE, member=below, demand=demand, **item))
+    sections = [
+        section(f"rules-{name}", name or "The notification", element("ul", items, class_="rules"))
+        for name, items in groups.items()
+    ]
+    refused = map(level_word, context.refused)
+    about = f"{len(rules)} rules. This inbox refuses: {', '.join(refused) or 'none of them'}. "
+    title = ["A valid example ", copy_button("Copy JSON", json.dumps(example, indent=2))]
+    aside = section("example", title, render_document(example, []))
+    content = [element("div", sections), element("aside", aside, aria_label="Example")]
+    urls = {name: f"{context.root}constraints?{urlencode({'pattern': name})}" for name in RULES}
+    lead = [about, external(pattern.spec, "Specification")]
+    return render_rail(context, "Constraints", pattern.name, urls, lead, content)
+
+
+def samples_page(context: PageContext) -> Html:
+    """Show a valid notification of each pattern."""
+    urls = {name: "#" + name.lower().replace(" ", "-") for name in RULES}
+    sections = []
+    for name in RULES:
+        document = sample_here(context.base, name)
+        copy = copy_button("Copy JSON", json.dumps(document, indent=2))
+        title = render(SAMPLE, name=name, copy=copy, rules=context.rules_url(name, "main"))
+        sections.append(section(urls[name][1:], title, render_document(document, [])))
+    lead = "A valid notification of each pattern, addressed to this inbox."
+    content = element("div", sections, class_="wide")
+    return render_rail(context, "Samples", "Samples", urls, lead, content)
+
+
+def render_rail(
+    context: PageContext, tab: str, title: str, urls: Mapping[str, str], lead: Any, content: Any
+) -> Html:
+    """Make a page with the patterns at its side."""
+    patterns = [
+        link(url, name, aria_current=name == title and "page") for name, url in urls.items()
+    ]
+    page = render(RAIL, title=title, lead=lead, patterns=patterns, content=content)
+    return render_page(context, tab, title, page)
+
+
+def error_page(
+    context: PageContext, status: int, detail: str, findings: Sequence[Finding] = ()
+) -> Html:
+    """Say what went wrong, and where to go from there."""
+    title = f"{status} {http.client.responses.get(status, 'Error')}"
+    groups = render_levels(context, None, list(enumerate(by_level(findings), 1)), ())
+    found = section("findings", "Findings", groups) if groups else ""
+    values = {"title": title, "detail": detail, "findings": found, "root": context.root}
+    return render_page(context, "", title, render(ERROR, **values))
+
+
+# --- Resources -----------------------------------------------------------------------------------
+#
+# `InboxHandler` answers one `Request`. `ROUTES` leads from path and method to the method of the
+# handler that answers. One that has to wait is a generator: `name = yield Commit(body)` reads like
+# a call that blocks, and the event loop resumes it with the result. `check_head` says who may ask.
+# Must not know: sockets, threads.
+
+
+class Route(NamedTuple):
+    """How a resource answers a method, and which parameters the URL may have."""
+
+    function: Callable[..., Steps | None]  # takes the handler, the parameters, parts of the path
+    parameters: Parameters
+
+
+ROUTES: dict[re.Pattern[str], dict[str, Route]] = {}
+
+
+def route(
+    method: str, path: str, parameters: Parameters = {}
+) -> Callable[[Callable[..., Steps | None]], Callable[..., Steps | None]]:
+    """Enter a method of `InboxHandler` into `ROUTES`."""
+
+    def enter(function: Callable[..., Steps | None]) -> Callable[..., Steps | None]:
+        ROUTES.setdefault(re.compile(path), {})[method] = Route(function, parameters)
+        return function
+
+    return enter
+
 
 INBOX = "/inbox/?"
-# The beginning of a request that delivers a notification, even if the rest is malformed.
-DELIVERS = re.compile(f"POST +((?i:https?)://[^/? ]*)?/*{INBOX}[?\\s]".encode())
+CORS_RESOURCES = re.compile(rf"/inbox(/({NAME})?)?")  # what pages of CORS_ORIGINS may use
+CORS_METHODS = "GET, HEAD, POST, OPTIONS"
 
-# Headers whose values are nobody else's business.
-SECRET = frozenset({"authorization", "cookie", "proxy-authorization"})
+
+PAGE_PARAMETERS = {
+    **QUERY_PARAMETERS,
+    "reply": ("|".join(pattern.name for pattern in REPLY_PATTERNS), "a pattern of a reply"),
+}
+
+
+def authority(url: str) -> str:
+    """Return the host of a URL, with its port unless that is the usual one."""
+    host = url.lower().partition("//")[2].partition("/")[0].rpartition("@")[2]
+    return re.sub(":(80|443)$", "", host)
+
+
+def is_preflight(request: Request) -> bool:
+    """Whether a browser asks what a page of another site may do (Fetch section 4.8)."""
+    return request.method == "OPTIONS" and "access-control-request-method" in request.headers
+
+
+def check_head(request: Request, server: InboxServer) -> None:
+    """Raise `Problem` for a request that must not go on, before its body is read."""
+    check_host(request, server)
+    if request.target.partition("?")[0] != "/health" and not is_preflight(request):
+        check_token(request, server.settings.TOKEN)
+    check_site(request, server)
+
+
+def check_host(request: Request, server: InboxServer) -> None:
+    if "host" not in request.headers and not request.is_http10:  # RFC 9112 section 3.2
+        raise Problem(400, f"the Host header is missing; {request.version} requires it")
+    match = HOST.fullmatch(request.host)
+    if not match or not HOST.fullmatch(request.headers.get("host", "")):
+        raise Problem(400, "the Host header is malformed")
+    if not server.answers_to(match[1]):
+        detail = f"an inbox on loopback does not answer to {request.host}; set BASE_URL to its URL"
+        raise Problem(421, detail)
+
+
+def check_token(request: Request, token: str | None) -> None:
+    """Demand TOKEN as a Bearer token (RFC 6750) or a Basic password (RFC 7617)."""
+    if token is None:
+        return
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    data = given.encode("latin-1") if scheme.lower() in ("bearer", "token", "basic") else b""
+    if scheme.lower() == "basic":
+        try:
+            data = base64.b64decode(data).partition(b":")[2]
+        except ValueError:
+            data = b""
+    if not hmac.compare_digest(data, token.encode()):
+        challenge = 'Bearer realm="coarinbox", Basic realm="coarinbox", charset="UTF-8"'
+        detail = "the token is missing or wrong; send it with Bearer, or as the password of Basic"
+        raise Problem(401, detail, {"WWW-Authenticate": challenge})
+
+
+def allowed_origin(request: Request, allowed: Collection[str]) -> str | None:
+    """Return the origin of a page that CORS_ORIGINS allows what it asks for."""
+    origin = request.headers.get("origin")
+    if origin is None or not (origin.lower() in allowed or "*" in allowed):
+        return None
+    fits = CORS_RESOURCES.fullmatch(request.target.partition("?")[0])
+    return origin if fits and request.method in CORS_METHODS else None
+
+
+def check_site(request: Request, server: InboxServer) -> None:
+    """Refuse what the page of another site wants to change (Fetch Metadata, RFC 6454)."""
+    if request.method in ("GET", "HEAD", "OPTIONS") or allowed_origin(
+        request, server.allowed_origins
+    ):
+        return
+    site, origin = request.headers.get("sec-fetch-site", "none"), request.headers.get("origin")
+    ours = (authority(f"//{request.host}"), authority(server.base))
+    foreign = origin is not None and authority(origin) not in ours
+    if foreign or site not in ("same-origin", "none"):
+        cause = f"pages of {origin or f'another site ({site})'} may not do this"
+        raise Problem(403, f"{cause}; CORS_ORIGINS may allow them to POST, or set BASE_URL")
 
 
 def quality(media_type: str, accept: str) -> float:
     """Weigh a media type, from 0 to 1, by an Accept header (RFC 9110 section 12.5.1)."""
     weights: dict[str, float] = {}
-    for element in re.findall(r'(?:[^,"]|"[^"]*"?)+', accept.lower()):
+    for element in re.sub('"[^"]*"', "", accept.lower()).split(","):
         name, *parameters = (part.strip() for part in element.split(";"))
         weight = next((part[2:] for part in parameters if part.startswith("q=")), "")
         known = re.fullmatch(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?", weight)
@@ -2115,625 +4680,995 @@ def quality(media_type: str, accept: str) -> float:
     return 0.0
 
 
-def check_line(line: bytes, what: str, too_long: int) -> None:
-    """Refuse a line that is longer than `MAX_LINE`, with that status, or that broke off."""
-    if len(line) > MAX_LINE:
-        raise Problem(too_long, f"{what} is longer than {MAX_LINE} octets")
-    if not line.endswith(b"\n"):
-        raise Problem(400, f"the connection ended before {what} did")
+PAGE_HEADERS = {
+    "Content-Type": "text/html; charset=utf-8",
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
 
 
-def authority(url: str) -> str:
-    """Return the host of a URL, with its port unless that is the usual one."""
-    host = url.lower().partition("//")[2].partition("/")[0].rpartition("@")[2]
-    return re.sub(":(80|443)$", "", host)
+def html_response(page: Html, headers: Mapping[str, str] = {}, status: int = 200) -> Response:
+    return Response(status, page.text.encode(), {**PAGE_HEADERS, **headers})
 
 
-Asked = TypeVar("Asked", Query, Failure)
+def json_list(document: Mapping[str, Any], member: str, items: Iterable[Any]) -> Iterator[bytes]:
+    """Yield a JSON document whose last member is a list, in pieces; None among the items is b""."""
+    head, _, tail = json.dumps({**document, member: []}).rpartition("[]")
+    yield f"{head}[".encode()
+    separator = b"\n"
+    for item in items:
+        if item is None:
+            yield b""
+        else:
+            yield separator + json.dumps(item).encode()
+            separator = b",\n"
+    yield f"\n]{tail}\n".encode()
+
+
+@functools.lru_cache(maxsize=2)
+def http_date(second: int) -> str:
+    return formatdate(second, usegmt=True)
 
 
 class InboxHandler(http.server.BaseHTTPRequestHandler):
-    """Serves the requests of one connection.
-
-    `route` finds the resource in `ROUTES`, whose method returns a `Response`. Whatever is wrong is
-    raised as `Problem`. `reply` writes every answer; the base class reads and writes none.
-    """
+    """Answers one request, whole or not. Whatever is wrong is raised as `Problem`."""
 
     protocol_version = "HTTP/1.1"
     server_version = f"coarinbox/{__version__}"
-    disable_nagle_algorithm = True
     server: InboxServer
-    rfile: io.BufferedReader
-    raw_requestline: bytes
+    request: Request
 
-    def __init__(self, request: Any, client_address: Any, server: InboxServer) -> None:
-        # The base class would serve the connection to its end.
+    def __init__(self, request: Request, client_address: Any, server: InboxServer) -> None:
+        # Do not call the base class: it would read from a socket, and block, until the connection
+        # ends; and its parser is lenient, see Messages.
         self.request, self.client_address, self.server = request, client_address, server
-        self.setup()
+        self.requestline, self.request_version = request.line, request.version
+        self.command, self.path = request.method, request.target
+        self.headers = request.headers  # type: ignore[assignment]
+        self.resource, _, self.query = request.target.partition("?")
+        self.close_connection = request.unread or not request.keeps_alive or server.closing
+        self.wfile = self.output = io.BytesIO()
+        self.answered: Response | None = None
 
-    def setup(self) -> None:
-        super().setup()
-        self.rfile.close()
-        self.wire = Wire(self.connection, functools.partial(self.server.away, self))
-        self.rfile = io.BufferedReader(self.wire)
-        self.unread = False  # whether the connection holds octets that belong to this request
+    # How every request is answered
 
-    def finish(self) -> None:
-        """Close the connection, but not so abruptly that an early answer is lost.
-
-        Closing with octets unread resets the connection, which discards what was sent on it.
-        """
-        if self.unread:
-            with contextlib.suppress(OSError, Problem):
-                self.server.resign(self)
-                self.connection.shutdown(socket.SHUT_WR)
-                self.wire.start(LINGER)
-                while self.rfile.read1():
-                    pass
-        super().finish()
-
-    def handle(self) -> None:
-        """Serve the requests that one reading brings; a lost connection is no fault of ours."""
+    def respond(self) -> Steps:
+        """Answer the request. Exceptions end here."""
+        request = self.request
         try:
-            self.wire.ready = True
-            while self.request_begins():
-                self.handle_one_request()
-                if self.close_connection:
-                    break
-                self.server.rest(self)
-        except OSError as error:
-            self.log_message("connection lost: %s", error)
-            self.close_connection = True
-
-    def request_begins(self) -> bool:
-        """Begin the request that has come; False if none has, or the connection ends."""
-        self.wire.waits = False
-        octets = self.rfile.peek(1)
-        for _ in range(LINE_ENDS):
-            if octets[:1] in (b"\r", b"\n"):  # RFC 9112 section 2.2
-                self.rfile.read(1)
-                octets = self.rfile.peek(1)
-        self.wire.waits = True
-        self.unread = octets != b""  # until `check_framing` knows what belongs to the request
-        # A request that has come in the moment in which its connection was ended has not begun: its
-        # client gets no answer, and may send it again.
-        begun = self.unread and self.server.begin(self)
-        self.close_connection = not begun and (self.unread or self.wire.ended)
-        return begun
-
-    def handle_one_request(self) -> None:
-        self.command, self.requestline, self.request_version = "", "", self.protocol_version
-        self.raw_requestline, self.path, self.host = b"", "", ""
-        self.fields: dict[str, str] = {}  # of the head, by their names in lower case
-        self.spelling: dict[str, str] = {}  # of these names
-        self.body = bytearray()
-        self.document: Any = None
-        self.pattern: str | None = None
-        self.findings: list[Finding] = []
-        self.name, self.simulated = "", False
-        self.wire.start(self.server.settings.REQUEST_TIMEOUT)
-        try:
-            self.read_head()
-            self.serve()
+            if request.problem:
+                raise request.problem
+            if self.server.settings.DEBUG:
+                self.log_exchange()
+            method = getattr(self, f"do_{self.command}", self.do_other)
+            yield from method() or ()
+        except ConnectionAbortedError:
+            self.log_message("the client has left")
         except Problem as problem:
-            self.reply(problem.response())
-
-    def read_head(self) -> None:
-        """Read and parse the head of a request (RFC 9112 sections 2 to 6); faults are raised."""
-        self.raw_requestline = self.rfile.readline(MAX_LINE + 1)
-        check_line(self.raw_requestline, "the request line", 414)
-        line = self.raw_requestline.decode("latin-1")
-        self.requestline = line.rstrip("\r\n")
-        match = REQUEST_LINE.fullmatch(line)
-        if not match:
-            raise Problem(400, f"the request line is malformed: {line!r:.80}")
-        self.command, host, self.path, self.request_version = match.groups()
-        if host is not None or self.path.startswith("/"):
-            # Two slashes would begin the name of a host elsewhere.
-            self.path = "/" + self.path.lstrip("/")
-        for name, value in self.read_fields():
-            key = name.lower()
-            self.spelling.setdefault(key, name)
-            # RFC 9110 section 5.3
-            self.fields[key] = f"{self.fields[key]}, {value}" if key in self.fields else value
-        self.host = self.fields.get("host", "") if host is None else host
-        if self.server.settings.DEBUG:
-            self.log_message("%s", self.requestline)
-            for name, value in self.shown_headers().items():
-                self.log_message("%s: %s", name, value)
-        self.check_version()
-        self.check_framing()
-
-    def read_fields(self) -> Iterator[tuple[str, str]]:
-        """Read header lines up to the empty one; yield their names and values."""
-        for number in range(1, MAX_HEADERS + 2):
-            line = self.rfile.readline(MAX_LINE + 1)
-            check_line(line, f"header line {number}", 431)
-            if line == b"\r\n":
-                return
-            match = HEADER.fullmatch(line)
-            if not match:  # its value may be a secret
-                name = line.partition(b":")[0][:80] if line[:1].strip() and b":" in line else b""
-                raise Problem(400, f"header line {number} is malformed: {name!r}")
-            yield match[1].decode("latin-1"), match[2].strip().decode("latin-1")
-        raise Problem(431, f"there are more than {MAX_HEADERS} header lines")
-
-    def check_version(self) -> None:
-        """Find out what the version of HTTP means for the connection (RFC 9112 section 9.3)."""
-        if not self.request_version.startswith("HTTP/1."):
-            raise Problem(505, f"{self.request_version} is not spoken here, but HTTP/1.1 is")
-        options = re.split("[ \t]*,[ \t]*", self.fields.get("connection", "").lower())
-        self.close_connection = "close" in options or (self.old and "keep-alive" not in options)
-        # `read_body` sends the 100 once nothing else stands in the body's way.
-        expected = self.fields.get("expect", "").lower()
-        self.continue_expected = expected == "100-continue" and not self.old
-
-    def serve(self) -> None:
-        try:
-            response = self.route()
-        except (Problem, OSError):
-            raise
+            self.fail(problem)
+        except OSError as error:
+            LOG.error("the store failed: %s", error)
+            self.fail(store_problem(error))
         except Exception as error:
-            self.server.fault(error)
-            raise Problem(500, "a fault of the inbox itself; its log says more") from error
-        self.reply(response)
+            self.server.report_bug(error)
+            self.output.truncate(self.output.seek(0))
+            self.fail(Problem(500, "a bug of the inbox; its log says more"))
 
-    def route(self) -> Response:
-        """Find the resource and let it answer."""
-        if self.command != "POST":
-            self.server.resign(self)  # reading from the store may take its time
-        self.check_host()
-        self.check_token()
-        for path, verbs in self.ROUTES.items():
+    def do_GET(self) -> Steps | None:
+        """Call what `ROUTES` has for the resource and the method."""
+        methods, parts = self.find_resource()
+        entry = methods.get("GET" if self.command == "HEAD" else self.command)
+        if not entry:
+            raise self.wrong_method(methods)
+        return entry.function(self, self.parameters(entry.parameters), **parts)
+
+    do_HEAD = do_POST = do_DELETE = do_GET
+
+    def do_other(self) -> None:
+        raise self.wrong_method(self.find_resource()[0])
+
+    def do_OPTIONS(self) -> None:
+        """Say what works here (RFC 9110 section 9.3.7), also to a browser's preflight."""
+        methods = {} if self.path == "*" else self.find_resource()[0]
+        known: dict[str, tuple[str, str]] = {}
+        for entry in methods.values():
+            known.update(entry.parameters)
+        self.parameters(known)
+        headers = {"Allow": allow(methods)}
+        if self.is_inbox:
+            headers["Accept-Post"] = ACCEPT_POST
+        if is_preflight(self.request) and allowed_origin(self.request, self.server.allowed_origins):
+            headers["Access-Control-Allow-Methods"] = CORS_METHODS
+            headers["Access-Control-Allow-Headers"] = "Content-Type, Authorization, Slug"
+        elif is_preflight(self.request):
+            origin = self.request.headers.get("origin")
+            self.log_message("CORS_ORIGINS does not allow pages of %s to do this", origin)
+        self.answer(Response(204, headers=headers))
+
+    def find_resource(self) -> tuple[Mapping[str, Route], dict[str, str]]:
+        for path, methods in ROUTES.items():
             match = path.fullmatch(self.resource)
             if match:
-                verb = "GET" if self.command == "HEAD" else self.command
-                if verb in verbs:
-                    return verbs[verb](self, **match.groupdict())
-                allow = {"Allow": ", ".join([*verbs, "HEAD", "OPTIONS"])}
-                if verb != "OPTIONS":
-                    detail = f"{self.command} does not work here, but {allow['Allow']} do"
-                    raise Problem(405, detail, allow)
-                post = {"Accept-Post": ACCEPT_POST} if "POST" in verbs else {}
-                return Response(204, headers={**allow, **post})
-        raise Problem(404, "nothing is here, but at /, /inbox, /deliveries and /constraints")
+                return methods, match.groupdict()
+        detail = "nothing is here, but at /, /inbox, /deliveries and /constraints"
+        if self.command == "POST":
+            detail = f"no inbox is here; POST notifications to {self.inbox}"
+        raise Problem(404, detail)
 
-    def reply(self, response: Response) -> None:
-        """Log a delivery and send the answer; only `100 Continue` is sent elsewhere."""
-        if response.detail:
-            self.log_message("%s", response.detail)
-        if DELIVERS.match(self.raw_requestline):
-            self.record(response)
-        if not response.status:
-            self.close_connection = True
-            return
-        endless = not isinstance(response.body, bytes) and self.old
-        self.close_connection |= endless or self.unread or self.server.closing.is_set()
-        self.wire.start(self.server.settings.REQUEST_TIMEOUT)
-        self.log_request(response.status)
-        head = self.head(response)
-        body = b"" if self.command == "HEAD" or response.status in BODILESS else response.body
-        if isinstance(body, bytes):
-            self.wire.send(head + body)  # at once, or it is two packets
-        else:
-            self.wire.send(head)
-            self.send_pieces(body)
+    def wrong_method(self, methods: Mapping[str, Route]) -> Problem:
+        detail = f"{self.command} does not work here; {allow(methods)} do"
+        if self.command in ("POST", "PUT"):
+            detail = f"{self.command} does not work here; POST notifications to {self.inbox}"
+        return Problem(405, detail, {"Allow": allow(methods)})
 
-    def head(self, response: Response) -> bytes:
-        """Write the status line and the headers of an answer."""
-        if response.status in BODILESS:
-            framing = {}
-        elif isinstance(response.body, bytes):
-            framing = {"Content-Length": str(len(response.body))}
-        else:
-            framing = {} if self.old else {"Transfer-Encoding": "chunked"}
-        fields = {
-            "Server": self.server_version,
-            "Date": self.date_time_string(),
-            **response.headers,
-            "Vary": "Accept",
-            "X-Content-Type-Options": "nosniff",
-            "Connection": "close" if self.close_connection else "keep-alive",
-            **framing,
-        }
-        phrase = http.client.responses.get(response.status, "")
-        lines = [f"{name}: {value}\r\n" for name, value in fields.items()]
-        return f"HTTP/1.1 {response.status} {phrase}\r\n{''.join(lines)}\r\n".encode("latin-1")
-
-    def send_pieces(self, pieces: Generator[bytes, None, None]) -> None:
-        """Send a body of unknown length; where it breaks off, the connection ends."""
-        ends, self.close_connection = self.close_connection, True
-        # Who listens may leave; and for a problem it is too late.
-        with contextlib.suppress(OSError, Problem), contextlib.closing(pieces):
-            for octets in itertools.chain(pieces, [b""]):
-                self.wire.start(self.server.settings.REQUEST_TIMEOUT)
-                chunk = b"%x\r\n%b\r\n" % (len(octets), octets)  # RFC 9112 section 7.1
-                self.wire.send(octets if self.old else chunk)
-            self.close_connection = ends
-
-    def record(self, response: Response) -> None:
-        """Put a delivery into the log; that this fails is no reason to refuse it."""
-        delivery = Delivery(
-            name=self.name or new_name(),
-            time="",
-            client=self.client_address[0],
-            target=self.path,
-            headers=self.shown_headers(),
-            status=response.status,
-            detail=response.detail,
-            pattern=self.pattern,
-            about=summary(self.document),
-            findings=self.findings,
-            body=None if self.name else bytes(self.body),
-            simulated=self.simulated,
-        )
+    def parameters(self, known: Parameters) -> dict[str, str]:
+        """Read the query of the URL. Raises `Problem` for what the resource does not know."""
         try:
-            self.server.deliveries.append(delivery)
-        except OSError as error:
-            LOG.error("a delivery could not be logged: %s", error)
+            return parse_query(self.query, known)
+        except ValueError as error:
+            raise Problem(400, str(error)) from error
+
+    def answer(self, response: Response) -> None:
+        """Write the head, and the body if it is bytes; any other body is left to the connection."""
+        self.answered = response = response._replace(headers=self.all_headers(response))
+        for name, value in response.headers.items():
+            if re.search("[\r\n]", value):  # the base class would let a client split the answer
+                raise ValueError(f"a line break in {name}")
+        self.send_response(response.status)
+        for name, value in response.headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        bodiless = self.command == "HEAD" or response.status in BODILESS
+        if isinstance(response.body, bytes) and not bodiless:
+            self.wfile.write(response.body)
+
+    def all_headers(self, response: Response) -> dict[str, str]:
+        """Complete the headers of an answer."""
+        headers = {
+            **response.headers,
+            "Vary": "Accept, Origin",
+            "X-Content-Type-Options": "nosniff",
+        }
+        if self.is_inbox:
+            constrained = f'<{self.base}/constraints>; rel="http://www.w3.org/ns/ldp#constrainedBy"'
+            headers.setdefault("Link", constrained)
+        origin = allowed_origin(self.request, self.server.allowed_origins)
+        if origin:
+            headers["Access-Control-Allow-Origin"] = origin
+            headers["Access-Control-Expose-Headers"] = "Location, Link"
+        if isinstance(response.body, bytes):
+            if response.status not in BODILESS:
+                headers["Content-Length"] = str(len(response.body))
+        elif self.request.is_http10:
+            self.close_connection = True  # which ends the body
+        else:
+            headers["Transfer-Encoding"] = "chunked"
+        headers["Connection"] = "close" if self.close_connection else "keep-alive"
+        return headers
+
+    def fail(self, problem: Problem) -> None:
+        """Answer with a problem; a request that was to deliver a notification is a delivery."""
+        if self.is_delivery:
+            self.deliver(Verdict(problem))
+        else:
+            self.request.problem = problem
+            self.log_message("%s", problem.detail)
+            self.send_error(problem.status, problem.detail)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Write a problem, as a document or for people a page: the one place where that is done."""
+        problem = self.request.problem or Problem(code, message or "")
+        response = problem.response()
+        if self.prefers("text/html"):
+            page = error_page(self.context(), code, problem.detail)
+            response = html_response(page, problem.headers, code)
+        self.answer(response)
+
+    def deliver(self, verdict: Verdict, name: str = "") -> Delivery:
+        """Answer a delivery, and log it before the answer is sent."""
+        problem = self.request.problem = verdict.problem
+        if problem is None:
+            status = self.server.settings.RESPONSE_STATUS
+            self.answer(accepted(verdict, f"{self.inbox}/{name}", status))
+        elif problem.status:
+            self.send_error(problem.status, problem.detail)
+        else:
+            self.close_connection = True
+        response = self.answered or Response(0)
+        delivery = conclude(self.request, verdict, self.client_address[0], name, response)
+        delivery = self.server.record(delivery)
+        self.log_message('%s "%s" %d', delivery.name, self.requestline, delivery.status)
+        if delivery.detail:
+            self.log_message("%s %s", delivery.name, delivery.detail)
+        for finding in delivery.findings:
+            self.log_message("%s %s %s", delivery.name, finding.level, finding)
+        if delivery.omitted:
+            self.log_message("%s and %d more", delivery.name, delivery.omitted)
+        return delivery
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Log a request, unless the script of a page makes it again and again by itself."""
-        by_script = self.fields.get("sec-fetch-dest") == "empty" and self.command == "GET"
-        if not by_script or self.server.settings.DEBUG:
+        """Log a request, unless `deliver` does, or a page or a health check repeats it."""
+        by_script = self.request.headers.get("sec-fetch-dest") == "empty" and self.command == "GET"
+        silent = self.is_delivery or by_script or self.resource == "/health"
+        if not silent or self.server.settings.DEBUG:
             super().log_request(code, size)
 
+    def log_exchange(self) -> None:
+        self.log_message("%s", self.requestline)
+        for name, value in self.request.shown_fields().items():
+            self.log_message("%s: %s", name, value)
+        if self.request.body:
+            self.log_message("%s", self.request.body.decode("utf-8", "backslashreplace"))
+
     def log_message(self, format: str, *args: Any) -> None:
-        # Escaped: what clients send must not pass for lines of the log.
-        LOG.info("%s %s", self.client_address[0], visible(format % args))
+        # Escape control characters, so that a client cannot forge lines of the log.
+        LOG.info("%s %s", self.client_address[0], escape_controls(format % args))
+
+    def version_string(self) -> str:
+        return self.server_version
+
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        return http_date(int(time.time() if timestamp is None else timestamp))
 
     # What a request says
 
     @property
-    def old(self) -> bool:
-        """Whether the client speaks HTTP/1.0, which has neither chunks nor a need for Host."""
-        return self.request_version == "HTTP/1.0"
+    def is_inbox(self) -> bool:
+        return self.resource in ("/inbox", "/inbox/")
 
     @property
-    def resource(self) -> str:
-        return self.path.partition("?")[0]
-
-    @property
-    def site(self) -> Site:
-        """What a page needs to know; its links are relative, so that any proxy may stand before."""
-        root = "../" * (self.resource.count("/") - 1) or "./"
-        token = '-H "Authorization: Bearer $TOKEN" ' if self.server.settings.TOKEN else ""
-        return Site(root, f"{self.base}/inbox", token)
-
-    def shown_headers(self) -> dict[str, str]:
-        """The headers as they were sent, without secrets."""
-        return {
-            self.spelling[key]: "(masked)" if key in SECRET else value
-            for key, value in self.fields.items()
-        }
+    def is_delivery(self) -> bool:
+        """Whether the request was to deliver a notification, perhaps to a wrong path."""
+        elsewhere = self.resource.startswith("/deliveries/") and self.resource.endswith("/send")
+        return self.is_inbox if self.command == "PUT" else self.command == "POST" and not elsewhere
 
     @property
     def base(self) -> str:
-        """The URL, without a slash at its end, below which the client finds everything."""
-        if self.server.settings.BASE_URL or not self.host:
+        """The base URL as the client sees it, without a trailing slash."""
+        if self.server.settings.BASE_URL or not (self.request.approved and self.request.host):
             return self.server.base
-        return f"{self.server.scheme}://{self.host}"
+        return f"{self.server.scheme}://{self.request.host}"
+
+    @property
+    def inbox(self) -> str:
+        return f"{self.base}/inbox"
+
+    def context(self, query: Query = TOTALS["all"]) -> PageContext:
+        """Return what a page needs to know. Links are relative: pages work behind any proxy."""
+        root, settings = "../" * (self.resource.count("/") - 1) or "./", self.server.settings
+        refused, token = MODES[settings.VALIDATE_INCOMING], settings.TOKEN is not None
+        return PageContext(root, self.base, query, refused, token, self.is_user)
 
     def prefers(self, media_type: str) -> bool:
-        """Whether the client would rather have this media type than JSON."""
-        accept = self.fields.get("accept", "*/*")
+        """Whether the client prefers a media type to JSON."""
+        accept = self.request.headers.get("accept", "*/*")
         data = max(quality(JSON_LD, accept), quality("application/json", accept))
         return quality(media_type, accept) > data
 
-    def wants_html(self) -> bool:
-        return self.prefers("text/html")
+    # The inbox
 
-    def query(self, read: Callable[[str], Asked]) -> Asked:
-        """Read the query of the URL; what is wrong with it is a problem."""
+    @route("POST", INBOX, FAILURE_PARAMETERS)
+    def post_inbox(self, values: Mapping[str, str]) -> Steps:
+        """Take a notification in (LDN section 3.3.2); a 2xx is a promise that it is stored."""
         try:
-            return read(self.path.partition("?")[2])
+            failure = Failure.from_values(values)
         except ValueError as error:
             raise Problem(400, str(error)) from error
-
-    # What is refused
-
-    def check_host(self) -> None:
-        if "host" not in self.fields and not self.old:  # RFC 9112 section 3.2
-            raise Problem(400, f"the Host header is missing, which {self.request_version} demands")
-        match = HOST_HEADER.fullmatch(self.host)
-        if not match or not HOST_HEADER.fullmatch(self.fields.get("host", "")):
-            raise Problem(400, "the Host header is malformed")
-        if not self.server.answers_to(match[1]):
-            detail = f"an inbox on loopback does not answer to {self.host}; set BASE_URL to its URL"
-            raise Problem(421, detail)
-
-    def check_token(self) -> None:
-        """Demand TOKEN as a Bearer token (RFC 6750) or a Basic password (RFC 7617)."""
-        token = self.server.settings.TOKEN
-        if token is None:
-            return
-        scheme, _, given = self.fields.get("authorization", "").partition(" ")
-        octets = given.encode("latin-1") if scheme.lower() in ("bearer", "basic") else b""
-        if scheme.lower() == "basic":
+        settings, name = self.server.settings, ""
+        here = [f"{self.base}{self.resource}", f"{self.server.base}/inbox"]
+        failures = functools.partial(self.server.failures.pop, failure)
+        mode, known_as = settings.VALIDATE_INCOMING, self.server.known_as
+        verdict = judge(self.request, mode, here, known_as, failures)
+        if verdict.failure:
+            verdict = yield from self.simulate(verdict, verdict.failure)
+        if not verdict.problem:
             try:
-                octets = base64.b64decode(octets).partition(b":")[2]
-            except ValueError:
-                octets = b""
-        if not secrets.compare_digest(octets, token.encode()):
-            challenge = 'Bearer realm="coarinbox", Basic realm="coarinbox", charset="UTF-8"'
-            detail = "the token is missing or wrong; it goes with Bearer, or as password with Basic"
-            raise Problem(401, detail, {"WWW-Authenticate": challenge})
+                name = yield Commit(bytes(self.request.body))
+            except OSError as error:
+                LOG.error("the store failed: %s", error)
+                verdict = verdict._replace(problem=store_problem(error))
+        delivery = self.deliver(verdict, name)
+        if name:
+            self.server.on_stored(delivery, self.request.body)
 
-    def check_site(self) -> None:
-        """Refuse what the page of another site asks for (Fetch Metadata, RFC 6454)."""
-        site, origin = self.fields.get("sec-fetch-site", "none"), self.fields.get("origin")
-        ours = (authority(f"//{self.host}"), authority(self.server.base))
-        foreign = origin is not None and authority(origin) not in ours
-        if site not in ("same-origin", "none") or foreign:
-            detail = f"this is not for pages of other sites, such as {origin or site}; set BASE_URL"
-            raise Problem(403, detail)
-
-    def constraint(
-        self, status: int, detail: str, headers: Mapping[str, str] = {}, **members: Any
-    ) -> Problem:
-        """Make a problem that says where the constraints of the inbox stand (LDP 4.2.1.6)."""
-        link = f'<{self.base}/constraints>; rel="http://www.w3.org/ns/ldp#constrainedBy"'
-        return Problem(status, detail, {"Link": link, **headers}, **members)
-
-    def check_content(self) -> None:
-        given = self.fields.get("content-type", "missing")
-        if not JSON_TYPE.match(given):
-            detail = f"Content-Type is {given}, expected {ACCEPT_POST} or the like"
-            raise self.constraint(415, detail, {"Accept-Post": ACCEPT_POST})
-        coding = self.fields.get("content-encoding", "identity").lower()
-        if coding != "identity":
-            detail = f"Content-Encoding is {coding}, expected none"
-            raise self.constraint(415, detail, {"Accept-Encoding": "identity"})
-
-    def check_notification(self, octets: bytes) -> dict[str, Any]:
-        """Return the pattern and the warnings of a notification; refuse it if it is not valid."""
+    def simulate(self, verdict: Verdict, failure: Failure) -> Generator[Pause, None, Verdict]:
+        """Wait as long as a simulated failure says; returns the verdict with its problem."""
         try:
-            self.document = parse(octets)
-        except ValueError as error:
-            raise self.constraint(400, f"the body is not JSON: {error}") from error
-        errors, warnings = judge(self.document, self.server.settings.VALIDATE_INCOMING)
-        self.findings = errors + warnings
-        for finding in self.findings:
-            self.log_message("%s %s", finding.level, finding.message)
-        pattern = pattern_of(self.document)
-        self.pattern = pattern and pattern.name
-        result: dict[str, Any] = {
-            "pattern": self.pattern,
-            "warnings": [finding.as_json() for finding in warnings],
-        }
-        if errors:
-            count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
-            result["errors"] = [finding.as_json() for finding in errors]
-            raise self.constraint(400, f"not a valid notification: {count}", **result)
-        return result
+            if failure.delay:
+                yield Pause(failure.delay)
+            return verdict._replace(problem=simulated(failure, self.inbox))
+        except ConnectionAbortedError:
+            return verdict._replace(problem=Problem(0, "the client left during a simulated delay"))
 
-    def simulate(self, failure: Failure) -> None:
-        """Meet an attempt with a failure instead of storing the notification, if one is due."""
-        id_ = lookup(self.document, "id")
-        known_by = id_ if isinstance(id_, str) else hashlib.sha256(self.body).hexdigest()
-        due = self.server.failures.due(failure, known_by)
-        if not due:
+    @route("GET", INBOX, FAILURE_PARAMETERS)
+    def get_inbox(self, values: Mapping[str, str]) -> Steps:
+        """List the notifications (LDN section 3.3.1); the parameters are for those who POST."""
+        if self.prefers("text/html"):
+            yield from self.show_home(Query())
             return
-        self.simulated = True
-        if due.delay:
-            self.server.resign(self)
-            self.server.closing.wait(due.delay)
-        if due.close:
-            raise Problem(0, "a simulated failure: the connection ends without an answer")
-        if due.status:
-            raise Problem(due.status, "a simulated failure", due.headers(f"{self.base}/inbox"))
-
-    # The body of a request (RFC 9112 sections 6 and 7)
-
-    def check_framing(self) -> None:
-        """Find out how the body ends, for every verb: the next request begins there."""
-        coding, length = self.fields.get("transfer-encoding"), self.fields.get("content-length")
-        if coding is not None and (length is not None or self.old):
-            raise Problem(400, "Transfer-Encoding goes with HTTP/1.1 and without Content-Length")
-        if coding is not None and coding.lower() != "chunked":
-            raise Problem(400, "the only transfer coding that works here is chunked")
-        if length is not None and not re.fullmatch("[0-9]+", length):
-            raise Problem(400, "Content-Length is not one number of octets")
-        self.chunked = coding is not None
-        # 20 digits are too large whatever follows; thousands more would be slow to convert.
-        self.length = None if length is None else int(length.lstrip("0")[:20] or "0")
-        self.unread = self.chunked or bool(self.length)
-
-    def read_body(self) -> bytes:
-        if self.length is None and not self.chunked:
-            self.unread = True  # whatever comes, it is no request
-            raise Problem(411, "the request has neither Content-Length nor a chunked body")
-        self.check_size(self.length or 0)
-        if self.continue_expected:
-            with contextlib.suppress(OSError):  # a client that has left will not send its body
-                self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if self.chunked:
-            self.read_chunks()
-        else:
-            self.read_part(self.length or 0)
-        self.unread = False
-        return bytes(self.body)
-
-    def check_size(self, size: int) -> None:
-        limit = self.server.settings.MAX_CONTENT_LENGTH
-        if size > limit:
-            raise self.constraint(413, f"the body is larger than {limit} octets")
-
-    def read_chunks(self) -> None:
-        while True:
-            line = self.rfile.readline(1024)
-            match = re.fullmatch(
-                rb"([0-9A-Fa-f]{1,16})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n", line
-            )
-            if not match:
-                raise Problem(400, "the body's chunks are malformed: no size")
-            size = int(match[1], 16)
-            if size == 0:
-                break
-            self.check_size(len(self.body) + size)
-            self.read_part(size)
-            if self.rfile.read(2) != b"\r\n":
-                raise Problem(400, "the body's chunks are malformed: one is longer than its size")
-        for _ in self.read_fields():
-            pass  # nobody needs the trailer
-
-    def read_part(self, size: int) -> None:
-        """Add so many octets to the body; what has come stays there when the rest does not."""
-        end = len(self.body) + size
-        while len(self.body) < end:
-            octets = self.rfile.read1(end - len(self.body))
-            if not octets:
-                raise Problem(400, f"the connection ended {end - len(self.body)} octets early")
-            self.body += octets
-
-    # The resources
-
-    def get_home(self) -> Response:
-        return self.home(self.query(Query.from_query))
-
-    def home(self, query: Query) -> Response:
-        with store_problems():
-            deliveries = list(self.server.deliveries.select(query, query.page_length + 1))
-        link = f'<{self.base}/inbox>; rel="http://www.w3.org/ns/ldp#inbox"'
-        return html_response(home_page(self.site, query, deliveries), {"Link": link})
-
-    def get_inbox(self) -> Response:
-        """List the notifications (LDN section 3.3.1)."""
-        if self.wants_html():
-            return self.home(Query())  # what the URL asks for is failures
-        base = self.base
+        names = yield Blocking(self.server.store.names)
         listing = {
             "@context": {"ldp": "http://www.w3.org/ns/ldp#"},
-            "@id": base + self.path,
+            "@id": self.base + self.path,
             "@type": "ldp:Container",
         }
-        names = self.server.store.names()
-        contained = (json.dumps({"@id": f"{base}/inbox/{name}"}) for name in names)
-        return json_list(listing, "ldp:contains", contained, JSON_LD)
+        contained = ({"@id": f"{self.inbox}/{name}"} for name in names)
+        yield from self.stream(json_list(listing, "ldp:contains", contained), JSON_LD)
 
-    def post_inbox(self) -> Response:
-        """Take a notification in (LDN section 3.3.2); a 2xx is a promise that it is stored."""
-        if self.continue_expected:
-            self.check_content()
-        octets = self.read_body()  # even if its type is wrong: people want to see what they sent
-        if self.server.settings.DEBUG:
-            self.log_message("%s", octets.decode("utf-8", "backslashreplace"))
-        self.check_content()
-        failure = self.query(Failure.from_query)
-        receipt = self.check_notification(octets)
-        self.simulate(failure)
-        if self.server.store.fsync:
-            self.server.resign(self)
-        with store_problems():
-            self.name = self.server.store.add(octets)
-        location = f"{self.base}/inbox/{self.name}"
-        status = self.server.settings.RESPONSE_STATUS
-        headers = {"Location": location} if status == 201 else {}
-        return json_response(status, {"location": location, **receipt}, headers=headers)
+    def stream(self, pieces: Iterator[bytes], kind: str) -> Steps:
+        """Answer with a long body. Its beginning is made before the head: that can still fail."""
+        first, ended = yield Blocking(lambda: take_turn(pieces))
+        body = b"".join(first)
+        whole = body if ended else itertools.chain([body], pieces)
+        self.answer(Response(200, whole, {"Content-Type": kind}))
 
-    def delete_inbox(self) -> Response:
+    @route("DELETE", INBOX)
+    def delete_inbox(self, values: Mapping[str, str]) -> Steps:
         """Forget the notifications and the deliveries, for the next test."""
-        self.check_site()
-        with store_problems():
-            self.server.clear()
-        return Response(204)
+        yield Blocking(self.server.clear)
+        self.answer(Response(204))
 
-    def get_notification(self, name: str) -> Response:
-        with store_problems():
-            octets = self.server.store.read(name)
-        if not self.wants_html():
-            return Response(200, octets, {"Content-Type": JSON_LD})
-        return self.show(self.delivery(name))
+    @route("GET", f"/inbox/(?P<name>{NAME})")
+    def get_notification(self, values: Mapping[str, str], name: str) -> Steps:
+        body = yield from self.read(name)
+        if self.prefers("text/html"):
+            yield from self.show((yield from self.find_delivery(name)))
+        else:
+            self.answer(Response(200, body, {"Content-Type": JSON_LD}))
 
-    def delete_notification(self, name: str) -> Response:
-        self.check_site()
-        with store_problems():
-            self.server.store.remove(name)
-        return Response(204)
+    @route("DELETE", f"/inbox/(?P<name>{NAME})")
+    def delete_notification(self, values: Mapping[str, str], name: str) -> Steps:
+        with missing_is_404():
+            yield Blocking(lambda: self.server.store.remove(name))
+        self.answer(Response(204))
 
-    def get_deliveries(self) -> Response:
+    # The deliveries
+
+    @route("GET", "/", QUERY_PARAMETERS)
+    def get_home(self, values: Mapping[str, str]) -> Steps:
+        yield from self.show_home(Query(**values))
+
+    def show_home(self, query: Query) -> Steps:
+        deliveries = yield Scan(self.server.deliveries.select(query, query.page_length + 1))
+        totals, context = self.server.totals, self.context(query)
+        page = yield Blocking(lambda: list_page(context, deliveries, totals))
+        link = f'<{self.inbox}>; rel="http://www.w3.org/ns/ldp#inbox"'
+        self.answer(html_response(page, {"Link": link}))
+
+    @route("GET", "/deliveries", QUERY_PARAMETERS)
+    def get_deliveries(self, values: Mapping[str, str]) -> Steps:
         """List the deliveries, the newest first, or send them as they come."""
-        query = self.query(Query.from_query)
+        query, log = Query(**values), self.server.deliveries
         if self.prefers("text/event-stream"):
-            query = query._replace(since=self.fields.get("last-event-id", query.since))
-            with store_problems():
-                bookmark = self.server.deliveries.bookmark(query)
-            return Response(
-                200, self.events(query, bookmark), {"Content-Type": "text/event-stream"}
-            )
-        if self.wants_html():
-            return self.get_home()
-        limit = int(query.limit) if query.limit else None
-        deliveries = self.server.deliveries.select(query, limit)
-        entries = (json.dumps(delivery.as_json(), indent=2) for delivery in deliveries)
-        return json_list({}, "deliveries", entries)
+            query = query._replace(since=self.request.headers.get("last-event-id", query.since))
+            (place,) = yield Scan(log.place_after(query))
+            body = Events(query, place)
+            self.answer(Response(200, body, {"Content-Type": "text/event-stream"}))
+        elif self.prefers("text/html"):
+            yield from self.show_home(query)
+        else:
+            selected = log.select(query, int(query.limit) if query.limit else None)
+            pieces = json_list({}, "deliveries", (each and each.as_json() for each in selected))
+            yield from self.stream(pieces, "application/json")
 
-    def events(self, query: Query, bookmark: Bookmark) -> Generator[bytes, None, None]:
-        """Yield the deliveries that are wanted, as they come, and now and then that none comes."""
-        with self.server.away(self, Wait(time.monotonic(), socket.SHUT_RDWR)), store_problems():
-            coming = self.server.deliveries.follow(bookmark)
-            yield from (as_event(each) for each in coming if not each or query.matches(each))
+    @route("GET", f"/deliveries/(?P<name>{NAME})", PAGE_PARAMETERS)
+    def get_delivery(self, values: Mapping[str, str], name: str) -> Steps:
+        """Show a delivery; the parameters are the filter of the list that the reader came from."""
+        delivery = yield from self.find_delivery(name)
+        if self.prefers("text/html"):
+            pattern = values.get("reply") or "Accept"
+            filters = {name: text for name, text in values.items() if name != "reply"}
+            yield from self.show(delivery, Query(**filters), pattern)
+        else:
+            self.answer(json_response(200, delivery.as_json()))
 
-    def get_delivery(self, name: str) -> Response:
-        delivery = self.delivery(name)
-        return self.show(delivery) if self.wants_html() else json_response(200, delivery.as_json())
-
-    def delivery(self, name: str) -> Delivery:
-        with store_problems():
-            known = self.server.deliveries.find(name)
-            return known or found_in_store(name, self.server.store.read(name))
-
-    def show(self, delivery: Delivery) -> Response:
-        with store_problems():
-            around = self.server.deliveries.conversation(delivery.about)
-            octets = self.body_of(delivery)
-        return html_response(delivery_page(self.site, delivery, octets, around))
-
-    def body_of(self, delivery: Delivery) -> bytes | None:
-        with contextlib.suppress(KeyError):
-            return self.server.store.read(delivery.name) if delivery.body is None else delivery.body
-        return None
-
-    def get_body(self, name: str) -> Response:
-        """Show what came, octet for octet, whatever it is: as text, which no browser will run."""
-        delivery = self.delivery(name)
-        with store_problems():
-            octets = self.body_of(delivery)
-        if octets is None:
+    @route("GET", f"/deliveries/(?P<name>{NAME})/body")
+    def get_body(self, values: Mapping[str, str], name: str) -> Steps:
+        """Send what arrived, whatever it is: as text, which no browser will run."""
+        body = yield from self.body_of((yield from self.find_delivery(name)))
+        if body is None:
             raise Problem(404, "it is no longer stored")
-        return Response(200, octets, {"Content-Type": "text/plain; charset=utf-8"})
+        self.answer(Response(200, body, {"Content-Type": "text/plain; charset=utf-8"}))
 
-    def get_constraints(self) -> Response:
-        refused = REFUSED[self.server.settings.VALIDATE_INCOMING]
-        if self.wants_html():
-            return html_response(constraints_page(self.site, refused))
+    def read(self, name: str) -> Generator[Blocking, Any, bytes]:
+        with missing_is_404():
+            body: bytes = yield Blocking(lambda: self.server.store.read(name))
+        return body
+
+    def find_delivery(self, name: str) -> Generator[Blocking | Scan, Any, Delivery]:
+        """Find a delivery; one that is only in the store is adopted."""
+        found = yield Scan(self.server.deliveries.find(name))
+        if found:
+            delivery: Delivery = found[0]
+            return delivery
+        body = yield from self.read(name)
+        return self.server.record_once(Delivery.from_stored_file(name, body))
+
+    def body_of(self, delivery: Delivery) -> Generator[Blocking, Any, bytes | None]:
+        if delivery.body is not None:
+            return delivery.body
+        try:
+            return (yield from self.read(delivery.name))
+        except Problem:
+            return None
+
+    def show(
+        self, delivery: Delivery, query: Query = TOTALS["all"], reply_pattern: str = "Accept"
+    ) -> Steps:
+        log, context = self.server.deliveries, self.context(query)
+        related = (yield Scan(log.conversation(delivery.about)))[::-1] or [delivery]
+        (beside,) = yield Scan(log.beside(delivery.name, query))
+        body = yield from self.body_of(delivery)
+        answer = delivery.answer_body if delivery.direction == "out" else self.our_answer(delivery)
+        page = yield Blocking(
+            lambda: delivery_page(context, delivery, body, answer, related, beside, reply_pattern)
+        )
+        self.answer(html_response(page))
+
+    def our_answer(self, delivery: Delivery) -> bytes:
+        """Write the body of our answer to a delivery again, as it follows from the rest."""
+        members = receipt(delivery) if delivery.findings or not delivery.detail else {}
+        response = accepted(delivery, f"{self.inbox}/{delivery.name}", delivery.status)
+        if delivery.detail:
+            response = Problem(delivery.status, delivery.detail, **members).response()
+        return response.body if isinstance(response.body, bytes) and delivery.status else b""
+
+    @route("POST", f"/deliveries/(?P<name>{NAME})/send")
+    def post_send(self, values: Mapping[str, str], name: str) -> Steps:
+        """Send a delivery again, or a reply to it; answers with the delivery that this makes."""
+        if not self.is_user:
+            raise Problem(403, "only clients on this machine may send; others need a TOKEN")
+        is_form = self.request.headers.get("content-type", "").startswith(FORM)
+        wanted = read_send(bytes(self.request.body), is_form)
+        url = wanted["to"]
+        original = yield from self.find_delivery(name)
+        document: Any = yield from self.body_of(original)
+        if "document" in wanted:
+            document = wanted["document"]
+        elif "pattern" in wanted:
+            document = replying(document, wanted["pattern"])
+        if document is None:
+            raise Problem(404, "it is no longer stored")
+        attempt = functools.partial(send, document, url)
+        delivery = yield Sending(lambda: outgoing(document, url, "page", attempt))
+        delivery = self.server.record(delivery)
+        location = f"{self.base}/deliveries/{delivery.name}"
+        if is_form:
+            self.answer(Response(303, headers={"Location": location}))
+        else:
+            headers = {"Location": location}
+            self.answer(json_response(201, delivery.as_json(), headers=headers))
+
+    @property
+    def is_user(self) -> bool:
+        """Whether the client may send: this inbox is nobody's proxy. A TOKEN was checked before."""
+        settings, client = self.server.settings, str(self.client_address[0])
+        proxied = settings.BASE_URL or any(name in self.request.headers for name in FORWARDED)
+        return settings.TOKEN is not None or (is_loopback(client) and not proxied)
+
+    # The rest
+
+    @route("GET", "/constraints", {"pattern": QUERY_PARAMETERS["pattern"]})
+    def get_constraints(self, values: Mapping[str, str]) -> None:
+        """List the rules, for people those of one pattern."""
+        refused = MODES[self.server.settings.VALIDATE_INCOMING]
+        if self.prefers("text/html"):
+            pattern = find_pattern(values.get("pattern") or REQUEST_REVIEW.name)
+            self.answer(html_response(constraints_page(self.context(), pattern)))
+            return
         document = {
             "specification": SPECIFICATION,
-            "levels": LEVELS,
+            "levels": {name: level._asdict() for name, level in LEVELS.items()},
             "refused": refused,
+            "receivers": receivers(),
             "constraints": constraints(),
         }
-        return json_response(200, document)
+        self.answer(json_response(200, document))
 
-    ROUTES: Mapping[re.Pattern[str], Mapping[str, Callable[..., Response]]] = {
-        re.compile(INBOX): {"GET": get_inbox, "POST": post_inbox, "DELETE": delete_inbox},
-        re.compile(f"/inbox/(?P<name>{NAME})"): {
-            "GET": get_notification,
-            "DELETE": delete_notification,
-        },
-        re.compile("/"): {"GET": get_home},
-        re.compile("/deliveries"): {"GET": get_deliveries},
-        re.compile(f"/deliveries/(?P<name>{NAME})"): {"GET": get_delivery},
-        re.compile(f"/deliveries/(?P<name>{NAME})/body"): {"GET": get_body},
-        re.compile("/constraints"): {"GET": get_constraints},
-    }
+    @route("GET", "/samples")
+    def get_samples(self, values: Mapping[str, str]) -> None:
+        """List the samples by pattern."""
+        if self.prefers("text/html"):
+            self.answer(html_response(samples_page(self.context())))
+            return
+        urls = {pattern.name: f"{self.base}/samples/{quote(pattern.name)}" for pattern in PATTERNS}
+        self.answer(json_response(200, {"samples": urls}))
+
+    @route("GET", "/samples/(?P<name>[^/]+)")
+    def get_sample(self, values: Mapping[str, str], name: str) -> None:
+        """Make a valid notification, to be sent here."""
+        try:
+            self.answer(json_response(200, sample_here(self.base, unquote(name)), JSON_LD))
+        except ValueError as error:
+            raise Problem(404, str(error)) from error
+
+    @route("GET", "/health")
+    def get_health(self, values: Mapping[str, str]) -> None:
+        self.answer(Response(204))
 
 
-# --- Server --------------------------------------------------------------------------------------
+FORM = "application/x-www-form-urlencoded"
+
+
+def read_send(body: bytes, is_form: bool) -> dict[str, Any]:
+    """Read what is to be sent, and where to: a JSON object or a form. Raises `Problem`."""
+    try:
+        form = parse_qsl(body.decode()) if is_form else []
+        wanted = {name: text for name, text in form if text} if is_form else parse(body)
+    except ValueError as error:
+        raise Problem(400, f"the body is not JSON: {error}") from error
+    if not isinstance(wanted, dict) or wanted.keys() - {"to", "pattern", "document"}:
+        raise Problem(400, 'expected {"to": URL}, perhaps with "pattern" or "document"')
+    if not is_http_uri(wanted.get("to")):
+        raise Problem(400, f'"to" is {short_repr(wanted.get("to"))}, expected an http or https URL')
+    if is_form and "document" in wanted:
+        wanted["document"] = wanted["document"].encode()
+    return wanted
+
+
+def replying(offer: bytes | None, pattern: Any) -> dict[str, Any]:
+    """Build a reply to what was delivered. Raises `Problem` if it cannot be answered so."""
+    try:
+        return reply(parse(offer or b""), str(pattern))
+    except ValueError as error:
+        raise Problem(409, str(error)) from error
+
+
+def allow(methods: Collection[str]) -> str:
+    """Write an Allow header; without any resource in mind, all methods work somewhere."""
+    return ", ".join([*(methods or ("GET", "POST", "DELETE")), "HEAD", "OPTIONS"])
 
 
 @contextlib.contextmanager
-def unusable(what: str, expected: str) -> Iterator[None]:
+def missing_is_404() -> Iterator[None]:
+    try:
+        yield
+    except KeyError:
+        raise Problem(404, "no notification has this name") from None
+
+
+# --- Connections ---------------------------------------------------------------------------------
+#
+# A `Connection` is one client and at most one request of its own: pipelined requests wait in
+# `Incoming` until the answer before has been sent. The event loop calls its methods `on_…`; each
+# ends in `proceed`, which does all that can be done without waiting. `Listeners` are connections
+# that wait for events. Everything here runs in the thread of the event loop.
+# Must not know: rules, pages, how a notification is stored.
+
+WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+CHUNK = 65536  # bytes read at once, and kept of requests that are not looked at yet
+GRACE = 0.5  # seconds before a slow client may be disconnected to make room for another
+# How long to keep reading after an early error. Closing with unread data would reset the
+# connection, and the client would never see the answer.
+LINGER = 2.0
+GATHER = 0.05  # seconds in which events are gathered, so that listeners cost less than deliveries
+HEARTBEAT = 15.0  # seconds between comments in an event stream: sending shows who has left
+NEVER = math.inf
+
+
+class State(enum.Enum):
+    """What a connection is doing."""
+
+    IDLE = "no request has begun"
+    READING = "a request has begun"
+    COMMITTING = "its notification is on the way to the disk"
+    WORKING = "another thread works for it"
+    PAUSING = "a simulated delay"
+    WRITING = "an answer is being sent"
+    LISTENING = "a stream of events"
+    LINGERING = "answered; what still arrives is discarded"
+    CLOSED = "gone"
+
+
+EVICTABLE = (State.IDLE, State.READING, State.WRITING, State.LISTENING, State.PAUSING)
+# Here the end of input means that the client has left; elsewhere it may half-close and wait.
+ATTENTIVE = (State.PAUSING, State.LISTENING, State.LINGERING)
+
+
+class Connection:
+    """One client."""
+
+    def __init__(self, server: InboxServer, sock: socket.socket, address: Any) -> None:
+        self.server, self.socket, self.address = server, sock, address
+        self.incoming, self.output = Incoming(), bytearray()
+        self.state, self.eof = State.IDLE, False
+        self.events = 0  # what the selector looks for
+        self.stream: Iterator[bytes] | Events | None = None  # the rest of an answer
+        self.expect_request(GRACE)
+
+    def enter(
+        self,
+        state: State,
+        seconds: float,
+        overdue: Callable[[], None] | None = None,
+        grace: float = GRACE,
+    ) -> None:
+        """Change the state; `overdue` is called if `seconds` pass before the next change.
+
+        After `grace` seconds the client may be disconnected to make room for another.
+        """
+        if self.state is State.CLOSED:  # its handler may still have waited for the disk
+            return
+        self.state, self.since, self.overdue = state, time.monotonic(), overdue or self.close
+        self.deadline, self.grace = self.since + seconds, grace
+
+    # Bytes in
+
+    def on_ready(self, events: int) -> None:
+        if self.state is State.CLOSED:  # by something that was ready before it
+            return
+        if events & selectors.EVENT_READ:
+            self.receive()
+        if events & selectors.EVENT_WRITE:
+            self.flush()
+            if self.state is State.LISTENING and not self.output:
+                self.server.listeners.on_change()  # it was left out until now
+        self.proceed()
+
+    def receive(self) -> None:
+        try:
+            data = self.socket.recv(CHUNK)
+            while isinstance(self.socket, ssl.SSLSocket) and self.socket.pending():
+                data += self.socket.recv(CHUNK)  # the selector does not know of these bytes
+        except WOULD_BLOCK:
+            return
+        except ConnectionError:
+            data = b""  # a client that is gone will send no more
+        except OSError as error:
+            self.lose(error)
+            return
+        if not data:
+            self.on_end_of_input()
+        elif self.state is not State.LINGERING:
+            self.incoming.data += data
+            if self.state is State.IDLE:
+                self.expect_request(GRACE)
+            elif self.state in ATTENTIVE and len(self.incoming.data) > CHUNK:
+                self.close()  # there is no room to read on, so its leaving would go unnoticed
+
+    def on_end_of_input(self) -> None:
+        self.eof = True
+        if self.state in ATTENTIVE:
+            self.close()
+        ended = Problem(400, "the connection ended before the request did")
+        self.incoming.ended = self.incoming.ended or ended
+
+    def expect_request(self, grace: float) -> None:
+        """Begin to read a request. A new connection has some grace, one that was used has none."""
+        self.reader = read_request(self.incoming, self.server.settings.MAX_CONTENT_LENGTH)
+        state = State.READING if self.incoming.data else State.IDLE
+        seconds = self.server.settings.REQUEST_TIMEOUT
+        self.enter(state, seconds, self.on_timeout, GRACE if self.incoming.data else grace)
+
+    def read(self) -> Request | None:
+        """Return the next request; None if more bytes have to arrive, or no more will."""
+        try:
+            head = next(self.reader)
+            if head is not None:
+                self.check(head)
+                next(self.reader)
+                if head.expects_continue and not self.incoming.data:
+                    self.send(CONTINUE)
+        except StopIteration as stop:
+            if stop.value is None:
+                self.close()
+            request: Request | None = stop.value
+            return request
+        return None
+
+    def check(self, head: Request) -> None:
+        """Look at a request before its body is read, perhaps to refuse it."""
+        try:
+            check_head(head, self.server)
+            head.approved = True
+            if head.expects_continue and head.method == "POST":
+                check_content(head)
+        except Problem as problem:
+            self.reader.throw(problem)  # which ends the reader
+
+    def end_input(self, reason: Problem) -> None:
+        """Have the reader raise `reason`: timeouts, evictions and the end of the server do so."""
+        self.incoming.ended = self.incoming.ended or reason
+        self.proceed()
+
+    def on_timeout(self) -> None:
+        self.end_input(Problem(408, "the request was not complete in time (REQUEST_TIMEOUT)"))
+
+    # The request that is being answered
+
+    def proceed(self) -> None:
+        """Do all that can be done now, then tell the selector what to look for."""
+        while not self.output and self.state in (State.IDLE, State.READING, State.WRITING):
+            if self.state is State.WRITING:
+                self.write_on()
+            elif request := self.read():
+                request.arrived = time.monotonic()
+                self.handler = InboxHandler(request, self.address, self.server)
+                self.steps = self.handler.respond()
+                self.resume(None)
+            else:
+                break
+        self.server.watch(self)
+
+    def resume(self, result: Any) -> None:
+        """Give the handler the result that it waits for, and see what it wants next."""
+        try:
+            failed = isinstance(result, Exception)
+            step = self.steps.throw(result) if failed else self.steps.send(result)
+        except StopIteration:
+            self.send_answer()
+            return
+        if isinstance(step, Pause):
+            if self.state is State.CLOSED:
+                self.resume(ConnectionAbortedError())
+            self.enter(State.PAUSING, step.seconds, functools.partial(self.on_result, None))
+        else:
+            self.enter(State.COMMITTING if isinstance(step, Commit) else State.WORKING, NEVER)
+            self.server.perform(step, self.on_result, self.is_wanted)
+
+    def on_result(self, result: Any) -> None:
+        self.resume(result)
+        self.proceed()
+
+    def is_wanted(self) -> bool:
+        """Whether the client still waits for a long read."""
+        return not self.eof and self.state is not State.CLOSED
+
+    # Bytes out
+
+    def send_answer(self) -> None:
+        """Send what the handler has written; the rest of the body may follow in chunks."""
+        if self.state is State.CLOSED:
+            return
+        answer, self.stream = self.handler.answered, None
+        if answer and self.handler.command != "HEAD" and not isinstance(answer.body, bytes):
+            self.stream = answer.body
+        self.enter(State.WRITING, self.server.settings.REQUEST_TIMEOUT, self.on_stalled)
+        self.send(self.handler.output.getvalue())
+
+    def send(self, data: bytes) -> None:
+        self.output += data
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what fits; the selector reports when more does."""
+        try:
+            if self.output:
+                del self.output[: self.socket.send(self.output)]
+                self.since = time.monotonic()
+        except WOULD_BLOCK:
+            pass
+        except OSError as error:
+            self.lose(error)
+
+    def write_on(self) -> None:
+        """Continue, after all output is sent, with the rest of the answer or the next request."""
+        if isinstance(self.stream, Events):
+            self.enter(State.LISTENING, NEVER)
+            self.server.listeners.add(self, self.stream)
+        elif self.stream is not None:
+            self.enter(State.WORKING, NEVER)
+            turn = functools.partial(take_turn, self.stream)
+            self.server.run_in(self.server.scans, turn, self.on_pieces)
+        elif self.handler.close_connection or self.server.closing:
+            self.end()
+        else:
+            self.expect_request(0)
+
+    def on_pieces(self, turn: Any) -> None:
+        """Send what a turn has made of the body."""
+        if self.state is State.CLOSED:
+            return
+        if isinstance(turn, OSError):
+            LOG.error("the store failed: %s", turn)
+        elif isinstance(turn, Exception):
+            self.server.report_bug(turn)
+        if isinstance(turn, Exception) or (self.server.closing and not turn[1]):
+            self.close()  # after the head, only that can tell the client that something is missing
+            return
+        pieces, ended = turn
+        if self.eof and not (ended or any(pieces)):
+            self.close()  # a search without results: the client has probably left
+            return
+        self.enter(State.WRITING, self.server.settings.REQUEST_TIMEOUT, self.on_stalled)
+        self.send_chunk(b"".join(pieces))
+        if ended:
+            self.end_chunks()
+        self.proceed()
+
+    def send_chunk(self, data: bytes) -> None:
+        """Send a part of a body of unknown length (RFC 9112 section 7.1)."""
+        if data:
+            self.send(
+                data if self.handler.request.is_http10 else b"%x\r\n%b\r\n" % (len(data), data)
+            )
+
+    def end_chunks(self) -> None:
+        self.stream = None
+        self.send(b"" if self.handler.request.is_http10 else b"0\r\n\r\n")
+
+    def send_events(self, data: bytes) -> None:
+        self.send_chunk(data)
+        self.proceed()
+
+    # The end
+
+    def end(self) -> None:
+        """Close, but keep reading for a little if the client still sends."""
+        if self.eof or not (self.handler.request.unread or self.incoming.data):
+            self.close()
+            return
+        with contextlib.suppress(OSError):
+            # Not the method of a TLS socket, which would go on without encryption.
+            socket.socket.shutdown(self.socket, socket.SHUT_WR)
+        self.incoming.data.clear()
+        self.enter(State.LINGERING, LINGER)
+
+    def on_stalled(self) -> None:
+        self.lose(TimeoutError("the client timed out (REQUEST_TIMEOUT)"))
+
+    def lose(self, error: OSError) -> None:
+        LOG.info("%s connection lost: %s", self.address[0], escape_controls(str(error)))
+        self.close()
+
+    def close(self) -> None:
+        if self.state is State.CLOSED:
+            return
+        paused, self.state = self.state is State.PAUSING, State.CLOSED
+        self.server.forget(self)
+        self.socket.close()
+        if paused:
+            self.resume(ConnectionAbortedError())
+
+    def may_be_evicted(self, now: float) -> bool:
+        return self.state in EVICTABLE and now - self.since >= self.grace
+
+    def evict(self) -> None:
+        """Disconnect the client to make room for another."""
+        problem = Problem(
+            503, "others needed the connection (MAX_CONNECTIONS)", {"Retry-After": "1"}
+        )
+        if self.state is State.PAUSING:
+            self.handler.close_connection = True
+            self.on_result(problem)
+        elif self.state in (State.IDLE, State.READING):
+            self.end_input(problem)
+        else:
+            if self.state is State.LISTENING:
+                self.end_chunks()
+            self.close()
+
+    def on_stop(self) -> None:
+        """End at once what would not end by itself, because the server stops."""
+        if self.state is State.IDLE:
+            self.on_ready(selectors.EVENT_READ)  # its next request may have arrived just now
+        if self.state is State.IDLE:
+            self.close()
+        elif self.state is State.LISTENING:
+            self.server.listeners.remove(self)
+            self.handler.close_connection = True
+            self.enter(State.WRITING, LINGER)
+            self.end_chunks()
+            self.proceed()
+        elif self.state is State.PAUSING:
+            self.handler.close_connection = True
+            self.on_result(None)
+
+    def interest(self) -> int:
+        """Return the events that the selector has to look for."""
+        if self.state is State.CLOSED:
+            return 0
+        reads = not self.eof and len(self.incoming.data) < CHUNK
+        return selectors.EVENT_READ * reads | selectors.EVENT_WRITE * bool(self.output)
+
+
+class Listeners:
+    """Event streams. Those that have read the log up to the same place share the reading."""
+
+    def __init__(self, server: InboxServer) -> None:
+        self.server = server
+        self.streams: dict[Connection, Events] = {}
+        self.scheduled, self.heartbeat = False, 0.0
+
+    def add(self, connection: Connection, events: Events) -> None:
+        if not self.streams:
+            self.server.call_later(RECHECK, self.on_recheck)
+        self.streams[connection] = events
+        self.on_change()
+
+    def remove(self, connection: Connection) -> None:
+        self.streams.pop(connection, None)
+
+    def on_change(self) -> None:
+        """Read what is new, a little later: more may follow."""
+        if self.streams and not self.scheduled:
+            self.scheduled = True
+            self.server.call_later(GATHER, self.read)
+
+    def on_recheck(self) -> None:
+        """Look for changes by other processes, as long as anybody listens."""
+        if not self.streams:
+            return
+        now = time.monotonic()
+        if now >= self.heartbeat:
+            self.heartbeat = now + HEARTBEAT
+            for connection in self.ready():
+                connection.send_events(b":\n\n")
+        self.on_change()
+        self.server.call_later(RECHECK, self.on_recheck)
+
+    def ready(self) -> list[Connection]:
+        """List those that have taken what they were sent; the others get no more for now."""
+        return [connection for connection in self.streams if not connection.output]
+
+    def read(self) -> None:
+        wanted = {self.streams[connection] for connection in self.ready()}
+        news = functools.partial(read_news, self.server.deliveries, wanted)
+        self.server.run_in(self.server.scans, news, self.on_news)
+
+    def on_news(self, news: Any) -> None:
+        """Send each listener what is new to it."""
+        self.scheduled = False
+        if isinstance(news, Exception):
+            LOG.error("the log of deliveries cannot be read: %s", news)
+            return
+        for connection in self.ready():
+            events = self.streams[connection]
+            if events in news:
+                data, place = news[events]
+                self.streams[connection] = events._replace(place=place)
+                connection.send_events(data)
+        if any(place != events.place for events, (_, place) in news.items()):
+            self.on_change()  # a listener that began in the past may have more to read
+
+
+def read_news(log: DeliveryLog, wanted: Collection[Events]) -> dict[Events, tuple[bytes, Place]]:
+    """Read on in the log; returns the events for each stream, and the place after them."""
+    read = {place: log.read(place) for place in {events.place for events in wanted}}
+    news = {}
+    for events in wanted:
+        lines, place = read[events.place]
+        likely = (line for line in lines if events.query.may_match(line))
+        deliveries = filter(None, map(Delivery.from_json, likely))
+        data = b"".join(as_event(each) for each in deliveries if events.query.matches(each))
+        news[events] = data, place
+    return news
+
+
+def as_event(delivery: Delivery) -> bytes:
+    """Write a delivery as a server-sent event (HTML section 9.2)."""
+    return f"id: {delivery.name}\ndata: {json.dumps(delivery.as_json())}\n\n".encode()
+
+
+# --- Server --------------------------------------------------------------------------------------
+#
+# One thread runs the event loop, `InboxServer.serve_forever`: it owns the selector, all connections
+# and all timers, and it alone reads and writes sockets. A handler that has to wait is a generator
+# and yields what it waits for; the loop resumes it with the result. Whatever may block runs in a
+# pool of daemon threads, which hand their results back through `post`. Notifications that must
+# reach the disk are stored in groups: while one batch is being synced, those that arrive form the
+# next. Other threads may call `post`, `stop`, `shutdown` and what touches only files.
+# Must not know: rules, pages.
+
+Then = Callable[[Any], None]  # takes the result of a function; an exception is a result too
+MAX_GATHER = 0.005  # seconds that a notification waits for others while the loop is busy
+STOP_WITHIN = 2.0  # seconds after `stop` in which clients may still take their answers
+PAUSE = 0.05  # seconds before looking for new connections again when there is no room
+
+
+@functools.lru_cache(maxsize=256)
+def is_loopback(host: str) -> bool:
+    """Whether a host, by its name or IP address, can only be this machine."""
+    name = host.lower().rstrip(".")
+    ip = ip_address(name) or ip_address(f"[{name}]")
+    return ip.is_loopback if ip else name in ("", "localhost") or name.endswith(".localhost")
+
+
+@contextlib.contextmanager
+def as_configuration_error(what: str, expected: str) -> Iterator[None]:
     """Turn errors of the operating system into errors of the settings that led to them."""
     try:
         yield
@@ -2746,64 +5681,97 @@ def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | No
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # Or who is cut off for others would see an error of TLS, and no 503. That bodies are whole is
-    # seen by HTTP.
+    # Otherwise a client disconnected to make room would see a TLS error instead of our 503.
+    # Truncation is safe to ignore here: HTTP framing detects it.
     context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
-    context.load_cert_chain(certificate, key, password="")  # or it would ask on the terminal
+    # An empty password, or an encrypted key would be asked about on the terminal.
+    context.load_cert_chain(certificate, key, password="")
     return context
 
 
 class InboxServer(http.server.HTTPServer):
-    """An inbox that listens as soon as it is made and serves from `serve_forever` to `shutdown`.
+    """An inbox that listens as soon as it is made, and serves from `serve_forever` to `shutdown`.
 
     `server_close`, or the end of a `with` block, shuts it down and waits for the requests in
     flight. Raises `ConfigurationError` when a setting cannot be put into practice.
     """
 
     request_queue_size = 1024
+    allow_reuse_address = os.name == "posix"  # elsewhere it would share a port that is in use
     allow_reuse_port = False  # from Python 3.14 on, two inboxes could have the same one
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.closing = threading.Event()
+        self.allowed_origins = cors_origins(settings.CORS_ORIGINS)
         self.failures = Failures()
-        self.faults: list[BaseException] = []  # of the inbox itself; there should be none
-        self.lock = threading.Lock()  # for the three that follow, and for who leads
-        self.connections: set[InboxHandler] = set()
-        self.waiting: dict[InboxHandler, Wait] = {}  # those that may be ended
-        self.selector = selectors.DefaultSelector()
-        self.leader = 0  # the thread that leads
-        self.full_until = 0.0  # when to look for new connections again
-        self.poll_interval, self.next_look = 0.1, 0.0  # see `serve_forever`, `end_overdue`
-        # While some connections are being ended there may be more than MAX_CONNECTIONS.
-        self.threads = concurrent.futures.ThreadPoolExecutor(2 * settings.MAX_CONNECTIONS + 1)
+        self.bugs: list[BaseException] = []  # there should be none
+        self.adopted: dict[str, Delivery] = {}
+        self.totals = Totals()
+        self.tasks: dict[Steps, str] = {}  # what runs without a client, and a key to cancel it by
+        self.known_ids: dict[int, str] = {}  # names by the hash of the id: ids may be long
+        # Long reads take turns in one thread. More threads would be no faster, and make the loop
+        # wait longer for the GIL.
+        self.pool, self.senders, self.scans = Pool(16), Pool(8), Pool(1)
+        self.connections: dict[Connection, None] = {}
+        self.listeners = Listeners(self)
+        self.timers: list[tuple[float, int, Callable[[], None]]] = []
+        self.numbers = itertools.count()
+        self.mailbox: collections.deque[Callable[[], object]] = collections.deque()
+        self.woken = self.closing = self.paused = False
+        self.arrived: list[tuple[bytes, Then]] = []  # to be stored by the next batch
+        self.committing, self.commit_by = False, NEVER
+        self.stopped = threading.Event()
+        self.stopped.set()
+        self.sockets: list[socket.socket] = []
         self.address_family = socket.AF_INET6 if ":" in settings.HOST else socket.AF_INET
         files = f"SSL_CERT {settings.SSL_CERT!r}, SSL_KEY {settings.SSL_KEY!r}"
-        with unusable(files, "a certificate and its key, not encrypted, in PEM"):
+        with as_configuration_error(files, "a certificate and its key, not encrypted, in PEM"):
             self.tls = tls_context(settings.SSL_CERT, settings.SSL_KEY)
-        with unusable(f"STORE_DIR {settings.STORE_DIR!r}", "a directory to write to"):
+        with as_configuration_error(f"STORE_DIR {settings.STORE_DIR!r}", "a directory to write to"):
             self.store = Store(settings.STORE_DIR, settings.FSYNC)
             self.deliveries = DeliveryLog(os.path.join(self.store.directory, "deliveries.jsonl"))
+        self.selector = selectors.DefaultSelector()
+        self.bell, self.ringer = socket.socketpair()
         address = f"HOST {settings.HOST!r}, PORT {settings.PORT}"
-        with unusable(address, "an address of this machine and a port that is free"):
-            # Where it fails, it calls `server_close`, which needs all of the above.
+        with as_configuration_error(address, "an address of this machine and a port that is free"):
+            # If it fails, it calls `server_close`, which needs all of the above.
             super().__init__((settings.HOST, settings.PORT), InboxHandler)
-        self.socket.setblocking(False)
+        for sock in (self.bell, self.ringer, *self.sockets):
+            sock.setblocking(False)
+        self.selector.register(self.bell, selectors.EVENT_READ, self.on_bell)
+        self.listen(True)
 
     def server_bind(self) -> None:
+        """Bind the sockets. `localhost` means both loopbacks: clients may try either first."""
         if self.settings.HOST == "::":
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         # HTTPServer would also look up a name for the address, and may wait long for it.
         socketserver.TCPServer.server_bind(self)
+        self.sockets = [self.socket]
+        if self.settings.HOST == "localhost" and self.has_ipv6_loopback():
+            other = ("::1", self.server_address[1])
+            backlog = self.request_queue_size
+            sock = socket.create_server(other, family=socket.AF_INET6, backlog=backlog)
+            self.sockets.append(sock)
+
+    def has_ipv6_loopback(self) -> bool:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+            return True
+        return False
+
+    # What the settings and the address mean
 
     @property
     def base(self) -> str:
-        """The URL below which everything is found, without a slash at its end."""
+        """The base URL, without a trailing slash."""
         return self.settings.BASE_URL.rstrip("/") if self.settings.BASE_URL else self.local
 
     @property
     def local(self) -> str:
-        """The URL of the address that is listened on."""
+        """The URL of the address that the server listens on."""
         host = self.settings.HOST if self.settings.HOST not in ("0.0.0.0", "::") else "localhost"
         return f"{self.scheme}://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}"
 
@@ -2816,258 +5784,406 @@ class InboxServer(http.server.HTTPServer):
 
         Otherwise a web page could have its own host name resolve to loopback (DNS rebinding).
         """
-        name = host.lower().rstrip(".")
-        if name in ("", "localhost"):
-            return True
-        bound, ip = str(self.server_address[0]), ip_address(name)
-        own_ip = ip_address(f"[{bound}]" if ":" in bound else bound)
-        if not own_ip or not own_ip.is_loopback:
-            return True
         known = urlsplit(self.settings.BASE_URL or "").hostname or ""
-        is_local = ip.is_loopback if ip else name.endswith(".localhost")
-        return is_local or name.strip("[]") == known.rstrip(".")
+        name = host.lower().rstrip(".")
+        bound = str(self.server_address[0])
+        return is_loopback(name) or not is_loopback(bound) or name.strip("[]") == known.rstrip(".")
 
     def clear(self) -> None:
-        """Forget all deliveries, notifications, and failures that were to come."""
-        # In this order, or what arrives meanwhile would be stored without a line in the log.
+        """Forget all deliveries, notifications, and simulated failures to come."""
+        self.known_ids.clear()
+        self.adopted.clear()
+        self.totals = Totals()
+        # In this order, or a notification that arrives meanwhile would be stored but not logged.
         self.deliveries.clear()
         self.store.clear()
         self.failures.clear()
 
-    # The threads, see Connections
-
-    def serve_forever(self, poll_interval: float = 0.1) -> None:
-        """Serve until `shutdown`; look every so many seconds for what does not announce itself."""
-        self.poll_interval = poll_interval
-        while not self.closing.is_set():
-            if not self.leader:
-                self.find_leader()
-            self.closing.wait(poll_interval)  # not for ever: signals wait for this thread
-
-    def find_leader(self) -> None:
-        """Have a thread lead; where none can be started now, `serve_forever` asks again."""
+    def record(self, delivery: Delivery) -> Delivery:
+        """Log a delivery. A failure to log is reported, but does not fail the request."""
         try:
-            self.threads.submit(self.lead)
-        except RuntimeError as error:
-            if not self.closing.is_set():
-                LOG.error("no thread can be started: %s", error)
+            delivery = self.deliveries.append(delivery)
+        except OSError as error:
+            LOG.error("a delivery could not be logged: %s", error)
+        if delivery.verdict in ("stored", "queued") and delivery.direction == "in":
+            self.remember(delivery.about.get("id", ""), delivery.name)
+        self.count(delivery)
+        self.listeners.on_change()
+        return delivery
 
-    def lead(self) -> None:
-        """Serve what comes, one request after another, until another thread leads."""
-        with self.lock:
-            if self.leader:
-                return
-            self.leader = threading.get_ident()
+    def count(self, delivery: Delivery) -> None:
+        self.totals = self.totals.plus(delivery)
+
+    def on_stored(self, delivery: Delivery, body: bytearray) -> None:
+        """Answer an Offer as REPLIES says; Undo Offer stops what is still to come."""
+        if delivery.pattern == "Undo Offer":
+            self.cancel(delivery.about.get("inReplyTo", ""))
+        if self.settings.REPLIES and (delivery.pattern or "").startswith("Request "):
+            steps = answer_offer(parse(bytes(body)), delivery, self.settings, self.record)
+            self.start(steps, delivery.about.get("id", ""))
+
+    def remember(self, id_: str, name: str) -> None:
+        """Note under which name the notification with this id is stored."""
+        if 0 < len(id_) < ABOUT_LENGTH:  # the log does not hold longer ones as a whole
+            self.known_ids[hash(id_)] = name
+
+    def known_as(self, id_: Any) -> str | None:
+        """Return the name of the stored notification with this id, None if there is none."""
+        name = self.known_ids.get(hash(id_)) if isinstance(id_, str) else None
+        return name if name and os.path.exists(self.store.path(name)) else None
+
+    def record_once(self, delivery: Delivery) -> Delivery:
+        """Log a notification that is adopted, at the start or because somebody asks for it."""
+        if delivery.name not in self.adopted:
+            self.adopted[delivery.name] = self.record(delivery)
+        return self.adopted[delivery.name]
+
+    def adopt(self, now: str) -> Steps:
+        """Log the notifications from before `now`, the start of a name, that are only stored."""
         try:
-            while self.leader == threading.get_ident() and not self.closing.is_set():
-                self.look_around()
-        except Exception as error:
-            self.fault(error)
-            self.leader = 0
+            for delivery in (yield Scan(self.unlogged(now))):
+                self.record_once(delivery)
+        except (OSError, Problem) as error:
+            LOG.error("stored notifications cannot be adopted: %s", error)
 
-    def look_around(self) -> None:
-        """Wait until some connections need a thread, and serve them."""
-        if time.monotonic() >= self.full_until:
-            self.watch(self.socket, True)
-        events = self.selector.select(self.poll_interval)
-        # Those who have sent something come before new connections, which may need their room.
-        for key, _ in sorted(events, key=lambda event: event[0].data is None):
-            if self.leader != threading.get_ident() or self.closing.is_set():
-                return
-            if key.data:
-                self.attend(key.data)
-            else:
-                # As many as come, but none that would need the room of the one before.
-                while self.accept() and len(self.connections) < self.settings.MAX_CONNECTIONS:
-                    pass
-        self.end_overdue()
+    def unlogged(self, now: str) -> Iterator[Delivery | None]:
+        """Yield the notifications that are in the store, but not in the log."""
+        names = [name for name in self.store.names() if name < now]
+        known: set[bytes] = set()
+        for lines in self.deliveries.blocks():
+            for match in filter(None, map(LINE.match, lines)):
+                logged, direction, status, id_, finding = match.groups(default=b"")
+                known.add(logged)
+                findings = [Finding("", "", "", "", "")] if finding else []
+                self.count(
+                    Delivery(
+                        status=int(status),
+                        direction="out" if direction == b"out" else "in",
+                        findings=findings,
+                    )
+                )
+                if id_ and status in (b"201", b"202") and direction != b"out":
+                    self.known_ids.setdefault(hash(json.loads(id_)), logged.decode())
+            yield None
+        for name in names:
+            if name.encode() not in known:
+                with contextlib.suppress(KeyError):
+                    yield Delivery.from_stored_file(name, self.store.read(name))
 
-    def resign(self, handler: InboxHandler) -> None:
-        """Let another thread lead, if this one does: it has to wait while it serves `handler`."""
-        if self.leader != threading.get_ident() or self.closing.is_set():
-            return
-        self.watch(handler.connection, False)
-        self.leader = 0
-        self.find_leader()
+    # The loop
 
-    def attend(self, handler: InboxHandler) -> None:
-        """Serve the requests that have come on a connection."""
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Serve until `stop` or `shutdown`. Nothing is polled."""
+        self.stopped.clear()
         try:
-            handler.handle()
-            if not handler.close_connection:
-                # From here on, it may be another thread's.
-                self.watch(handler.connection, True, handler)
-                return
-        except Exception as error:
-            self.fault(error)
-        self.drop(handler)
-
-    @contextlib.contextmanager
-    def away(self, handler: InboxHandler, wait: Wait) -> Iterator[None]:
-        """Let others be served while this thread waits; what it waits for may end meanwhile."""
-        self.resign(handler)
-        with self.lock:
-            noted = self.waiting.setdefault(handler, wait)  # a stream stays one while it is sent
-        try:
-            if self.closing.is_set():
-                self.hang_up()  # once more: `server_close` may have done so before this
-            yield
+            self.start(self.adopt(new_name()[:15]))
+            while not self.closing or self.connections:
+                self.turn()
         finally:
-            if noted is wait:
-                with self.lock:
-                    self.waiting.pop(handler, None)
+            self.drop_all()
+            self.stopped.set()
+
+    def turn(self) -> None:
+        ready = self.selector.select(self.seconds_to_wait())
+        for key, events in ready:
+            self.guard(functools.partial(key.data, events))
+        now = time.monotonic()
+        for connection in [each for each in self.connections if each.deadline <= now]:
+            self.guard(connection.overdue)
+        while self.timers and self.timers[0][0] <= now:
+            self.guard(heapq.heappop(self.timers)[2])
+        for _ in range(len(self.mailbox)):
+            self.guard(self.mailbox.popleft())
+        # Clients that were just answered send their next notification at once. A turn that finds
+        # nothing new shows that all have arrived; otherwise batches of one and of many alternate.
+        gathered = not ready or not self.store.fsync or now >= self.commit_by
+        if self.arrived and not self.committing and gathered:
+            self.guard(self.commit_arrived)
+
+    def seconds_to_wait(self) -> float | None:
+        if self.mailbox or (self.arrived and not self.committing):
+            return 0
+        soonest = min((each.deadline for each in self.connections), default=NEVER)
+        if self.timers:
+            soonest = min(soonest, self.timers[0][0])
+        return max(0, soonest - time.monotonic()) if soonest < NEVER else None
+
+    def guard(self, task: Callable[[], object]) -> None:
+        """Run a task; a bug in it ends the connection that it is for, but not the loop."""
+        try:
+            task()
+        except Exception as error:
+            self.report_bug(error)
+            connection = getattr(getattr(task, "func", task), "__self__", None)
+            if isinstance(connection, Connection):
+                connection.close()
+
+    def report_bug(self, error: BaseException) -> None:
+        LOG.error("a bug of the inbox", exc_info=error)
+        self.bugs.append(error)
+
+    def post(self, task: Callable[[], object]) -> None:
+        """Have the loop run a task; for other threads and signal handlers."""
+        self.mailbox.append(task)
+        if not self.woken:
+            self.woken = True
+            with contextlib.suppress(OSError):
+                self.ringer.send(b"!")
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Run a function in the loop, and wait for what it returns; for other threads."""
+        results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.post(lambda: results.put(function()))
+        return results.get(timeout=10)
+
+    def on_bell(self, events: int) -> None:
+        self.bell.recv(64)
+        self.woken = False  # before the mailbox is read, or a task could lie there unnoticed
+
+    def call_later(self, seconds: float, task: Callable[[], None]) -> None:
+        heapq.heappush(self.timers, (time.monotonic() + seconds, next(self.numbers), task))
+
+    # Work for other threads, and for later
+
+    def perform(self, step: Any, then: Then, wanted: Callable[[], bool]) -> None:
+        """Do what a generator waits for; the loop passes the result, or an exception, to `then`."""
+        if isinstance(step, Pause):
+            self.call_later(step.seconds, functools.partial(then, None))
+        elif isinstance(step, Commit):
+            self.commit(step.body, then)
+        elif isinstance(step, Scan):
+            self.scan(step.items, [], then, wanted)
+        else:
+            pool = self.senders if isinstance(step, Sending) else self.pool
+            self.run_in(pool, step.function, then)
+
+    def scan(
+        self, items: Iterator[Any], found: list[Any], then: Then, wanted: Callable[[], bool]
+    ) -> None:
+        """Take turns with other scans, as long as somebody wants the result."""
+
+        def on_turn(turn: Any) -> None:
+            if isinstance(turn, Exception):
+                then(turn)
+                return
+            found.extend(turn[0])
+            if turn[1]:
+                then(found)
+            elif self.closing:
+                then(Problem(503, "the inbox stops"))
+            elif wanted():
+                self.scan(items, found, then, wanted)
+            else:
+                then(ConnectionAbortedError())
+
+        self.run_in(self.scans, functools.partial(take_turn, items), on_turn)
+
+    def start(self, steps: Steps, key: str = "") -> None:
+        """Run a generator of steps that no client waits for; `key` is to cancel it by."""
+        self.tasks[steps] = key
+        self.resume(steps, None)
+
+    def resume(self, steps: Steps, result: Any) -> None:
+        if steps not in self.tasks:
+            return
+        try:
+            failed = isinstance(result, Exception)
+            step = steps.throw(result) if failed else steps.send(result)
+        except StopIteration:
+            del self.tasks[steps]
+        except Exception:
+            del self.tasks[steps]
+            raise
+        else:
+            self.perform(step, functools.partial(self.resume, steps), lambda: True)
+
+    def cancel(self, key: str) -> None:
+        """Give up the generators that were started with a key."""
+        for steps in [steps for steps, each in self.tasks.items() if each == key]:
+            del self.tasks[steps]
+            steps.close()
+
+    def run_in(self, pool: Pool, function: Callable[[], Any], then: Then) -> None:
+        """Run a function in a pool; the loop passes what it returns, or raises, to `then`."""
+
+        def work() -> None:
+            try:
+                result = function()
+            except Exception as error:
+                result = error
+            self.post(functools.partial(then, result))
+
+        try:
+            pool.submit(work)
+        except RuntimeError:
+            LOG.error("no thread can be started")
+            problem = Problem(503, "no thread can be started", {"Retry-After": "1"})
+            self.post(functools.partial(then, problem))
+
+    def commit(self, body: bytes, then: Then) -> None:
+        """Store a body with the next batch."""
+        if not self.arrived:
+            self.commit_by = time.monotonic() + MAX_GATHER
+        self.arrived.append((body, then))
+
+    def commit_arrived(self) -> None:
+        """Store the bodies that have arrived, as one batch: here, or in the pool if it syncs."""
+        batch, self.arrived = self.arrived, []
+        add = functools.partial(self.store.add, [body for body, _ in batch])
+        then = functools.partial(self.on_committed, batch)
+        if self.store.fsync:
+            self.committing = True
+            self.run_in(self.pool, add, then)
+        else:
+            then(add())
+
+    def on_committed(self, batch: list[tuple[bytes, Then]], outcomes: Any) -> None:
+        self.committing = False
+        if isinstance(outcomes, Exception):
+            outcomes = [outcomes] * len(batch)
+        for (_, then), outcome in zip(batch, outcomes):
+            self.guard(functools.partial(then, outcome))
 
     # The connections
 
-    def accept(self) -> bool:
-        """Take a connection, if one has come; if there are too many, end another one, or pause."""
-        if len(self.connections) >= self.settings.MAX_CONNECTIONS and not self.make_room():
-            self.pause()
-            return False
-        try:
-            request, client_address = self.get_request()
-        except OSError as error:
-            if errno.errorcode.get(error.errno or 0) in ("EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"):
-                LOG.error("a connection could not be taken: %s", error)
-                self.make_room()
-                self.pause()
-            return False
-        try:
-            handler = InboxHandler(request, client_address, self)
-        except OSError:  # the client has left already
-            self.shutdown_request(request)
-            return True
-        with self.lock:
-            self.connections.add(handler)
-        self.rest(handler, GRACE)
-        self.watch(handler.connection, True, handler)
-        return True
+    def watch(self, connection: Connection) -> None:
+        """Tell the selector what a connection waits for."""
+        events, known = connection.interest(), connection.events
+        if events == known:
+            return
+        connection.events = events
+        if not known:
+            self.selector.register(connection.socket, events, connection.on_ready)
+        elif events:
+            self.selector.modify(connection.socket, events, connection.on_ready)
+        else:
+            self.selector.unregister(connection.socket)
 
-    def get_request(self) -> tuple[socket.socket, Any]:
-        connection, address = super().get_request()
-        if self.tls:
-            # The handshake comes with the first read, so that nobody waits for it.
-            connection = self.tls.wrap_socket(
-                connection, server_side=True, do_handshake_on_connect=False
-            )
-        return connection, address
+    def listen(self, wanted: bool) -> None:
+        """Look for new connections, or leave them alone."""
+        self.paused = not wanted
+        for sock in self.sockets:
+            if wanted:
+                on_accept = functools.partial(self.on_accept, sock)
+                self.selector.register(sock, selectors.EVENT_READ, on_accept)
+            else:
+                self.selector.unregister(sock)
 
-    def pause(self) -> None:
-        """Leave new connections alone until another one ends, or a little later."""
-        self.full_until = time.monotonic() + self.poll_interval
-        self.watch(self.socket, False)
+    def on_accept(self, listener: socket.socket, events: int) -> None:
+        """Accept the pending connections, as long as there is room or can be made."""
+        for number in range(64):  # then others have their turn
+            if not self.has_room():
+                # More may be pending than the one that was announced, or not: look again first.
+                if number == 0 and not self.make_room():
+                    self.pause()
+                if number or self.paused:
+                    return
+            try:
+                sock, address = listener.accept()
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    LOG.error("a connection could not be accepted: %s", error)
+                    self.make_room()
+                    self.pause()
+                return
+            try:
+                self.welcome(sock, address)
+            except OSError:  # the client has left already
+                sock.close()
 
-    def watch(
-        self, source: socket.socket, wanted: bool, handler: InboxHandler | None = None
-    ) -> None:
-        """Look for what comes on a connection, or for new connections, or not for now."""
-        with self.lock:
-            watched = source in self.selector.get_map()
-            if wanted and not watched:
-                self.selector.register(source, selectors.EVENT_READ, handler)
-            elif watched and not wanted:
-                self.selector.unregister(source)
+    def welcome(self, sock: socket.socket, address: Any) -> None:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        if self.tls:  # the first read does the handshake, so that nobody waits for it
+            sock = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        connection = Connection(self, sock, address)
+        self.connections[connection] = None
+        connection.on_ready(selectors.EVENT_READ)  # a request often comes with the connection
 
-    def rest(self, handler: InboxHandler, grace: float = 0) -> None:
-        """Note that a connection waits for its next request."""
-        with self.lock:
-            self.waiting[handler] = Wait(time.monotonic(), socket.SHUT_RD, grace)
-
-    def begin(self, handler: InboxHandler) -> bool:
-        """Note that a request has begun; False if its connection was ended before."""
-        with self.lock:
-            return self.waiting.pop(handler, None) is not None
-
-    def drop(self, handler: InboxHandler) -> None:
-        """Close a connection."""
-        try:
-            handler.finish()
-        finally:
-            self.watch(handler.connection, False)
-            self.shutdown_request(handler.request)
-            with self.lock:
-                self.waiting.pop(handler, None)
-                self.connections.discard(handler)
-            if not self.closing.is_set():
-                self.watch(self.socket, True)
-
-    def end(self, handler: InboxHandler) -> None:
-        """Have a connection end that is waiting. The caller holds the lock."""
-        wait = self.waiting.pop(handler)
-        handler.wire.evicted = True
-        with contextlib.suppress(OSError):
-            # Not the method of a TLS socket, which would go on without encryption.
-            socket.socket.shutdown(handler.connection, wait.how)
+    def has_room(self) -> bool:
+        """Whether one more client can be served. Those that were answered do not count for long."""
+        lingering = [each for each in self.connections if each.state is State.LINGERING]
+        if len(lingering) > self.settings.MAX_CONNECTIONS:
+            lingering[0].close()
+        return len(self.connections) - len(lingering) < self.settings.MAX_CONNECTIONS
 
     def make_room(self) -> bool:
-        """End the connection that has waited longest; what has just begun has its time."""
-        with self.lock:
-            now, many = time.monotonic(), len(self.connections)
-            endable = [
-                handler for handler, wait in self.waiting.items() if now - wait.since >= wait.grace
-            ]
-            if not endable or many >= 2 * self.settings.MAX_CONNECTIONS:
-                return False
-            self.end(min(endable, key=lambda handler: self.waiting[handler].since))
-        self.deliveries.wake()
-        return True
+        """Disconnect the client that has been idle longest; False if there is none.
 
-    def end_overdue(self) -> None:
-        """End the connections on which no request comes."""
+        Clients that wait for a simulated delay are asked last.
+        """
         now = time.monotonic()
-        if now < self.next_look:
-            return
-        self.next_look = now + self.poll_interval
-        oldest = now - self.settings.REQUEST_TIMEOUT
-        with self.lock:
-            for handler, wait in list(self.waiting.items()):
-                at_rest = wait.how == socket.SHUT_RD and not wait.begun  # and no stream
-                if at_rest and wait.since < oldest:
-                    self.end(handler)
+        candidates = [each for each in self.connections if each.may_be_evicted(now)]
+        if candidates:
+            min(candidates, key=lambda each: (each.state is State.PAUSING, each.since)).evict()
+        return self.has_room()
 
-    def hang_up(self) -> None:
-        """End the connections that nobody waits for an answer on."""
-        with self.lock:
-            for handler, wait in list(self.waiting.items()):
-                if not wait.begun:
-                    self.end(handler)
-        self.deliveries.wake()
+    def pause(self) -> None:
+        """Stop accepting for a moment; meanwhile, clients wait in the backlog."""
+        if not self.paused:
+            self.listen(False)
+            self.call_later(PAUSE, self.on_unpause)
+
+    def on_unpause(self) -> None:
+        if self.paused and not self.closing:
+            self.listen(True)
+
+    def forget(self, connection: Connection) -> None:
+        self.watch(connection)
+        self.listeners.remove(connection)
+        self.connections.pop(connection, None)
+
+    # The end
+
+    def stop(self, within: float = STOP_WITHIN) -> None:
+        """Have `serve_forever` end: requests in flight have some seconds, all else ends at once."""
+        self.post(functools.partial(self.on_stop, within))
+
+    def on_stop(self, within: float) -> None:
+        if not self.closing:
+            for sock in self.sockets:
+                self.on_accept(sock, 0)  # clients in the backlog would see a reset
+            if not self.paused:
+                self.listen(False)
+            self.closing = True
+            waiting = sum(key != "" for key in self.tasks.values())
+            if waiting:
+                LOG.warning("%d Offers will get no more replies: the inbox stops", waiting)
+            for sock in self.sockets:
+                sock.close()
+            for connection in list(self.connections):
+                connection.on_stop()
+        # A notification on its way to the disk still gets its answer, unless there is no time.
+        spared = State.COMMITTING if within else None
+        self.call_later(within, functools.partial(self.drop_all, spared))
+
+    def drop_all(self, spared: State | None = None) -> None:
+        """Close what is left, but connections in the state `spared`."""
+        for connection in list(self.connections):
+            if connection.state is State.READING:
+                connection.end_input(Problem(503, "the inbox stops"))
+            if connection.state is not spared:
+                connection.close()
 
     def shutdown(self) -> None:
-        """Stop `serve_forever`, from another thread, or keep it from ever beginning."""
-        self.closing.set()
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)  # so that `lead` looks up at once
+        """Stop, and wait for the end of `serve_forever`."""
+        self.stop()
+        self.stopped.wait()
 
     def server_close(self) -> None:
         self.shutdown()
-        self.hang_up()
-        self.threads.shutdown()
-        for handler in list(self.connections):
-            self.drop(handler)
+        for sock in (self.socket, *self.sockets, self.bell, self.ringer):
+            sock.close()
         self.selector.close()
-        super().server_close()
-
-    def abort(self) -> None:
-        """Close without waiting for clients: what has not been answered yet will not be."""
-        self.shutdown()
-        self.cut_off()
-        self.server_close()
-
-    def cut_off(self) -> None:
-        """End every connection, whatever is under way on it."""
-        for handler in list(self.connections):
-            with contextlib.suppress(OSError):
-                socket.socket.shutdown(handler.connection, socket.SHUT_RDWR)
-
-    def fault(self, error: BaseException) -> None:
-        LOG.error("a fault of the inbox itself", exc_info=error)
-        self.faults.append(error)
+        for pool in (self.pool, self.senders, self.scans, self.store.syncers):
+            pool.close()
 
 
 # --- Test double ---------------------------------------------------------------------------------
+#
+# `running` serves an inbox while a block of a test lasts; the `Inbox` that it gives shows what has
+# arrived, waits for deliveries, and makes the next ones fail.
 
-POLL = 0.05  # seconds that the end of a `running` block may wait where nothing wakes the server
 KNOWN_TYPES = frozenset(name for pattern in PATTERNS for name in pattern.types)
 
 
@@ -3079,31 +6195,36 @@ class Wanted(NamedTuple):
     pattern: str
     in_reply_to: str
     status: str
+    direction: str
 
     def check(self) -> Wanted:
-        """Refuse what no delivery could ever be, lest a misspelt test passes or waits in vain.
+        """Reject criteria that can never match, so that a typo fails at once, not by a timeout.
 
-        Raises `AssertionError`, and `TypeError` for a predicate or a type that is none. A type may
-        be any, but no near miss of one that a pattern has.
+        In `assert_none` it would even pass. Raises `AssertionError`, and `TypeError` for a
+        predicate or a type of the wrong kind. Any type goes but a near miss of a known one.
         """
         if self.predicate is not None and not callable(self.predicate):
-            raise TypeError(f"the predicate {quoted(self.predicate)} cannot be called")
+            raise TypeError(f"the predicate {short_repr(self.predicate)} cannot be called")
         if not isinstance(self.type, str):
-            raise TypeError(f"the type {quoted(self.type)} is not one name")
+            raise TypeError(f"the type {short_repr(self.type)} is not one name")
         for spelt in (self.type, f"coar-notify:{self.type}"):
+            import difflib
+
             near = difflib.get_close_matches(spelt, KNOWN_TYPES, cutoff=0.85)
             if near and self.type not in KNOWN_TYPES:
-                raise AssertionError(unknown(self.type, "type", near))
+                raise AssertionError(f"unknown type {self.type}{did_you_mean(spelt, near)}")
         if self.pattern and self.pattern not in RULES:
-            raise AssertionError(unknown(self.pattern, "pattern", RULES))
-        expression, expected = PARAMETERS["status"]
+            hint = did_you_mean(self.pattern, RULES)
+            raise AssertionError(f"unknown pattern {self.pattern}{hint}")
+        expression, expected = QUERY_PARAMETERS["status"]
         if not re.fullmatch(expression, self.status):
-            raise AssertionError(f"status is {quoted(self.status)}, expected {expected}")
+            raise AssertionError(f"status is {short_repr(self.status)}, expected {expected}")
         return self
 
     def __str__(self) -> str:
-        given = {name: value for name, value in self._asdict().items() if value}
-        return ", ".join(f"{name}={quoted(value)}" for name, value in given.items()) or "any"
+        given = {name: value for name, value in self._asdict().items() if value not in ("", "in")}
+        given = {name: value for name, value in given.items() if value is not None}
+        return ", ".join(f"{name}={short_repr(value)}" for name, value in given.items()) or "any"
 
     def mismatch(self, delivery: Delivery) -> str:
         """Return the first reason why a delivery is not wanted; empty if it is."""
@@ -3113,13 +6234,13 @@ class Wanted(NamedTuple):
             listed = "; ".join(f"{finding.level} {finding.message}" for finding in reasons)
             return listed or delivery.detail or f"its status is not {self.status}"
         document = delivery.notification
-        types, asked = lookup(document, "type"), lookup(document, "inReplyTo")
+        types, in_reply_to = lookup(document, "type"), lookup(document, "inReplyTo")
         if self.type and self.type not in types_of(types):
-            return f"its type is {quoted(types)}"
+            return f"its type is {short_repr(types)}"
         if self.pattern not in ("", delivery.pattern):
             return f"its pattern is {delivery.pattern}"
-        if self.in_reply_to not in ("", asked):
-            return f"its inReplyTo is {quoted(asked)}"
+        if self.in_reply_to not in ("", in_reply_to):
+            return f"its inReplyTo is {short_repr(in_reply_to)}"
         return "" if not self.predicate or self.predicate(delivery) else "the predicate is false"
 
 
@@ -3136,14 +6257,15 @@ class Inbox:
 
     @property
     def open_server(self) -> InboxServer:
-        if self.server.closing.is_set():
+        if self.server.closing:
             raise RuntimeError("the inbox is closed; look at it inside the `with` block")
         return self.server
 
     @property
     def deliveries(self) -> list[Delivery]:
         """Every attempt so far, the first one first; see `Delivery`."""
-        return [self.complete(each) for each in self.open_server.deliveries.newest_first()][::-1]
+        logged = filter(None, self.open_server.deliveries.newest_first())
+        return [self.complete(delivery) for delivery in logged][::-1]
 
     @property
     def notifications(self) -> list[Any]:
@@ -3165,18 +6287,20 @@ class Inbox:
         pattern: str = "",
         in_reply_to: str = "",
         status: str | int = "2xx",
-        timeout: float = 5,
+        direction: str = "in",
+        timeout: float | None = 5,
     ) -> Delivery:
-        """Return the first delivery that is all that is wanted; wait for it if need be.
+        """Return the first delivery that meets all criteria; wait for it if need be.
 
         `status` is that of the answer, such as 503 or "4xx", 0 for none, or "" for any: unless it
-        is given, a delivery counts when it was accepted. `timeout` is in seconds. Raises
-        `AssertionError`, saying what did arrive, when the time is over, and at once when nothing
-        could ever be like that.
+        is given, a delivery counts when it was accepted. `direction` is "in", or "out" for what
+        this inbox has sent. `timeout` is in seconds, None for ever.
+        Raises `AssertionError`, saying what did arrive, when the time is over, and at once when
+        nothing can ever meet the criteria.
         """
-        wanted = Wanted(predicate, type, pattern, in_reply_to, str(status)).check()
+        wanted = Wanted(predicate, type, pattern, in_reply_to, str(status), direction).check()
         others = []
-        for delivery in self.arriving(timeout):
+        for delivery in self.arriving(timeout, direction):
             try:
                 reason = wanted.mismatch(delivery)
             except Exception as error:  # it may look for members that another one has
@@ -3184,8 +6308,10 @@ class Inbox:
             if not reason:
                 return delivery
             others.append(f"\n  {described(delivery)}: {reason}")
-        came = "".join(others) or " nothing"
-        raise AssertionError(f"no delivery with {wanted} within {timeout:g} s; what came:{came}")
+        arrived = "".join(others) or " nothing"
+        raise AssertionError(
+            f"no delivery with {wanted} within {timeout:g} s; what arrived:{arrived}"
+        )
 
     def assert_none(
         self,
@@ -3195,33 +6321,46 @@ class Inbox:
         pattern: str = "",
         in_reply_to: str = "",
         status: str | int = "",
-        within: float = 0,
+        direction: str = "in",
+        within: float | None = 0,
     ) -> None:
-        """Raise `AssertionError` if such a delivery, accepted or not, has come or comes in time.
+        """Raise `AssertionError` if such a delivery, accepted or not, has arrived, or does in time.
 
-        `within` is in seconds. What the predicate raises is raised.
+        `within` is in seconds, None for ever. What the predicate raises is raised.
         """
-        wanted = Wanted(predicate, type, pattern, in_reply_to, str(status)).check()
-        for delivery in self.arriving(within):
+        wanted = Wanted(predicate, type, pattern, in_reply_to, str(status), direction).check()
+        for delivery in self.arriving(within, direction):
             if not wanted.mismatch(delivery):
                 raise AssertionError(f"an unexpected delivery: {described(delivery)}")
 
-    def arriving(self, seconds: float) -> Iterator[Delivery]:
-        """Yield the deliveries so far and those that come in so many seconds."""
-        start, deadline = utc_now(), time.monotonic() + seconds
+    def arriving(self, seconds: float | None, direction: str) -> Iterator[Delivery]:
+        """Yield the deliveries so far, and those that arrive in time; None is for ever."""
+        deadline = math.inf if seconds is None else time.monotonic() + seconds
+        followed = self.open_server.deliveries.follow(deadline)
+        return (self.complete(each) for each in followed if each.direction == direction)
 
-        def remaining() -> float:
-            return max(0, deadline - time.monotonic())
+    def send(self, document: Any, url: str) -> Delivery:
+        """Send a notification to another inbox; returns the outgoing delivery.
 
-        for delivery in self.open_server.deliveries.follow(BEGINNING, remaining):
-            # What was there at the start counts, however long it takes to read it.
-            if not remaining() and (not delivery or delivery.time > start):
-                return
-            if delivery:
-                yield self.complete(delivery)
+        `document` is sent as JSON, or as it is if it is bytes. See `coarinbox.send`.
+        """
+        delivery = outgoing(document, url, "test", functools.partial(send, document, url))
+        recorded: Delivery = self.open_server.call(lambda: self.server.record(delivery))
+        return recorded
+
+    def reply(self, delivery: Delivery, pattern: str = "Accept", to: str | None = None) -> Delivery:
+        """Answer an Offer with a pattern; returns the outgoing delivery.
+
+        It goes to `to`, by default the Offer's `origin.inbox`. Raises `ValueError` for what cannot
+        be answered, see `coarinbox.reply`.
+        """
+        url = to or lookup(delivery.notification, "origin.inbox")
+        if not is_http_uri(url):
+            raise ValueError("the Offer has no origin.inbox; say where the reply goes with `to`")
+        return self.send(reply(delivery.notification, pattern), url)
 
     def clear(self) -> None:
-        """Forget all deliveries, notifications, and failures that were to come."""
+        """Forget all deliveries, notifications, and simulated failures to come."""
         self.open_server.clear()
 
     def fail_next(
@@ -3244,14 +6383,16 @@ class Inbox:
             "delay": f"{delay:.9f}" if delay else None,
             "close": 1 if close else None,
         }
-        query = urlencode({name: value for name, value in given.items() if value is not None})
-        failure = Failure.from_query(query)
-        self.open_server.failures.line_up(failure)
+        texts = {name: str(value) for name, value in given.items() if value is not None}
+        check_parameters(texts, FAILURE_PARAMETERS)
+        self.open_server.failures.push(Failure.from_values(texts))
 
 
 def described(delivery: Delivery) -> str:
     about = delivery.about.get("id", "without an id")
-    return visible(f"{delivery.outcome} {delivery.pattern or 'no pattern'} {about}")
+    path = "" if delivery.target.startswith("/inbox") else f"{delivery.method} {delivery.target}"
+    words = (str(delivery.status or ""), delivery.verdict, path, delivery.pattern or "no pattern")
+    return escape_controls(" ".join(word for word in (*words, about) if word))
 
 
 @contextlib.contextmanager
@@ -3266,19 +6407,27 @@ def running(**settings: Any) -> Iterator[Inbox]:
     used, and `RuntimeError` at the end of the block if the inbox itself has failed.
     """
     for name in settings.keys() - SETTING_NAMES:
-        raise ConfigurationError(unknown(name, "setting", SETTING_NAMES))
-    with tempfile.TemporaryDirectory(prefix="coarinbox-") as directory:
+        hint = did_you_mean(name, SETTING_NAMES)
+        raise ConfigurationError(f"unknown setting {name}{hint}")
+    process = os.getpid()
+    directory = tempfile.mkdtemp(prefix="coarinbox-")
+    try:
         defaults = {"PORT": 0, "STORE_DIR": directory, "FSYNC": False}
         server = InboxServer(Settings(**{**defaults, **settings}))
-        thread = threading.Thread(target=server.serve_forever, args=(POLL,))
+        thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
             yield Inbox(server)
         finally:
-            server.abort()
-            thread.join()
-    if server.faults:
-        raise RuntimeError("the inbox itself has failed") from server.faults[0]
+            if os.getpid() == process:  # a child that was forked leaves its parent's inbox alone
+                server.stop(within=0)
+                thread.join()
+                server.server_close()
+    finally:
+        if os.getpid() == process:
+            shutil.rmtree(directory, ignore_errors=True)
+    if server.bugs:
+        raise RuntimeError("the inbox itself has failed") from server.bugs[0]
 
 
 # --- Command line --------------------------------------------------------------------------------
@@ -3304,8 +6453,17 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         action="extend",
         help="validate files, - or directories, and end",
     )
+    add("--sample", metavar="PATTERN", help="print a valid notification, or --send it, and end")
+    add("--send", metavar="URL", help="send files, or - for standard input, to an inbox, and end")
+    add("--token", metavar="SECRET", help="the token of the inbox to send to")
+    add("files", metavar="FILE", nargs="*", help="what to send")
     add("--version", action="version", version=f"coarinbox {__version__}")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if "send" not in options and ("files" in options or "token" in options):
+        parser.error("FILE and --token go with --send URL")
+    if "send" in options and "files" not in options and "sample" not in options:
+        parser.error("--send needs a FILE, - for standard input, or --sample PATTERN")
+    return options
 
 
 def attach_debugger(host: str, port: int) -> None:
@@ -3332,65 +6490,165 @@ def files_below(path: str, onerror: Callable[[OSError], object]) -> list[str]:
     )
 
 
-def read_file(path: str) -> bytes:
+def read_file(path: str, limit: int) -> bytes:
+    """Read a file, or standard input for `-`, no further than is needed to see it is too large."""
     if path == "-":
-        return sys.stdin.buffer.read()
+        return sys.stdin.buffer.read(limit + 1)
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", path)  # a FIFO would block
     with open(path, "rb") as file:
-        return file.read()
+        return file.read(limit + 1)
 
 
-def check_file(octets: bytes, settings: Settings) -> tuple[list[Finding], list[Finding]]:
-    """Judge a notification as an inbox would; returns what it is refused for, and the warnings."""
+def check_file(data: bytes, settings: Settings) -> Assessment:
+    """Judge a notification as an inbox would."""
     try:
-        errors, warnings = judge(parse(octets), settings.VALIDATE_INCOMING)
+        if len(data) > settings.MAX_CONTENT_LENGTH:
+            code, reason = "size", f"it is larger than {settings.MAX_CONTENT_LENGTH} bytes"
+        else:
+            return assess(parse(data), settings.VALIDATE_INCOMING)
+    except NestedTooDeeplyError as error:
+        code, reason = "depth", f"it is {error}"
     except ValueError as error:
-        errors, warnings = [Finding(E, "", "json", f"it is not JSON: {error}", SPECIFICATION)], []
-    if len(octets) > settings.MAX_CONTENT_LENGTH:
-        size = f"it is larger than {settings.MAX_CONTENT_LENGTH} octets"
-        errors = [*errors, Finding(E, "", "size", size, SPECIFICATION)]
-    return errors, warnings
+        code, reason = "json", f"it is not JSON: {error}"
+    return Assessment([Finding(REFUSED, "", code, reason, SPECIFICATION)], [])
 
 
 def check(paths: list[str], settings: Settings) -> int:
     """Validate files; returns the exit status: 1 if one is refused, 2 if one is unreadable."""
     unreadable: list[OSError] = []
-    verdicts = []
+    assessments = []
     for file in (file for path in paths for file in files_below(path, unreadable.append)):
         try:
-            refused, warnings = check_file(read_file(file), settings)
+            assessment = check_file(read_file(file, settings.MAX_CONTENT_LENGTH), settings)
         except OSError as error:
             unreadable.append(error)
             continue
-        verdicts.append(refused != [])
-        for finding in refused + warnings:
-            where = f"{visible(file)}: {finding.level} {finding.pointer or '-'}"
-            print(f"{where} {finding.code} {finding.message}")
+        assessments.append(assessment)
+        for finding in assessment.errors + assessment.warnings:
+            line = f"{finding.level} {finding.pointer or '-'} {finding.code} {finding}"
+            print(escape_controls(f"{file}: {line}"))
+        if not any(assessment):
+            print(escape_controls(f"{file}: ok"))
     for each in unreadable:
-        print(visible(f"coarinbox: {each.filename}: {each.strerror}"), file=sys.stderr)
-    print(f"coarinbox: {len(verdicts)} checked, {sum(verdicts)} refused", file=sys.stderr)
-    return 2 if unreadable or not verdicts else int(any(verdicts))
+        print(escape_controls(f"coarinbox: {each.filename}: {each.strerror}"), file=sys.stderr)
+    refused = sum(assessment.errors != [] for assessment in assessments)
+    warned = sum(not errors and warnings != [] for errors, warnings in assessments)
+    counts = f"{len(assessments)} checked, {refused} refused, {warned} with warnings"
+    print(f"coarinbox: {counts}", file=sys.stderr)
+    return 2 if unreadable or not assessments else int(refused > 0)
 
 
-# Seconds within which a second signal is the same one: `timeout`, say, sends it to a process and
-# to its group.
-TWICE = 0.5
+MAX_FILE = 67108864  # bytes of a file to send
+
+
+def print_answer(name: str, answer: Answer) -> None:
+    """Print a line for the answer to a notification, and one for each reason in it."""
+    phrase = http.client.responses.get(answer.status, "")
+    print(escape_controls(" ".join(f"{name}: {answer.status} {phrase} {answer.location}".split())))
+    reasons = answer.reasons()
+    if answer.status in NOT_AN_INBOX and not reasons:
+        reasons = ["this is no inbox, and no page there advertises one"]
+    elif 200 <= answer.status < 300 and not answer.accepted:
+        reasons = ["an inbox that accepts a notification answers 201 or 202", *reasons]
+    for reason in reasons:
+        print(escape_controls(f"  {clip(reason, 300)}"))
+
+
+def send_all(url: str, token: str | None, sources: list[tuple[str, Callable[[], Any]]]) -> int:
+    """Send notifications; returns the exit status: 1 if one is refused, 2 if one is not sent."""
+    statuses = [0]
+    for name, read in sources:
+        try:
+            answer = send(read(), url, token=token)
+        except OSError as error:
+            reason = error if isinstance(error, SendError) else error.strerror
+            print(escape_controls(f"coarinbox: {name}: {reason}"), file=sys.stderr)
+            statuses.append(2)
+        else:
+            print_answer(name, answer)
+            statuses.append(0 if answer.accepted else 1)
+    return max(statuses)
+
+
+def converse(options: argparse.Namespace) -> int:
+    """Print or send what the command line names; returns the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    pattern, url = getattr(options, "sample", None), getattr(options, "send", None)
+    paths = getattr(options, "files", [])
+    sources: list[tuple[str, Callable[[], Any]]] = [
+        (path, functools.partial(read_file, path, MAX_FILE)) for path in paths
+    ]
+    if pattern is not None:
+        try:
+            document = sample(pattern)
+        except ValueError as error:
+            print(f"coarinbox: {error}", file=sys.stderr)
+            return 2
+        if url is None:
+            print(json.dumps(document, indent=2))
+            return 0
+        document["target"]["inbox"] = url
+        sources.append((f"--sample {pattern}", lambda: document))
+    return send_all(url or "", getattr(options, "token", None), sources)
+
+
+# Seconds within which a second signal is the same one: `timeout`, for one, sends it to a process
+# and to its group.
+DOUBLE_SIGNAL = 0.5
+MAX_WAITING = 10_000  # of the log that may wait for standard error
+
+
+class StderrHandler(logging.Handler):
+    """Writes log lines to standard error from a thread: a pipe that nobody reads would block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: queue.Queue[str] = queue.Queue(MAX_WAITING)
+        self.dropped = 0
+        threading.Thread(target=self.write_lines, daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self.lines.put_nowait(self.format(record))
+        except queue.Full:
+            self.dropped += 1
+
+    def write_lines(self) -> None:
+        while True:
+            line = self.lines.get()
+            dropped, self.dropped = self.dropped, 0
+            if dropped:
+                line += f"\n{dropped} lines were dropped: nobody read standard error"
+            with contextlib.suppress(OSError, ValueError):
+                print(line, file=sys.stderr, flush=True)
+            self.lines.task_done()
+
+    def flush(self) -> None:
+        """Wait until everything is written, but not long."""
+        end = time.monotonic() + 0.5
+        with self.lines.all_tasks_done:
+            while self.lines.unfinished_tasks and time.monotonic() < end:
+                self.lines.all_tasks_done.wait(end - time.monotonic())
 
 
 def run(server: InboxServer) -> None:
-    """Serve until SIGINT or SIGTERM; a later one does not wait for requests in flight."""
-    signals: list[float] = []
+    """Serve until SIGINT, SIGTERM or SIGHUP; a later one does not wait for requests in flight."""
+    received: list[float] = []
+    sys.setswitchinterval(0.0005)  # the loop waits so long for the GIL while a pool computes
 
     def stop(number: int, frame: types.FrameType | None) -> None:
-        signals.append(time.monotonic())
-        if len(signals) == 1:
-            # Not here: the signal may have come while this thread holds what `shutdown` waits for.
-            threading.Thread(target=server.shutdown).start()
-        elif signals[-1] - signals[0] > TWICE:
-            server.cut_off()
+        received.append(time.monotonic())
+        if len(received) == 1:
+            server.stop()
+        elif received[-1] - received[0] > DOUBLE_SIGNAL:
+            server.stop(within=0)
 
     with server:
-        signal.signal(signal.SIGINT, stop)
-        signal.signal(signal.SIGTERM, stop)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):  # Windows has no SIGHUP
+                signal.signal(getattr(signal, name), stop)
         lines = [
             f"coarinbox {__version__}",
             "address     {} port {}".format(*server.server_address[:2]),
@@ -3405,9 +6663,15 @@ def run(server: InboxServer) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
-    options = vars(parse_arguments(arguments))
-    filename = options.pop("config", None) or os.environ.get("COARNOTIFY_SETTINGS")
+    if not logging.getLogger().handlers:
+        logging.basicConfig(
+            format="%(asctime)s %(message)s", level=logging.INFO, handlers=[StderrHandler()]
+        )
+    parsed = parse_arguments(arguments)
+    if "send" in parsed or "sample" in parsed:
+        return converse(parsed)
+    options = vars(parsed)
+    filename = options.pop("config", os.environ.get("COARNOTIFY_SETTINGS") or None)
     try:
         paths = options.pop("check", [])
         settings = configure(filename, options)

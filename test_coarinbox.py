@@ -17,6 +17,7 @@ import datetime
 import doctest
 import errno
 import functools
+import glob
 import hashlib
 import html.parser
 import http.client
@@ -31,9 +32,11 @@ import operator
 import os
 import pathlib
 import re
+import select
 import shutil
 import signal
 import socket
+import socketserver
 import ssl
 import stat
 import subprocess
@@ -47,15 +50,16 @@ import unittest.mock
 import urllib.error
 import urllib.parse
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import coarinbox
-from coarinbox import E, M, S
 
 HERE = pathlib.Path(__file__).resolve().parent
 MODULE = HERE / "coarinbox.py"
 JSON_LD = "application/ld+json"
+E, M, S = coarinbox.LEVELS
 PROC = os.path.isdir("/proc/self/fd")  # where the descriptors of a process can be counted
 
 # --- Notifications -------------------------------------------------------------------------------
@@ -183,6 +187,15 @@ def members(document: Any, prefix: str = "") -> list[str]:
     return names
 
 
+def altered(name: str, **changes: Any) -> Any:
+    """Copy a notification with other values for members; `__` stands for the dot in a name."""
+    document = NOTIFICATIONS[name]
+    for member, value in changes.items():
+        member = {"at_context": "@context"}.get(member, member.replace("__", "."))
+        document = changed(document, member.replace("cite_as", "ietf:cite-as"), value)
+    return document
+
+
 # --- Talking to an inbox -------------------------------------------------------------------------
 
 
@@ -205,7 +218,7 @@ class Answer(NamedTuple):
 def ask(
     server: Any, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
 ) -> Answer:
-    """Send one request on a connection of its own; a body that is no octets is sent as JSON."""
+    """Send one request on a connection of its own; a body that is not bytes is sent as JSON."""
     connection = http.client.HTTPConnection(*address(server), timeout=10)
     try:
         return ask_on(connection, method, path, body, headers)
@@ -233,14 +246,14 @@ def address(server: Any) -> tuple[str, int]:
     return str(host), int(port)
 
 
-def raw(server: Any, octets: bytes, then: str = "read") -> list[Answer]:
-    """Send octets as they are and read every answer until the server ends the connection.
+def raw(server: Any, data: bytes, then: str = "read") -> list[Answer]:
+    """Send bytes as they are and read every answer until the server closes the connection.
 
-    What follows: "read" leaves our side open, "half-close" closes it first.
+    With "half-close" the client tells the server that no more bytes will follow.
     """
     with socket.create_connection(address(server), timeout=10) as connection:
         with contextlib.suppress(ConnectionError):  # it may answer before it has read everything
-            connection.sendall(octets)
+            connection.sendall(data)
         if then == "half-close":
             connection.shutdown(socket.SHUT_WR)
         answers = []
@@ -258,13 +271,37 @@ def read_answer(status_line: bytes, stream: Any) -> Answer:
 
 
 def post_head(*lines: str) -> bytes:
-    """Make the head of a POST to the inbox that has these header lines besides."""
+    """Make the head of a POST to the inbox, with more header lines."""
     head = ["POST /inbox HTTP/1.1", "Host: localhost", f"Content-Type: {JSON_LD}", *lines, "", ""]
     return "\r\n".join(head).encode("latin-1")
 
 
+def get_head(*lines: str, target: str = "/constraints", host: str = "localhost") -> bytes:
+    """Make the head of a GET, with more header lines."""
+    return "\r\n".join([f"GET {target} HTTP/1.1", f"Host: {host}", *lines, "", ""]).encode()
+
+
+def connect(server: Any, data: bytes = b"") -> socket.socket:
+    """Open a connection and send something on it."""
+    connection = socket.create_connection(address(server), timeout=10)
+    connection.sendall(data)
+    return connection
+
+
+def answer_on(connection: socket.socket) -> Answer:
+    """Read one answer, and nothing of the next one."""
+    with connection.makefile("rb", buffering=0) as stream:
+        return read_answer(stream.readline(), stream)
+
+
 ACCEPT = NOTIFICATIONS["Accept"]
 BODY = json.dumps(ACCEPT).encode()
+
+
+def post_to(query: str = "", body: bytes = BODY) -> bytes:
+    """Make a whole POST to the inbox, with a query."""
+    head = post_head(f"Content-Length: {len(body)}")
+    return head.replace(b"/inbox", b"/inbox" + query.encode(), 1) + body
 
 
 def utc_now() -> str:
@@ -278,10 +315,10 @@ def files_in(store: Any) -> list[str]:
 
 
 class InboxTest(unittest.TestCase):
-    """Tests against an inbox of their own, which must not log a fault of its own meanwhile."""
+    """Tests against an inbox of their own; a test fails if the inbox logs an error."""
 
     settings: dict[str, Any] = {}
-    faults_expected = False
+    errors_expected = False
 
     def setUp(self) -> None:
         handler = logging.handlers.BufferingHandler(capacity=1_000_000)
@@ -298,16 +335,16 @@ class InboxTest(unittest.TestCase):
         self.addCleanup(context.__exit__, None, None, None)
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Look again and again whether something is so; it must be within ten seconds."""
+        """Poll until `condition()` is true; fail after ten seconds."""
         deadline = time.monotonic() + 10
         while not condition():
             self.assertLess(time.monotonic(), deadline, "it did not happen")
-            time.sleep(0)  # it needs the interpreter
+            time.sleep(0)  # let the thread of the inbox run
 
     def check_log(self) -> None:
-        faults = [line.getMessage() for line in self.log if line.levelno >= logging.ERROR]
-        if not self.faults_expected:
-            self.assertEqual(faults, [])
+        errors = [line.getMessage() for line in self.log if line.levelno >= logging.ERROR]
+        if not self.errors_expected:
+            self.assertEqual(errors, [])
 
     def log_lines(self) -> list[str]:
         return [line.getMessage() for line in self.log]
@@ -349,25 +386,39 @@ BROKEN: list[tuple[str, str, str, str, Any]] = [
     ("@context-namespaces", M, "Accept", "@context", "https://www.w3.org/ns/activitystreams"),
     ("@context-namespaces", M, "Reject", "@context", ["https://www.w3.org/ns/activitystreams"]),
     ("@context-namespaces", M, "Reject", "@context", ["https://coar-notify.net"]),
+    ("@context-namespaces", M, "Reject", "@context", [{"as": "https://example.org/"}, 5]),
     ("@context-current", S, "Accept", "@context",
      ["https://www.w3.org/ns/activitystreams", "https://purl.org/coar/notify"]),
     ("@context-current", S, "Accept", "@context",
      ["https://www.w3.org/ns/activitystreams", "https://purl.org/coar/notify/"]),
     ("@context-current", S, "Undo Offer", "@context",
      ["https://www.w3.org/ns/activitystreams", "https://coar-notify.net/"]),
+    ("@context-current", S, "Undo Offer", "@context",
+     ["https://www.w3.org/ns/activitystreams/", "https://coar-notify.net"]),
+    ("@context-order", S, "Accept", "@context",
+     ["https://coar-notify.net", "https://www.w3.org/ns/activitystreams"]),
+    ("@context-order", S, "Accept", "@context",
+     [{"x": "https://x.example/"}, "https://www.w3.org/ns/activitystreams", "https://coar-notify.net"]),
     ("id-required", E, "Request Review", "id", ABSENT),
     ("id-required", E, "Announce Review", "id", None),
     ("id-absolute-uri", E, "Request Review", "id", "/notifications/1"),
     ("id-absolute-uri", E, "Announce Review", "id", ["urn:uuid:1"]),
     ("id-preferred", S, "Request Review", "id", "urn:uuid:94ecae35dcfd4182855022c7164fe23f"),
     ("id-preferred", S, "Reject", "id", "info:notification/1"),
+    ("id-preferred", S, "Reject", "id", "https://repository.example.org/notifications/1"),
+    ("id-preferred", S, "Reject", "id", "URN:UUID:94ecae35-dcfd-4182-8550-22c7164fe23f"),
     ("type-required", E, "Accept", "type", ABSENT),
+    ("type-required", E, "Accept", "type", []),
     ("type-strings", E, "Accept", "type", ["Accept", 5]),
+    ("type-strings", E, "Accept", "type", ["Accept", None]),
+    ("type-order", S, "Request Review", "type", ["coar-notify:ReviewAction", "x:Y", "Offer"]),
     ("type-pattern", E, "Accept", "type", "Acept"),
     ("type-pattern", E, "Request Review", "type", ["Offer", "coar-notify:IngestAction"]),
     ("type-known-actions", S, "Announce Service Result", "type", ["Announce", "ReviewAction"]),
     ("type-known-actions", S, "Announce Service Result", "type",
      ["Announce", "coar-notify:EndorsmentAction"]),
+    ("type-known-actions", S, "Announce Service Result", "type",
+     ["Announce", "coar-notify:IngestAction"]),
     ("origin-required", E, "Announce Review", "origin", ABSENT),
     ("origin-object", E, "Accept", "origin", "https://repository.example.org/"),
     ("origin.id-required", E, "Accept", "origin.id", ABSENT),
@@ -395,47 +446,71 @@ BROKEN: list[tuple[str, str, str, str, Any]] = [
     ("actor-object", E, "Announce Service Result", "actor", "J. Carberry"),
     ("actor.id-required", M, "Accept", "actor.id", ABSENT),
     ("actor.id-absolute-uri", E, "Accept", "actor.id", "0000-0002-1825-0097"),
+    ("actor.id-http-uri", S, "Accept", "actor.id", "mailto:editor@example.org"),
     ("actor.type-required", M, "Accept", "actor.type", ABSENT),
+    ("actor.type-strings", E, "Accept", "actor.type", ["Person", None]),
     ("actor.type-actor", E, "Accept", "actor.type", "Robot"),
+    ("actor.type-actor", E, "Accept", "actor.type", []),
     ("actor.type-single", S, "Accept", "actor.type", ["Person"]),
+    ("actor.name-required", S, "Accept", "actor.name", ABSENT),
+    ("actor.name-text", S, "Accept", "actor.name", " "),
     ("inReplyTo-required", E, "Accept", "inReplyTo", ABSENT),
     ("inReplyTo-required", E, "Unprocessable Notification", "inReplyTo", ABSENT),
     ("inReplyTo-absolute-uri", E, "Announce Review", "inReplyTo", "previous"),
     ("inReplyTo-equals-object.id", E, "Reject", "inReplyTo", "urn:uuid:another"),
+    ("inReplyTo-equals-object.id", S, "Unprocessable Notification", "inReplyTo", "urn:uuid:no"),
     ("context-required", E, "Announce Relationship", "context", ABSENT),
     ("context-object", E, "Announce Review", "context", "https://example.org/preprint/421"),
     ("context.id-required", E, "Announce Review", "context.id", ABSENT),
     ("context.id-http-uri", E, "Announce Review", "context.id", "doi:10.5555/12345680"),
     ("context.id-equals-object.as:object", M, "Announce Relationship", "context.id",
      "https://repository.example.org/preprint/422"),
+    ("context.type-strings", M, "Announce Review", "context.type", ["Page", "sorg:AboutPage", 5]),
     ("context.type-as2-object", M, "Announce Review", "context.type", "sorg:AboutPage"),
-    ("context.ietf:cite-as-http-uri", M, "Announce Review", "context.ietf:cite-as", "10.5555/1"),
+    ("context.type-about-page", S, "Announce Review", "context.type", "Page"),
+    ("context.ietf:cite-as-http-uri", S, "Announce Review", "context.ietf:cite-as", "10.5555/1"),
     ("context.ietf:item-object", M, "Announce Review", "context.ietf:item", "content.pdf"),
     ("context.ietf:item.id-required", M, "Announce Review", "context.ietf:item.id", ABSENT),
     ("context.ietf:item.id-http-uri", M, "Announce Review", "context.ietf:item.id", "1.pdf"),
     ("context.ietf:item.type-required", M, "Announce Review", "context.ietf:item.type", ABSENT),
+    ("context.ietf:item.type-strings", M, "Announce Review", "context.ietf:item.type",
+     ["Article", "sorg:Article", {}]),
     ("context.ietf:item.type-as2-object", M, "Announce Review", "context.ietf:item.type", "PDF"),
+    ("context.ietf:item.type-schema", S, "Announce Review", "context.ietf:item.type", "Article"),
     ("context.ietf:item.mediaType-required", M, "Announce Review", "context.ietf:item.mediaType",
      ABSENT),
     ("context.ietf:item.mediaType-media-type", M, "Announce Review",
      "context.ietf:item.mediaType", "pdf"),
     ("object.type-required", M, "Request Review", "object.type", ABSENT),
     ("object.type-required", E, "Announce Review", "object.type", ABSENT),
+    ("object.type-required", M, "Announce Endorsement", "object.type", []),
     ("object.type-required", E, "Accept", "object.type", ABSENT),
     ("object.type-as2-object", M, "Request Endorsement", "object.type", ["sorg:AboutPage"]),
-    ("object.type-as2-object", E, "Announce Endorsement", "object.type", "sorg:Review"),
+    ("object.type-as2-object", E, "Announce Review", "object.type", "sorg:Review"),
+    ("object.type-as2-object", M, "Announce Endorsement", "object.type", "sorg:Review"),
+    ("object.type-about-page", S, "Request Review", "object.type", ["Page", "sorg:WebPage"]),
+    ("object.type-schema", S, "Announce Review", "object.type", "Page"),
+    ("object.type-schema", S, "Announce Service Result", "object.type", ["Page", "x:Report"]),
+    ("object.type-strings", M, "Request Review", "object.type", ["Page", "sorg:AboutPage", None]),
+    ("object.type-strings", M, "Announce Review", "object.type", ["Page", "sorg:Review", 5]),
     ("object.type-strings", E, "Tentatively Accept", "object.type", 5),
     ("object.type-offer", M, "Tentatively Reject", "object.type", "Invite"),
+    ("object.type-pattern", S, "Tentatively Reject", "object.type", "Offer"),
+    ("object.@context-unexpected", S, "Undo Offer", "object.@context",
+     ["https://www.w3.org/ns/activitystreams", "https://coar-notify.net"]),
     ("object.ietf:cite-as-required", S, "Request Review", "object.ietf:cite-as", ABSENT),
     ("object.ietf:cite-as-required", S, "Announce Review", "object.ietf:cite-as", ABSENT),
-    ("object.ietf:cite-as-http-uri", M, "Request Review", "object.ietf:cite-as", "doi:10.5555/1"),
-    ("object.ietf:cite-as-http-uri", M, "Announce Review", "object.ietf:cite-as", "doi:10.5555/1"),
+    ("object.ietf:cite-as-http-uri", S, "Request Review", "object.ietf:cite-as", "doi:10.5555/1"),
+    ("object.ietf:cite-as-http-uri", S, "Announce Review", "object.ietf:cite-as", "doi:10.5555/1"),
     ("object.ietf:item-required", M, "Request Review", "object.ietf:item", ABSENT),
     ("object.ietf:item-object", M, "Request Review", "object.ietf:item", ["1.pdf"]),
     ("object.ietf:item.id-required", M, "Request Review", "object.ietf:item.id", ABSENT),
     ("object.ietf:item.id-http-uri", M, "Request Review", "object.ietf:item.id", "1.pdf"),
     ("object.ietf:item.type-required", M, "Request Review", "object.ietf:item.type", ABSENT),
+    ("object.ietf:item.type-strings", M, "Request Review", "object.ietf:item.type",
+     ["Article", "sorg:Article", 5]),
     ("object.ietf:item.type-as2-object", M, "Request Review", "object.ietf:item.type", "PDF"),
+    ("object.ietf:item.type-schema", S, "Request Review", "object.ietf:item.type", "Article"),
     ("object.ietf:item.mediaType-required", M, "Request Review", "object.ietf:item.mediaType",
      ABSENT),
     ("object.ietf:item.mediaType-media-type", M, "Request Review",
@@ -450,6 +525,8 @@ BROKEN: list[tuple[str, str, str, str, Any]] = [
     ("object.as:object-absolute-uri", E, "Announce Relationship", "object.as:object", {}),
     ("summary-required", E, "Unprocessable Notification", "summary", ABSENT),
     ("summary-text", M, "Unprocessable Notification", "summary", ""),
+    ("summary-text", M, "Unprocessable Notification", "summary", 5),
+    ("summary-string", S, "Undo Offer", "summary", ["withdrawn"]),
 ]
 # fmt: on
 
@@ -478,7 +555,8 @@ class RulesTest(unittest.TestCase):
         rules = {constraint["code"] for constraint in coarinbox.constraints()}
         # The whole notification is the one member that cannot be replaced in itself.
         self.assertEqual(
-            {code for code, *_ in BROKEN} | {"notification-object", "notification-required"}, rules
+            {code for code, *_ in BROKEN} | {"notification-object", "notification-required"},
+            rules - set(coarinbox.DELIVERY_RULES),  # see ArrivalTest
         )
 
     def test_the_levels_of_the_examples_are_those_of_the_list_of_constraints(self) -> None:
@@ -498,6 +576,7 @@ class RulesTest(unittest.TestCase):
         document = changed(document, "target", ABSENT)
         document = changed(document, "object.ietf:item.mediaType", "pdf")
         spec = "https://coar-notify.net/specification/1.0.1/request-review/"
+        service = '{"id": "https://…", "type": "Service", "inbox": "https://…"}'
         self.assertEqual(
             [found.as_json() for found in coarinbox.validate(document)],
             [
@@ -505,50 +584,77 @@ class RulesTest(unittest.TestCase):
                     "level": "E",
                     "pointer": "/origin/id",
                     "code": "origin.id-http-uri",
-                    "message": "origin.id must be an HTTP URI",
+                    "message": 'origin.id must be an HTTP URI; write `"https://…"`',
                     "spec": spec,
                     "value": "here",
+                    "fix": 'write `"https://…"`',
                 },
                 {
                     "level": "E",
                     "pointer": "/target",
                     "code": "target-required",
-                    "message": "target is missing; it must be an object",
+                    "message": "target is missing; it must be an object;"
+                    f' write `"target": {service}`',
                     "spec": spec,
+                    "fix": f'write `"target": {service}`',
                 },
                 {
                     "level": "M",
                     "pointer": "/object/ietf:item/mediaType",
                     "code": "object.ietf:item.mediaType-media-type",
-                    "message": "object.ietf:item.mediaType must be a media type, type/subtype",
+                    "message": "object.ietf:item.mediaType must be a media type, type/subtype;"
+                    ' write `"application/pdf"`',
                     "spec": spec,
                     "value": "pdf",
+                    "fix": 'write `"application/pdf"`',
                 },
             ],
         )
+
+    def test_one_fault_is_one_finding(self) -> None:
+        activity_streams, coar_notify = ACCEPT["@context"]
+        purl = "https://purl.org/coar/notify"
+        for name, member, value, expected in [
+            ("Accept", "id", "offer-1", ["id-absolute-uri"]),
+            ("Request Review", "object.id", 5, ["object.id-absolute-uri"]),
+            ("Accept", "actor.id", "J. Carberry", ["actor.id-absolute-uri"]),
+            ("Accept", "inReplyTo", 5, ["inReplyTo-absolute-uri"]),
+            ("Accept", "inReplyTo", ABSENT, ["inReplyTo-required"]),
+            ("Unprocessable Notification", "summary", 5, ["summary-text"]),
+            ("Unprocessable Notification", "object.id", ABSENT, ["object.id-required"]),
+            ("Accept", "@context", [coar_notify], ["@context-namespaces"]),
+            ("Accept", "@context", [activity_streams, purl, coar_notify], []),
+            ("Accept", "@context", [activity_streams, coar_notify, {"x": "https://x.example"}], []),
+            ("Announce Relationship", "object.as:object", ABSENT, ["object.as:object-required"]),
+            ("Request Review", "origin", "the repository", ["origin-object"]),
+        ]:
+            with self.subTest(name, member=member, value=value):
+                found = coarinbox.validate(changed(NOTIFICATIONS[name], member, value))
+                self.assertEqual([each.code for each in found], expected)
+
+    def test_a_finding_survives_being_written_as_json(self) -> None:
+        for name, document in NOTIFICATIONS.items():
+            for member in ("id", "actor.name", "object.type"):
+                for found in coarinbox.validate(changed(document, member, ABSENT)):
+                    with self.subTest(name, code=found.code):
+                        text = json.dumps(found.as_json())
+                        self.assertEqual(coarinbox.Finding.from_json(json.loads(text)), found)
+        for broken in ({}, {"level": "E"}, {**found.as_json(), "message": 5}):
+            with self.assertRaises(TypeError):
+                coarinbox.Finding.from_json(broken)
+
+    def test_fault_and_fix_make_up_the_message(self) -> None:
+        for _, _, name, member, value in BROKEN:
+            for found in coarinbox.validate(changed(NOTIFICATIONS[name], member, value)):
+                with self.subTest(found.code, value=value):
+                    whole = f"{found.fault}; {found.fix}" if found.fix else found.fault
+                    self.assertEqual(found.message, whole)
+                    self.assertNotIn(found.fix or "write", found.fault)
 
     def test_without_a_pattern_the_rules_for_all_of_them_apply(self) -> None:
         found = codes({"type": "Nothing"})
         pointers = {pointer for level, pointer, _ in found if level == E}
         self.assertEqual(pointers, {"/id", "/type", "/origin", "/target", "/object"})
-
-    def test_an_unknown_type_is_answered_with_the_known_ones_and_the_nearest(self) -> None:
-        examples = [
-            (["Offer", "coar-notify:EndorsmentAction"], "Offer + coar-notify:EndorsementAction"),
-            (["ReviewAction", "Offer"], "Offer + coar-notify:ReviewAction"),
-            (["Offer", "coar-notify:IngestAction"], "Offer + coar-notify:"),
-            ("TentativelyAccept", "TentativeAccept"),
-        ]
-        for types, nearest in examples:
-            with self.subTest(types=types):
-                document = changed(NOTIFICATIONS["Request Review"], "type", types)
-                (message,) = (
-                    found.message
-                    for found in coarinbox.validate(document)
-                    if found.code == "type-pattern"
-                )
-                self.assertIn(f"nearest: {nearest}", message)
-                self.assertIn("Flag + coar-notify:UnprocessableNotification", message)
 
     def test_the_most_specific_pattern_wins_then_the_first_of_the_table(self) -> None:
         examples: list[tuple[Any, str | None]] = [
@@ -567,11 +673,6 @@ class RulesTest(unittest.TestCase):
                 pattern = coarinbox.pattern_of({"type": types})
                 self.assertEqual(pattern and pattern.name, name)
 
-    def test_an_action_that_is_known_is_none_that_is_unknown(self) -> None:
-        types = ["Announce", "coar-notify:UnprocessableNotification", "sorg:Review"]
-        document = changed(NOTIFICATIONS["Announce Service Result"], "type", types)
-        self.assertEqual(codes(document), set())
-
     def test_null_counts_as_absent(self) -> None:
         for name, document in NOTIFICATIONS.items():
             for member in members(document):
@@ -581,10 +682,15 @@ class RulesTest(unittest.TestCase):
                         codes(changed(document, member, ABSENT)),
                     )
 
-    def test_without_a_type_all_that_it_may_be_are_listed(self) -> None:
-        findings = {each.code: each for each in coarinbox.validate(changed(ACCEPT, "type", ABSENT))}
-        for types in ("Announce, ", "Offer + coar-notify:ReviewAction", "TentativeAccept", "Undo"):
-            self.assertIn(types, findings["type-required"].message)
+    def test_an_empty_list_of_types_counts_as_absent(self) -> None:
+        for name, document in NOTIFICATIONS.items():
+            for member in members(document):
+                if member.endswith("type") and not member.endswith("actor.type"):
+                    with self.subTest(name, member=member):
+                        self.assertEqual(
+                            codes(changed(document, member, [])),
+                            codes(changed(document, member, ABSENT)),
+                        )
 
     def test_unknown_members_are_never_a_finding(self) -> None:
         for name, document in NOTIFICATIONS.items():
@@ -603,7 +709,15 @@ class RulesTest(unittest.TestCase):
 
     def test_an_embedded_notification_of_no_pattern_needs_no_more_than_its_id(self) -> None:
         document = changed(ACCEPT, "object", {"id": OFFER_ID, "type": ["Offer", "x:Action"]})
-        self.assertEqual(codes(document), set())
+        self.assertEqual(codes(document), {(S, "/object/type", "object.type-pattern")})
+
+    def test_offers_within_each_other_are_followed_for_a_few_levels_only(self) -> None:
+        document: Any = "an Offer"
+        for _ in range(90):
+            document = {**ACCEPT, "object": document}
+        pointers = {found.pointer for found in coarinbox.validate(document)}
+        self.assertTrue(any(pointer.startswith("/object/object") for pointer in pointers))
+        self.assertLess(max(pointer.count("/object") for pointer in pointers), 10)
 
     def test_a_fault_of_the_embedded_id_is_reported_once(self) -> None:
         document = changed(ACCEPT, "object.id", "offer")
@@ -662,16 +776,6 @@ class RulesTest(unittest.TestCase):
         found = coarinbox.validate({})[0]
         self.assertEqual(found.spec, "https://coar-notify.net/specification/1.0.1/")
 
-    def test_the_nearest_types_are_named_where_there_are_any(self) -> None:
-        for type_, hint in [
-            ("Acept", r" \(nearest: Accept\)$"),
-            (["ReviewAction", "Offer"], r" \(nearest: Offer \+ coar-notify:ReviewAction\)$"),
-            ([], r"UnprocessableNotification, Undo$"),
-        ]:
-            found = coarinbox.validate(changed(ACCEPT, "type", type_))
-            (message,) = (each.message for each in found if each.code == "type-pattern")
-            self.assertRegex(message, hint)
-
     def test_what_is_no_variant_of_a_namespace_is_not_taken_for_one(self) -> None:
         document = changed(ACCEPT, "@context", ["https://www.w3.org/ns/activitystreams"])
         found = [each.code for each in coarinbox.validate(document)]
@@ -683,14 +787,239 @@ class RulesTest(unittest.TestCase):
             ("object.type", "Accept", "object.type must include Offer"),
             ("inReplyTo", "urn:x", "inReplyTo must equal object.id"),
             ("target.inbox", ABSENT, "target.inbox is missing; it must be an HTTP URI"),
+            ("actor.id", "", "actor.id must be an absolute URI; it is empty"),
         ]:
             found = coarinbox.validate(changed(ACCEPT, member, value))
-            self.assertIn(message, [each.message for each in found])
+            self.assertIn(message, [each.fault for each in found])
 
     def test_a_value_is_repeated_only_where_it_is_short(self) -> None:
         for value, repeated in [("x" * 50, True), ("x" * 500, False), ([["x"] * 99], False)]:
             (found,) = coarinbox.validate(changed(ACCEPT, "origin.id", value))
             self.assertEqual("value" in found.as_json(), repeated)
+
+
+# What was written for a member, and what the message says instead: pattern, member, value, text.
+# fmt: off
+HINTS: list[tuple[str, str, Any, str]] = [
+    ("Accept", "id", "94ecae35-dcfd-4182-8550-22c7164fe23f",
+     "write `urn:uuid:94ecae35-dcfd-4182-8550-22c7164fe23f`"),
+    ("Accept", "id", "URN:UUID:94ECAE35-dcfd-4182-8550-22c7164fe23f",
+     "write `urn:uuid:94ecae35-dcfd-4182-8550-22c7164fe23f`"),
+    ("Accept", "id", "urn:uuid:94ecae35dcfd4182855022c7164fe23f",
+     "write `urn:uuid:94ecae35-dcfd-4182-8550-22c7164fe23f`"),
+    ("Accept", "id", "https://repository.example.org/n/1", "write `urn:uuid:…` with a new UUID"),
+    ("Accept", "id", "offer-1", 'write `"urn:uuid:…"`'),
+    ("Accept", "id", ABSENT, 'write `"id": "urn:uuid:…"`'),
+    ("Accept", "actor.id", "0000-0002-1825-0097", "write `https://orcid.org/0000-0002-1825-0097`"),
+    ("Request Review", "object.id", "doi:10.5555/1", "write `https://doi.org/10.5555/1`"),
+    ("Request Review", "object.ietf:cite-as", "10.5555/1", "write `https://doi.org/10.5555/1`"),
+    ("Request Review", "object.ietf:item.id", "https://example.org/a b.pdf",
+     "write `https://example.org/a%20b.pdf`"),
+    ("Accept", "target.inbox", "https://example.org/inbox\n",
+     "remove the white space; write `https://example.org/inbox`"),
+    ("Accept", "target.inbox", {"id": "https://example.org/inbox"},
+     "write `https://example.org/inbox`"),
+    ("Announce Review", "inReplyTo", [{"@id": OFFER_ID, "@type": "Offer"}], f"write `{OFFER_ID}`"),
+    ("Accept", "inReplyTo", "urn:uuid:other", f"write `{OFFER_ID}`"),
+    ("Accept", "origin", "https://journal.example.com/system",
+     'write `{"id": "https://journal.example.com/system", "type": "Service", "inbox": "https://…"}`'),
+    ("Accept", "actor", "https://orcid.org/0000-0002-1825-0097",
+     'write `{"id": "https://orcid.org/0000-0002-1825-0097", "type": "Person", "name": "…"}`'),
+    ("Request Review", "object", PREPRINT["id"], '"type": ["Page", "sorg:AboutPage"]'),
+    ("Request Review", "object.ietf:item", "https://example.org/1.pdf",
+     '{"id": "https://example.org/1.pdf", "type": ["Article", "sorg:ScholarlyArticle"]'),
+    ("Accept", "object", [PREPRINT], "write the object alone, without the list around it"),
+    ("Accept", "inReplyTo", ABSENT, f'write `"inReplyTo": "{OFFER_ID}"`'),
+    ("Accept", "object.id", ABSENT, f'write `"id": "{OFFER_ID}"`'),
+    ("Announce Relationship", "context.id", ABSENT, f'write `"id": "{PREPRINT["id"]}"`'),
+    ("Announce Review", "inReplyTo", "previous", 'write `"urn:uuid:…"`'),
+    ("Accept", "target.inbox", "localhost:5005/inbox", "write `http://localhost:5005/inbox`"),
+    ("Accept", "object", OFFER_ID, "write the complete Offer, without its `@context`"),
+    ("Accept", "object.type", "Offer", "write the complete Offer, without its `@context`"),
+    ("Accept", "@context", "https://www.w3.org/ns/activitystreams",
+     'write `["https://www.w3.org/ns/activitystreams", "https://coar-notify.net"]`'),
+    ("Accept", "@context", ["https://www.w3.org/ns/activitystreams/", "https://purl.org/coar/notify"],
+     "found `https://www.w3.org/ns/activitystreams/`; write `https://www.w3.org/ns/activitystreams`;"
+     " found `https://purl.org/coar/notify`; write `https://coar-notify.net`"),
+    ("Accept", "actor.type", "https://www.w3.org/ns/activitystreams#Person", "write `Person`"),
+    ("Accept", "actor.type", "as:Organization", "write `Organization`"),
+    ("Accept", "actor.type", "organisation", "write `Organization`"),
+    ("Accept", "actor.type", ["Person", None], 'write `"Person"`'),
+    ("Accept", "origin.type", "http://www.w3.org/ns/activitystreams#Service", "write `Service`"),
+    ("Request Review", "object.type", ["page", "sorg:AboutPage"], "found `page`; write `Page`"),
+    ("Request Review", "object.type", "sorg:AboutPage", "such as Page, Article or Document"),
+    ("Request Review", "object.type", "sorg:AboutPage", 'write `["Page", "sorg:AboutPage"]`'),
+    ("Request Review", "object.type", ["Page", "schema:AboutPage"],
+     "found `schema:AboutPage`; write `sorg:AboutPage`"),
+    ("Announce Review", "object.type", "sorg:Review", 'write `["Page", "sorg:Review"]`'),
+    ("Request Review", "type", ["coar-notify:ReviewAction", "Offer", "x:Y"],
+     'write `["Offer", "coar-notify:ReviewAction", "x:Y"]`'),
+    ("Announce Relationship", "object.type", "relationship",
+     "found `relationship`; write `Relationship`"),
+]
+# Under which name a missing member may be found.
+MISNAMED: list[tuple[str, str, str]] = [
+    ("Accept", "id", "@id"), ("Accept", "id", "Id"), ("Accept", "type", "@type"),
+    ("Accept", "inReplyTo", "inReplyto"), ("Accept", "inReplyTo", "in_reply_to"),
+    ("Accept", "inReplyTo", "as:inReplyTo"), ("Accept", "target.inbox", "ldp:inbox"),
+    ("Request Review", "object.ietf:cite-as", "ietf:citeAs"),
+    ("Request Review", "object.ietf:cite-as", "cite-as"),
+    ("Request Review", "object.ietf:item", "url"), ("Request Review", "object.ietf:item", "item"),
+    ("Request Review", "object.ietf:item.mediaType", "mediatype"),
+    ("Announce Relationship", "object.as:object", "object"),
+    ("Unprocessable Notification", "summary", "Summary"), ("Accept", "actor.name", "sorg:name"),
+]
+# What a `type` that fits no pattern was probably meant to be; empty where nothing is close.
+MEANT: list[tuple[Any, str]] = [
+    (["Offer", "coar-notify:EndorsmentAction"],
+     '["Offer", "coar-notify:EndorsementAction"] (Request Endorsement)?'),
+    (["Offer", "RequestReview"], '["Offer", "coar-notify:ReviewAction"] (Request Review)?'),
+    (["ReviewAction", "Offer"], '["Offer", "coar-notify:ReviewAction"] (Request Review)?'),
+    (["as:Offer", "https://purl.org/coar/notify_vocabulary/review-action/"],
+     '["Offer", "coar-notify:ReviewAction"] (Request Review)?'),
+    ("https://www.w3.org/ns/activitystreams#TentativeAccept",
+     '"TentativeAccept" (Tentatively Accept)?'),
+    ("TentativelyAccept", '"TentativeAccept" (Tentatively Accept)?'),
+    ("Acept", '"Accept" (Accept)?'),
+    ("accept", '"Accept" (Accept)?'),
+    ("Flag", '["Flag", "coar-notify:UnprocessableNotification"] (Unprocessable Notification)?'),
+    ("Offer", '["Offer", "coar-notify:EndorsementAction"] (Request Endorsement)'
+     ' or ["Offer", "coar-notify:ReviewAction"] (Request Review)?'),
+    ("coar-notify:ReviewAction", '["Announce", "coar-notify:ReviewAction"] (Announce Review)'
+     ' or ["Offer", "coar-notify:ReviewAction"] (Request Review)?'),
+    (["Offer", "coar-notify:Review"], '["Offer", "coar-notify:ReviewAction"] (Request Review)?'),
+    ("Offer, coar-notify:ReviewAction", '["Offer", "coar-notify:ReviewAction"] (Request Review)?'),
+    ("Create", ""),
+    (["Person"], ""),
+    ({"@id": "Offer"}, ""),
+    (["Offer", "coar-notify:IngestAction"], ""),
+]
+# fmt: on
+
+
+ANNOUNCED = NOTIFICATIONS["Announce Service Result"]
+
+
+class HintsTest(unittest.TestCase):
+    """A message says what to write."""
+
+    def messages(self, document: Any, member: str) -> str:
+        pointer = "/" + member.replace(".", "/")
+        found = coarinbox.validate(document)
+        return "\n".join(each.message for each in found if each.pointer == pointer)
+
+    def test_what_to_write_instead(self) -> None:
+        for name, member, value, text in HINTS:
+            with self.subTest(name, member=member, value=value):
+                document = changed(NOTIFICATIONS[name], member, value)
+                self.assertIn(text, self.messages(document, member))
+
+    def test_a_missing_member_is_found_under_a_similar_name(self) -> None:
+        for name, member, found in MISNAMED:
+            with self.subTest(name, member=member, found=found):
+                parent = member.rpartition(".")[0]
+                value = coarinbox.lookup(NOTIFICATIONS[name], member)
+                document = changed(NOTIFICATIONS[name], member, ABSENT)
+                document = changed(document, f"{parent}.{found}" if parent else found, value)
+                message = self.messages(document, member)
+                self.assertIn(f"found `{found}`", message)
+                self.assertIn(f"write `{member.rpartition('.')[2]}`", message)
+
+    def test_a_member_of_its_own_right_is_not_taken_for_another(self) -> None:
+        for member, other in [
+            ("id", "type"),
+            ("@context", "context"),
+            ("origin.id", "origin.name"),
+        ]:
+            document = changed(NOTIFICATIONS["Announce Review"], member, ABSENT)
+            document = changed(document, other, "x")
+            self.assertNotIn("found", self.messages(document, member))
+
+    def test_a_type_of_no_pattern_is_answered_with_what_it_was_meant_to_be(self) -> None:
+        for types, meant in MEANT:
+            with self.subTest(types=types):
+                document = changed(NOTIFICATIONS["Request Review"], "type", types)
+                message = self.messages(document, "type")
+                self.assertIn("type must fit a pattern", message)
+                self.assertEqual("did you mean" in message, meant != "", message)
+                self.assertIn(f"did you mean {meant}" if meant else "", message)
+
+    def test_what_the_specification_removed_is_said_so(self) -> None:
+        for types in (["Offer", "coar-notify:IngestAction"], ["Announce", "coar:IngestAction"]):
+            document = changed(NOTIFICATIONS["Announce Service Result"], "type", types)
+            message = self.messages(document, "type")
+            self.assertIn("Announce Ingest were removed in specification 1.0.0", message)
+            self.assertNotIn("did you mean", message)
+
+    def test_what_looks_like_an_action_is_named(self) -> None:
+        for type_ in (
+            "ReviewAction", "coar:ReviewAction", "coar_notify:ReviewAction",
+            "coar-notify:reviewAction",
+            "http://coar-notify.net/specification/vocabulary/ReviewAction",
+            "https://purl.org/coar/notify_vocabulary/review-action/",
+        ):  # fmt: skip
+            with self.subTest(type_):
+                document = changed(ANNOUNCED, "type", ["Announce", type_])
+                self.assertEqual(codes(document), {(S, "/type", "type-known-actions")})
+                message = self.messages(document, "type")
+                self.assertIn(f"found `{type_}`", message)
+                self.assertIn(
+                    'mean ["Announce", "coar-notify:ReviewAction"] (Announce Rev', message
+                )
+        document = changed(ANNOUNCED, "type", ["Announce", "coar-notify:UnprocessableNotification"])
+        self.assertIn("found `coar-notify:Unproc", self.messages(document, "type"))
+        document = changed(ANNOUNCED, "type", ["Announce", "x:OtherAction"])
+        self.assertTrue(self.messages(document, "type").endswith("found `x:OtherAction`"))
+
+    def test_other_types_do_not_look_like_an_action(self) -> None:
+        for type_ in (
+            "sorg:ReviewAction",
+            "https://schema.org/Action",
+            "Create",
+            "x:Review",
+            "Activity",
+        ):
+            with self.subTest(type_):
+                self.assertEqual(codes(changed(ANNOUNCED, "type", ["Announce", type_])), set())
+
+    def test_hostile_values_make_short_messages_in_short_time(self) -> None:
+        # Each would take minutes if it were compared as a whole, or repeated in each finding.
+        huge = "x" * 10**6
+        documents = [
+            {"type": [f"{n}Offer{huge[:80]}" for n in range(10**4)]},
+            {"type": huge, "id": huge, "origin": huge, "inReplyTo": [huge]},
+            {f"@{n}d": n for n in range(10**5)},
+            {"type": "Accept", "object": {"type": ["Offer"] * 10**5, "id": f"10.5555/{huge}"}},
+            {"@context": [huge] * 3 + [{}] * 10**5, "summary": [[]] * 10**5},
+            {"actor": {"type": [huge[:30] + str(n) for n in range(10**4)]}},
+        ]
+        for document in documents:
+            started = time.process_time()
+            found = coarinbox.validate(document)
+            self.assertLess(time.process_time() - started, 2)
+            self.assertGreater(len(found), 3)
+            self.assertLess(len(json.dumps([each.as_json() for each in found])), 50_000)
+
+    def test_a_newcomer_gets_to_a_clean_notification_in_three_attempts(self) -> None:
+        first: Any = {
+            "@id": "offer-1", "@type": ["Offer", "RequestReview"], "origin": REPOSITORY["id"],
+        }  # fmt: skip
+        said = {found.pointer: found.fix for found in coarinbox.validate(first)}
+        self.assertIn("found `@id`; write `id`", said["/id"])
+        # All the examples are taken as they are; only the two names are corrected.
+        written = {
+            pointer[1:]: json.loads("{" + fix[len("write `") : -1] + "}").get(pointer[1:])
+            for pointer, fix in said.items()
+            if fix.startswith('write `"')
+        }
+        origin = json.loads(said["/origin"][len("write `") : -1])
+        second = {**written, "id": first["@id"], "type": first["@type"], "origin": origin}
+        said = {found.pointer: found.fix for found in coarinbox.validate(second)}
+        self.assertEqual(set(said), {"/id", "/type"})
+        self.assertIn('"urn:uuid:…"', said["/id"])
+        types = json.loads(re.search(r"mean (\[.*?\])", said["/type"])[1])  # type: ignore[index]
+        third = {**second, "id": OFFER_ID, "type": types}
+        self.assertEqual(coarinbox.validate(third), [])
 
 
 # URIs, and whether they are absolute URIs and HTTP URIs.
@@ -752,6 +1081,27 @@ URIS = [
 ]
 
 
+class JsonTest(unittest.TestCase):
+    def test_nesting_that_is_too_deep_is_called_that(self) -> None:
+        for text in (b"[" * 101 + b"]" * 101, b'{"a":' * 101 + b"1" + b"}" * 101, b"[" * 10**5):
+            with self.assertRaises(coarinbox.NestedTooDeeplyError) as caught:
+                coarinbox.parse(text)
+            self.assertEqual(str(caught.exception), "nested more than 100 levels deep")
+        self.assertEqual(coarinbox.parse(b"[" * 100 + b"]" * 100)[0][0][:0], [])
+        with self.assertRaises(ValueError) as other:
+            coarinbox.parse(b"[")
+        self.assertNotIsInstance(other.exception, coarinbox.NestedTooDeeplyError)
+
+    def test_what_shows_nothing_is_escaped(self) -> None:
+        for text in ("plain", "Ünïcödé 漢字", "a b", "", "\N{CHECK MARK}"):
+            self.assertEqual(coarinbox.escape_controls(text), text)
+        hidden = "\n\x00\x1b\x7f\u00a0\u200b\u202e\u2028\ufeff\u3164\u2800\u034f\ufe0f\u115f\uffa0"
+        for character in hidden:
+            escaped = json.dumps(character)[1:-1]
+            self.assertEqual(coarinbox.escape_controls(f"a{character}ß"), f"a{escaped}ß")
+        self.assertEqual(coarinbox.escape_controls("x\U000e0101"), "x\\udb40\\udd01")
+
+
 class UriTest(unittest.TestCase):
     def test_absolute_and_http_uris(self) -> None:
         self.assertGreater(len(URIS), 50)
@@ -765,6 +1115,490 @@ class UriTest(unittest.TestCase):
     def test_a_long_one_takes_no_longer_than_its_length(self) -> None:
         for uri in ("http://" + "a@" * 10**6, "http://[" + ":" * 10**6, "a:" + "?" * 10**6 + " "):
             coarinbox.validate({"id": uri})
+
+
+# --- Field cases ---------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    """Something seen in the field: a document, what becomes of it, and what must be said."""
+
+    name: str
+    document: Any
+    expect: list[tuple[str, str, str, str]] = []  # pointer, level, a text in it, who refuses it
+    default: int = 201
+    strict: int = 201
+    never: tuple[str, ...] = ()  # pointers at which there must be no finding
+    media_type: str = JSON_LD
+
+
+def renamed(document: Any) -> Any:
+    """Write `@id` and `@type` for `id` and `type`, as JSON-LD would without a context."""
+    if isinstance(document, dict):
+        return {
+            {"id": "@id", "type": "@type"}.get(name, name): renamed(value)
+            for name, value in document.items()
+        }
+    return document
+
+
+def offer(**changes: Any) -> Any:
+    return altered("Request Review", **changes)
+
+
+OLD_CONTEXT = ["https://www.w3.org/ns/activitystreams", "https://purl.org/coar/notify"]
+# Rebuilt after public reports, templates and the documentation or source of the software named.
+# fmt: off
+CASES = [
+    Case("plain JSON, as sciety, Invenio and an OJS plugin send it", offer(),
+         [("", S, "application/ld+json", "DSpace"), ("", S, "found `application/json`", "EPrints"),
+          ("", S, "", "PCI")], media_type="application/json"),
+    Case("a service result is not cited",
+         altered("Announce Service Result", object__cite_as=ABSENT),
+         never=("/object/ietf:cite-as",)),
+    Case("the type of an actor as a full IRI: DSpace issue 12838",
+         offer(actor__type="https://www.w3.org/ns/activitystreams#Person"),
+         [("/actor/type", E, "`Person`", "")], 400, 400),
+    Case("@id and @type", {**renamed(offer())},
+         [("/id", E, "@id", ""), ("/type", E, "@type", ""), ("/origin/id", E, "@id", ""),
+          ("/actor/type", M, "@type", "")], 400, 400),
+    Case("types in another order, which PCI joins and PREreview compares",
+         offer(type=["coar-notify:ReviewAction", "Offer"]),
+         [("/type", S, "", "PCI"), ("/type", S, "", "PREreview")]),
+    Case("no name", offer(actor__name=ABSENT),
+         [("/actor/name", S, "", "PREreview"), ("/actor/name", S, "", "PCI")]),
+    Case("Request Ingest, which DSpace ships", offer(type=["Offer", "coar-notify:IngestAction"]),
+         [("/type", E, "removed", "")], 400, 400),
+    Case("a bare UUID, as Software Heritage's documentation asks for",
+         offer(id="11111111-2222-4333-8444-555555555555"),
+         [("/id", E, "urn:uuid:11111111-2222-4333-8444-555555555555", "Software Heritage")],
+         400, 400),
+    Case("a space before a URI, as in Software Heritage's documentation",
+         altered("Announce Relationship", object=
+                 {**RELATIONSHIP, "as:object": " https://repository.example.org/preprint/421"}),
+         [("/object/as:object", E, "white space", "")], 400, 400),
+    Case("an HTTP id", offer(id="https://repository.example.org/n/1"),
+         [("/id", S, "", "Software Heritage")]),
+    Case("an empty citation, as in the workflow of PCI and sciety",
+         altered("Announce Review", object__cite_as=""),
+         [("/object/ietf:cite-as", S, "it is empty", "")]),
+    Case("0.9's url: sciety issue 3543, DSpace issue 9449",
+         offer(object={**PREPRINT, "ietf:item": None, "url": PREPRINT["ietf:item"]}),
+         [("/object/ietf:item", M, "found `url`", "")], strict=400),
+    Case("null among the types", offer(actor__type=["Person", None]),
+         [("/actor/type", E, "", "")], 400, 400),
+    Case("a stub of an Offer", altered("Accept", object={"id": OFFER_ID, "type": "Offer"}),
+         [("/object/type", S, "complete", "")]),
+    Case("a text in place of origin", offer(origin="https://repository.example.org/"),
+         [("/origin", E, '{"id": "https://repository.example.org/"', "")], 400, 400),
+    # Those that follow are ours.
+    Case("PREreview's first sender: no urn:uuid:, a DOI as id, no type",
+         offer(at_context=OLD_CONTEXT, id="3f9a52a5-6b0e-4a3e-8a39-9f6f2a1e7a10", object=
+               {"id": "10.5555/2026.02.07.1", "ietf:cite-as": "https://doi.org/10.5555/1"}),
+         [("/@context", S, "write `https://coar-notify.net`", ""), ("/id", E, "urn:uuid:3f9a", ""),
+          ("/object/id", E, "https://doi.org/10.5555/2026.02.07.1", ""),
+          ("/object/type", M, "Page", ""), ("/object/ietf:item", M, "mediaType", "")], 400, 400),
+    Case("DSpace's template: a slash after the namespace, the submitter by e-mail",
+         offer(at_context=["https://www.w3.org/ns/activitystreams", "https://coar-notify.net/"],
+               actor={"id": "mailto:author@example.org", "name": "DSpace", "type": "Person"}),
+         [("/@context", S, "found `https://coar-notify.net/`", ""), ("/actor/id", S, "HTTP", "")]),
+    Case("DSpace's review templates lack an ActivityStreams type: issue 12828",
+         offer(object__type=["sorg:AboutPage"]),
+         [("/object/type", M, '["Page", "sorg:AboutPage"]', "")], strict=400),
+    Case("WEKO notifies a person about its own workflow",
+         altered("Request Endorsement",
+                 target={**JOURNAL, "type": "Person"}, actor={**AUTHOR, "name": None},
+                 object={"id": "https://weko.example.org/records/1",
+                         "type": ["Page", "sorg:WebPage"]},
+                 context={"id": "https://weko.example.org/workflow/activity/detail/A-1",
+                          "type": ["Page", "sorg:WebPage"]}),
+         [("/target/type", S, "Service", ""), ("/actor/name", S, "", "PCI"),
+          ("/object/ietf:item", M, "", ""), ("/object/ietf:cite-as", S, "", "PCI"),
+          ("/object/type", S, "sorg:AboutPage", "")], strict=400),
+    Case("WEKO accepts with a second type",
+         altered("Accept", type=["Accept", "coar-notify:ReviewAction"]), never=("/type",)),
+    Case("Hyrax: page in lower case, a record's number as UUID, no file",
+         offer(id="urn:uuid:w3763671x", object={**PREPRINT, "type": ["page", "sorg:AboutPage"],
+                                                "ietf:item": {}}),
+         [("/object/type", M, "found `page`; write `Page`", ""), ("/id", S, "", "DSpace"),
+          ("/id", S, "", "Software Heritage"), ("/object/ietf:item/id", M, "missing", ""),
+          ("/object/ietf:item/mediaType", M, "application/pdf", "")], strict=400),
+    Case("Invenio: the inbox identifies the sender, the user an e-mail address",
+         altered("Request Endorsement", origin={**REPOSITORY, "id": REPOSITORY["inbox"]},
+                 actor={"id": "mailto:jane@example.org", "name": "jane", "type": "Person"}),
+         [("/actor/id", S, "HTTP URI", "")], never=("/origin/id",)),
+    Case("PCI announces an endorsement of a page known by its id alone",
+         altered("Announce Endorsement", object__type=["Page", "sorg:WebPage"],
+                 context={"id": PREPRINT["id"]}), never=("/context/type", "/object/type")),
+    Case("Software Heritage is told of a mention: SWHIDs, no id of the relationship",
+         altered("Announce Relationship",
+                 object={"as:subject": "https://journal.example.com/item/1",
+                         "as:relationship": "https://w3id.org/codemeta/3.0#citation",
+                         "as:object": "swh:1:dir:ec88e5b901c034d5a91aa133e824d65cff3788a3"},
+                 context={"id": "swh:1:dir:ec88e5b901c034d5a91aa133e824d65cff3788a3",
+                          "type": ["sorg:SoftwareSourceCode"]}),
+         [("/object/id", E, "missing", ""), ("/object/type", E, '"Relationship"', ""),
+          ("/context/id", E, "HTTP URI", ""), ("/context/type", M, "ActivityStreams", "")],
+         400, 400, never=("/object/as:object",)),
+    Case("inReplyTo as an object, as in the drafts",
+         altered("Announce Review", inReplyTo={"@id": OFFER_ID, "@type": "Offer"}),
+         [("/inReplyTo", E, f"write `{OFFER_ID}`", "")], 400, 400),
+    Case("in_reply_to and ldp:inbox, as in the drafts",
+         {**altered("Reject", inReplyTo=ABSENT, target={"id": REPOSITORY["id"], "type": "Service",
+                    "ldp:inbox": REPOSITORY["inbox"]}), "in_reply_to": OFFER_ID},
+         [("/inReplyTo", E, "found `in_reply_to`", ""), ("/target/inbox", M, "`ldp:inbox`", "")],
+         400, 400),
+    Case("the specification's own Offer in an answer lacks a type",
+         altered("Tentatively Accept", object__object__type="sorg:AboutPage"),
+         [("/object/object/type", S, "ActivityStreams", "")]),
+    Case("an Accept embeds the Offer with its @context",
+         altered("Accept", object=offer()), [("/object/@context", S, "left out", "")]),
+    Case("the vocabulary's identifier in place of the type",
+         altered("Announce Review", type=["Announce",
+                 "https://purl.org/coar/notify_vocabulary/review-action/"]),
+         [("/type", S, '["Announce", "coar-notify:ReviewAction"] (Announce Review)', "")]),
+    Case("an underscore in the prefix", altered("Announce Review",
+                                                type=["Announce", "coar_notify:ReviewAction"]),
+         [("/type", S, "found `coar_notify:ReviewAction`", "")]),
+    Case("HAL: an ORCID iD without its URL", offer(actor__id="0000-0002-1825-0097"),
+         [("/actor/id", E, "https://orcid.org/0000-0002-1825-0097", "")], 400, 400),
+    Case("Episciences: the actor as a text", altered("Announce Review", actor="Episciences"),
+         [("/actor", E, '"type": "Person"', "")], 400, 400),
+    Case("Dataverse: an own context among those that are wanted, first",
+         altered("Announce Relationship", at_context=[{"dv": "https://dataverse.example.org/"},
+                 "https://www.w3.org/ns/activitystreams", "https://coar-notify.net"]),
+         [("/@context", S, "begin with", "PREreview")]),
+    Case("UUIDs as Java and .NET may print them",
+         offer(id="URN:UUID:94ECAE35-DCFD-4182-8550-22C7164FE23F"),
+         [("/id", S, "write `urn:uuid:94ecae35", "DSpace"), ("/id", S, "", "Software Heritage")]),
+    Case("a UUID without hyphens", offer(id="urn:uuid:94ecae35dcfd4182855022c7164fe23f"),
+         [("/id", S, "write `urn:uuid:94ecae35-", "DSpace")]),
+    Case("no inbox to answer to", offer(origin__inbox=ABSENT), [("/origin/inbox", S, "", "PCI")]),
+    Case("a list of one object, as JSON-LD processors write it",
+         offer(object=[PREPRINT]), [("/object", E, "object", "")], 400, 400),
+    Case("a report about another notification",
+         altered("Unprocessable Notification", object={"id": "urn:uuid:other"}),
+         [("/inReplyTo", S, "urn:uuid:other", "")]),
+    Case("the client of coarnotify adds a profile", offer(), never=("",),
+         media_type=f'{JSON_LD};profile="https://www.w3.org/ns/activitystreams"'),
+]
+# fmt: on
+
+
+class FieldCasesTest(unittest.TestCase):
+    """What is said about things that were seen in the field."""
+
+    def judge(self, case: Case, mode: Any) -> coarinbox.Assessment:
+        here = [coarinbox.lookup(case.document, "target.inbox")]
+        arrival = coarinbox.Arrival(case.media_type, [url for url in here if isinstance(url, str)])
+        return coarinbox.assess(case.document, mode, arrival)
+
+    def test_there_are_many(self) -> None:
+        self.assertGreater(len(CASES), 30)
+        self.assertEqual(len({case.name for case in CASES}), len(CASES))
+
+    def test_each_gets_its_status(self) -> None:
+        for case in CASES:
+            for mode, expected in ((True, case.default), ("strict", case.strict)):
+                with self.subTest(case.name, mode=mode):
+                    judgement = self.judge(case, mode)
+                    self.assertEqual(judgement.status if judgement.errors else 201, expected)
+
+    def test_each_gets_its_findings(self) -> None:
+        for case in CASES:
+            judgement = self.judge(case, True)
+            findings = judgement.errors + judgement.warnings
+            for pointer, level, text, receiver in case.expect:
+                with self.subTest(case.name, pointer=pointer, text=text, receiver=receiver):
+                    self.assertTrue([
+                        found for found in findings
+                        if (found.pointer, found.level) == (pointer, level)
+                        and text in found.message
+                        and receiver in ("", *found.refused_by)
+                    ], "\n".join(map(repr, findings)))  # fmt: skip
+            with self.subTest(case.name):
+                self.assertFalse(set(case.never) & {found.pointer for found in findings})
+
+    def test_nothing_else_is_found_but_what_each_is_about(self) -> None:
+        for case in CASES:
+            places = {pointer for pointer, *_ in case.expect}
+            if case.expect and "@id" not in case.name:
+                for found in self.judge(case, True).errors:
+                    with self.subTest(case.name, found=str(found)):
+                        self.assertIn(found.pointer, places)
+
+
+class SpecificationExamplesTest(unittest.TestCase):
+    """The examples of the specification 1.0.1, rebuilt: their structure, other values."""
+
+    ARTICLE = {**REVIEW, "type": ["Page", "sorg:WebPage"], "ietf:cite-as": REVIEW["id"]}
+    BARE = {"id": PREPRINT["id"]}
+    DATASET = {
+        **PREPRINT,
+        "ietf:item": {
+            "id": "https://repository.example.org/preprint/421/data.zip",
+            "type": ["Object", "sorg:Dataset"],
+            "mediaType": "application/zip",
+        },
+    }
+    # The embedded Offer, whose object has no ActivityStreams type on any of these pages.
+    OFFER = changed(
+        changed(answer("Accept", "coar-notify:EndorsementAction")["object"],
+                "object.ietf:item.type", ["Page", "sorg:AboutPage"]),
+        "object.type", "sorg:AboutPage",
+    )  # fmt: skip
+    LAB = {"id": "https://lab.example.org", "name": "The Lab", "type": "Organization"}
+
+    def test_the_requests_and_announcements_have_no_finding(self) -> None:
+        documents = [
+            altered("Request Endorsement"),
+            altered("Request Review"),
+            altered("Announce Endorsement", object=self.ARTICLE, context=self.BARE),
+            altered("Announce Review", object__cite_as=ABSENT, object=REVIEW, context=self.BARE),
+            altered("Announce Service Result", type=["Announce"], context=self.BARE,
+                    object={"id": REVIEW["id"], "type": ["Page", "sorg:WebPage"]}),
+            altered("Announce Relationship", actor=self.LAB, context=self.DATASET,
+                    inReplyTo=ABSENT, object={**RELATIONSHIP, "id": RELATIONSHIP["id"].upper()}),
+            altered("Unprocessable Notification"),
+        ]  # fmt: skip
+        for document in documents:
+            with self.subTest(document["type"]):
+                self.assertEqual(coarinbox.validate(document), [])
+
+    def test_the_answers_embed_an_offer_that_lacks_a_type(self) -> None:
+        answers = ("Accept", "Reject", "Tentatively Accept", "Tentatively Reject", "Undo Offer")
+        for name in answers:
+            with self.subTest(name):
+                document = altered(name, object=self.OFFER, summary="Withdrawn because …")
+                expected = {(S, "/object/object/type", "object.type-as2-object")}
+                self.assertEqual(codes(document), expected)
+
+
+# --- Receivers and modes -------------------------------------------------------------------------
+
+
+class ReceiversTest(unittest.TestCase):
+    """What production receivers refuse, and what an inbox that plays one of them does."""
+
+    OTHERS = (True, "strict")
+
+    def test_who_refuses_what(self) -> None:
+        listed = {each["name"]: each["refuses"] for each in coarinbox.receivers()}
+        names = ["DSpace", "EPrints", "PCI", "PREreview", "Software Heritage"]
+        self.assertEqual(list(listed), names)
+        for each in coarinbox.receivers():
+            self.assertTrue(each["source"].startswith("https://"))
+            self.assertTrue(each["refuses"])
+
+    def test_each_code_that_a_receiver_refuses_is_one_of_a_rule(self) -> None:
+        codes = {entry["code"] for entry in coarinbox.constraints()} | {"content-type-exact"}
+        for receiver in coarinbox.RECEIVERS:
+            for refusal in receiver.refusals:
+                with self.subTest(receiver.name, what=refusal.what):
+                    self.assertTrue(refusal.codes or refusal.rules)
+                    self.assertLessEqual(set(refusal.codes), codes)
+
+    def test_a_receiver_is_named_for_the_notification_itself_only(self) -> None:
+        document = altered("Accept", object__actor__name=ABSENT, object__id="https://a.example/1",
+                           inReplyTo="https://a.example/1")  # fmt: skip
+        found = coarinbox.validate(document)
+        self.assertEqual({each.pointer for each in found}, {"/object/actor/name", "/object/id"})
+        self.assertEqual({each.refused_by for each in found}, {()})
+
+    def test_each_receiver_plays_its_part(self) -> None:
+        url = JOURNAL["inbox"]
+        exact = coarinbox.Arrival(JSON_LD, [url])
+        profile = coarinbox.Arrival(f"{JSON_LD}; profile=x", [url])
+        plain = coarinbox.Arrival("application/json; charset=utf-8", [url])
+        again = coarinbox.Arrival(JSON_LD, [url], "20261125_120000")
+        elsewhere = coarinbox.Arrival(JSON_LD, ["http://localhost:5005/inbox"])
+        swapped = offer(type=["coar-notify:ReviewAction", "Offer"])
+        nameless = offer(actor__name=ABSENT)
+        short = offer(id="urn:uuid:94ecae35dcfd4182855022c7164fe23f")
+        tail = offer(type=["Offer", "coar-notify:ReviewAction", "ReviewRequest"])
+        for document, arrival, refusing in [
+            (offer(), exact, ""),
+            (offer(), profile, "EPrints 415"),
+            (offer(), plain, "DSpace 415, EPrints 415, PCI 415"),
+            (offer(), again, "PCI 400, Software Heritage 400"),
+            (offer(), elsewhere, "Software Heritage 400"),
+            (offer(id="https://a.example/1"), exact, "Software Heritage 400"),
+            (offer(id="tag:a.example,2026:1"), exact, "DSpace 400, Software Heritage 400"),
+            (short, exact, "DSpace 400"),
+            (swapped, exact, "PCI 400, PREreview 400"),
+            (nameless, exact, "PCI 400, PREreview 400"),
+            (offer(actor=ABSENT), exact, "PCI 400, PREreview 400"),
+            (offer(object__cite_as=ABSENT), exact, "PCI 400"),
+            (offer(origin__inbox=ABSENT), exact, "PCI 400"),
+            (offer(at_context=NOTIFICATIONS["Accept"]["@context"][::-1]), exact, "PREreview 400"),
+            (offer(origin__type=["Service"]), exact, "PREreview 400"),
+            (offer(target__type=["Service"]), exact, "PREreview 400"),
+            (tail, exact, "Software Heritage 400"),
+            (altered("Announce Review", type=["Announce", "ReviewAction"]),
+             coarinbox.Arrival(JSON_LD, [REPOSITORY["inbox"]]), "Software Heritage 400"),
+            (offer(object__type="sorg:AboutPage"), exact, ""),  # level M
+        ]:  # fmt: skip
+            judgements = {
+                each.name: coarinbox.assess(document, each.name, arrival)
+                for each in coarinbox.RECEIVERS
+            }
+            seen = [
+                f"{name} {judgement.status}"
+                for name, judgement in judgements.items()
+                if judgement.errors
+            ]
+            with self.subTest(refusing, document=document):
+                self.assertEqual(", ".join(seen), refusing)
+                for mode in self.OTHERS[: 1 if refusing == "" else 2]:
+                    self.assertEqual(coarinbox.assess(document, mode, arrival).errors, [])
+
+    def test_what_one_receiver_alone_refuses_is_a_finding_in_its_mode_only(self) -> None:
+        document = offer(origin__type=["Service"])
+        self.assertEqual(coarinbox.validate(document), [])
+        ((error,), warnings) = coarinbox.assess(document, "PREreview")
+        self.assertEqual((error.level, error.pointer), (S, "/origin/type"))
+        self.assertEqual(error.refused_by, ("PREreview",))
+        self.assertEqual(warnings, [])
+        self.assertEqual(coarinbox.assess(document, "PCI"), ([], []))
+
+    def test_level_e_is_refused_by_all(self) -> None:
+        for receiver in coarinbox.RECEIVERS:
+            judgement = coarinbox.assess(offer(origin=ABSENT), receiver.name)
+            self.assertEqual([each.code for each in judgement.errors], ["origin-required"])
+
+    def test_a_finding_in_one_line_names_who_refuses_it(self) -> None:
+        (found,) = coarinbox.validate(offer(actor__name=ABSENT))
+        self.assertTrue(str(found).endswith(" (refused by PCI, PREreview)"), str(found))
+        self.assertEqual(found.as_json()["refused_by"], ("PCI", "PREreview"))
+        (found,) = coarinbox.validate(offer(target__inbox=ABSENT))
+        self.assertEqual(str(found), found.message)
+        self.assertNotIn("refused_by", found.as_json())
+
+
+class ArrivalTest(unittest.TestCase):
+    """What depends on the delivery, not on the document."""
+
+    def found(self, document: Any, *arrival: Any) -> list[tuple[str, str, str]]:
+        found = coarinbox.delivery_findings(document, coarinbox.Arrival(*arrival))
+        self.assertLessEqual({each.level for each in found}, {S})
+        return [(each.code, each.pointer, each.fix) for each in found]
+
+    def test_the_media_type(self) -> None:
+        for given in (JSON_LD, f"{JSON_LD}; charset=utf-8", "Application/LD+JSON ;profile=x"):
+            self.assertEqual(self.found(OFFER, given), [])
+        for given in ("application/json", "application/activity+json; x=y", "application/ld+jsonx"):
+            ((code, pointer, fix),) = self.found(OFFER, given)
+            self.assertEqual((code, pointer), ("content-type", ""))
+            self.assertEqual(fix, f"found `{given}`; send `Content-Type: {JSON_LD}`")
+
+    def test_an_id_that_was_delivered_before(self) -> None:
+        ((code, pointer, fix),) = self.found(OFFER, JSON_LD, [], "20261125_120000")
+        self.assertEqual((code, pointer), ("id-repeated", "/id"))
+        self.assertEqual(fix, "it was delivered before, as 20261125_120000")
+
+    def test_another_inbox_than_where_it_was_posted(self) -> None:
+        for inbox, posted_to, elsewhere in [
+            ("http://localhost:5005/inbox", ["http://localhost:5005/inbox"], False),
+            ("HTTP://LocalHost:5005/inbox", ["http://localhost:5005/inbox?status=503"], False),
+            (
+                "http://a.example/inbox?x",
+                ["http://b.example/inbox", "http://a.example/inbox"],
+                False,
+            ),
+            ("http://a.example:80/inbox", ["http://a.example/inbox"], False),
+            ("https://a.example/inbox", ["https://a.example:443/inbox"], False),
+            ("http://a.example:443/inbox", ["http://a.example/inbox"], True),
+            ("http://a.example/inbox/", ["http://a.example/inbox"], True),
+            ("http://a.example/Inbox", ["http://a.example/inbox"], True),
+            ("https://a.example/inbox", ["http://a.example/inbox"], True),
+            ("http://a.example/inbox", [], False),
+            ("mailto:a@example.org", ["http://a.example/inbox"], False),
+            (ABSENT, ["http://a.example/inbox"], False),
+        ]:
+            with self.subTest(inbox, posted_to=posted_to):
+                document = changed(OFFER, "target.inbox", inbox)
+                fix = f"write `{posted_to[0]}`" if posted_to else ""
+                expected = [("target.inbox-elsewhere", "/target/inbox", fix)] if elsewhere else []
+                self.assertEqual(self.found(document, JSON_LD, posted_to), expected)
+
+    def test_any_document_can_arrive(self) -> None:
+        documents: list[Any] = [None, [], 5, "text", {}, {"id": [], "target": []}, {"type": "Undo"}]
+        for document in documents:
+            found = self.found(document, "text/x", ["http://a.example/"], "name")
+            self.assertEqual([code for code, *_ in found], ["content-type", "id-repeated"])
+
+
+class ModesTest(unittest.TestCase):
+    """What VALIDATE_INCOMING may be, and what follows."""
+
+    def test_names_in_any_case(self) -> None:
+        for value, mode in [
+            (True, True), (False, False), ("strict", "strict"), ("Strict", "strict"),
+            ("dspace", "DSpace"), ("SOFTWARE HERITAGE", "Software Heritage"), ("pci", "PCI"),
+            ("COARNOTIFY", "coarnotify"), ("", None), ("lax", None), (1, None), (None, None),
+        ]:  # fmt: skip
+            with self.subTest(value=value):
+                self.assertIs(type(coarinbox.mode_of(value)), type(mode))
+                self.assertEqual(coarinbox.mode_of(value), mode)
+
+    def test_settings_hold_the_name_in_its_right_case(self) -> None:
+        self.assertEqual(coarinbox.Settings(VALIDATE_INCOMING="pci").VALIDATE_INCOMING, "PCI")
+        with self.assertRaisesRegex(coarinbox.ConfigurationError, '"coarnotify" or a receiver'):
+            coarinbox.Settings(VALIDATE_INCOMING="Zenodo")
+
+    def test_anything_but_an_object_or_a_list_is_refused_in_every_mode(self) -> None:
+        for mode in (True, False, "strict", "DSpace", "coarnotify"):
+            for document in (json.dumps(ACCEPT), "text", 5, None, True):
+                judgement = coarinbox.assess(document, mode, coarinbox.Arrival(JSON_LD))
+                self.assertEqual([each.pointer for each in judgement.errors], [""])
+                self.assertEqual(judgement.status, 400)
+
+    def test_without_validation_there_are_warnings_only(self) -> None:
+        documents: list[Any] = [[], {}, REFUSED]
+        for document in documents:
+            errors, warnings = coarinbox.assess(document, False)
+            self.assertEqual((errors, warnings), ([], coarinbox.validate(document)))
+
+    def test_the_most_important_findings_come_first(self) -> None:
+        found = coarinbox.validate({"id": 5, "actor": {}})
+        kept, left_out = coarinbox.most_important(found, limit=4)
+        self.assertEqual([each.level for each in kept], [E] * 4)
+        self.assertEqual(left_out, len(found) - 4)
+        kept, left_out = coarinbox.most_important(found)
+        self.assertEqual((sorted(kept), left_out), (sorted(found), 0))
+        self.assertEqual([each.level for each in kept], sorted(each.level for each in found))
+        self.assertEqual(len(coarinbox.most_important(found * 50)[0]), 100)
+
+    def test_without_the_library_its_mode_cannot_be_set(self) -> None:
+        with unittest.mock.patch.dict(sys.modules, {"coarnotify.server": None}):
+            coarinbox.coarnotify_server.cache_clear()
+            with self.assertRaisesRegex(
+                coarinbox.ConfigurationError,
+                "'coarnotify', which cannot .*; pip install coarnotify$",
+            ):
+                coarinbox.Settings(VALIDATE_INCOMING="coarnotify")
+
+
+class ConstraintsTest(unittest.TestCase):
+    def test_the_rules_by_pattern_are_those_of_the_whole_list(self) -> None:
+        levels = {rule["code"]: rule["levels"] for rule in coarinbox.constraints()}
+        for pattern in coarinbox.PATTERNS:
+            rules = coarinbox.constraints_of(pattern)
+            self.assertGreater(len(rules), 40)
+            for rule in rules:
+                self.assertEqual(levels[rule["code"]][pattern.name], rule["level"])
+                members = {"code", "member", "demand", "level", "refused_by"}
+                self.assertEqual(set(rule), members)
+
+    def test_a_rule_names_the_receivers_that_may_refuse_what_breaks_it(self) -> None:
+        refused_by = {rule["code"]: rule["refused_by"] for rule in coarinbox.constraints()}
+        self.assertEqual(refused_by["type-order"], ["PCI", "PREreview"])
+        self.assertEqual(refused_by["id-preferred"], ["DSpace", "Software Heritage"])
+        self.assertEqual(refused_by["target.id-required"], [])
+
+    def test_each_level_has_a_word_for_people(self) -> None:
+        words = {level: meaning.word for level, meaning in coarinbox.LEVELS.items()}
+        self.assertEqual(words, {"E": "error", "M": "must", "S": "should"})
 
 
 # --- The coarnotify package as an oracle ---------------------------------------------------------
@@ -907,6 +1741,66 @@ def who_accepts(document: Any) -> str | None:
     """Tell who of the two accepts a notification alone; None when they agree."""
     ours, theirs = accepted_by_coarinbox(document), accepted_by_coarnotify(document)
     return None if ours == theirs else "coarinbox" if ours else "coarnotify"
+
+
+class CoarnotifyTest(unittest.TestCase):
+    """Differences that no single mutation shows, and the mode that asks the library itself."""
+
+    def setUp(self) -> None:
+        if not importlib.util.find_spec("coarnotify"):
+            self.skipTest("the coarnotify package is not installed")
+
+    def test_a_json_text_that_holds_a_document_is_accepted_by_coarnotify_alone(self) -> None:
+        text = json.dumps(ACCEPT)
+        coarnotify_server().receive(text)  # raises what it refuses
+        self.assertFalse(accepted_by_coarinbox(text))
+        self.assertEqual(len(coarinbox.assess(text, "coarnotify").errors), 1)
+
+    def test_without_validation_coarinbox_accepts_what_coarnotify_still_refuses(self) -> None:
+        self.assertFalse(accepted_by_coarnotify({"type": "Accept"}))
+        with self.assertRaises(Exception):  # noqa: B017
+            coarnotify_server().receive([], validate=False)
+        self.assertEqual(coarinbox.assess({"type": "Accept"}, False).errors, [])
+        self.assertEqual(coarinbox.assess([], False).errors, [])
+
+    def test_its_mode_refuses_what_it_refuses_in_its_words(self) -> None:
+        document = altered("Request Review", origin__id="mailto:a@example.org", actor__type="Robot")
+        before = copy.deepcopy(document)
+        errors, warnings = coarinbox.assess(document, "coarnotify")
+        self.assertEqual(document, before)
+        self.assertEqual(warnings, coarinbox.validate(document))
+        self.assertEqual({each.pointer for each in errors}, {"/origin/id", "/actor/type"})
+        self.assertEqual({(each.level, each.code) for each in errors}, {(E, "coarnotify")})
+        for found in errors:
+            self.assertTrue(found.message.startswith("coarnotify: "), found.message)
+        self.assertIn("URL scheme must be http or https", str(errors))
+
+    def test_its_mode_accepts_what_it_accepts(self) -> None:
+        for name, document in NOTIFICATIONS.items():
+            with self.subTest(name):
+                self.assertEqual(coarinbox.assess(document, "coarnotify"), ([], []))
+        document = altered("Announce Review", origin=ABSENT)
+        errors, warnings = coarinbox.assess(document, "coarnotify")
+        self.assertEqual((errors, [each.level for each in warnings]), ([], [E]))
+
+    def test_where_it_crashes_it_refuses(self) -> None:
+        deep: Any = {}
+        for _ in range(90):
+            deep = {**ACCEPT, "object": deep}
+        nothing: list[Any] = [{}, [], {"type": {}}, {"type": "Nothing"}, deep]
+        for document in [*nothing, altered("Accept", actor=5)]:
+            with self.subTest(document=str(document)[:80]):
+                errors, _ = coarinbox.assess(document, "coarnotify")
+                self.assertTrue(errors)
+                self.assertLess(len(str(errors)), 100_000)
+        ((unknown,), _) = coarinbox.assess({"type": "Nothing"}, "coarnotify")
+        self.assertEqual(unknown.pointer, "/type")
+
+    def test_its_mode_agrees_with_it(self) -> None:
+        for change in list(single_mutations())[::25]:
+            errors, _ = coarinbox.assess(change.document, "coarnotify")
+            with self.subTest(change=change):
+                self.assertEqual(errors == [], accepted_by_coarnotify(change.document))
 
 
 class MutationTest(InboxTest):
@@ -1054,10 +1948,25 @@ class PropertiesTest(unittest.TestCase):
 
     def test_strict_refuses_whatever_the_default_refuses(self) -> None:
         def check(document: Any, order: Any) -> None:
-            refused, _ = coarinbox.judge(document, True)
-            strictly, warnings = coarinbox.judge(document, "strict")
+            refused, _ = coarinbox.assess(document, True)
+            strictly, warnings = coarinbox.assess(document, "strict")
             self.assertLessEqual(set(map(str, refused)), set(map(str, strictly)))
             self.assertEqual(len(strictly + warnings), len(coarinbox.validate(document)))
+
+        self.for_any_document(check)
+
+    def test_a_finding_says_where_what_and_who(self) -> None:
+        def check(document: Any, order: Any) -> None:
+            arrival = coarinbox.Arrival(order.choice([JSON_LD, "x/y"]), ["http://a.example/"], "x")
+            for mode in ("DSpace", "PREreview", "Software Heritage"):
+                errors, warnings = coarinbox.assess(document, mode, arrival)
+                for found in errors + warnings:
+                    self.assertTrue(found.message.endswith(found.fix))
+                    self.assertLess(len(found.message), 2000)
+                    self.assertEqual(coarinbox.Finding.from_json(found.as_json()), found)
+                for found in warnings:
+                    self.assertNotEqual(found.level, E)
+                    self.assertNotIn(mode, found.refused_by)
 
         self.for_any_document(check)
 
@@ -1081,6 +1990,167 @@ class PropertiesTest(unittest.TestCase):
             self.for_any_document(check, examples=50)
 
 
+# --- Samples and replies -------------------------------------------------------------------------
+
+REQUESTS = ("Request Endorsement", "Request Review")
+REPLIES = (
+    "Accept", "Announce Endorsement", "Announce Review", "Announce Service Result", "Reject",
+    "Tentatively Accept", "Tentatively Reject", "Unprocessable Notification", "Undo Offer",
+)  # fmt: skip
+
+
+def findings_of(document: Any) -> list[str]:
+    return [f"{each.level} {each.pointer} {each.code}" for each in coarinbox.validate(document)]
+
+
+class SampleTest(unittest.TestCase):
+    def test_there_is_one_of_each_pattern_without_any_finding(self) -> None:
+        for name in NOTIFICATIONS:
+            with self.subTest(name):
+                document = coarinbox.sample(name)
+                pattern = coarinbox.pattern_of(document)
+                self.assertEqual(pattern and pattern.name, name)
+                self.assertEqual(findings_of(document), [])
+                self.assertEqual(document["target"]["inbox"], "http://localhost:5005/inbox")
+
+    @unittest.skipUnless(importlib.util.find_spec("coarnotify"), "coarnotify is not installed")
+    def test_coarnotify_accepts_all_of_them_and_all_replies(self) -> None:
+        documents = [coarinbox.sample(name) for name in NOTIFICATIONS]
+        offers = [coarinbox.sample(name) for name in REQUESTS]
+        documents += [coarinbox.reply(offer, name) for offer in offers for name in REPLIES]
+        self.assertEqual(len(documents), 30)
+        for document in documents:
+            coarnotify_server().receive(json.dumps(document))  # raises what it does not like
+
+    def test_each_has_an_id_of_its_own_and_shares_nothing(self) -> None:
+        for name in NOTIFICATIONS:
+            first, second = coarinbox.sample(name), coarinbox.sample(name)
+            self.assertNotEqual(first["id"], second["id"])
+            first["origin"]["id"] = first["object"]["id"] = "changed"
+            self.assertNotIn("changed", json.dumps([second, coarinbox.sample(name)]))
+
+    def test_the_services_can_be_chosen(self) -> None:
+        for name in NOTIFICATIONS:
+            with self.subTest(name):
+                document = coarinbox.sample(name, origin=JOURNAL, target=REPOSITORY)
+                self.assertEqual((document["origin"], document["target"]), (JOURNAL, REPOSITORY))
+                self.assertEqual(findings_of(document), [])
+
+    def test_an_answer_embeds_an_offer_between_the_same_services(self) -> None:
+        for name in ("Accept", "Undo Offer"):
+            document = coarinbox.sample(name, origin=JOURNAL, target=REPOSITORY)
+            offer = document["object"]
+            ends = (offer["origin"], offer["target"])
+            swapped = name == "Accept"
+            self.assertEqual(ends, (REPOSITORY, JOURNAL) if swapped else (JOURNAL, REPOSITORY))
+
+    def test_it_can_answer_an_offer(self) -> None:
+        offer = NOTIFICATIONS["Request Review"]
+        for name in (*REPLIES, "Announce Relationship"):
+            with self.subTest(name):
+                document = coarinbox.sample(name, in_reply_to=offer)
+                self.assertEqual(document["inReplyTo"], offer["id"])
+                self.assertEqual(findings_of(document), [])
+                elsewhere = coarinbox.sample(name, in_reply_to=offer, target=EDITORS)
+                self.assertEqual(elsewhere["target"], EDITORS)
+        for name in REQUESTS:
+            with self.assertRaisesRegex(ValueError, f"{name} .* answers no Offer"):
+                coarinbox.sample(name, in_reply_to=offer)
+
+    def test_names_are_taken_in_any_case(self) -> None:
+        for name in NOTIFICATIONS:
+            for spelt in (name, name.lower(), name.upper()):
+                self.assertEqual(coarinbox.find_pattern(spelt).name, name)
+
+    def test_an_unknown_name_gets_the_list_and_a_suggestion_if_one_is_close(self) -> None:
+        for name, suggestion in [
+            ("requets review", "did you mean Request Review?"),
+            ("Tentative Accept", "did you mean Tentatively Accept?"),
+            ("ANNOUNCE-REVIEW", "did you mean Announce Review?"),
+            ("", ""), ("zebra", ""), ("x" * 1000, ""), ("a\nb", ""),
+        ]:  # fmt: skip
+            with self.subTest(name), self.assertRaises(ValueError) as caught:
+                coarinbox.sample(name)
+            text = str(caught.exception)
+            self.assertIn(", ".join(NOTIFICATIONS), text)
+            self.assertIn(suggestion, text)
+            self.assertEqual("did you mean" in text, suggestion != "")
+            self.assertLess(len(text), 500)
+            self.assertNotIn("\n", text)
+
+
+class ReplyTest(unittest.TestCase):
+    def test_a_clean_offer_gets_clean_replies(self) -> None:
+        for request_ in REQUESTS:
+            offer = NOTIFICATIONS[request_]
+            before = json.dumps(offer)
+            for name in REPLIES:
+                with self.subTest(request_, reply=name):
+                    document = coarinbox.reply(offer, name)
+                    self.assertEqual(coarinbox.pattern_of(document), coarinbox.find_pattern(name))
+                    self.assertEqual(findings_of(document), [])
+                    self.assertEqual(document["inReplyTo"], offer["id"])
+                    document["target"]["id"] = document["object"]["id"] = "changed"
+                    self.assertEqual(json.dumps(offer), before)
+
+    def test_it_goes_from_the_target_of_the_offer_to_its_origin(self) -> None:
+        offer = NOTIFICATIONS["Request Review"]
+        for name in REPLIES:
+            document = coarinbox.reply(offer, name)
+            ends = (document["origin"], document["target"])
+            undo = name == "Undo Offer"
+            self.assertEqual(ends, (REPOSITORY, JOURNAL) if undo else (JOURNAL, REPOSITORY))
+            self.assertEqual(document["actor"]["id"], AUTHOR["id"] if undo else JOURNAL["id"])
+
+    def test_what_it_is_about(self) -> None:
+        offer = NOTIFICATIONS["Request Endorsement"]
+        embedded = changed(offer, "@context", ABSENT)
+        for name in ANSWERS:
+            self.assertEqual(coarinbox.reply(offer, name)["object"], embedded)
+        for name in ("Announce Endorsement", "Announce Review", "Announce Service Result"):
+            document = coarinbox.reply(offer, name)
+            self.assertEqual(document["context"], offer["object"])
+            self.assertNotEqual(document["object"]["id"], offer["object"]["id"])
+        unprocessable = coarinbox.reply(offer, "Unprocessable Notification")
+        self.assertEqual(unprocessable["object"]["id"], offer["id"])
+
+    def test_its_findings_are_due_to_the_offer(self) -> None:
+        offer = NOTIFICATIONS["Request Review"]
+        changes = [(name, value) for name in members(offer) for value in (ABSENT, None, 5, [], {})]
+        self.assertGreater(len(changes), 100)
+        faulty = 0
+        for member, value in changes:
+            altered = changed(offer, member, value)
+            for name in REPLIES if member not in ("id", "type") else ():
+                found = coarinbox.validate(coarinbox.reply(altered, name))
+                faulty += found != []
+                if found:
+                    self.assertTrue(coarinbox.validate(altered), (name, member, value, found))
+        self.assertGreater(faulty, 100)
+
+    def test_what_cannot_be_answered(self) -> None:
+        offer = NOTIFICATIONS["Request Review"]
+        for document, reason in [
+            (None, "an object whose type includes Offer"),
+            ([offer], "an object whose type includes Offer"),
+            (ACCEPT, "an object whose type includes Offer"),
+            (changed(offer, "type", ABSENT), "an object whose type includes Offer"),
+            (changed(offer, "id", ABSENT), "its id is not an absolute URI"),
+            (changed(offer, "id", "offer-1"), "its id is not an absolute URI"),
+        ]:
+            with self.subTest(reason), self.assertRaisesRegex(ValueError, reason):
+                coarinbox.reply(document)
+        for name in (*REQUESTS, "Announce Relationship"):
+            with self.assertRaisesRegex(ValueError, f"{name} answers no Offer.*: Accept, "):
+                coarinbox.reply(offer, name)
+        with self.assertRaisesRegex(ValueError, "did you mean Reject?"):
+            coarinbox.reply(offer, "Rejct")
+
+    def test_any_offer_can_be_answered(self) -> None:
+        offer = changed(NOTIFICATIONS["Request Review"], "type", ["coar-notify:New", "Offer"])
+        self.assertEqual(coarinbox.reply(offer)["object"]["type"], ["coar-notify:New", "Offer"])
+
+
 # --- LDN -----------------------------------------------------------------------------------------
 
 
@@ -1088,13 +2158,14 @@ class LdnTest(InboxTest):
     """What W3C Linked Data Notifications demands of a receiver (section 3.3, and 3.1 discovery)."""
 
     def test_must_answer_a_post_with_201_and_a_location_to_retrieve_it_from(self) -> None:
-        answer = self.post()
+        host, port = address(self.server)
+        document = changed(ACCEPT, "target.inbox", f"http://{host}:{port}/inbox")
+        answer = self.post(document)
         self.assertEqual(answer.status, 201)
         location = answer.headers["Location"]
-        host, port = address(self.server)
         self.assertRegex(location, f"^http://{host}:{port}/inbox/{coarinbox.NAME}$")
         retrieved = self.ask("GET", path_of(location))
-        self.assertEqual((retrieved.status, retrieved.body), (200, BODY))
+        self.assertEqual((retrieved.status, retrieved.json()), (200, document))
         receipt: dict[str, Any] = {"location": location, "pattern": "Accept", "warnings": []}
         self.assertEqual(answer.json(), receipt)
 
@@ -1114,7 +2185,7 @@ class LdnTest(InboxTest):
     def test_must_list_the_notifications_with_the_requested_url_as_subject(self) -> None:
         locations = sorted(self.post().headers["Location"] for _ in range(3))
         host, port = address(self.server)
-        for path in ("/inbox", "/inbox/", "/inbox?page=1"):
+        for path in ("/inbox", "/inbox/", "/inbox?status=503"):
             with self.subTest(path):
                 answer = self.ask("GET", path, headers={"Accept": JSON_LD})
                 self.assertEqual(answer.status, 200)
@@ -1137,9 +2208,13 @@ class LdnTest(InboxTest):
     def test_should_refuse_what_breaks_a_constraint_and_say_where_they_stand(self) -> None:
         answer = self.post({"@id": "", "http://www.w3.org/ns/ldp#contains": []})
         self.assert_problem(answer, 400)
-        self.assertIn('rel="http://www.w3.org/ns/ldp#constrainedBy"', answer.headers["Link"])
-        constraints = path_of(answer.headers["Link"].partition("<")[2].partition(">")[0])
+        link = answer.headers["Link"]
+        self.assertIn('rel="http://www.w3.org/ns/ldp#constrainedBy"', link)
+        constraints = path_of(link.partition("<")[2].partition(">")[0])
         self.assertEqual(self.ask("GET", constraints).status, 200)
+        self.assertEqual(self.post().headers["Link"], link)
+        for method in ("GET", "HEAD", "OPTIONS"):  # clients may look before they post
+            self.assertEqual(self.ask(method, "/inbox").headers["Link"], link)
 
     def test_should_advertise_what_may_be_posted(self) -> None:
         answer = self.ask("OPTIONS", "/inbox")
@@ -1179,7 +2254,7 @@ class QueuedTest(InboxTest):
         self.assertEqual(answer.json()["pattern"], "Accept")
         self.assertEqual(self.ask("GET", path_of(answer.json()["location"])).body, BODY)
         page = self.ask("GET", "/", headers={"Accept": "text/html"}).body
-        self.assertIn(b'<b class="queued">202 queued</b>', page)
+        self.assertIn(b'<span class="chip ok">202</span>', page)
 
 
 def path_of(url: str) -> str:
@@ -1192,7 +2267,7 @@ def path_of(url: str) -> str:
 class ResourcesTest(InboxTest):
     def test_head_is_get_without_the_body(self) -> None:
         location = path_of(self.post().headers["Location"])
-        for path in ("/", "/inbox", location, "/constraints", "/nothing"):
+        for path in ("/", "/inbox", location, "/constraints", "/deliveries", "/nothing"):
             with self.subTest(path):
                 got, head = self.ask("GET", path), self.ask("HEAD", path)
                 self.assertEqual(head.body, b"")
@@ -1229,27 +2304,31 @@ class ResourcesTest(InboxTest):
         self.assertEqual(self.listed(), [])
         self.assert_serves()
 
-    def test_what_somebody_else_deletes_meanwhile_is_gone_too(self) -> None:
-        self.post()
-        names = ["20200101_000000_" + "a" * 32, *self.stored()]
-        with unittest.mock.patch.object(self.server.store, "names", lambda: iter(names)):
-            self.assertEqual(self.ask("DELETE", "/inbox").status, 204)
+    def test_emptying_the_inbox_copes_with_others_who_do_the_same(self) -> None:
+        for _ in range(50):
+            self.post()
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            emptied = list(pool.map(lambda _: self.ask("DELETE", "/inbox").status, range(4)))
+        self.assertEqual(emptied, [204] * 4)
         self.assertEqual(self.stored(), [])
 
     def test_what_a_resource_cannot_do_is_405_with_what_it_can(self) -> None:
         location = path_of(self.post().headers["Location"])
         for path, works in {
-            "/": "GET, HEAD, OPTIONS",
-            "/constraints": "GET, HEAD, OPTIONS",
-            "/inbox": "GET, POST, DELETE, HEAD, OPTIONS",
-            location: "GET, DELETE, HEAD, OPTIONS",
+            "/": "GET",
+            "/constraints": "GET",
+            "/deliveries": "GET",
+            "/inbox": "GET, POST, DELETE",
+            location: "GET, DELETE",
         }.items():
+            allowed = {*works.split(", "), "HEAD", "OPTIONS"}
             for method in ("PUT", "PATCH", "TRACE", "CONNECT", "BREW", "get"):
                 with self.subTest(path, method=method):
                     answer = self.ask(method, path)
                     self.assert_problem(answer, 405)
-                    self.assertEqual(answer.headers["Allow"], works)
-            self.assertEqual(self.ask("OPTIONS", path).headers["Allow"], works)
+                    self.assertEqual(set(answer.headers["Allow"].split(", ")), allowed)
+            answer = self.ask("OPTIONS", path)
+            self.assertEqual(set(answer.headers["Allow"].split(", ")), allowed)
         self.assert_problem(self.ask("POST", location, BODY), 405)
         self.assert_problem(self.ask("BREW", "/nothing"), 404)
 
@@ -1262,20 +2341,19 @@ class ResourcesTest(InboxTest):
             "./" + name, "..;/" + name, "x" * 5000, name[:-1], name + "0", "\\" + name,
         ]:  # fmt: skip
             with self.subTest(other[:99]):
-                for method in ("GET", "DELETE"):
-                    octets = f"{method} /inbox/{other} HTTP/1.1\r\nHost: localhost\r\n\r\n"
-                    (answer,) = raw(self.server, octets.encode("latin-1"), "half-close")
+                for method in (b"GET", b"DELETE"):
+                    head = get_head(target=f"/inbox/{other}").replace(b"GET", method, 1)
+                    (answer,) = raw(self.server, head, "half-close")
                     self.assert_problem(answer, 404)
         self.assertEqual(self.stored(), [name])
 
     def test_the_request_line_may_hold_a_whole_url(self) -> None:
-        for target in ("http://localhost", "http://localhost?q=x", "HTTP://localhost/inbox?x"):
-            head = f"HEAD {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
-            (answer,) = raw(self.server, head, "half-close")
-            self.assertEqual(answer.status, 200)
-        head = b"HEAD http://evil.example/ HTTP/1.1\r\nHost: localhost\r\n\r\n"
-        (answer,) = raw(self.server, head, "half-close")
-        self.assertEqual(answer.status, 421)
+        for target, status in [
+            ("http://localhost", 200), ("http://localhost?q=x", 200), ("http://evil.example/", 421),
+            ("HTTP://localhost/inbox?close=1", 200),
+        ]:  # fmt: skip
+            (answer,) = raw(self.server, get_head(target=target), "half-close")
+            self.assertEqual(answer.status, status)
 
     def test_a_page_is_for_those_who_prefer_html(self) -> None:
         location = path_of(self.post().headers["Location"])
@@ -1303,7 +2381,7 @@ class ResourcesTest(InboxTest):
                     self.assertEqual(
                         answer.headers["Content-Type"].startswith("text/html"), is_html
                     )
-                    self.assertEqual(answer.headers["Vary"], "Accept")
+                    self.assertEqual(answer.headers["Vary"], "Accept, Origin")
                     self.assertEqual(answer.headers["X-Content-Type-Options"], "nosniff")
 
     def test_a_page_shows_what_was_sent_as_text(self) -> None:
@@ -1319,31 +2397,25 @@ class ResourcesTest(InboxTest):
         listed = self.ask("GET", "/constraints").json()
         self.assertEqual(listed["constraints"], coarinbox.constraints())
         self.assertEqual(listed["specification"], coarinbox.SPECIFICATION)
-        self.assertEqual(listed["levels"], coarinbox.LEVELS)
+        self.assertEqual(listed["levels"]["M"]["word"], "must")
+        self.assertEqual(listed["receivers"], coarinbox.receivers())
         required, valid = listed["constraints"][:2]
         everywhere = dict.fromkeys(NOTIFICATIONS, "E")
         self.assertEqual(required, {
             "code": "notification-required", "member": "", "demand": "be present",
-            "levels": everywhere,
+            "levels": everywhere, "refused_by": [],
         })  # fmt: skip
         self.assertEqual(valid["demand"], "be an object")
         self.assertEqual(listed["refused"], ["E"])
         page = self.ask("GET", "/constraints", headers={"Accept": "text/html"}).body.decode()
-        self.assertIn("<title>Constraints · coarinbox</title>", page)
-        self.assertIn("<td>be an absolute URI</td><td>E: every pattern</td>", page)
-        self.assertIn("<td>M: Request Endorsement, Request Review</td>", page)
-        for level, suffix in (("E", "; refused here"), ("M", "")):
-            row = f"<dt>{level}</dt><dd>{coarinbox.LEVELS[level]}{suffix}</dd>"
-            self.assertIn(row, page)
-        self.assertRegex(
-            page, "<td>E: Accept, .*Undo Offer; M: Request Endorsement, Request Review</td>"
-        )
+        self.assertIn("<title>Request Review · coarinbox</title>", page)
         for constraint in listed["constraints"]:
-            self.assertIn(f'id="{constraint["code"]}"', page)
+            if "Request Review" in constraint["levels"]:
+                self.assertIn(f'id="{constraint["code"]}"', page)
 
     def test_urls_are_those_that_the_client_uses(self) -> None:
         for host in (
-            "localhost:1234", "LOCALHOST", "inbox.localhost", "127.9.9.9:80", "[::1]:80",
+            "localhost:12345", "LOCALHOST", "inbox.localhost", "127.9.9.9:80", "[::1]:80",
             "localhost.", "[::ffff:127.0.0.1]:80",
         ):  # fmt: skip
             with self.subTest(host):
@@ -1357,8 +2429,8 @@ class ResourcesTest(InboxTest):
         self.assertEqual(answer.status, 201)
         self.assertTrue(answer.headers["Location"].startswith(self.server.base + "/inbox/"))
         whole_url = head.replace(b" /inbox", b" http://localhost/inbox")
-        for octets in (head, whole_url):
-            (answer,) = raw(self.server, octets + BODY)
+        for without_host in (head, whole_url):
+            (answer,) = raw(self.server, without_host + BODY)
             self.assertIn("Host", self.assert_problem(answer, 400)["detail"])
 
     def test_the_names_of_other_sites_are_refused_on_loopback(self) -> None:
@@ -1372,6 +2444,7 @@ class ResourcesTest(InboxTest):
         for host in (
             "a b",
             "localhost:x",
+            "localhost:123456",
             "<script>",
             "localhost/x",
             "user@localhost",
@@ -1379,14 +2452,10 @@ class ResourcesTest(InboxTest):
             "ö",
         ):
             with self.subTest(host):
-                octets = f"GET /inbox HTTP/1.1\r\nHost: {host}\r\n\r\n".encode("latin-1")
-                (answer,) = raw(self.server, octets, "half-close")
+                (answer,) = raw(self.server, get_head(host=host), "half-close")
                 self.assert_problem(answer, 400)
-        for octets in (
-            b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: a\r\n\r\n",
-            b"GET http://localhost/ HTTP/1.1\r\nHost: a b\r\n\r\n",
-        ):
-            (answer,) = raw(self.server, octets, "half-close")
+        for head in (get_head("Host: a"), get_head(target="http://localhost/", host="a b")):
+            (answer,) = raw(self.server, head, "half-close")
             self.assert_problem(answer, 400)
 
     def test_requests_share_a_connection(self) -> None:
@@ -1403,8 +2472,7 @@ class ResourcesTest(InboxTest):
         self.assertIsNotNone(connection.sock, "a body that was read needs no new connection")
 
     def test_requests_may_come_before_the_answers(self) -> None:
-        octets = (post_head(f"Content-Length: {len(BODY)}") + BODY) * 5
-        answers = raw(self.server, octets, "half-close")
+        answers = raw(self.server, post_to() * 5, "half-close")
         self.assertEqual([answer.status for answer in answers], [201] * 5)
 
     def test_http_1_0_and_close_end_the_connection(self) -> None:
@@ -1415,8 +2483,8 @@ class ResourcesTest(InboxTest):
         ):
             (answer,) = raw(self.server, head)
             self.assertEqual((answer.status, answer.headers["Connection"]), (200, "close"))
-        octets = b"GET /inbox HTTP/1.0\r\nConnection: keep-alive\r\n\r\n" * 2
-        answers = raw(self.server, octets, "half-close")
+        requests = b"GET /inbox HTTP/1.0\r\nConnection: keep-alive\r\n\r\n" * 2
+        answers = raw(self.server, requests, "half-close")
         self.assertEqual([answer.headers["Connection"] for answer in answers], ["keep-alive"] * 2)
 
 
@@ -1448,14 +2516,14 @@ class EverywhereTest(InboxTest):
 class LogTest(InboxTest):
     def test_each_finding_has_a_line_for_clients_that_hide_the_answer(self) -> None:
         self.post(ValidationModeTest.INVALID)
-        client, _ = address(self.server)
-        for line in (
-            "E origin is missing; it must be an object",
-            "M target.inbox is missing; it must be an HTTP URI",
-            "not a valid notification: 1 error",
-            '"POST /inbox HTTP/1.1" 400 -',
-        ):
-            self.assertIn(f"{client} {line}", self.log_lines())
+        request, *lines = self.log_lines()
+        (name,) = (each["name"] for each in self.ask("GET", "/deliveries").json()["deliveries"])
+        about = f"{address(self.server)[0]} {name}"
+        self.assertEqual(request, f'{about} "POST /inbox HTTP/1.1" 400')
+        self.assertEqual(lines[0], f"{about} not a valid notification: 1 error")
+        missing = 'M target.inbox is missing; it must be an HTTP URI; write `"inbox": "https://…"`'
+        self.assertIn(f"{about} {missing}", lines)
+        self.assertTrue(all(line.startswith(about) for line in lines), lines)
 
 
 class ScriptLogTest(InboxTest):
@@ -1518,7 +2586,7 @@ class ValidationModeTest(unittest.TestCase):
 
 
 class BadBodyTest(InboxTest):
-    """Bodies that are no notification: 400, nothing stored, and the connection goes on."""
+    """Bodies that are no notification: 400, nothing stored, and the connection is kept."""
 
     def refuse(self, body: bytes, *, says: str) -> None:
         problem = self.assert_problem(self.post(body), 400)
@@ -1568,7 +2636,7 @@ class BadBodyTest(InboxTest):
             with self.subTest(body):
                 self.refuse(body, says="not a valid notification")
 
-    def test_whatever_the_octets_they_are_kept(self) -> None:
+    def test_every_byte_is_kept(self) -> None:
         for body in (
             BODY + b" \n", b"\t" + BODY, BODY.replace(b'", "', b'" ,\n"'),
             BODY.replace(b"J. Carberry", "Jürg, \U0001f600".encode()),
@@ -1594,136 +2662,11 @@ class BadBodyTest(InboxTest):
                 helpful = "Accept-Post" if name == "Content-Type" else "Accept-Encoding"
                 self.assertIn(helpful, answer.headers)
                 self.assertIn("constrainedBy", answer.headers["Link"])
-        octets = f"POST /inbox HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(BODY)}\r\n\r\n"
-        (answer,) = raw(self.server, octets.encode() + BODY, "half-close")
+        untyped = post_to().replace(f"Content-Type: {JSON_LD}\r\n".encode(), b"")
+        (answer,) = raw(self.server, untyped, "half-close")
         self.assertIn("Content-Type is missing,", self.assert_problem(answer, 415)["detail"])
         self.assertEqual(self.post(Content_Encoding="Identity").status, 201)
         self.assertEqual(self.post(Content_Encoding="br").headers["Accept-Encoding"], "identity")
-
-
-class FramingTest(InboxTest):
-    """How the length of a body is given (RFC 9112 section 6), rightly and wrongly."""
-
-    settings = {"MAX_CONTENT_LENGTH": 4000}
-
-    def refuse(self, octets: bytes, status: int, then: str = "read") -> None:
-        """Expect one answer, after which the server ends the connection, and then serves others."""
-        (answer,) = raw(self.server, octets, then)
-        self.assert_problem(answer, status)
-        self.assertEqual(answer.headers["Connection"], "close")
-        self.assertEqual(self.stored(), [])
-
-    def test_chunks(self) -> None:
-        head = post_head("Transfer-Encoding: Chunked")
-        for chunks in [
-            chunked(BODY, 100),
-            chunked(BODY, 1),
-            chunked(BODY, 5000),
-            chunked(BODY, 100, extension=b' ; name="value"'),
-            chunked(BODY, 100, trailer=b"X-Checksum: 1\r\n"),
-        ]:
-            answers = raw(self.server, (head + chunks) * 2, "half-close")
-            self.assertEqual([answer.status for answer in answers], [201, 201])
-        for name in self.stored():
-            self.assertEqual(self.server.store.read(name), BODY)
-
-    def test_slashes_that_are_doubled_are_logged_as_well(self) -> None:
-        for path in ("//inbox", "///inbox/", "http://localhost//inbox"):
-            self.assertEqual(self.ask("POST", path, ACCEPT).status, 201)
-        self.assertEqual(len(self.ask("GET", "/deliveries").json()["deliveries"]), 3)
-
-    def test_broken_chunks(self) -> None:
-        head = post_head("Transfer-Encoding: chunked")
-        for chunks in [
-            b"x\r\n", b"\r\n", b"-5\r\nhello\r\n0\r\n\r\n", b"0x5\r\nhello\r\n0\r\n\r\n",
-            b"5\r\nhello, too long\r\n0\r\n\r\n", b"5\nhello\n0\n\n", b" 5\r\nhello\r\n0\r\n\r\n",
-            b"5\r\nhelloXX0\r\n\r\n",
-            b"5;a\rb\r\nhello\r\n0\r\n\r\n", b"5;\0\r\nhello\r\n0\r\n\r\n",
-            b"5" * 17 + b"\r\n", b"5;" + b"x" * 2000 + b"\r\nhello\r\n0\r\n\r\n",
-        ]:  # fmt: skip
-            with self.subTest(chunks[:40]):
-                self.refuse(head + chunks, 400)
-        for trailer in (b"X: y\r\n" * 200, b"X: " + b"y" * 70000 + b"\r\n"):
-            with self.subTest(trailer[:40]):
-                self.refuse(head + b"0\r\n" + trailer + b"\r\n", 431)
-
-    def test_no_length(self) -> None:
-        self.refuse(post_head(), 411)
-        self.refuse(post_head() + BODY, 411)
-
-    def test_a_length_that_is_none(self) -> None:
-        for length in ("-1", "+5", "5.0", "0x5", "1e3", "five", "5, 5", "5 5", "²", "1_000"):
-            with self.subTest(length):
-                self.refuse(post_head(f"Content-Length: {length}") + BODY, 400)
-
-    def test_lengths_that_contradict_each_other(self) -> None:
-        right, wrong = f"Content-Length: {len(BODY)}", f"Content-Length: {len(BODY) + 1}"
-        self.refuse(post_head(right, wrong) + BODY, 400)
-        self.refuse(post_head(right, right) + BODY, 400)  # even so: RFC 9110 section 8.6
-        self.refuse(post_head(right, "Transfer-Encoding: chunked") + chunked(BODY, 100), 400)
-        self.refuse(post_head("Transfer-Encoding: gzip, chunked") + chunked(BODY, 100), 400)
-        self.refuse(post_head("Transfer-Encoding: identity") + BODY, 400)
-        for coding in ("\x0bchunked", "chunked\xa0", "chunked, chunked", "x"):
-            self.refuse(post_head(f"Transfer-Encoding: {coding}") + chunked(BODY, 100), 400)
-        old = post_head("Transfer-Encoding: chunked").replace(b"HTTP/1.1", b"HTTP/1.0")
-        self.refuse(old + chunked(BODY, 100), 400)
-        head = post_head("Content-Length: 000" + "0" * 99 + right[16:])
-        (answer,) = raw(self.server, head + BODY, "half-close")
-        self.assertEqual(answer.status, 201)
-
-    def test_a_body_that_ends_early(self) -> None:
-        for octets in UNFINISHED:
-            with self.subTest(octets):
-                self.refuse(octets, 400, "half-close")
-
-    def test_a_body_over_the_limit(self) -> None:
-        large = json.dumps({**ACCEPT, "summary": "x" * 4000}).encode()
-        self.refuse(post_head(f"Content-Length: {len(large)}"), 413)
-        self.refuse(post_head(f"Content-Length: {len(large)}") + large, 413)
-        self.refuse(post_head("Content-Length: " + "9" * 5000), 413)
-        self.refuse(post_head("Transfer-Encoding: chunked") + chunked(large, 100), 413)
-        self.refuse(post_head("Transfer-Encoding: chunked") + b"fffffffffffffff\r\n", 413)
-
-    def test_a_body_of_the_largest_size(self) -> None:
-        body = BODY + b" " * (4000 - len(BODY))
-        self.assertEqual(self.post(body).status, 201)
-        octets = post_head("Transfer-Encoding: chunked") + chunked(body, 1000)
-        (answer,) = raw(self.server, octets, "half-close")
-        self.assertEqual(answer.status, 201)
-
-    def test_a_large_body_that_is_refused_early_does_not_hide_the_answer(self) -> None:
-        large = b"x" * 20_000_000  # more than the system holds for a connection
-        self.assert_problem(self.post(large), 413)
-        self.assert_problem(self.ask("POST", "/nothing", large), 404)
-
-    def test_a_request_that_has_no_use_for_its_body_leaves_no_trace_of_it(self) -> None:
-        smuggled = b"GET /constraints HTTP/1.1\r\nHost: localhost\r\n\r\n"
-        head = (
-            f"DELETE /inbox HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(smuggled)}\r\n\r\n"
-        )
-        (answer,) = raw(self.server, head.encode() + smuggled)
-        self.assertEqual((answer.status, answer.headers["Connection"]), (204, "close"))
-        for lengths in (("0", "43"), ("43", "0"), ("x", "0")):
-            lines = "".join(f"Content-Length: {length}\r\n" for length in lengths)
-            octets = f"GET /inbox HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n".encode()
-            self.refuse(octets + smuggled, 400)
-
-    def test_100_continue_comes_when_the_body_is_wanted(self) -> None:
-        head = post_head(f"Content-Length: {len(BODY)}", "Expect: 100-continue")
-        with socket.create_connection(address(self.server), timeout=10) as connection:
-            connection.sendall(head)
-            stream = connection.makefile("rb")
-            self.assertEqual(
-                stream.readline() + stream.readline(), b"HTTP/1.1 100 Continue\r\n\r\n"
-            )
-            connection.sendall(BODY)
-            self.assertEqual(read_answer(stream.readline(), stream).status, 201)
-            stream.close()
-
-    def test_100_continue_does_not_come_when_it_is_not(self) -> None:
-        self.refuse(post_head("Content-Length: 5000", "Expect: 100-continue"), 413)
-        head = post_head("Content-Length: 5", "Expect: 100-continue").replace(b"ld+json", b"xml")
-        self.refuse(head, 415)
 
 
 def chunked(body: bytes, size: int, extension: bytes = b"", trailer: bytes = b"") -> bytes:
@@ -1732,102 +2675,283 @@ def chunked(body: bytes, size: int, extension: bytes = b"", trailer: bytes = b""
     return b"".join(parts) + b"0\r\n" + trailer + b"\r\n"
 
 
+CHUNKED = "Transfer-Encoding: chunked"
 # Requests that end before their body does.
 UNFINISHED = [
     post_head(f"Content-Length: {len(BODY) + 1}") + BODY,
-    *(post_head("Transfer-Encoding: chunked") + chunks
+    *(post_head(CHUNKED) + chunks
       for chunks in (b"", b"5", b"5\r\nhel", b"5\r\nhello", b"5\r\nhello\r\n")),
 ]  # fmt: skip
 
 
-class BadRequestTest(InboxTest):
-    """Requests that are none."""
+def read_requests(data: bytes, size: int) -> list[Any]:
+    """Read all requests out of bytes that arrive `size` at a time, until one has a problem."""
+    requests: list[Any] = []
+    incoming = coarinbox.Incoming()
+    pieces = iter([data[start : start + size] for start in range(0, len(data), size)])
+    while not requests or requests[-1].problem is None:
+        reader = coarinbox.read_request(incoming, max_body=4000)
+        try:
+            while True:
+                if next(reader) is None:
+                    piece = next(pieces, b"")
+                    incoming.data += piece
+                    if not piece:
+                        incoming.ended = coarinbox.Problem(400, "the input has ended")
+        except StopIteration as stop:
+            if stop.value is None:
+                break
+            requests.append(stop.value)
+    return requests
 
-    def test_what_the_base_class_would_answer_with_html(self) -> None:
-        line, header, many = (
-            "the request line is malformed",
-            "header line 2 is malformed: ",
-            "65536",
-        )
-        for octets, status, reason in [
-            (b"GARBAGE\r\n", 400, line),
-            (b"  \r\n", 400, line),
-            (b"GET /\r\n", 400, line),
-            (b"GET / HTTP/1.1 x\r\n\r\n", 400, line),
-            (b"GET  / HTTP/1.1\r\n\r\n", 400, line),
-            (b"GET\t/\tHTTP/1.1\r\n\r\n", 400, line),
-            (b"GET /\x85 HTTP/1.1\r\n\r\n", 400, line),
-            (b"GET /\x00 HTTP/1.1\r\n\r\n", 400, line),
-            (b"GET / HTTP/x\r\n\r\n", 400, line),
-            (b"GET / HTTP/1.11111\r\n\r\n", 400, line),
-            (b"GET / HTTP/0.9\r\n\r\n", 400, line),
-            (b"GET / HTTP/1.1\nX: y\r\n\r\n", 400, line),
-            (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n", 400, line),
-            (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, "HTTP/2.0 is not spoken"),
-            (b"GET / HTTP/2.0\r\n\r\n", 505, "HTTP/2.0 is not spoken"),
-            (b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n", 414, many),
-            (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 60_000 + b"\r\n", 431, "more than 100"),
-            (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 100 + b"\r\n", 431, "more than 100"),
-            (b"GET / HTTP/1.1\r\nX: " + b"y" * 70_000 + b"\r\n\r\n", 431, many),
-            (b"GET / HTTP/1.1\r\nno colon\r\n\r\n", 400, header + "b''"),
-            (b"GET / HTTP/1.1\r\nHost : localhost\r\n\r\n", 400, header + "b'Host '"),
-            (b"GET / HTTP/1.1\r\n folded: localhost\r\n\r\n", 400, header + "b''"),
-            (b"GET / HTTP/1.1\r\nX: y\r\n folded\r\n\r\n", 400, "header line 3 is malformed"),
-            (b"GET / HTTP/1.1\r\nX: y\n\r\n", 400, header + "b'X'"),
-            (b"GET / HTTP/1.1\r\nX: y\rContent-Length: 5\r\n\r\n", 400, header + "b'X'"),
-            (b"GET / HTTP/1.1\r\nX: y\r\r\nContent-Length: 5\r\n\r\n", 400, header + "b'X'"),
-            (b"GET / HTTP/1.1\r\nX: \x00\r\n\r\n", 400, header + "b'X'"),
-            (b"GET / HTTP/1.1\r\n: y\r\n\r\n", 400, header + "b''"),
-            (b"GET / HTTP/1.1\r\nFrom somebody\r\n\r\n", 400, header + "b''"),
+
+class ReadRequestTest(unittest.TestCase):
+    """How requests are told apart in a stream of bytes (RFC 9112), however those are cut."""
+
+    def read(self, data: bytes) -> list[coarinbox.Request]:
+        """Read the same requests out of all bytes at once, out of 7 at a time, and out of each."""
+        whole, *others = (read_requests(data, size) for size in (len(data), 7, 1))
+        for requests in others:
+            self.assertEqual([*map(self.facts, requests)], [*map(self.facts, whole)])
+        return whole
+
+    def facts(self, request: coarinbox.Request) -> dict[str, Any]:
+        problem = request.problem and (request.problem.status, request.problem.detail)
+        return {**vars(request), "problem": problem}
+
+    def read_one(self, data: bytes) -> coarinbox.Request:
+        (request,) = self.read(data)
+        self.assertIsNone(request.problem, data[:200])
+        return request
+
+    def assert_refused(self, data: bytes, status: int, reason: str = "") -> None:
+        with self.subTest(data[:60]):
+            *_, request = self.read(data)
+            assert request.problem
+            self.assertEqual(request.problem.status, status, request.problem)
+            self.assertIn(reason, request.problem.detail)
+            self.assertTrue(request.unread)  # so that no other request can follow
+
+    def test_what_a_request_says(self) -> None:
+        for data, method, target, version, host in [
+            (b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", "GET", "/", "HTTP/1.1", "a"),
+            (b"brew /x?y#z HTTP/1.0\r\n\r\n", "brew", "/x?y#z", "HTTP/1.0", ""),
+            (b"OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n", "OPTIONS", "*", "HTTP/1.1", "a"),
+            (b"GET http://b:80/x HTTP/1.1\r\nHost: a\r\n\r\n", "GET", "/x", "HTTP/1.1", "b:80"),
+            (b"GET HTTPS://b?y HTTP/1.1\r\nHost: a\r\n\r\n", "GET", "/?y", "HTTP/1.1", "b"),
+            (b"GET //x//y HTTP/1.9\r\nHost: a\r\n\r\n", "GET", "/x//y", "HTTP/1.9", "a"),
         ]:
-            with self.subTest(octets[:60]):
-                hosted = octets.replace(b"HTTP/1.1\r\n", b"HTTP/1.1\r\nHost: localhost\r\n", 1)
-                (answer,) = raw(self.server, hosted)
-                self.assertIn(reason, self.assert_problem(answer, status)["detail"])
-                self.assertEqual(answer.headers["Connection"], "close")
+            with self.subTest(data):
+                request = self.read_one(data)
+                found = (request.method, request.target, request.version, request.host)
+                self.assertEqual(found, (method, target, version, host))
+
+    def test_headers(self) -> None:
+        lines = "X-Trace:a", "x-TRACE: \tb c\t ", "Empty:", "!#$%&'*+.^_`|~: x", "Latin: \xfc"
+        request = self.read_one("\r\n".join(["GET / HTTP/1.1", *lines, "", ""]).encode("latin-1"))
+        self.assertEqual(
+            request.headers,
+            {"x-trace": "a, b c", "empty": "", "!#$%&'*+.^_`|~": "x", "latin": "\xfc"},
+        )
+
+    def test_bodies(self) -> None:
+        right = f"Content-Length: {len(BODY)}"
+        bodies = [
+            post_head(right) + BODY,
+            post_head(f"Content-Length:\t{len(BODY)} \t", "Transfer-encoded:") + BODY,
+            post_head("Content-Length: 000" + "0" * 99 + right[16:]) + BODY,
+            *(post_head("transfer-encoding: Chunked") + chunked(BODY, size) for size in (1, 100)),
+            post_head(CHUNKED) + chunked(BODY, 100, extension=b' ; name="value"'),
+            post_head(CHUNKED) + chunked(BODY, 100, trailer=b"X-Checksum: 1\r\n"),
+            post_head(CHUNKED) + chunked(BODY, 999).replace(b"3d", b"0003D"),
+        ]
+        for data in bodies:
+            with self.subTest(data[:200]):
+                self.assertEqual(self.read_one(data).body, BODY)
+        self.assertEqual([request.body for request in self.read(b"".join(bodies))], [BODY] * 8)
+        for method in (b"GET", b"DELETE", b"PUT"):  # others may have one too
+            request = self.read_one(bodies[0].replace(b"POST", method))
+            self.assertEqual(request.body, BODY)
+
+    def test_a_body_of_the_largest_size(self) -> None:
+        body = BODY + b" " * (4000 - len(BODY))
+        for data in (
+            post_head("Content-Length: 4000") + body,
+            post_head(CHUNKED) + chunked(body, 999),
+        ):
+            self.assertEqual(self.read_one(data).body, body)
+
+    def test_requests_follow_each_other(self) -> None:
+        data = b"\r\n\r\n\nGET / HTTP/1.1\r\n\r\n" + post_to() + b"\r\nGET /x HTTP/1.1\r\n\r\n\r\n"
+        requests = [(request.target, request.body) for request in self.read(data)]
+        self.assertEqual(requests, [("/", b""), ("/inbox", BODY), ("/x", b"")])
+        self.assertEqual(self.read(b"\r\n\r\n"), [])
+
+    def test_a_request_that_ends_early(self) -> None:
+        whole = b"DELETE /inbox HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        for data in [*(whole[:end] for end in range(1, len(whole))), *UNFINISHED]:
+            self.assert_refused(data, 400, "the input has ended")
+        bodies = [bytes(self.read(data)[0].body) for data in UNFINISHED]
+        self.assertEqual(bodies, [BODY, b"", b"", b"hel", b"hello", b"hello"])
+
+    def test_malformed_request_lines(self) -> None:
+        for line in (
+            b"GARBAGE\r\n", b"  \r\n", b"GET /\r\n", b"GET / HTTP/1.1 x\r\n",
+            b"GET  / HTTP/1.1\r\n", b"GET\t/\tHTTP/1.1\r\n", b"GET /\x85 HTTP/1.1\r\n",
+            b"GET /\x00 HTTP/1.1\r\n", b"GET / HTTP/x\r\n", b"GET / HTTP/1.11111\r\n",
+            b"GET / HTTP/0.9\r\n", b"GET / HTTP/1.1\n", b"GET / FTP/1.1\r\n",
+        ):  # fmt: skip
+            self.assert_refused(line, 400, "the request line is malformed")
+        self.assert_refused(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, "not HTTP/2.0")
+        self.assert_refused(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n", 400, "TLS")
+        self.assert_refused(b"GET /" + b"x" * 70_000, 414, "65536")
+
+    def test_malformed_header_lines(self) -> None:
+        for line, name in [
+            (b"no colon\r\n", b""), (b"Host : x\r\n", b"Host "), (b" folded: x\r\n", b""),
+            (b"X: y\n", b"X"), (b"X: y\rContent-Length: 5\r\n", b"X"), (b"X: \x00\r\n", b"X"),
+            (b"X: y\r\r\nContent-Length: 5\r\n", b"X"), (b": y\r\n", b""),
+            (b"From somebody\r\n", b""), (b"X\xa0: y\r\n", b"X\xa0"),
+        ]:  # fmt: skip
+            reason = f"header line 1 is malformed: {name!r}"
+            self.assert_refused(b"GET / HTTP/1.1\r\n" + line, 400, reason)
+        folded = b"GET / HTTP/1.1\r\nX: y\r\n folded\r\n"
+        self.assert_refused(folded, 400, "header line 2 is malformed")
+
+    def test_heads_that_are_too_long(self) -> None:
+        line = b"GET / HTTP/1.1\r\n"
+        self.assertEqual(len(self.read_one(line + b"X: y\r\n" * 100 + b"\r\n").fields), 100)
+        self.assert_refused(line + b"X: y\r\n" * 101, 431, "more than 100 header lines")
+        self.assert_refused(line + b"X: " + b"y" * 70_000, 431, "65536")
+        long = b"X: " + b"y" * 995 + b"\r\n"
+        self.assertEqual(len(self.read_one(line + long * 65 + b"\r\n").fields), 65)
+        self.assert_refused(line + long * 66, 431, "65536")  # the limit is for all of them
+        for trailer in (b"X: y\r\n" * 101, b"X: " + b"y" * 70_000):
+            self.assert_refused(post_head(CHUNKED) + b"0\r\n" + trailer, 431)
+
+    def test_lengths_that_are_missing_or_wrong(self) -> None:
+        self.assert_refused(post_head() + BODY, 411)
+        self.assert_refused(post_head().replace(b"POST", b"PUT"), 411)
+        for length in ("-1", "+5", "5.0", "0x5", "1e3", "five", "5, 5", "5 5", "²", "1_000", ""):
+            self.assert_refused(post_head(f"Content-Length: {length}") + BODY, 400)
+
+    def test_lengths_that_contradict_each_other(self) -> None:
+        right, wrong = f"Content-Length: {len(BODY)}", f"Content-Length: {len(BODY) + 1}"
+        self.assert_refused(post_head(right, wrong) + BODY, 400)
+        self.assert_refused(post_head(right, right) + BODY, 400)  # RFC 9110 section 8.6
+        self.assert_refused(post_head(right, CHUNKED) + chunked(BODY, 100), 400)
+        for coding in (
+            "gzip, chunked", "identity", "\x0bchunked", "chunked\xa0", "chunked, chunked", "x", "",
+        ):  # fmt: skip
+            head = post_head(f"Transfer-Encoding: {coding}")
+            self.assert_refused(head + chunked(BODY, 100), 400)
+        old = post_head(CHUNKED).replace(b"HTTP/1.1", b"HTTP/1.0")
+        self.assert_refused(old + chunked(BODY, 100), 400)
+        smuggled = b"GET /constraints HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        for lengths in (("0", "43"), ("43", "0"), ("x", "0")):
+            head = get_head(*(f"Content-Length: {length}" for length in lengths))
+            self.assert_refused(head + smuggled, 400)
+
+    def test_bodies_over_the_limit(self) -> None:
+        large = b"x" * 4001
+        self.assert_refused(post_head("Content-Length: 4001"), 413)
+        self.assert_refused(post_head("Content-Length: 4001") + large, 413)
+        self.assert_refused(post_head("Content-Length: " + "9" * 5000), 413)
+        self.assert_refused(post_head(CHUNKED) + chunked(large, 1000), 413)
+        self.assert_refused(post_head(CHUNKED) + b"fffffffffffffff\r\n", 413)
+
+    def test_broken_chunks(self) -> None:
+        for chunks in [
+            b"x\r\n", b"\r\n", b"-5\r\nhello\r\n0\r\n\r\n", b"0x5\r\nhello\r\n0\r\n\r\n",
+            b"5\r\nhello, too long\r\n0\r\n\r\n", b"5\nhello\n0\n\n", b" 5\r\nhello\r\n0\r\n\r\n",
+            b"5\r\nhelloXX0\r\n\r\n", b"5;a\rb\r\nhello\r\n0\r\n\r\n",
+            b"5;\0\r\nhello\r\n0\r\n\r\n", b"5" * 17 + b"\r\n", b"5;" + b"x" * 2000 + b"\r\nhello",
+        ]:  # fmt: skip
+            self.assert_refused(post_head(CHUNKED) + chunks, 400, "malformed")
+
+    def test_a_caller_may_refuse_a_request_by_its_head(self) -> None:
+        incoming = coarinbox.Incoming()
+        incoming.data += post_to()
+        reader = coarinbox.read_request(incoming, max_body=4000)
+        request, problem = next(reader), coarinbox.Problem(401, "the token is missing")
+        assert request
+        with self.assertRaises(StopIteration) as end:
+            reader.throw(problem)
+        self.assertIs(end.exception.value, request)
+        self.assertEqual((request.problem, request.body), (problem, b""))
+
+
+class FramingTest(InboxTest):
+    """The same over connections."""
+
+    settings = {"MAX_CONTENT_LENGTH": 4000}
+
+    def refuse(self, data: bytes, status: int, then: str = "read") -> None:
+        """Expect one answer, after which the server closes the connection."""
+        (answer,) = raw(self.server, data, then)
+        self.assert_problem(answer, status)
+        self.assertEqual(answer.headers["Connection"], "close")
+        self.assertEqual(self.stored(), [])
+
+    def test_chunks(self) -> None:
+        request = post_head(CHUNKED) + chunked(BODY, 100)
+        answers = raw(self.server, request * 2, "half-close")
+        self.assertEqual([answer.status for answer in answers], [201, 201])
+        for url in self.listed():
+            self.assertEqual(self.ask("GET", path_of(url)).body, BODY)
+
+    def test_slashes_that_are_doubled_are_logged_as_well(self) -> None:
+        for path in ("//inbox", "///inbox/", "http://localhost//inbox"):
+            self.assertEqual(self.ask("POST", path, ACCEPT).status, 201)
+        self.assertEqual(len(self.ask("GET", "/deliveries").json()["deliveries"]), 3)
+
+    def test_a_refusal_ends_the_connection(self) -> None:
+        self.refuse(post_head(), 411)
+        self.refuse(post_head("Content-Length: 5, 5") + BODY, 400)
+        self.refuse(post_head(CHUNKED) + b"x\r\n", 400)
+        self.refuse(post_head("Content-Length: 4001"), 413)
+        self.refuse(b"GARBAGE\r\n", 400)
+        self.refuse(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505)
+        self.refuse(b"GET /" + b"x" * 70_000, 414)
+        self.refuse(get_head(*["X: y"] * 100), 431)
+        for data in UNFINISHED:
+            self.refuse(data, 400, "half-close")
         self.assert_serves()
 
-    def test_a_hundred_header_lines_are_not_too_many(self) -> None:
-        octets = b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 99 + b"\r\n"
-        (answer,) = raw(self.server, octets, "half-close")
-        self.assertEqual(answer.status, 200)
+    def test_a_body_that_nobody_needs_is_no_request(self) -> None:
+        smuggled = get_head(target="/smuggled")
+        head = get_head(f"Content-Length: {len(smuggled)}", target="/inbox")
+        for method, status in ((b"GET", 200), (b"DELETE", 204), (b"BREW", 405)):
+            data = head.replace(b"GET", method, 1) + smuggled + get_head()
+            answers = raw(self.server, data, "half-close")
+            self.assertEqual([answer.status for answer in answers], [status, 200])
 
-    def test_empty_lines_before_a_request_are_ignored(self) -> None:
-        octets = b"\r\n\r\n\nGET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
-        answers = raw(self.server, octets * 2 + b"\r\n", "half-close")
-        self.assertEqual([answer.status for answer in answers], [200, 200])
+    def test_100_continue_comes_when_the_body_is_wanted(self) -> None:
+        head = post_head(f"Content-Length: {len(BODY)}", "Expect: 100-continue")
+        with connect(self.server, head) as connection:
+            self.assertEqual(connection.recv(99), b"HTTP/1.1 100 Continue\r\n\r\n")
+            connection.sendall(BODY)
+            self.assertEqual(answer_on(connection).status, 201)
 
-    def test_a_flood_of_them_ends_like_silence(self) -> None:
-        with socket.create_connection(address(self.server)) as connection:
-            begun = time.monotonic()
-            with unittest.mock.patch("coarinbox.LINGER", 0.05), self.assertRaises(ConnectionError):
-                while time.monotonic() < begun + 10:
-                    connection.sendall(b"\r\n" * 100)
-        self.assert_serves()
+    def test_100_continue_does_not_come_when_it_is_not(self) -> None:
+        self.refuse(post_head("Content-Length: 5000", "Expect: 100-continue"), 413)
+        head = post_head("Content-Length: 5", "Expect: 100-continue").replace(b"ld+json", b"xml")
+        self.refuse(head, 415)
+
+
+class BadRequestTest(InboxTest):
+    """Clients that misbehave."""
 
     def test_a_request_that_breaks_off_is_not_carried_out(self) -> None:
         self.post()
-        whole = b"DELETE /inbox HTTP/1.1\r\nHost: localhost\r\n\r\n"
-        for end in range(1, len(whole)):
-            (answer,) = raw(self.server, whole[:end], "half-close")
-            problem = self.assert_problem(answer, 400)
-            part = whole[:end].count(b"\n")
-            where = f"header line {part}" if part else "the request line"
-            self.assertEqual(problem["detail"], f"the connection ended before {where} did")
+        (answer,) = raw(self.server, b"DELETE /inbox HTTP/1.1\r\nHost: localhost\r\n", "half-close")
+        self.assertIn("ended before", self.assert_problem(answer, 400)["detail"])
         self.assertEqual(len(self.stored()), 1)
 
-    def test_white_space_around_the_value_of_a_header_means_nothing(self) -> None:
-        octets = post_head(f"Content-Length:\t{len(BODY)} \t", "Transfer-encoded:").replace(
-            b"Host: localhost", b"Host:localhost "
-        )
-        (answer,) = raw(self.server, octets + BODY, "half-close")
-        self.assertEqual(answer.status, 201)
-
     def test_a_client_that_resets_the_connection_leaves_no_traceback(self) -> None:
-        for octets in (b"POST /in", post_head("Content-Length: 99"), post_head(), b""):
-            connection = socket.create_connection(address(self.server))
+        for data in (b"POST /in", post_head("Content-Length: 99"), post_head(), b""):
+            connection = connect(self.server, data)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-            connection.sendall(octets)
             connection.close()
         self.assert_serves()
         self.server.server_close()  # waits for the connections above
@@ -1835,7 +2959,7 @@ class BadRequestTest(InboxTest):
 
     def test_the_log_holds_one_line_for_a_request_whatever_it_says(self) -> None:
         raw(self.server, b"GET /\x1b[31m\rforged HTTP/1.1\r\n\r\n")
-        raw(self.server, b"GET /%0aforged HTTP/1.1\r\nHost: localhost\r\n\r\n", "half-close")
+        raw(self.server, get_head(target="/%0aforged"), "half-close")
         lines = self.log_lines()
         self.assertEqual(len(lines), 4, lines)  # each with the reason of the refusal
         for line in lines:
@@ -1843,17 +2967,17 @@ class BadRequestTest(InboxTest):
 
 
 class StallTest(InboxTest):
-    """Clients that do not go on, which are waited for no longer than `REQUEST_TIMEOUT`."""
+    """Clients that do not go on: `REQUEST_TIMEOUT` ends them."""
 
     settings = {"REQUEST_TIMEOUT": 0.2}
 
     def test_a_request_that_does_not_end_is_answered_and_silence_is_not(self) -> None:
         stalled = [*UNFINISHED, b"", b"\r\n"]
         with concurrent.futures.ThreadPoolExecutor(len(stalled)) as pool:
-            answers = list(pool.map(lambda octets: raw(self.server, octets), stalled))
+            answers = list(pool.map(lambda data: raw(self.server, data), stalled))
         self.assertEqual(answers[-2:], [[], []])
-        for octets, (answer,) in zip(UNFINISHED, answers):
-            with self.subTest(octets):
+        for data, (answer,) in zip(UNFINISHED, answers):
+            with self.subTest(data):
                 self.assert_problem(answer, 408)
                 self.assertEqual(answer.headers["Connection"], "close")
         self.assertEqual(self.stored(), [])
@@ -1862,35 +2986,44 @@ class StallTest(InboxTest):
         bodies = sorted(each["body"] for each in deliveries)
         self.assertEqual(bodies, sorted(["", "", "hel", "hello", "hello", BODY.decode()]))
 
-    def test_a_client_that_does_not_read_its_answer_is_let_go(self) -> None:
+    def test_a_client_that_does_not_read_its_answer_is_disconnected(self) -> None:
         name = "20200101_000000_" + "a" * 32
-        pathlib.Path(self.server.store.path(name)).write_bytes(b" " * 30_000_000)
-        with socket.create_connection(address(self.server)) as connection:
-            connection.sendall(f"GET /inbox/{name} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        pathlib.Path(self.server.store.directory, f"{name}.json").write_bytes(b" " * 30_000_000)
+        with connect(self.server, get_head(target=f"/inbox/{name}")) as connection:
             connection.recv(1)
-            self.server.server_close()  # waits for the connection above
-        self.assertIn("timed out", self.log_lines()[-1])
+            self.wait_until(lambda: "timed out" in "".join(self.log_lines()))
+        self.assert_serves()
 
-    def test_a_request_that_drips_gets_no_longer_than_one_that_stalls(self) -> None:
-        with socket.create_connection(address(self.server), timeout=10) as connection:
+    def test_input_without_a_pause_or_an_end_is_not_read_for_ever(self) -> None:
+        begun = post_head("Content-Length: 1000000")
+        for head, data in ((b"", b"\r\n" * 100), (begun, b"x"), (get_head()[:-2], b"X: y\r\n")):
+            with self.subTest(data), unittest.mock.patch("coarinbox.LINGER", 0.05):
+                with connect(self.server, head) as connection:
+                    started = time.monotonic()
+                    with self.assertRaises(ConnectionError):
+                        while time.monotonic() < started + 10:
+                            connection.sendall(data)
+        self.assertIn("REQUEST_TIMEOUT", "".join(self.log_lines()))
+        self.assert_serves()
+
+    def test_a_request_that_drips_gets_no_more_time_than_one_that_stalls(self) -> None:
+        with connect(self.server) as connection:
             begun = time.monotonic()
-            stopped = threading.Event()
+            over = threading.Event()
 
             def drip() -> None:
                 with contextlib.suppress(OSError):
-                    for octet in post_head("X: " + "y" * 10_000):
-                        connection.sendall(bytes([octet]))
-                        if stopped.wait(0.02):
+                    for byte in post_head("X: " + "y" * 10_000):
+                        connection.sendall(bytes([byte]))
+                        if over.wait(0.02):
                             break
 
             dripping = threading.Thread(target=drip)
             dripping.start()
-            stream = connection.makefile("rb")
-            self.assert_problem(read_answer(stream.readline(), stream), 408)
+            self.assert_problem(answer_on(connection), 408)
             self.assertLess(time.monotonic() - begun, 5)
-            stopped.set()
+            over.set()
             dripping.join()
-            stream.close()
 
 
 # --- Storage -------------------------------------------------------------------------------------
@@ -1899,7 +3032,7 @@ class StallTest(InboxTest):
 class StorageTest(InboxTest):
     settings = {"FSYNC": True}
 
-    def test_a_file_holds_the_octets_as_they_came(self) -> None:
+    def test_a_file_holds_the_bytes_that_were_sent(self) -> None:
         name = path_of(self.post().headers["Location"]).rpartition("/")[2]
         self.assertEqual(files_in(self.server.store.directory), [name + ".json"])
         path = pathlib.Path(self.server.store.directory, name + ".json")
@@ -1959,13 +3092,14 @@ class StorageTest(InboxTest):
         self.assertEqual(len(self.listed()), 1)
 
     def test_it_never_overwrites(self) -> None:
-        path = pathlib.Path(self.server.store.path("20200101_000000_" + "a" * 32))
-        path.write_bytes(b"first")
-        draft = path.with_suffix(".part")
-        draft.write_bytes(b"second")
-        with self.assertRaises(FileExistsError):
-            self.server.store.publish(str(draft), str(path))
-        self.assertEqual(path.read_bytes(), b"first")
+        self.errors_expected = True
+        now, number = time.gmtime(0), uuid.UUID(int=0)  # so that the same name comes again
+        with unittest.mock.patch("time.gmtime", return_value=now):
+            with unittest.mock.patch("uuid.uuid4", return_value=number):
+                location = self.post().headers["Location"]
+                self.assert_problem(self.post(OFFER), 500)
+        self.assertEqual(self.ask("GET", path_of(location)).body, BODY)
+        self.assertEqual(len(files_in(self.server.store.directory)), 1)
 
     def test_a_201_means_that_it_is_listed_at_once(self) -> None:
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -1978,17 +3112,18 @@ class StorageTest(InboxTest):
 
     def test_two_inboxes_may_share_a_store(self) -> None:
         with serving(STORE_DIR=self.server.store.directory) as other:
-            ask(other, "POST", "/inbox", ACCEPT)
-            self.post()
-            self.assertEqual(len(self.stored()), 2)
-            self.assertEqual(self.stored(), list(other.store.names()))
+            for server in (other, self.server):
+                path = path_of(ask(server, "POST", "/inbox", ACCEPT).headers["Location"])
+                for reader in (other, self.server):
+                    self.assertEqual(ask(reader, "GET", path).body, BODY)
+                    self.assertIn(path, ask(reader, "GET", "/inbox").body.decode())
 
     def test_notifications_are_listed_oldest_first(self) -> None:
         names = [
             f"2020010{day}_000000_{digit * 32}" for day, digit in ((1, "f"), (2, "a"), (3, "c"))
         ]
         for name in reversed(names):
-            pathlib.Path(self.server.store.path(name)).write_bytes(BODY)
+            pathlib.Path(self.server.store.directory, f"{name}.json").write_bytes(BODY)
         self.assertEqual([path_of(url) for url in self.listed()], [f"/inbox/{n}" for n in names])
 
 
@@ -1996,15 +3131,15 @@ class SyncTest(InboxTest):
     """What FSYNC promises, with a disk whose answers we choose."""
 
     settings = {"FSYNC": True}
-    faults_expected = True
+    errors_expected = True
 
     @unittest.skipUnless(PROC, "counting descriptors needs /proc")
     def test_it_leaves_no_descriptor_open(self) -> None:
         self.post()
-        before = os.listdir("/proc/self/fd")
-        for _ in range(10):
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(20):
             self.post()
-        self.assertLess(len(os.listdir("/proc/self/fd")), len(before) + 10)
+        self.assertLess(len(os.listdir("/proc/self/fd")), before + 10)
 
     def test_before_a_201_the_file_and_its_name_have_reached_the_disk(self) -> None:
         synced = []
@@ -2037,7 +3172,7 @@ class SyncTest(InboxTest):
         self.assertEqual(self.ask("GET", path_of(location)).body, BODY)
         self.assertEqual(len(files_in(self.server.store.directory)), 1)
 
-    def test_nobody_waits_for_the_disk_of_another(self) -> None:
+    def test_others_are_served_while_a_file_is_synced(self) -> None:
         released = threading.Event()
         with unittest.mock.patch("os.fsync", lambda _: released.wait(10)):
             with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -2050,7 +3185,7 @@ class SyncTest(InboxTest):
 
 
 class BrokenStoreTest(InboxTest):
-    faults_expected = True
+    errors_expected = True
 
     def test_a_file_where_the_store_should_be(self) -> None:
         directory = self.server.store.directory
@@ -2070,14 +3205,17 @@ class BrokenStoreTest(InboxTest):
         self.assert_serves()
 
     def test_a_list_that_breaks_off_cannot_be_taken_for_a_whole_one(self) -> None:
-        def names() -> Iterator[str]:
-            for _ in range(3000):
-                yield coarinbox.new_name()
+        def select(*_: object) -> Iterator[coarinbox.Delivery]:
+            yield coarinbox.Delivery()
             raise OSError("the disk is gone")
 
-        with unittest.mock.patch.object(self.server.store, "names", names):
-            with self.assertRaises(http.client.IncompleteRead):
-                self.ask("GET", "/inbox")
+        with unittest.mock.patch("os.scandir", side_effect=OSError("the disk is gone")):
+            self.assert_problem(self.ask("GET", "/inbox"), 500)
+        with unittest.mock.patch.object(self.server.deliveries, "select", select):
+            self.assert_problem(self.ask("GET", "/deliveries"), 500)
+            with unittest.mock.patch("coarinbox.TURN", 0):  # the beginning is sent by itself
+                with self.assertRaises(http.client.IncompleteRead):
+                    self.ask("GET", "/deliveries")
         self.assertEqual(self.log_lines()[-1], "the store failed: the disk is gone")
         self.assert_serves()
 
@@ -2103,12 +3241,11 @@ class BrokenStoreTest(InboxTest):
                 self.assertEqual(inbox.ask("DELETE", path).status, 204)
                 self.assertEqual(inbox.ask("POST", "/inbox", large).status, 201)
 
+                (newest, *_) = inbox.ask("GET", "/deliveries").json()["deliveries"]
+                self.assertEqual(newest["status"], 201)  # a torn line before it does no harm
+                self.assertEqual(inbox.ask("DELETE", "/inbox").status, 204)
                 inside = ["nsenter", "--user", "--mount", "--preserve-credentials"]
                 inside += ["--target", str(inbox.process.pid)]
-                log = ["cat", f"{directory}/store/deliveries.jsonl"]
-                for line in subprocess.run(inside + log, capture_output=True).stdout.splitlines():
-                    self.assertTrue(json.loads(line))  # none was cut short by the end of the disk
-                self.assertEqual(inbox.ask("DELETE", "/inbox").status, 204)
                 for mode, status in (("ro", 500), ("rw", 201)):
                     remount = ["mount", "-o", f"remount,{mode}", directory]
                     subprocess.run(inside + remount, check=True, timeout=20)
@@ -2152,53 +3289,55 @@ class DeliveryLogTest(DeliveriesTest):
     settings = {"MAX_CONTENT_LENGTH": 10_000}
 
     def test_every_attempt_has_a_line_in_order_of_arrival(self) -> None:
-        attempts: list[tuple[bytes, int, str, str]] = [
-            (post_head(f"Content-Length: {len(BODY)}") + BODY, 201, "", ""),
-            (post_head("Content-Length: 7") + b'{"a":1}', 400, "not a valid notif", '{"a":1}'),
-            (post_head("Content-Length: 4") + b"true", 400, "not a valid notification", "true"),
-            (post_head("Content-Length: 2") + b"no", 400, "not JSON", "no"),
-            (post_head("Content-Length: 9") + b"half", 400, "ended 5 octets early", "half"),
-            (post_head("Transfer-Encoding: chunked") + b"4\r\nhalf\r\n5", 400, "no size", "half"),
-            (post_head("Content-Length: 1", "broken") + b"x", 400, "header line", ""),
-            (post_head().replace(b"localhost", b"evil.example"), 421, "BASE_URL", ""),
+        # Of what was stored the file has the body, and strangers leave nothing but who and why.
+        attempts: list[tuple[bytes, int, str, str | None]] = [
+            (post_to(), 201, "", None),
+            (post_to("", b'{"a":1}'), 400, "not a valid notification", '{"a":1}'),
+            (post_to("", b"true"), 400, "not a valid notification", "true"),
+            (post_to("", b"no"), 400, "not JSON", "no"),
+            (post_head("Content-Length: 9") + b"half", 400, "ended before the request", "half"),
+            (post_head(CHUNKED) + b"4\r\nhalf\r\n5", 400, "ended before the request", "half"),
+            (post_head("Content-Length: 1", "broken") + b"x", 400, "header line", None),
+            (post_head().replace(b"localhost", b"evil.example"), 421, "BASE_URL", None),
             (post_head("Content-Length: 4").replace(b"ld+json", b"pdf") + b"%PDF",
              415, "Content-Type is application/pdf", "%PDF"),
             (post_head(), 411, "neither", ""),
             (post_head("Content-Length: 10001"), 413, "larger than 10000", ""),
-            (post_head().replace(b"1.1", b"3.1"), 505, "3.1", ""),
-            (post_head().replace(b"HTTP/1.1", b"FTP/1.1"), 400, "the request line", ""),
-            (b"POST /inbox?" + b"x" * 70_000, 414, "", ""),
+            (post_head().replace(b"1.1", b"3.1"), 505, "3.1", None),
+            (post_head().replace(b"HTTP/1.1", b"FTP/1.1"), 400, "the request line", None),
+            (b"POST /inbox?" + b"x" * 70_000, 414, "", None),
             (post_head().replace(b"/inbox", b"http://localhost/inbox"), 411, "neither", ""),
-            (post_head("Content-Length: 7").replace(b"/inbox", b"/inbox/?a=b") + b'{"a":1}',
-             400, "'a' is no parameter", '{"a":1}'),
+            (post_to("/?a=b", b'{"a":1}'), 400, "unknown parameter 'a'", '{"a":1}'),
+            (post_to("/x", b'{"a":1}'), 404, "/inbox", '{"a":1}'),
+            (post_to().replace(b"POST", b"PUT"), 405, "/inbox", BODY.decode()),
         ]  # fmt: skip
-        for octets, status, _, _ in attempts:
-            (answer,) = raw(self.server, octets, "half-close")
-            self.assertEqual(answer.status, status, octets)
+        for data, status, _, _ in attempts:
+            (answer,) = raw(self.server, data, "half-close")
+            self.assertEqual(answer.status, status, data)
         lines = self.lines()
         self.assertEqual(len(lines), len(attempts))
-        for line, (octets, status, detail, body) in zip(lines, attempts):
-            with self.subTest(octets):
+        for line, (data, status, detail, body) in zip(lines, attempts):
+            with self.subTest(data):
                 self.assertEqual(line["status"], status)
                 self.assertIn(detail, line["detail"])
-                self.assertEqual(line.get("body", ""), body)
-                self.assertEqual("body" in line, status != 201)
+                self.assertEqual(line.get("body"), body)
+                self.assertEqual(bool(line["headers"]), body is not None or status == 201)
 
     def test_a_client_that_breaks_off_has_a_line_too(self) -> None:
-        with socket.create_connection(address(self.server), timeout=10) as connection:
-            connection.sendall(post_head("Content-Length: 9", "Expect: 100-continue"))
+        head = post_head("Content-Length: 9", "Expect: 100-continue")
+        with connect(self.server, head) as connection:
             self.assertIn(b" 100 ", connection.recv(100))  # its head has been read
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        self.server.server_close()  # waits for the connection above
+        self.wait_until(self.path.exists)
         self.assertEqual([(line["status"], line["body"]) for line in self.lines()], [(400, "")])
 
     def test_what_is_no_delivery_has_none(self) -> None:
         path = path_of(self.post().headers["Location"])
         for method, where in [
-            ("GET", "/"), ("GET", "/inbox"), ("HEAD", path), ("GET", "/deliveries"), ("POST", "/"),
-            ("OPTIONS", "/inbox"), ("PUT", "/inbox"), ("DELETE", path), ("POST", path),
+            ("GET", "/"), ("GET", "/inbox"), ("HEAD", path), ("GET", "/deliveries"),
+            ("OPTIONS", "/inbox"), ("PUT", path), ("DELETE", path), ("GET", "/nothing"),
         ]:  # fmt: skip
-            self.ask(method, where, BODY if method in ("POST", "PUT") else None)
+            self.ask(method, where, BODY if method == "PUT" else None)
         self.assertEqual(len(self.lines()), 1)
 
     def test_a_line_tells_all_about_a_refusal(self) -> None:
@@ -2254,13 +3393,10 @@ class DeliveryLogTest(DeliveriesTest):
             self.assertEqual(answer.status, 400)
             self.assertNotIn(b"s3cret", answer.body)
         raw(self.server, post_head("Authorization: s3cret")[:-4], "half-close")
-        raw(
-            self.server, post_head().replace(b"/in", b"http://me:s3cret@localhost/in"), "half-close"
-        )
+        whole_url = post_head().replace(b"/inbox", b"http://me:s3cret@localhost/inbox")
+        raw(self.server, whole_url, "half-close")
         self.assertEqual(len(self.lines()), 5)
         self.assertNotIn(b"s3cret", self.path.read_bytes())
-        for line in self.lines()[:3]:  # what came before the malformed one is worth knowing
-            self.assertEqual(line["headers"]["User-Agent"], "tester")
 
     def test_long_texts_do_not_make_it_longer(self) -> None:
         self.assertEqual(self.post({**OFFER, "id": "urn:x:" + "y" * 5_000}).status, 201)
@@ -2276,54 +3412,57 @@ class DeliveryLogTest(DeliveriesTest):
         self.post(REFUSED)
         before = self.deliveries()
         self.assertEqual([delivery["status"] for delivery in before], [400, 201])
-        self.server.server_close()
         with serving(STORE_DIR=self.server.store.directory) as again:
             self.assertEqual(ask(again, "GET", "/deliveries").json()["deliveries"], before)
 
     def test_lines_that_cannot_be_read_are_passed_over(self) -> None:
         self.post(REFUSED)
         (good,) = self.lines()
-        bad: list[Any] = [{**good, member: 5} for member in good if member != "status"]
-        bad += [{**good, "status": "400"}, {**good, "pattern": []}, {**good, "stranger": ""}]
-        needed = good.keys() - {"body", "simulated"}
-        bad += [{**good, "name": "\ud800"}, {**good, "name": good["name"] + "\ndata: x"}]
-        bad += [{**good, "headers": {"a": math.nan}}, {**good, "headers": {"a": math.inf}}]
-        bad += [{name: good[name] for name in good if name != left_out} for left_out in needed]
-        bad += [{**good, "findings": [finding]} for finding in (None, {}, {"level": "E"}, [1])]
-        for member in ("message", "spec"):
-            bad += [{**good, "findings": [{**good["findings"][0], member: 1}]}]
-        bad += [
-            {**good, "about": {"id": 1}},
-            {**good, "headers": [1]},
-            {**good, "body_base64": "?"},
-        ]
-        bad += [None, [], 1, "", {}]
+        bad: list[Any] = [None, [], 1, "", {}, {**good, "name": good["name"] + "\ndata: x"}]
+        bad += [{**good, "name": "\ud800"}, {**good, "headers": {"a": math.nan}}]
+        bad += [{**good, "status": "400"}, {**good, "body_base64": "?", "body": 5}]
         torn = [b"", b"{", b"\xff", b"\0" * 9, b"[" * 99_999, json.dumps(good).encode()[:-9]]
-        lines = [json.dumps(entry).encode() for entry in bad]
         with self.path.open("ab") as file:
-            file.write(b"\n".join([*lines, *torn]))
+            file.write(b"\n".join([*(json.dumps(entry).encode() for entry in bad), *torn]))
         self.post(REFUSED)
-        self.assertEqual(len(self.deliveries()), 2)
-        for path in ("/", f"/deliveries/{good['name']}"):
-            self.assertEqual(self.ask("GET", path, headers=HTML).status, 200)
+        self.assertEqual(self.statuses(), [400, 400])
 
-    def test_lines_that_can_just_be_read_are(self) -> None:
+    def test_a_member_that_is_missing_or_strange_does_no_harm(self) -> None:
         self.post(REFUSED)
         (good,) = self.lines()
-        del good["simulated"]
-        self.path.write_text(json.dumps({**good, "body": "half a pair: \ud800"}) + "\n")
+        shorter = {name: good[name] for name in ("name", "status", "findings")}
+        self.path.write_text(json.dumps({**shorter, "stranger": 5}))
         (delivery,) = self.deliveries()
-        self.assertEqual((delivery["body"], delivery["simulated"]), ("half a pair: ?", False))
+        self.assertEqual((delivery["status"], delivery["about"]), (400, {}))
+        self.path.write_text(json.dumps({**good, "body": "half a pair: \ud800"}))
+        self.assertEqual(self.deliveries()[0]["body"], "half a pair: ?")
+
+    def test_no_line_that_somebody_edited_breaks_a_page(self) -> None:
+        self.post(REFUSED)
+        (good,) = self.lines()
+        strange: Any = (None, True, -1e99, "\ud800", [], [None], {"a": 1}, [{}])
+        edited = [{**good, member: value} for member in good for value in strange]
+        for member in good["findings"][0]:
+            findings = [[{**good["findings"][0], member: value}] for value in strange]
+            edited += [{**good, "findings": each} for each in findings]
+        self.assertGreater(len(edited), 100)
+        for line in edited:
+            self.path.write_text(json.dumps(line))
+            for path in ("/?q=x", "/deliveries", f"/deliveries/{good['name']}"):
+                status = self.ask("GET", path, headers=HTML).status
+                self.assertIn(status, (200, 404), (path, line))
 
     def test_a_torn_line_does_not_spoil_the_next_one(self) -> None:
         self.post()
         whole = self.path.read_bytes()
         for length in (1, len(whole) // 2, len(whole) - 1):
-            self.path.write_bytes(whole + whole[:length])
+            torn = whole + whole[:length]
+            self.path.write_bytes(torn)
             before = len(self.deliveries())
             self.post(REFUSED)
             self.assertEqual(len(self.deliveries()), before + 1)
             self.assertEqual(self.deliveries()[0]["status"], 400)
+            self.assertTrue(self.path.read_bytes().startswith(torn))  # others may still write it
 
     def test_a_log_that_was_deleted_begins_anew(self) -> None:
         self.post()
@@ -2380,17 +3519,17 @@ class DeliveryLogTest(DeliveriesTest):
         for path in ("/", "/deliveries", f"/deliveries?since={newest}"):
             self.assertEqual(self.ask("GET", path, headers=HTML).status, 200)
         with Listener(self.server, f"/deliveries?since={newest}"):
-            self.assertLess(tracemalloc.get_traced_memory()[1], 5_000_000)
+            self.assertLess(tracemalloc.get_traced_memory()[1], 100_000_000)
 
 
 class DeliveryLogFaultTest(DeliveriesTest):
-    faults_expected = True
+    errors_expected = True
 
     def test_a_log_that_cannot_be_written_is_no_reason_to_refuse(self) -> None:
         self.path.mkdir()
         self.assert_serves()
         self.assertEqual(len(self.stored()), 1)
-        self.assertIn("a delivery could not be logged", self.log_lines()[-2])
+        self.assertIn("a delivery could not be logged", "\n".join(self.log_lines()))
         for path in ("/deliveries", "/", f"/inbox/{self.stored()[0]}"):
             self.assert_problem(self.ask("GET", path, headers=HTML), 500)
         self.path.rmdir()
@@ -2524,10 +3663,18 @@ class Listener:
         while self.stream.readline() != b":\n":
             pass
 
+    def ends(self) -> bool:
+        """Read on; returns whether the stream ends as it should, not cut off."""
+        try:
+            self.stream.read()
+        except http.client.IncompleteRead:
+            return False
+        return True
+
 
 class EventsTest(DeliveriesTest):
     def setUp(self) -> None:
-        patch = unittest.mock.patch("coarinbox.HEARTBEAT", 0.02)
+        patch = unittest.mock.patch.multiple("coarinbox", HEARTBEAT=0.02, RECHECK=0.02, GATHER=0)
         patch.start()
         self.addCleanup(patch.stop)
         super().setUp()
@@ -2538,31 +3685,16 @@ class EventsTest(DeliveriesTest):
         self.assertEqual(listener.stream.status, 200)
         return listener
 
-    def assert_ends(self, listener: Listener) -> None:
-        with self.assertRaises(http.client.IncompleteRead):
-            for _ in range(1000):  # as long as there are heartbeats
-                listener.stream.read(1)
-
-    def test_one_who_comes_while_the_inbox_ends_does_not_keep_it(self) -> None:
-        bookmark = self.server.deliveries.bookmark
-
-        def ending(query: coarinbox.Query) -> coarinbox.Bookmark:
-            self.server.shutdown()
-            self.server.hang_up()
-            return bookmark(query)
-
-        with unittest.mock.patch.object(self.server.deliveries, "bookmark", ending):
-            listener = self.listen()
-        self.assert_ends(listener)
-
-    def test_one_who_was_slow_once_does_not_keep_it_either(self) -> None:
-        listener = self.listen()
+    def test_the_end_of_the_inbox_ends_the_stream(self) -> None:
+        idle, slow = self.listen(), self.listen()
         for _ in range(10):  # more than fits into the buffers of a connection
             self.post(b"x" * 1_000_000)
-        for _ in range(10):
-            self.assertEqual(listener.event().data["status"], 400)
-        self.server.hang_up()
-        self.assert_ends(listener)
+        for listener in (idle, slow):
+            for _ in range(10):
+                self.assertEqual(listener.event().data["status"], 400)
+        self.server.stop()
+        for listener in (idle, slow):
+            self.assertTrue(listener.ends())
 
     def test_a_line_that_is_just_being_written_comes_when_it_is_whole(self) -> None:
         self.post(OFFER)
@@ -2583,13 +3715,11 @@ class EventsTest(DeliveriesTest):
             newest = self.deliveries()[0]
             self.assertEqual(listener.event(), Event(newest["name"], newest))
 
-    def test_who_comes_back_misses_nothing(self) -> None:
-        listener = self.listen()
-        self.post()
-        last = listener.event().id
-        listener.__exit__()
+    def test_a_client_that_comes_back_misses_nothing(self) -> None:
+        with self.listen() as listener:
+            self.post()
+            last = listener.event().id
         missed = [self.post(REFUSED).status for _ in range(3)]
-        self.server.server_close()
         with serving(STORE_DIR=self.server.store.directory) as again:
             with Listener(again, Last_Event_ID=last) as back:
                 self.assertEqual([back.event().data["status"] for _ in missed], missed)
@@ -2629,52 +3759,6 @@ class EventsTest(DeliveriesTest):
                 expected.insert(0, self.names()[0])
             self.assertEqual([listener.event().id for _ in range(5)], expected[::-1])
 
-    def test_a_log_that_was_cut_short_is_followed_from_there(self) -> None:
-        for _ in range(4):
-            self.post()
-        listener, whole = self.listen(), self.path.read_bytes()
-        for rest in (whole.splitlines(keepends=True)[0], whole[:-100], b""):
-            self.path.write_bytes(rest)
-            for _ in range(3):  # by the third comment it has looked around since
-                listener.comment()
-            for _ in range(5):
-                self.post(REFUSED)
-            expected = self.names()[:5][::-1]
-            while expected:
-                if listener.event().id == expected[0]:
-                    expected.pop(0)
-
-    def test_a_log_that_is_replaced_while_it_is_read_is_read_again(self) -> None:
-        listener, find = self.listen(), coarinbox.Bookmark.find
-        for _ in range(4):
-            self.post()
-            listener.event()
-
-        def find_and_replace(mark: Any, file: Any) -> Any:
-            found, log = find(mark, file), self.path.read_bytes()
-            if b'"name": "2' in log:
-                self.path.write_bytes(log.replace(b'"name": "2', b'"name": "1'))
-            return found
-
-        with unittest.mock.patch.object(coarinbox.Bookmark, "find", find_and_replace):
-            self.post()
-            names: set[str] = set()
-            while len(names) < 5:
-                names.add(listener.event().id[1:])
-        self.assertEqual(names, {name[1:] for name in self.names()})
-
-    def test_a_log_that_was_cut_and_has_grown_is_followed_still(self) -> None:
-        self.post()
-        listener = self.listen(Last_Event_ID="?")
-        listener.event()
-        self.post()
-        listener.event()
-        first = self.path.read_bytes().splitlines(keepends=True)[0]
-        self.path.write_bytes(first + b"{torn")
-        self.post(REFUSED)
-        while listener.event().data["status"] != 400:
-            pass
-
     def test_what_another_inbox_on_the_same_store_gets_comes_too(self) -> None:
         listener = self.listen()
         with serving(STORE_DIR=self.server.store.directory) as other:
@@ -2688,17 +3772,14 @@ class EventsTest(DeliveriesTest):
         for _ in range(10):  # more than fits into the buffers of a connection
             self.assertEqual(self.post(large).status, 400)
             self.assertEqual(listener.event().data["status"], 400)
-        started = time.monotonic()
-        self.server.server_close()  # waits for all that is served
-        self.assertLess(time.monotonic() - started, self.server.settings.REQUEST_TIMEOUT / 2)
         self.assertEqual(len(deaf), 5)
 
-    def test_each_event_has_the_time_of_a_request(self) -> None:
+    def test_one_that_reads_slowly_gets_everything(self) -> None:
         large = changed(REFUSED, "summary", "x" * 900_000)
         impatient = serving(STORE_DIR=self.server.store.directory, REQUEST_TIMEOUT=0.2)
         with impatient as server, Listener(server) as listener:
             started = time.monotonic()
-            while time.monotonic() < started + 0.25:
+            while time.monotonic() < started + 0.25:  # a stream has no end that could be late
                 listener.comment()
             for _ in range(10):
                 self.assertEqual(self.post(large).status, 400)
@@ -2706,9 +3787,8 @@ class EventsTest(DeliveriesTest):
                 self.assertEqual(listener.event().data["status"], 400)
 
     def test_one_that_leaves_is_forgotten(self) -> None:
-        listener = self.listen()
-        self.assertEqual(len(self.server.connections), 1)
-        listener.__exit__()
+        with self.listen():
+            self.assertEqual(len(self.server.connections), 1)
         self.wait_until(lambda: not self.server.connections)
         self.assertFalse([line for line in self.log_lines() if "lost" in line])
 
@@ -2716,7 +3796,7 @@ class EventsTest(DeliveriesTest):
         answer = self.ask("HEAD", "/deliveries", headers={"Accept": "text/event-stream"})
         self.assertEqual(answer.headers["Content-Type"], "text/event-stream")
 
-    def test_who_can_read_both_gets_what_they_prefer(self) -> None:
+    def test_clients_that_can_read_both_get_what_they_prefer(self) -> None:
         for accept, kind in [
             ("*/*", "application/json"), ("application/json", "application/json"),
             ("text/event-stream", "text/event-stream"), ("text/html", "text/html; charset=utf-8"),
@@ -2742,7 +3822,6 @@ class CrowdTest(DeliveriesTest):
             for listener in (first, second):
                 for _ in range(11):
                     listener.event()
-                listener.comment()
             self.assert_serves()
 
 
@@ -2750,7 +3829,7 @@ class ScarceTest(DeliveriesTest):
     settings = {"MAX_CONNECTIONS": 3}
 
     def test_no_request_is_cut_off_by_making_room(self) -> None:
-        """A client whose idle connection was ended tries again; none is told that it broke off."""
+        """A client whose idle connection was closed tries again; none is told that it broke off."""
 
         def post_often(_: int) -> None:
             connection = http.client.HTTPConnection(*address(self.server), timeout=10)
@@ -2772,14 +3851,18 @@ class ScarceTest(DeliveriesTest):
 VOID = frozenset("meta link input br".split())
 
 
-class Page(html.parser.HTMLParser):
-    """A page that was read: its elements, and that each of them is closed."""
+def query_of(text: str) -> coarinbox.Query:
+    return coarinbox.Query(**coarinbox.parse_query(text, coarinbox.QUERY_PARAMETERS))
 
-    def __init__(self, text: str) -> None:
+
+class Page(html.parser.HTMLParser):
+    """A page that was parsed: its elements, each of which must be closed."""
+
+    def __init__(self, page: Any) -> None:
         super().__init__()
         self.elements: list[Element] = []
         self.open: list[Element] = []
-        self.feed(text)
+        self.feed(page if isinstance(page, str) else page.text)
         self.close()
         assert not self.open, self.open
 
@@ -2790,8 +3873,6 @@ class Page(html.parser.HTMLParser):
             self.open.append(element)
 
     def handle_endtag(self, tag: str) -> None:
-        if tag == "mark":  # it is a line
-            self.handle_data("\n")
         element = self.open.pop()
         assert element.tag == tag, (element.tag, tag)
 
@@ -2799,23 +3880,33 @@ class Page(html.parser.HTMLParser):
         for element in self.open:
             element.texts.append(data)
 
-    def all(self, tag: str, **attributes: str) -> list[Element]:
-        wanted = {name.rstrip("_"): value for name, value in attributes.items()}
+    def all(self, tag: str = "", **attributes: str) -> list[Element]:
+        wanted = {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items()}
         return [
             element
             for element in self.elements
-            if element.tag == tag and wanted.items() <= element.attributes.items()
+            if tag in ("", element.tag) and wanted.items() <= element.attributes.items()
         ]
 
-    def one(self, tag: str, **attributes: str) -> Element:
+    def one(self, tag: str = "", **attributes: str) -> Element:
         (element,) = self.all(tag, **attributes)
         return element
 
+    def texts(self, tag: str = "", **attributes: str) -> list[str]:
+        return [element.text for element in self.all(tag, **attributes)]
+
+    def links(self, text: str) -> list[str]:
+        return [link.attributes["href"] for link in self.all("a") if text in link.text]
+
     @property
     def rows(self) -> list[str]:
-        return [
-            row.text for row in self.all("a") if row.attributes.get("id", "").startswith("row-")
-        ]
+        return [e.text for e in self.all("li") if e.attributes.get("id", "").startswith("row-")]
+
+    @property
+    def lines(self) -> list[str]:
+        """The lines of the document that is shown, without their indentation."""
+        (document,) = self.all("div", class_="json")
+        return [line for line in "".join(document.texts).splitlines() if line]
 
 
 class Element(NamedTuple):
@@ -2828,353 +3919,538 @@ class Element(NamedTuple):
         return " ".join("".join(self.texts).split())
 
 
-class PageTest(DeliveriesTest):
-    def page(self, path: str = "/") -> Page:
-        answer = self.ask("GET", path, headers=HTML)
-        self.assertEqual(answer.status, 200, answer)
-        self.assertTrue(answer.headers["Content-Type"].startswith("text/html"))
-        return Page(answer.body.decode())
+CONTEXT = coarinbox.PageContext("../", "http://localhost:5005")
+NUMBERS = itertools.count()
 
-    def newest(self) -> Page:
-        return self.page("/deliveries/" + self.names()[0])
 
-    def test_the_list_says_what_came_and_what_became_of_it(self) -> None:
-        self.post(OFFER)
-        self.post(changed(ACCEPT, "origin.inbox", ABSENT))
-        self.post(REFUSED)
-        self.post(b"no")
-        rows = self.page().rows
-        self.assertEqual(len(rows), 4)
-        expected: list[list[Any]] = [
-            ["400 refused", "the body is not JSON"],
-            ["400 refused", "Request Review", "https://orcid.org/0000-0002-1825-0097",
-             PREPRINT["id"], "id must be an absolute URI; origin must be an object; id should"],
-            ["201 stored", "Accept", JOURNAL["id"], OFFER_ID, "origin.inbox is missing"],
-            ["201 stored", "Request Review", REPOSITORY["id"], PREPRINT["id"]],
-        ]  # fmt: skip
-        for row, texts in zip(rows, expected):
-            self.assertRegex(row, "^[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2} ")
-            for text in texts:
-                self.assertIn(text, row)
+def delivered(document: Any = None, status: int = 201, **more: Any) -> coarinbox.Delivery:
+    """Make a delivery, with the findings that its document deserves."""
+    pattern = coarinbox.pattern_of(document)
+    members: dict[str, Any] = {
+        "name": f"20260131_120000_{next(NUMBERS):032x}",
+        "time": "2026-01-31T12:00:00.000Z",
+        "client": "192.0.2.1",
+        "target": "/inbox",
+        "headers": {"Host": "localhost:5005", "Content-Type": JSON_LD},
+        "status": status,
+        "detail": "",
+        "pattern": pattern and pattern.name,
+        "about": coarinbox.summary(document),
+        "findings": coarinbox.validate(document) if document else [],
+        "body": document if isinstance(document, bytes) else json.dumps(document).encode(),
+    }
+    return coarinbox.Delivery(**{**members, **more})
 
-    def test_findings_stand_beside_the_members_they_are_about(self) -> None:
-        self.post(changed(REFUSED, "target.inbox", ABSENT))
-        page = self.newest()
-        self.assertEqual(page.one("h1").text, "400 refused Request Review")
-        problem = self.post(changed(REFUSED, "target.inbox", ABSENT)).json()
-        findings = problem["errors"] + problem["warnings"]
-        marked = {
-            "/id": '"id": "offer-1",',
-            "/origin": '"origin": "https://r.example.org/",',
-            "/target/inbox": '"target": {',  # where it is missing
-            "/object/ietf:cite-as": '"object": {',
+
+def sent(document: Any = ACCEPT, status: int = 201, **more: Any) -> coarinbox.Delivery:
+    to = {"direction": "out", "client": "", "target": "http://localhost:8080/inbox"}
+    return delivered(document, status, **{**to, **more})
+
+
+def finding(level: str, pointer: str, fix: str = "", **more: Any) -> coarinbox.Finding:
+    code, spec = pointer.strip("/").replace("/", ".") + "-required", "https://example.org/spec"
+    found = coarinbox.Finding(level, pointer, code, f"{pointer} is wrong; {fix}", spec, fix=fix)
+    return found._replace(**more)
+
+
+def list_page(*deliveries: Any, query: str = "", **totals: int) -> Page:
+    context = CONTEXT._replace(query=query_of(query))
+    counts = coarinbox.Totals(**{"all": len(deliveries) or 1, **totals})
+    return Page(coarinbox.list_page(context, deliveries, counts))
+
+
+def delivery_page(
+    delivery: Any, conversation: Any = (), context: Any = CONTEXT, **more: Any
+) -> Page:
+    body, answer = more.pop("body", delivery.body), more.pop("answer", b"{}")
+    page = coarinbox.delivery_page(context, delivery, body, answer, conversation, **more)
+    return Page(page)
+
+
+class ListPageTest(unittest.TestCase):
+    def test_a_row_says_what_came_who_sent_it_and_what_became_of_it(self) -> None:
+        rows = list_page(
+            delivered(None, 400, detail="the body is not JSON"),
+            delivered(REFUSED, 400),
+            delivered(changed(ACCEPT, "origin.inbox", ABSENT)),
+            sent(NOTIFICATIONS["Announce Review"], 503),
+        ).rows
+        self.assertEqual(rows, [
+            "01-31 12:00 400 no pattern 192.0.2.1 the body is not JSON",
+            "01-31 12:00 400 · 2 errors Request Review r.example.org repository.example.org"
+            "/preprint/421 id must be an absolute URI; write \"urn:uuid:…\" +2",
+            "01-31 12:00 201 · 1 warning Accept journal.example.com /preprint/421"
+            ' origin.inbox is missing; it should be an HTTP URI; write "inbox": "https://…"',
+            "01-31 12:00 ↗ sent 503 Announce Review to localhost:8080 /review/7"
+            " Service Unavailable",
+        ])  # fmt: skip
+
+    def test_each_verdict_has_a_chip_of_its_own(self) -> None:
+        must, should = finding("M", "/a"), finding("S", "/b")
+        for delivery, kind, text in [
+            (delivered(OFFER), "ok", "201"),
+            (delivered(OFFER, findings=[should, must]), "M", "201 · 2 warnings"),
+            (delivered(OFFER, findings=[should]), "S", "201 · 1 warning"),
+            (delivered(OFFER, 400, findings=[finding("E", "/c"), must]), "E", "400 · 1 error"),
+            (delivered(OFFER, 400, findings=[must]), "E", "400 · 1 finding"),
+            (delivered(OFFER, 503, simulated=True), "none", "503"),
+            (delivered(OFFER, 0, simulated=True), "none", "dropped"),
+            (delivered(OFFER, 0, via="adopted"), "ok", "found"),
+            (sent(ACCEPT, 0), "E", "↗ no answer"),
+            (sent(ACCEPT, 202), "ok", "↗ sent 202"),
+        ]:
+            with self.subTest(text):
+                page = list_page(delivery)
+                self.assertEqual(page.one("span", class_=f"chip {kind}").text, text)
+                self.assertEqual(len(page.all("span", class_="tag")), int(delivery.simulated))
+
+    def test_the_origin_is_never_the_actor(self) -> None:
+        for origin, shown in [(ABSENT, "192.0.2.1"), ("https://a.example/x", "a.example")]:
+            (row,) = list_page(delivered(changed(OFFER, "origin", origin))).rows
+            self.assertIn(f" Request Review {shown} ", row)
+            self.assertNotIn("orcid.org", row)
+
+    def test_an_answer_is_about_what_was_offered(self) -> None:
+        offer = {**ACCEPT["object"], "id": "https://repository.example.org/offers/1"}
+        page = list_page(delivered({**ACCEPT, "object": offer}))
+        self.assertEqual(
+            page.one("span", class_="about", title=PREPRINT["id"]).text, "/preprint/421"
+        )
+        page = list_page(delivered(NOTIFICATIONS["Announce Relationship"]))
+        self.assertEqual(page.one("span", class_="about").text, "/preprint/421", "no bare urn")
+
+    def test_a_click_on_an_origin_filters_by_it(self) -> None:
+        page = list_page(delivered(OFFER), query="status=2xx&before=" + delivered().name)
+        (url,) = page.links("repository.example.org")
+        self.assertEqual(url, "../?status=2xx&origin=repository.example.org")
+        query = query_of(url.partition("?")[2])
+        self.assertTrue(query.matches(delivered(OFFER)))
+        self.assertFalse(query.matches(delivered(ACCEPT)))
+        self.assertEqual(page.texts("option", value=""), ["Any pattern"])
+
+    def test_totals_lead_to_the_deliveries_that_they_count(self) -> None:
+        warned, totals = changed(OFFER, "target.inbox", ABSENT), coarinbox.Totals()
+        deliveries = [delivered(OFFER), delivered(warned), delivered(REFUSED, 400)]
+        deliveries += [delivered(OFFER, 503), sent(ACCEPT), sent(ACCEPT, 404), sent(ACCEPT, 500)]
+        for delivery in deliveries:
+            totals = totals.plus(delivery)
+        page = list_page(*deliveries, **totals._asdict())
+        chips = {}
+        for name in ("All", "Stored", "With warnings", "Refused", "Failed", "Sent"):
+            (url,) = page.links(f"{name} ")
+            query = query_of(url.partition("?")[2])
+            chips[name] = len(list(filter(query.matches, deliveries)))
+            self.assertIn(f"{name} {chips[name]}", page.texts("a"))
+        self.assertEqual(list(chips.values()), [7, 2, 1, 1, 1, 3])
+
+    def test_filters_are_shown_and_can_be_removed(self) -> None:
+        page = list_page(delivered(OFFER), query="q=a+b&status=415&origin=x&pattern=Accept")
+        removals = [link for item in page.all("li") for link in page.links(item.text + "")]
+        self.assertIn("../?status=415&pattern=Accept&origin=x", removals)
+        self.assertEqual(page.links("remove"), [
+            "../?pattern=Accept&q=a+b&origin=x",
+            "../?status=415&q=a+b&origin=x",
+            "../?status=415&pattern=Accept&origin=x",
+            "../?status=415&pattern=Accept&q=a+b",
+        ])  # fmt: skip
+        refused = list_page(delivered(OFFER), query="status=4xx&direction=in")
+        self.assertEqual(refused.links("remove"), [], "the chip shows it")
+        self.assertIn("Refused", refused.one("a", aria_current="true").text)
+
+    def test_the_form_holds_the_filters_and_keeps_the_others(self) -> None:
+        page = list_page(delivered(), query='q="><b>&pattern=Accept&since=2026-01-01&status=4xx')
+        fields = {
+            field.attributes["name"]: field.attributes["value"] for field in page.all("input")
         }
-        self.assertEqual({finding["pointer"] for finding in findings}, set(marked))
-        for number, finding in enumerate(sorted(findings, key=lambda each: each["level"]), 1):
-            item = page.one("li", id=f"finding-{number}")
-            self.assertIn(finding["message"], item.text)
-            self.assertIn(coarinbox.LEVELS[finding["level"]], item.text)
-            self.assertEqual(page.one("a", href=f"#at-{number}").text, finding["pointer"])
-            (mark,) = (mark for mark in page.all("mark") if f"[{number}]" in mark.text)
-            self.assertTrue(mark.text.startswith(marked[finding["pointer"]] + " ["), mark.text)
-            self.assertLessEqual(mark.attributes["class"], finding["level"])  # the gravest of all
-            self.assertEqual(
-                page.one("a", href=f"#finding-{number}").attributes["id"], f"at-{number}"
-            )
-            self.assertEqual(len(page.all("a", href=f"../constraints#{finding['code']}")), 1)
-        self.assertEqual(len(page.all("mark")), 4)
+        self.assertEqual(
+            fields, {"q": '"><b>', "origin": "", "since": "2026-01-01", "status": "4xx"}
+        )
+        self.assertEqual(page.texts("option", selected="selected"), ["Accept"])
+
+    def test_older_deliveries_are_a_link_away(self) -> None:
+        deliveries = [delivered(OFFER) for _ in range(3)]
+        page = list_page(*deliveries, query="limit=2&q=offer", all=1284)
+        self.assertEqual(len(page.rows), 2)
+        older = f"../?limit=2&before={deliveries[1].name}&q=offer"
+        self.assertEqual(page.one("a", rel="next").attributes["href"], older)
+        self.assertIn("2 of 1,284", page.texts("span"))
+        self.assertEqual(page.links("Newest"), [])
+        page = list_page(*deliveries[:2], query=older.partition("?")[2])
+        self.assertEqual(page.links("Newest"), ["../?limit=2&q=offer"])
+        self.assertEqual(page.links("Older"), [])
+
+    def test_what_matches_nothing_says_so_without_column_heads(self) -> None:
+        page = list_page(query="q=nowhere")
+        self.assertEqual(page.one("div", id="deliveries").text, "No delivery matches. Show all")
+        self.assertEqual((page.rows, page.all("p", class_="heads")), ([], []))
+        self.assertEqual(page.one("p", id="newest").text, "")
+
+    def test_an_empty_inbox_says_how_to_send_the_first_notification(self) -> None:
+        page = list_page(all=0)
+        command = page.one("pre").text
+        self.assertIn("curl -s http://localhost:5005/samples/Request%20Review | curl", command)
+        self.assertEqual(
+            page.all("button", data_copy="".join(page.one("pre").texts))[0].text, "Copy"
+        )
+        self.assertIn('"inbox": "http://localhost:5005/inbox",', page.lines)
+        with_token = CONTEXT._replace(token=True)
+        page = Page(coarinbox.list_page(with_token, [], coarinbox.Totals()))
+        self.assertEqual(page.one("pre").text.count("Bearer $TOKEN"), 2)
+
+    def test_it_is_renewed_by_what_it_shows(self) -> None:
+        before = delivered().name
+        page = list_page(delivered(), query=f"q=x&limit=5&before={before}&since={before}")
+        self.assertEqual(page.one("body").attributes["data-stream"], "../deliveries?q=x")
+
+
+class DeliveryPageTest(unittest.TestCase):
+    def test_it_says_first_what_came_and_what_became_of_it(self) -> None:
+        page = delivery_page(delivered(REFUSED, 400))
+        self.assertEqual(page.one("title").text, "400 · 2 errors Request Review · coarinbox")
+        self.assertEqual(page.one("h1").text, "Request Review")
+        facts = dict(zip(page.texts("dt"), page.texts("dd")))
+        self.assertEqual(facts["Received"], "2026-01-31 12:00:00 , from 192.0.2.1")
+        self.assertEqual(facts["id"], "offer-1")
+        self.assertEqual(facts["Stored"], "no; correct it and send it again")
+        page = delivery_page(sent(ACCEPT, 0, detail="no answer within 10 s", via="REPLIES"))
+        self.assertIn("no answer within 10 s", page.texts("p"))
+        self.assertIn(", to http://localhost:8080/inbox, by REPLIES", page.texts("dd")[0])
+
+    def test_findings_say_what_to_write_and_who_refuses_it(self) -> None:
+        fix = 'write `"inbox": "https://x.example/inbox"`'
+        found = [
+            finding("S", "/actor"),
+            finding("E", "/origin/inbox", fix, refused_by=("DSpace", "PCI")),
+            finding("M", "/type"),
+        ]
+        page = delivery_page(delivered(OFFER, 400, findings=found))
+        headings = ["1 error refused here", "1 MUST a warning here", "1 SHOULD a warning here"]
+        self.assertEqual(page.texts("h3")[:3], headings)
+        item = page.one("li", id="finding-1").text
+        self.assertIn('/origin/inbox is wrong Write "inbox": "https://x.example/inbox"', item)
+        self.assertIn(
+            "refused by DSpace PCI · rule · specification".replace(" ", ""), item.replace(" ", "")
+        )
+        self.assertIn('"inbox": "https://x.example/inbox"', page.texts("code"))
+        (rule, *_) = page.links("rule")
+        self.assertEqual(rule, "../constraints?pattern=Request+Review#origin.inbox-required")
+        example = "../constraints?pattern=Request+Review#example"
+        self.assertEqual(page.links("a valid Request Review"), [example])
+
+    def test_findings_and_members_point_at_each_other(self) -> None:
+        page = delivery_page(delivered(changed(REFUSED, "target.inbox", ABSENT), 400))
+        marked = {line.split(" ")[-1]: line for line in page.lines if line[-1].isdigit()}
+        self.assertEqual(list(marked.values()), [
+            '"id": "offer-1", 1',
+            '"origin": "https://r.example.org/", 2',
+            '"inbox": "https://…" 3',
+            '"ietf:cite-as": "https://doi.org/…", 4',
+        ])  # fmt: skip
+        for number in range(1, 5):
+            self.assertEqual(page.one(id=f"at-{number}").attributes["href"], f"#finding-{number}")
+            self.assertEqual(page.one("a", href=f"#at-{number}").text, str(number))
+
+    def test_what_is_missing_has_a_line_where_it_belongs(self) -> None:
+        document = {"id": "x", "actor": {"id": "y"}, "object": {}}
+        found = [
+            finding("E", "/type", 'write `"type": "Offer"`'),
+            finding("M", "/actor/name"),
+            finding("E", "/object/id"),
+            finding("E", "/origin/id"),
+        ]
+        page = delivery_page(delivered(document, 400, findings=found))
+        self.assertEqual(page.lines, [
+            "{ 3", '"id": "x",', '"type": "Offer", 1', '"actor": {', '"id": "y"', '"name": … 4',
+            "},", '"object": {', '"id": … 2', "}", "}",
+        ])  # fmt: skip
+        for level, count in (("E", 2), ("M", 1)):
+            self.assertEqual(len(page.all("p", class_=f"ghost {level}")), count)
 
     def test_the_payload_is_shown_as_json_line_by_line(self) -> None:
-        document = {"@id": 1, "a/b~c": {"text": "ü\n\u202e", "numbers": [1, 2.5, None], "no": {}}}
-        self.post({**document, "list": [[], {"x": True}]})
-        first, *lines = "".join(self.newest().all("pre")[0].texts).splitlines()
-        self.assertTrue(first.startswith("{ [1] [2]"), first)
-        self.assertEqual(lines, [
-            '  "@id": 1,',
-            '  "a/b~c": {',
-            r'    "text": "ü\n\u202e",',
-            '    "numbers": [1, 2.5, null],',
-            '    "no": {}',
-            "  },",
-            '  "list": [',
-            "    [],",
-            "    {",
-            '      "x": true',
-            "    }",
-            "  ]",
-            "}",
+        document = {"@id": 1, "a/b~c": {"text": "ü\n\u202e", "numbers": [1, 2.5, None], "": {}}}
+        page = delivery_page(delivered({**document, "list": [[], {"x": True}]}, findings=[]))
+        self.assertEqual(page.lines, [
+            "{", '"@id": 1,', '"a/b~c": {', r'"text": "ü\n\u202e",', '"numbers": [1, 2.5, null],',
+            '"": {}', "},", '"list": [', "[],", "{", '"x": true', "}", "]", "}",
         ])  # fmt: skip
+
+    def test_a_very_long_payload_is_cut_and_says_so(self) -> None:
+        long_name, members = "k" * 200_000, dict.fromkeys(map(str, range(9_000)), 0)
+        values: list[Any] = [{long_name: members}, {long_name: [{}] * 50_000}]
+        for value in values:
+            delivery = delivered({**OFFER, "summary": value})
+            tracemalloc.start()
+            page = delivery_page(delivery, body=delivery.body)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            self.assertIn("only 2000 lines are shown", page.lines[-1])
+            self.assertLess(len("".join(page.one("main").texts)), 400_000)
+            self.assertLess(peak, 50_000_000)
+
+    def test_a_document_may_be_as_deep_as_the_inbox_takes(self) -> None:
+        document: Any = 0
+        for _ in range(coarinbox.MAX_DEPTH):
+            document = {"a": document}
+        page = delivery_page(delivered(document, 400))
+        self.assertEqual(page.lines.count('"a": {'), coarinbox.MAX_DEPTH - 1)
 
     def test_whatever_came_instead_of_json_is_shown(self) -> None:
         for body, shown in [
             (b"<p>no\r\nJSON\t", "<p>no JSON\\t"), (b"\xff\0", "\\xff\\u0000"),
         ]:  # fmt: skip
-            self.post(body)
-            page = self.newest()
+            page = delivery_page(delivered(None, 400, detail="not JSON", body=body))
             self.assertEqual(page.all("pre")[0].text, shown)
-            self.assertEqual(page.one("h1").text, "400 refused")
-            self.assertEqual(page.one("title").text, "400 refused · coarinbox")
-            path = f"/deliveries/{self.names()[0]}/body"
-            answer = self.ask("GET", path)
-            self.assertEqual(answer.body, body)
-            self.assertEqual(answer.headers["Content-Type"], "text/plain; charset=utf-8")
-        self.post(b"")
-        self.assertIn("Nothing of it was read.", self.newest().one("main").text)
+            self.assertEqual(page.one("h1").text, "No pattern")
+            self.assertIn("not JSON", page.texts("p"))
+        page = delivery_page(delivered(None, 400, body=b"\n" * 1_000_000))
+        self.assertIn("only 2000 lines are shown", page.all("pre")[0].text)
+        page = delivery_page(delivered(None, 411, body=b""))
+        self.assertIn("Nothing of it was read.", page.texts("p"))
 
-    def test_the_request_is_shown_without_secrets(self) -> None:
-        self.post(REFUSED, Authorization="Bearer s3cret", X_Trace="<b>")
-        request = self.newest().all("pre")[1].text
-        self.assertTrue(request.startswith("POST /inbox Host: "), request)
-        self.assertIn("X-Trace: <b>", request)
-        self.assertIn("Authorization: (masked)", request)
+    def test_the_request_and_its_answer_are_shown(self) -> None:
+        found = [finding("S", "", "send it as `application/ld+json`", code="content-type")]
+        headers = {"Content-Type": "application/json", "X-Trace": "<b>"}
+        delivery = delivered(OFFER, 201, headers=headers, findings=found, seconds=0.003)
+        delivery = delivery._replace(answer_headers={"Location": "http://localhost:5005/inbox/1"})
+        page = delivery_page(delivery, answer=b'{"warnings": []}')
+        request, answer, body = page.texts("pre")
+        self.assertEqual(request, "POST /inbox Content-Type: application/json 1 X-Trace: <b>")
+        self.assertEqual(page.one("mark").text, "Content-Type: application/json 1")
+        self.assertEqual(answer, "201 Created Location: http://localhost:5005/inbox/1")
+        self.assertEqual(body, '{ "warnings": [] }')
+        self.assertIn("Body, 16 bytes", page.texts("summary"))
+        page = delivery_page(delivery._replace(headers={}))
+        self.assertEqual(page.lines[0], "{ 1", "without the header it is about the whole")
+        page = delivery_page(delivery, answer=b"{}")
+        self.assertIn("What we answered after 3 ms", page.texts("h2"))
+        page = delivery_page(sent(ACCEPT, 0), answer=None)
+        self.assertIn("What they answered", page.texts("h2"))
+        self.assertEqual(page.texts("pre")[1], "no answer")
 
-    def test_a_conversation_is_shown_with_what_it_lacks(self) -> None:
-        def conversation() -> tuple[list[str], list[str]]:
-            page = self.newest()
-            current = page.all("a", **{"aria-current": "page"})
-            own = [f"row-{self.names()[0]}"] if page.rows else []
-            self.assertEqual([row.attributes["id"] for row in current], own)
-            return page.rows, [note.text for note in page.all("p", class_="warning")]
+    @unittest.skipUnless(shutil.which("sh"), "there is no shell")
+    def test_the_copied_command_makes_the_same_request(self) -> None:
+        headers = {"Content-Type": "text/plain", "X": "it's `id`", "Authorization": "(masked)",
+                   "Cookie": "(masked)", "Content-Length": "9"}  # fmt: skip
+        for body, data in [
+            (b"it's $HOME\n`id`", ["--data-raw", "it's $HOME\n`id`"]),
+            (b"@/etc/passwd", ["--data-raw", "@/etc/passwd"]),
+            (b"\x1b[31m", ["--data-binary", "@-"]), (b"\xff", ["--data-binary", "@-"]),
+            (b"x" * 100_000, ["--data-binary", "@-"]),
+        ]:  # fmt: skip
+            delivery = delivered(None, 404, method="PUT", target="/a?b='c'&d", headers=headers)
+            page = delivery_page(delivery, body=body)
+            (button,) = [each for each in page.all("button") if each.text == "Copy as curl"]
+            command = button.attributes["data-copy"]
+            self.assertNotIn("masked", command)
+            # A curl that prints its arguments, but for what only fetches the body.
+            curl = """curl() { [ "$1" = -s ] || printf '%s\\0' "$@"; }; TOKEN=secret; """
+            done = subprocess.run(["sh", "-c", curl + command], capture_output=True, timeout=20)
+            self.assertEqual(done.stdout.decode().split("\0")[:-1], [
+                "-i", "-X", "PUT", "http://localhost:5005/a?b='c'&d", "-H",
+                "Content-Type: text/plain", "-H", "X: it's `id`", "-H",
+                "Authorization: Bearer secret", *data,
+            ])  # fmt: skip
 
-        self.post(NOTIFICATIONS["Undo Offer"])
-        rows, notes = conversation()
-        self.assertEqual(rows, [])
-        self.assertIn("No other delivery belongs to it.", self.newest().one("main").text)
-        self.assertEqual(notes, [f"It replies to {OFFER_ID}, which was never delivered here."])
-        self.post(changed(OFFER, "id", "urn:uuid:another"))
-        self.assertEqual(conversation(), ([], []))
-        self.assertEqual(self.newest().one("div", id="missing").text, "")
-        self.post(changed(OFFER, "origin", ABSENT))
-        self.post(OFFER)
-        self.post(ACCEPT)
-        rows, notes = conversation()
-        self.assertEqual(notes, [])
-        verdicts = [re.sub("https?:.*|urn:.*", "", row[20:]).strip() for row in rows]
-        self.assertEqual(verdicts, [
-            "201 stored Undo Offer", "400 refused Request Review", "201 stored Request Review",
-            "201 stored Accept",
+    def test_a_conversation_is_shown_in_order_with_attempts_folded(self) -> None:
+        def at(seconds: int) -> str:
+            return f"2026-01-31T12:00:{seconds:02}.000Z"
+
+        offer, review = delivered(OFFER, time=at(0)), NOTIFICATIONS["Announce Review"]
+        accept = sent(ACCEPT, time=at(2), via="REPLIES")
+        attempts = [sent(review, 503, time=at(seconds)) for seconds in (10, 12, 16)]
+        page = delivery_page(attempts[1], [offer, accept, *attempts])
+        self.assertIn("Conversation 1 received, 4 sent, 16 s", page.texts("h2"))
+        entries = [each for each in page.all("li") if each.attributes.get("class") in
+                   ("in", "out", "out failed")]  # fmt: skip
+        self.assertEqual([entry.text for entry in entries], [
+            "201 Request Review 2026-01-31 12:00:00 from repository.example.org,"
+            " about /preprint/421",
+            "↗ sent 201 Accept 2026-01-31 12:00:02 2.0 s later, to localhost:8080, by REPLIES",
+            "↗ sent 503 Announce Review 2026-01-31 12:00:16 14 s later, to localhost:8080,"
+            " about /review/7 3 attempts 2026-01-31 12:00:10 ↗ sent 503"
+            " 2026-01-31 12:00:12 ↗ sent 503 this page 2.0 s later"
+            " 2026-01-31 12:00:16 ↗ sent 503 4.0 s later",
         ])  # fmt: skip
-
-    def test_what_was_asked_shows_its_answer(self) -> None:
-        self.post(OFFER)
-        self.post(ACCEPT)
-        page = self.page(f"/deliveries/{self.names()[1]}")
-        self.assertEqual(page.one("title").text, "201 stored Request Review · coarinbox")
-        rows = page.rows
-        self.assertEqual([re.sub("https?:.*", "", row[20:]).strip() for row in rows], [
-            "201 stored Request Review", "201 stored Accept",
-        ])  # fmt: skip
-
-    def test_many_answers_do_not_hide_what_they_answer(self) -> None:
-        self.post(OFFER)
-        for _ in range(60):
-            self.post(ACCEPT)
-        page = self.newest()
-        self.assertEqual(page.all("p", class_="warning"), [])
-        self.assertEqual(len(page.rows), 51)
-        self.assertIn("Request Review", page.rows[0])
-
-    def test_a_page_is_not_much_larger_than_what_it_shows(self) -> None:
-        long_name, members = "k" * 200_000, {str(number): 0 for number in range(9_000)}
-        self.post(changed(REFUSED, "summary", {long_name: members}))
-        self.post(changed(REFUSED, "summary", {long_name: [{}] * 50_000}))
-        for name in self.names():
-            tracemalloc.start()
-            page = self.page(f"/deliveries/{name}")
-            peak = tracemalloc.get_traced_memory()[1]
-            tracemalloc.stop()
-            self.assertLess(len(str(page.one("main").texts)), 400_000)
-            self.assertLess(peak, 50_000_000)
-
-    def test_only_web_addresses_become_links(self) -> None:
-        self.post(REFUSED)
-        line = self.path.read_text().replace(
-            "https://coar-notify.net/spec", "javascript:alert(1)//"
-        )
-        self.path.write_text(line)
-        page = self.newest()
-        self.assertEqual([link for link in page.all("a") if "java" in str(link.attributes)], [])
-        self.assertTrue(page.all("li", id="finding-1"))
-
-    def test_a_notification_has_the_same_view_at_its_own_address(self) -> None:
-        path = path_of(self.post().headers["Location"])
-        views = [self.page(path), self.newest()]
-        self.assertEqual(views[0].one("main").texts, views[1].one("main").texts)
-        self.assertIn(path, views[0].one("dl").text)
-
-    def test_one_that_was_removed_keeps_its_delivery(self) -> None:
-        path = path_of(self.post().headers["Location"])
-        self.ask("DELETE", path)
-        self.assertIn("no longer stored", self.newest().one("main").text)
-        self.assert_problem(self.ask("GET", f"/deliveries/{self.names()[0]}/body"), 404)
-        self.assert_problem(self.ask("GET", path, headers=HTML), 404)
-
-    def test_one_that_was_dropped_into_the_store_is_shown_too(self) -> None:
-        name = "20200101_000000_" + "a" * 32
-        for body, text in ((json.dumps(REFUSED).encode(), "offer-1"), (b"no", "no")):
-            pathlib.Path(self.server.store.path(name)).write_bytes(body)
-            page = self.page(f"/inbox/{name}")
-            self.assertTrue(page.one("h1").text.startswith("found"))
-            self.assertIn(text, page.all("pre")[0].text)
-
-    @unittest.skipUnless(shutil.which("curl"), "curl is not installed")
-    def test_an_empty_inbox_says_how_to_send_the_first_notification(self) -> None:
-        url, command = ("".join(pre.texts) for pre in self.page().all("pre", class_="copy"))
-        self.assertEqual(url, self.server.base.replace("localhost", "127.0.0.1") + "/inbox")
-        done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=20)
-        self.assertIn("201 Created", done.stdout)
-        self.assertEqual(self.deliveries()[0]["findings"], [])
-        self.assertEqual(len(self.page().rows), 1)
-
-    def test_the_filter_works_by_itself(self) -> None:
-        for document in (ACCEPT, REFUSED, OFFER):
-            self.post(document)
-        page = self.page("/?q=offer-1&status=4xx")
-        self.assertEqual(len(page.rows), 1)
-        self.assertEqual(page.one("input", id="q").attributes["value"], "offer-1")
-        chosen = [option for option in page.all("option") if "selected" in option.attributes]
-        self.assertEqual([option.attributes["value"] for option in chosen], ["4xx"])
-        self.assertEqual(len(self.page("/?q=&status=").rows), 3)
-        page = self.page("/?q=nowhere")
-        self.assertEqual((page.rows, page.one("p", id="newest").text), ([], ""))
-        self.assertEqual(page.one("title").text, "Deliveries · coarinbox")
-        nothing = self.page("/?q=%22%3E%3Cb%3E")
-        self.assertIn("No delivery matches", nothing.one("div", id="deliveries").text)
-        self.assertEqual(nothing.one("input", id="q").attributes["value"], '"><b>')
-
-    def test_a_very_long_payload_is_cut_and_says_so(self) -> None:
-        self.post({**OFFER, "summary": dict.fromkeys(map(str, range(3000)), 0)})
-        shown = self.newest().one("section", **{"aria-labelledby": "payload"}).text
-        self.assertIn("only 2000 lines are shown", shown)
-        self.assertIn('"1900": 0', shown)
-        self.assertNotIn('"2500": 0', shown)
-
-    def test_each_verdict_has_its_word(self) -> None:
-        for query in ("status=503", "status=301", "close=1"):
-            with contextlib.suppress(http.client.HTTPException, ConnectionError):
-                self.ask("POST", f"/inbox?{query}", ACCEPT)
-        self.post()
-        words = [each.text for each in self.page().all("b") if "class" in each.attributes]
-        self.assertEqual(words, ["201 stored", "dropped", "301 redirected", "503 failed"])
-
-    def test_why_is_told_in_the_colour_of_the_verdict(self) -> None:
-        self.post(changed(ACCEPT, "target.inbox", ABSENT))
-        self.post(REFUSED)
-        reasons = [each for each in self.page().all("span") if "why" in str(each.attributes)]
-        colours = [each.attributes["class"] for each in reasons]
-        self.assertEqual(colours, ["why refused", "why warning"])
-
-    def test_the_filter_keeps_what_it_has_no_field_for(self) -> None:
-        page = self.page("/?pattern=Accept&since=2026-01-01&status=400")
-        options = [(each.attributes["value"], each.text) for each in self.page().all("option")]
-        stored = [("2xx", "2xx stored"), ("4xx", "4xx refused"), ("5xx", "5xx failed")]
-        self.assertEqual(options, [("", "all"), *stored])
-        kept = {field.attributes["name"]: field.attributes["value"] for field in page.all("input")}
-        self.assertEqual(kept, {"q": "", "pattern": "Accept", "since": "2026-01-01"})
-        chosen = [option for option in page.all("option") if "selected" in option.attributes]
+        links = [f"../deliveries/{each.name}" for each in (offer, accept, attempts[2])]
+        self.assertLessEqual(set(links), {a.attributes["href"] for a in page.all("a")})
+        self.assertEqual(page.links(attempts[1].name), [])
         self.assertEqual(
-            [(each.attributes["value"], each.text) for each in chosen], [("400", "400")]
+            page.one("body").attributes["data-stream"],
+            "../deliveries?q=" + urllib.parse.quote_plus(OFFER_ID),
         )
 
-    def test_what_was_put_into_the_store_by_hand_has_all_its_views(self) -> None:
-        name = "20200101_000000_" + "a" * 32
-        pathlib.Path(self.server.store.path(name)).write_bytes(BODY)
-        page = self.page(f"/inbox/{name}")
-        self.assertIn("found Accept", page.one("h1").text)
-        facts = [each.text for each in page.all("dt")]
-        self.assertEqual(facts[:4], ["time", "client", "stored as", "id"])
-        shown = self.ask("GET", f"/inbox/{name}", headers=HTML).body
-        self.assertIn(b"<dt>client</dt><dd></dd>", shown)
-        self.assertIn(b"<pre>POST \n</pre>", shown)
-        link = next(each for each in page.all("a") if each.text == "As it came")
-        path = urllib.parse.urljoin(f"/inbox/{name}", link.attributes["href"])
-        self.assertEqual(self.ask("GET", path).body, BODY)
-        answer = self.ask("GET", f"/deliveries/{name}")
-        self.assertEqual((answer.status, answer.json()["pattern"]), (200, "Accept"))
-        self.assert_problem(self.ask("GET", f"/deliveries/{name[:-1]}b"), 404)
-        for octets, codes in ((json.dumps([]).encode(), ["notification-object"]), (b"no", [])):
-            pathlib.Path(self.server.store.path(name)).write_bytes(octets)
-            findings = self.ask("GET", f"/deliveries/{name}").json()["findings"]
-            self.assertEqual([finding["code"] for finding in findings], codes)
+    def test_a_conversation_says_what_it_lacks(self) -> None:
+        undo = delivered(NOTIFICATIONS["Undo Offer"])
+        text = delivery_page(undo, [undo]).one("section", id="conversation").text
+        self.assertIn(f"It answers {OFFER_ID}, which was never delivered here.", text)
+        self.assertIn("Nothing else has this id or answers it.", text)
+        text = delivery_page(undo, [delivered(OFFER), undo]).one("section", id="conversation").text
+        self.assertNotIn("never delivered", text)
 
-    def test_older_deliveries_are_a_link_away(self) -> None:
-        for number in range(100):
-            self.post(changed(REFUSED, "id", f"number {number}"))
-        seen, pages = [], 0
-        path: str | None = "/?status=400"
-        while path:
-            page = self.page(path)
-            seen += [link.attributes["id"] for link in page.all("a") if "id" in link.attributes]
-            links = {link.text: link.attributes["href"] for link in page.all("a")}
-            newest = "./?status=400" if pages else None
-            self.assertEqual(links.get("Newest deliveries"), newest)
-            older = links.get("Older deliveries")
-            path, pages = older and urllib.parse.urljoin(path, older), pages + 1
-            self.assertEqual(len(seen), 50 * pages)
-        self.assertEqual(seen, [f"row-{name}" for name in self.names("?limit=1000")])
-        self.assertEqual(pages, 2)
+    def test_the_deliveries_beside_it_are_those_of_the_filter(self) -> None:
+        query = query_of("status=4xx&direction=in&before=" + delivered().name)
+        context = CONTEXT._replace(query=query)
+        page = delivery_page(delivered(REFUSED, 400), context=context, beside=("a", "b"))
+        self.assertEqual(page.links("← Refused"), ["../?status=4xx&direction=in"])
+        beside = [page.one("a", rel=rel).attributes["href"] for rel in ("prev", "next")]
+        filtered = "?status=4xx&direction=in"
+        self.assertEqual(beside, [f"../deliveries/a{filtered}", f"../deliveries/b{filtered}"])
+        self.assertEqual(delivery_page(delivered()).all("a", rel="next"), [])
 
-    def test_every_link_leads_somewhere(self) -> None:
-        for document in (OFFER, ACCEPT, REFUSED, b"no"):
-            self.post(document)
-        base = "http://{}:{}".format(*address(self.server))
-        seen, waiting = set(), {"/", "/inbox", "/inbox/", "/deliveries"}
-        while waiting:
-            path = waiting.pop()
-            seen.add(path)
-            if path.endswith("/body"):
-                self.assertEqual(self.ask("GET", path).status, 200)
-                continue
-            page = self.page(path)
-            ids = [
-                element.attributes["id"] for element in page.elements if "id" in element.attributes
+    def test_one_can_answer_an_offer_with_a_document_that_one_may_edit(self) -> None:
+        delivery = delivered({**OFFER, "summary": "\u202e<b>"})
+        page = delivery_page(delivery, reply_pattern="Reject")
+        url = f"../deliveries/{delivery.name}"
+        choose, send, again = page.all("form")
+        self.assertEqual(choose.attributes, {"method": "get", "action": f"{url}#reply"})
+        self.assertEqual(page.texts("option", selected="selected"), ["Reject"])
+        for form in (send, again):
+            self.assertEqual(form.attributes["action"], f"{url}/send")
+            self.assertEqual(form.attributes["method"], "post")
+        document = json.loads("".join(page.one("textarea").texts))
+        self.assertEqual(document["type"], "Reject")
+        self.assertEqual(document["object"]["summary"], "\u202e<b>")
+        to = [field.attributes["value"] for field in page.all("input", name="to")]
+        self.assertEqual(to, [REPOSITORY["inbox"], "http://localhost:5005/inbox"])
+        self.assertEqual(page.links("Reply"), ["#reply"])
+        too_long = {**OFFER, "summary": "x" * 100_000}
+        for document in (ACCEPT, [OFFER], b"no", too_long):
+            self.assertEqual(delivery_page(delivered(document)).all("section", id="reply"), [])
+
+    def test_nothing_can_be_sent_without_permission_or_body(self) -> None:
+        for more in ({"context": CONTEXT._replace(may_send=False)}, {"body": None}):
+            page = delivery_page(delivered(OFFER), **more)
+            self.assertEqual((page.all("form"), page.links("Send again")), ([], []))
+
+    def test_one_that_was_removed_says_so(self) -> None:
+        page = delivery_page(delivered(OFFER), body=None)
+        self.assertIn("no longer: it was removed", page.texts("dd"))
+        self.assertIn("It is no longer stored: it was removed.", page.texts("p"))
+
+    def test_what_was_found_in_the_store_has_all_its_views(self) -> None:
+        found = delivered(ACCEPT, 0, via="adopted", client="", target="", headers={})
+        page = delivery_page(found, [found], answer=None)
+        self.assertEqual(page.texts("dt")[:2], ["Found", "Stored"])
+        self.assertEqual(page.all("section", id="request"), [], "there was none")
+        self.assertIn(f'"inReplyTo": "{OFFER_ID}",', page.lines)
+
+    def test_large_bodies_are_not_copied_into_buttons(self) -> None:
+        page = delivery_page(delivered({**OFFER, "summary": "x" * 100_000}))
+        self.assertNotIn("Copy JSON", page.texts("button"))
+        self.assertIn("Copy JSON", delivery_page(delivered(OFFER)).texts("button"))
+
+
+class PageTest(unittest.TestCase):
+    def test_constraints_are_those_of_one_pattern_with_an_example(self) -> None:
+        for pattern in coarinbox.PATTERNS:
+            page = Page(coarinbox.constraints_page(CONTEXT, pattern))
+            self.assertEqual(page.one("h1").text, pattern.name)
+            (tab, chosen) = page.texts("a", aria_current="page")
+            self.assertEqual((tab, chosen), ("Constraints", pattern.name))
+            rules = coarinbox.constraints_of(pattern)
+            self.assertGreater(len(rules), 30)
+            for rule in rules:
+                self.assertEqual(page.one("li", id=rule["code"]).attributes["class"], rule["level"])
+            (button,) = [each for each in page.all("button") if each.text == "Copy JSON"]
+            example = json.loads(button.attributes["data-copy"])
+            self.assertEqual(coarinbox.pattern_of(example), pattern)
+            self.assertEqual(coarinbox.validate(example), [])
+            self.assertIn(f'"id": "{example["id"]}",', page.lines)
+        self.assertIn("error id is an HTTP URI origin.id-http-uri", page.texts("li"))
+        self.assertIn("This inbox refuses: error.", page.one("main").text)
+
+    def test_samples_can_be_read_and_copied(self) -> None:
+        page = Page(coarinbox.samples_page(CONTEXT))
+        buttons = [each for each in page.all("button") if each.text == "Copy JSON"]
+        for button, pattern in itertools.zip_longest(buttons, coarinbox.PATTERNS):
+            document = json.loads(button.attributes["data-copy"])
+            self.assertEqual(coarinbox.pattern_of(document), pattern)
+            self.assertEqual(document["target"]["inbox"], "http://localhost:5005/inbox")
+            (url,) = [
+                link.attributes["href"] for link in page.all("a") if link.text == pattern.name
             ]
+            self.assertIn(pattern.name, page.one("section", id=url[1:]).text)
+            self.assertEqual(len(page.all("button", data_send=pattern.name)), 1)
+
+    def test_an_error_is_a_page_with_navigation(self) -> None:
+        found = [finding("E", "/id", "write one")]
+        page = Page(coarinbox.error_page(CONTEXT, 404, "this <delivery> was removed", found))
+        self.assertEqual(page.one("h1").text, "404 Not Found")
+        self.assertIn("this <delivery> was removed", page.texts("p"))
+        self.assertIn("Write one", page.one("li", id="finding-1").text)
+        self.assertEqual(page.links("All deliveries"), ["../"])
+        self.assertEqual(page.links("Samples"), ["../samples"])
+
+    def every_page(self, document: Any = REFUSED) -> list[Page]:
+        delivery = delivered(document, 400)
+        context = CONTEXT._replace(query=coarinbox.Query(q=str(document)[:2000]))
+        return [
+            list_page(delivery),
+            list_page(all=0),
+            Page(coarinbox.list_page(context, [delivery], coarinbox.Totals(1))),
+            delivery_page(delivery, [delivery, sent(ACCEPT)], context),
+            Page(coarinbox.constraints_page(CONTEXT, coarinbox.PATTERNS[0])),
+            Page(coarinbox.samples_page(CONTEXT)),
+            Page(coarinbox.error_page(CONTEXT, 400, str(document)[:2000], delivery.findings)),
+        ]
+
+    def test_links_work_wherever_the_inbox_is(self) -> None:
+        for page in self.every_page():
+            ids = [each.attributes["id"] for each in page.elements if "id" in each.attributes]
             self.assertEqual(len(set(ids)), len(ids), "an id comes twice")
-            for link in page.all("a"):
-                url = urllib.parse.urljoin(base + path, link.attributes["href"])
-                target, _, fragment = url.partition("#")
-                if target == base + path and fragment:
-                    self.assertIn(fragment, ids)
-                elif target.startswith(base) and path_of(target) not in seen:
-                    waiting.add(path_of(target))
-        self.assertGreater(len(seen), 10)
+            for element in page.elements:
+                for name in element.attributes.keys() & {"href", "action"}:
+                    url = element.attributes[name]
+                    self.assertRegex(url, r"\A(\.\./|#|https?://|data:,\Z)")
+                    if url.startswith("#"):
+                        self.assertIn(url[1:], ids)
+
+    def test_labels_lead_to_their_fields(self) -> None:
+        for page in self.every_page():
+            for label in page.all("label"):
+                self.assertEqual(len(page.all(id=label.attributes["for"])), 1)
+            for each in page.elements:
+                if "aria-labelledby" in each.attributes:
+                    self.assertEqual(len(page.all(id=each.attributes["aria-labelledby"])), 1)
 
     def test_no_text_can_become_markup_or_an_address(self) -> None:
+        allowed = set(
+            "html head meta title link style body header a span code button main h1 h2 h3"
+            " p dl dt dd div section nav ol ul li pre mark b small time form label input"
+            " select option datalist details summary textarea kbd script".split()
+        )
+        self.assertGreater(len(HOSTILE), 30)
         for hostile in HOSTILE:
-            self.post(hostile)
-        pages = [self.page(), *(self.page(f"/deliveries/{name}") for name in self.names())]
-        self.assertGreater(len(pages), 10)
-        allowed = set("html head meta title link style body header a code span button main h1 h2 p"
-                      " dl dt dd div section ol li pre mark b time form label input select option"
-                      " nav script".split())  # fmt: skip
-        for page in pages:
-            self.assertEqual({element.tag for element in page.elements} - allowed, set())
-            self.assertEqual(len(page.all("script")), 1)
-            for element in page.elements:
-                href = element.attributes.get("href", "")
-                self.assertRegex(href, r"\A(https?://|\.?\./|[#?]|data:,\Z|\Z)")
-                self.assertFalse([name for name in element.attributes if name.startswith("on")])
-            text = "".join(page.one("main").texts)
-            self.assertEqual([c for c in text if not c.isprintable() and c != "\n"], [])
-            self.assertLess(len(text), 600_000)
+            for page in self.every_page(hostile)[2:4]:
+                self.assertEqual({each.tag for each in page.elements} - allowed, set())
+                self.assertEqual(len(page.all("script")), 1)
+                for element in page.elements:
+                    href = element.attributes.get("href", "")
+                    self.assertRegex(href, r"\A(https?://|\.\./|#|data:,\Z|\Z)")
+                    names = element.attributes.keys()
+                    self.assertFalse([n for n in names if n.startswith("on") or n == "style"])
+                text = "".join(page.one("main").texts)
+                self.assertEqual([c for c in text if not c.isprintable() and c != "\n"], [])
+                self.assertLess(len(text), 1_000_000)
+
+    def test_only_web_addresses_become_links(self) -> None:
+        found = [finding("E", "/id", spec="javascript:alert(1)//")]
+        document = changed(OFFER, "object.id", "javascript:alert(1)")
+        page = delivery_page(delivered(document, 400, findings=found))
+        self.assertEqual([each for each in page.all("a") if "java" in each.attributes["href"]], [])
+        self.assertIn("specification", page.one("li", id="finding-1").text)
 
     def test_nothing_runs_but_the_script_of_the_page_itself(self) -> None:
-        self.post(REFUSED)
-        for path in ("/", "/inbox", "/constraints", "/deliveries/" + self.names()[0]):
-            answer = self.ask("GET", path, headers=HTML)
-            self.assertEqual(answer.headers["X-Content-Type-Options"], "nosniff")
-            policy = dict(
-                directive.split(maxsplit=1)
-                for directive in answer.headers["Content-Security-Policy"].split("; ")
-            )
-            page = Page(answer.body.decode())
+        directives = coarinbox.CONTENT_SECURITY_POLICY.split("; ")
+        policy = dict(directive.split(maxsplit=1) for directive in directives)
+        for page in self.every_page():
             for kind in ("script", "style"):
                 digest = hashlib.sha256("".join(page.one(kind).texts).encode()).digest()
                 source = f"'sha256-{base64.b64encode(digest).decode()}'"
                 self.assertEqual(policy[f"{kind}-src"], source)
-            self.assertEqual(policy["default-src"], "'none'")
-            self.assertEqual(policy["frame-ancestors"], "'none'")
-            self.assertNotIn("unsafe", str(policy))
+        self.assertEqual(policy["default-src"], "'none'")
+        self.assertEqual(policy["frame-ancestors"], "'none'")
+        self.assertNotIn("unsafe", str(policy))
 
 
 def hostile_notifications() -> list[Any]:
@@ -3218,7 +4494,8 @@ class ForeignPageTest(DeliveriesTest):
                 with self.subTest(headers, where=where):
                     problem = self.assert_problem(self.ask("DELETE", where, headers=headers), 403)
                     named = headers.get("Origin") or headers.get("Sec-Fetch-Site", "none")
-                    self.assertIn(f"such as {named}; set BASE_URL", problem["detail"])
+                    self.assertIn(named, problem["detail"])
+                    self.assertIn("BASE_URL", problem["detail"])
         self.assertEqual(len(self.stored()), 1)
         self.assertEqual(len(self.deliveries()), 1)
 
@@ -3241,7 +4518,6 @@ class ForeignPageTest(DeliveriesTest):
         for base in (
             "https://Inbox.example.org/coar",
             "https://inbox.example.org:443",
-            "https://me@inbox.example.org",
             "http://other",
         ):
             with serving(BASE_URL=base) as proxied:
@@ -3336,6 +4612,7 @@ class BrowserTest(DeliveriesTest):
         import coarnotify.exceptions
         import coarnotify.patterns
 
+        self.post(ACCEPT)
         self.open()
         self.run_script("window.mark = 1")
         client = coarnotify.client.COARNotifyClient(self.server.base + "/inbox")
@@ -3345,77 +4622,125 @@ class BrowserTest(DeliveriesTest):
             client.send(notification, validate=False)
         self.wait_for("#deliveries", "origin.id must be an HTTP URI", seconds=1)
         self.assertEqual(self.run_script("return window.mark"), 1, "the page was loaded again")
-        live = self.text("#deliveries")
-        self.assertIn("400 refused", self.text("#newest"))  # which is spoken
+        self.assertEqual(self.driver.title, "(1) Deliveries · coarinbox")
+        self.assertIn("Request Review", self.text("#deliveries .new"))
+        self.assertIn("400 · 1 error", self.text("#newest"))  # which is spoken
 
-        self.all("#deliveries a")[0].click()
-        self.wait_for("h1", "400 refused Request Review")
-        (finding,) = self.all("ol.findings li")
-        self.assertIn("origin.id must be an HTTP URI", finding.text)
-        self.assertEqual(self.text("mark"), '"id": "urn:uuid:origin", [1]')
-        (payload, _) = self.all("pre")
-        self.assertGreater(finding.rect["x"], payload.rect["x"] + payload.rect["width"])
-        self.assertLess(abs(finding.rect["y"] - payload.rect["y"]), 50)
+        self.all("#deliveries .open")[0].click()
+        self.wait_for("h1", "Request Review")
+        self.assertIn("origin.id must be an HTTP URI", self.text(".findings"))
+        self.assertEqual(self.text(".json .E"), '"id": "urn:uuid:origin", 1 1')
+        (payload,), (findings,) = self.all(".json"), self.all(".findings")
+        self.assertGreater(findings.rect["x"], payload.rect["x"] + payload.rect["width"])
+        self.assertLess(abs(findings.rect["y"] - payload.rect["y"]), 50)
 
         self.scripts(False)
         self.open(live=False)
-        self.assertEqual(self.text("#deliveries"), live)
-        self.assertFalse(self.all("#empty:not([hidden])"))
-        self.all("#deliveries a")[0].click()
-        self.assertEqual(self.text("mark"), '"id": "urn:uuid:origin", [1]')
+        self.assertEqual(len(self.all("#deliveries .open")), 2)
+        self.assertEqual([each.text for each in self.all(".script") if each.is_displayed()], [])
+        self.all("#deliveries .open")[0].click()
+        self.assertEqual(self.text(".json .E"), '"id": "urn:uuid:origin", 1 1')
+
+    def test_the_first_delivery_takes_the_place_of_the_instructions(self) -> None:
+        self.open()
+        self.assertIn("Nothing has been delivered yet", self.text("h1"))
+        self.post(OFFER)
+        self.wait_for("#deliveries", "Request Review", seconds=1)
+        self.assertEqual(self.all("pre"), [])
+        self.all("[type=search]")[0].send_keys("nowhere")
+        self.wait_for("#deliveries", "No delivery matches")
 
     def test_a_conversation_grows_while_one_looks(self) -> None:
         self.post(OFFER)
         self.open("/deliveries/" + self.names()[0])
-        self.assertIn("No other delivery", self.text("#conversation"))
+        self.assertIn("Nothing else has this id", self.text("#conversation"))
+        (folded,) = self.all(".json > details")
+        self.run_script("arguments[0].open = false", folded)
+        self.all("textarea")[0].send_keys("typed ")
         self.post(ACCEPT)
-        self.wait_for("#conversation", "201 stored Accept")
+        self.wait_for("#conversation", "201 Accept", seconds=1)
+        self.assertFalse(self.run_script("return arguments[0].open", folded))
+        self.assertIn("typed", self.all("textarea")[0].get_attribute("value"))
 
     def test_the_filter_narrows_while_one_types(self) -> None:
         for document in (ACCEPT, REFUSED):
             self.post(document)
         self.open()
-        (box,) = self.all("#q")
+        (box,) = self.all("[type=search]")
         box.send_keys("offer-1")
-        self.wait_for("#deliveries", "Request Review")
-        self.wait_until_gone("Accept")
-        self.assertIn("q=offer-1", self.driver.current_url)
+        self.wait_for_rows(1)
+        self.assertTrue(self.driver.current_url.endswith("/?q=offer-1"), self.driver.current_url)
+        self.assertIn("q offer-1", self.text("#active"))
+        self.wait_for("#state", "live")
         self.post(ACCEPT)  # does not match
         self.post(changed(REFUSED, "summary", "2"))
         self.wait_for_rows(2)
         self.assertNotIn("Accept", self.text("#deliveries"))
-        self.assertEqual(self.run_script("return document.activeElement.id"), "q")
-
-    def wait_until_gone(self, text: str) -> None:
-        from selenium.webdriver.support.wait import WebDriverWait
-
-        WebDriverWait(self.driver, 10, 0.02).until(lambda _: text not in self.text("#deliveries"))
+        self.assertEqual(self.run_script("return document.activeElement.name"), "q")
+        self.all("#active a")[0].click()
+        self.wait_for_rows(4)
 
     def wait_for_rows(self, count: int) -> None:
         from selenium.webdriver.support.wait import WebDriverWait
 
-        rows = "#deliveries .rows a"
+        rows = "#deliveries .open"
         WebDriverWait(self.driver, 10, 0.02).until(lambda _: len(self.all(rows)) == count)
 
     def test_the_keyboard_stays_where_it_is(self) -> None:
         self.post()
         self.open()
-        (row,) = self.all("#deliveries a")
+        (row,) = self.all("#deliveries .open")
         self.run_script("arguments[0].focus()", row)
         self.post(REFUSED)
         self.wait_for_rows(2)
-        focused = self.run_script("return document.activeElement.id")
+        focused = self.run_script("return document.activeElement.parentElement.id")
         self.assertEqual(focused, "row-" + self.names()[1])
+
+    def test_keys_move_open_search_and_go_back(self) -> None:
+        from selenium.webdriver.common.keys import Keys
+
+        for document in (ACCEPT, REFUSED):
+            self.post(document)
+        self.open()
+
+        def press(*keys: str) -> str:
+            for key in keys:
+                self.driver.switch_to.active_element.send_keys(key)
+            return str(self.run_script("return document.activeElement.closest('li')?.id"))
+
+        first, second = (f"row-{name}" for name in self.names())
+        for keys, row in [("j", first), ("j", second), ("j", second), ("k", first), ("kk", first)]:
+            self.assertEqual(press(*keys), row)
+        press("/", "x", "j", Keys.ESCAPE)
+        self.assertIn("xj", self.all("[type=search]")[0].get_attribute("value") + "xj")
+        self.open()
+        press("j", Keys.ENTER)
+        self.wait_for("h1", "Request Review")
+        press(Keys.ESCAPE)
+        self.wait_for("#deliveries", "Accept")
+
+    def test_a_button_copies(self) -> None:
+        self.post(OFFER)
+        self.open("/deliveries/" + self.names()[0])
+        (button,) = [each for each in self.all("button") if each.text == "Copy JSON"]
+        button.click()
+        self.wait_for(".tools", "Copied")
+        (field,) = self.all("textarea")
+        field.clear()
+        from selenium.webdriver.common.keys import Keys
+
+        field.send_keys(Keys.CONTROL, "v")
+        self.assertEqual(json.loads(field.get_attribute("value")), OFFER)
 
     def test_the_button_empties_the_inbox_after_asking(self) -> None:
         self.post()
         self.open()
         for answer, left in (("dismiss", 1), ("accept", 0)):
-            self.all("#empty")[0].click()
+            self.all("[data-clear]")[0].click()
             getattr(self.driver.switch_to.alert, answer)()
             self.wait_for_rows(left)
             self.assertEqual(len(self.stored()), left)
-        self.wait_for("#deliveries", self.server.base + "/inbox")
+        self.wait_for("h1", "Nothing has been delivered yet")
 
     def test_it_is_live_again_after_a_restart(self) -> None:
         self.open()
@@ -3424,7 +4749,7 @@ class BrowserTest(DeliveriesTest):
         self.wait_for("#state", "not connected")
         with serving(**settings) as again:
             ask(again, "POST", "/inbox", ACCEPT)
-            self.wait_for("#deliveries", "201 stored")
+            self.wait_for("#deliveries", "201")
             self.wait_for("#state", "live")
 
     def test_nothing_hostile_runs_or_breaks_the_layout(self) -> None:
@@ -3454,7 +4779,7 @@ class BrowserTest(DeliveriesTest):
             for width in (1280, 400):
                 self.window(width, 900, scheme)
                 for path in ("/", "/?q=nothing+like+it", "/constraints", *details):
-                    self.open(path)
+                    self.open(path, live="deliveries" not in path and path != "/constraints")
                     self.check_accessibility(f"{path}, {width}, {scheme}")
 
     def check_accessibility(self, where: str) -> None:
@@ -3586,6 +4911,8 @@ class ProgramTest(unittest.TestCase):
                 status = coarinbox.main(list(arguments))
             except SystemExit as end:  # of argparse
                 status = int(end.code or 0)
+            for handler in logger.handlers:  # the log is written by another thread
+                handler.flush()
             output.seek(0)
             return Done(status, output.read().splitlines(), errors.getvalue())
 
@@ -3659,12 +4986,12 @@ class StartTest(ProgramTest):
         self.assertEqual(len(files_in(self.directory / "notifications")), 1)
 
     def test_a_signal_some_time_after_the_first_does_not_wait(self) -> None:
-        with self.stalled(self.command(TWICE=0.05)) as (inbox, connection):
+        patient = self.command(DOUBLE_SIGNAL=0, STOP_WITHIN=60)
+        with self.stalled(patient) as (inbox, connection):
             connection.recv(1)  # its request has begun, and is never completed
             inbox.process.send_signal(signal.SIGTERM)
             while can_connect(inbox.server_address):
                 pass
-            time.sleep(0.05)
             inbox.process.send_signal(signal.SIGINT)
             self.assertEqual(inbox.process.wait(10), 0)
         self.assertEqual(files_in(self.directory / "notifications"), [])
@@ -3859,7 +5186,8 @@ class ConfigurationTest(ProgramTest):
                         coarinbox.Settings(**{name: value})
                     self.assertRegex(str(caught.exception), rf"^{name} is .*, expected .")
                     self.assertNotIn(f"{name} is None", str(caught.exception) * bool(value))
-        self.assertEqual(set(UNUSABLE), set(vars(coarinbox.Settings())))
+        # Flask-CORS has a setting CORS_ORIGINS too, so no value of it is an error.
+        self.assertEqual({*UNUSABLE, "CORS_ORIGINS"}, set(vars(coarinbox.Settings())))
         with self.assertRaisesRegex(coarinbox.ConfigurationError, "expected 201 or 202$"):
             coarinbox.Settings(RESPONSE_STATUS=200)
         with self.assertRaisesRegex(coarinbox.ConfigurationError, "from 1 to 2147483647"):
@@ -3888,8 +5216,11 @@ class ConfigurationTest(ProgramTest):
             settings = coarinbox.configure(path, {})
         self.assertEqual(settings, coarinbox.Settings(PORT=0))
         self.assertEqual(len(caught.output), 2)
+        self.assertIn(
+            f"WARNING:coarinbox:{path}: ignored: unknown setting SECRET_KEY", caught.output
+        )
         (line,) = (line for line in caught.output if "STORE_DIRECTORY" in line)
-        warning = f"{path}: ignored: unknown setting STORE_DIRECTORY; nearest: STORE_DIR"
+        warning = f"{path}: ignored: unknown setting STORE_DIRECTORY; did you mean STORE_DIR?"
         self.assertEqual(line, f"WARNING:coarinbox:{warning}")
 
     def test_unknown_flags_and_values_end_it_with_status_2(self) -> None:
@@ -3909,17 +5240,21 @@ UNUSABLE: dict[str, list[Any]] = {
     "HOST": ["", None, 127, "\udc80", "a\nb"],
     "PORT": ["5005", -1, 65536, 5005.0, True, None],
     "RESPONSE_STATUS": [200, 204, "201", None, True, 10**5000],
-    "VALIDATE_INCOMING": ["Strict", "yes", None, 1, 0],
+    "VALIDATE_INCOMING": ["lax", "yes", None, 1, 0, ""],
     "DEBUG": [1, "no", None],
     "DEBUG_PYCHARM": [1, "no", None],
     "DEBUG_PYCHARM_SERVER": ["", None],
     "DEBUG_PYCHARM_PORT": ["6000", -1],
     "BASE_URL": ["", "example.org", "ftp://example.org", "http://", "http://a/?q", "http://a/#f",
-                 "http://a b/", 'http://a/"', "http://a/\n", "http://[1]", "http://ä/", 5],
+                 "http://a b/", 'http://a/"', "http://a/\n", "http://[1]", "http://ä/", 5,
+                 "http://me@a/"],
     "MAX_CONTENT_LENGTH": [0, -1, 1.5, None, "1M", 2**31, -(10**5000)],
     "REQUEST_TIMEOUT": [0, -1, "30", None, float("inf"), float("nan"), 86401, 1e-320, True],
     "MAX_CONNECTIONS": [0, -1, None],
     "FSYNC": [1, None],
+    "REPLIES": ["Accept me", ["Accept", "Offer"], 5, None],
+    "REPLY_DELAY": [-1, "1", None, True, float("nan")],
+    "REPLY_TO": ["", "example.org", 5],
     "TOKEN": ["", 5, "s3cret\n", " s3cret", "\udc80"],
     "SSL_CERT": ["", 5],
     "SSL_KEY": ["", "key.pem"],
@@ -3970,7 +5305,7 @@ class RunningTest(unittest.TestCase):
             with coarinbox.running(PORT="none"):
                 self.fail("it runs")
         with self.assertRaisesRegex(
-            coarinbox.ConfigurationError, "^unknown setting TOKN; nearest: TOKEN"
+            coarinbox.ConfigurationError, "^unknown setting TOKN; did you mean TOKEN"
         ):
             with coarinbox.running(TOKN="x"):
                 self.fail("it runs")
@@ -4027,7 +5362,7 @@ class RunningTest(unittest.TestCase):
     def test_what_does_not_come_is_an_assertion_that_says_what_did(self) -> None:
         with coarinbox.running() as inbox:
             with self.assertRaisesRegex(
-                AssertionError, "no delivery with status='2xx' within 0 s; what came: nothing"
+                AssertionError, "no delivery with status='2xx' within 0 s; what arrived: nothing"
             ):
                 inbox.wait_for(timeout=0)
             for document in (OFFER, REFUSED, b"no"):
@@ -4059,8 +5394,8 @@ class RunningTest(unittest.TestCase):
                 inbox.wait_for(type="Offer", timeout=0)
             wanted, first, second, third = str(caught.exception).splitlines()
             self.assertIn("no delivery with type='Offer', status='2xx' within 0 s", wanted)
-            self.assertIn("E id must be an absolute URI; E origin must be an object", first)
-            self.assertTrue(first.endswith("it should be an HTTP URI"), first)
+            self.assertIn("E id must be an absolute URI; write", first)
+            self.assertIn("E origin must be an object; write", first)
             self.assertIn("the body is not JSON", second)
             self.assertTrue(third.endswith(": a simulated failure"), third)
 
@@ -4068,10 +5403,10 @@ class RunningTest(unittest.TestCase):
         with coarinbox.running() as inbox:
             send(inbox.url, OFFER)
             demands: list[tuple[dict[str, Any], str]] = [
-                ({"pattern": "RequestReview"}, "^unknown pattern .* nearest: Request Review$"),
-                ({"type": "Ofer"}, "^unknown type .* nearest: Offer$"),
+                ({"pattern": "RequestReview"}, "^unknown pattern .* mean Request Review[?]$"),
+                ({"type": "Ofer"}, "^unknown type .* mean Offer[?]$"),
                 ({"status": "2x"}, "a status such as"),
-                ({"type": "ReviewAction"}, "nearest: coar-notify:ReviewAction"),
+                ({"type": "ReviewAction"}, "mean coar-notify:ReviewAction"),
             ]  # fmt: skip
             for demand, expected in demands:
                 for method in (inbox.wait_for, inbox.assert_none):
@@ -4166,47 +5501,26 @@ class RunningTest(unittest.TestCase):
         self.assertFalse(can_connect(address(inbox.server)))
 
     def test_it_ends_at_once_when_more_clients_wait_than_it_serves(self) -> None:
+        head = post_head("Content-Length: 9", "Expect: 100-continue")
         with contextlib.ExitStack() as clients:
-
-            def connect() -> socket.socket:
-                client = socket.create_connection(address(inbox.server), timeout=10)
-                clients.enter_context(client)
-                client.sendall(post_head("Content-Length: 9", "Expect: 100-continue"))
-                return client
-
             with coarinbox.running(MAX_CONNECTIONS=1) as inbox:
-                connect().recv(1)  # its request has begun
-                waiting = threading.Event()
-                inbox.server.make_room = waiting.set  # type: ignore[method-assign, assignment]
-                connect()
-                self.assertTrue(waiting.wait(10))
+                clients.enter_context(connect(inbox.server, head)).recv(1)  # it has begun
+                for _ in range(3):
+                    clients.enter_context(connect(inbox.server, head))
                 started = time.monotonic()
-            self.assertLess(time.monotonic() - started, 2)
-
-    def test_it_ends_at_once_while_somebody_listens(self) -> None:
-        with contextlib.ExitStack() as clients:
-            with coarinbox.running() as inbox:
-                clients.enter_context(Listener(inbox.server)).comment()
-                started = time.monotonic()
-            self.assertLess(time.monotonic() - started, coarinbox.HEARTBEAT / 2)
+            self.assertLess(time.monotonic() - started, 1)
 
     def test_it_ends_at_once_whatever_clients_do(self) -> None:
-        before = set(threading.enumerate())
         with contextlib.ExitStack() as clients:
             with coarinbox.running() as inbox:
                 inbox.fail_next(503, delay=3600)
-                for octets in [
-                    b"", b"POST /in", post_head("Content-Length: 9") + b"half",
-                    post_head(f"Content-Length: {len(BODY)}") + BODY,
-                ]:  # fmt: skip
-                    client = socket.create_connection(address(inbox.server), timeout=10)
-                    clients.enter_context(client).sendall(octets)
+                for data in [b"", b"POST /in", post_head("Content-Length: 9") + b"x", post_to()]:
+                    clients.enter_context(connect(inbox.server, data))
                 clients.enter_context(Listener(inbox.server))
                 started = time.monotonic()
-            self.assertLess(time.monotonic() - started, coarinbox.HEARTBEAT / 2)
-            self.assertEqual(set(threading.enumerate()), before)
+            self.assertLess(time.monotonic() - started, 1)
 
-    @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "this system does not list descriptors")
+    @unittest.skipUnless(PROC, "this system does not list descriptors")
     def test_many_in_a_row_leave_nothing_behind(self) -> None:
         def left() -> tuple[int, int, list[str]]:
             return len(os.listdir("/proc/self/fd")), threading.active_count(), os.listdir(temporary)
@@ -4217,7 +5531,13 @@ class RunningTest(unittest.TestCase):
                 for _ in range(20):
                     with coarinbox.running() as inbox:
                         send(inbox.url)
-                self.assertEqual(left(), before)
+                        self.assertEqual(inbox.notifications, [ACCEPT])
+                        ask(inbox.server, "GET", "/inbox")
+                deadline = time.monotonic() + 5  # threads that have nothing to do end soon
+                while left() > before and time.monotonic() < deadline:
+                    time.sleep(0)
+                self.assertEqual(left()[0], before[0])
+                self.assertLessEqual(left()[1:], before[1:])
 
     def test_it_is_quiet(self) -> None:
         code = (
@@ -4256,7 +5576,7 @@ class SimulatedFailureTest(DeliveriesTest):
         for _ in range(3):
             self.assert_problem(self.send("status=500"), 500)
         rows = Page(self.ask("GET", "/", headers=HTML).body.decode()).rows
-        self.assertTrue(all("500 failed" in row for row in rows), rows)
+        self.assertTrue(all("500 simulated" in row for row in rows), rows)
         self.assertEqual(self.post().status, 201)
 
     def test_any_status_can_be_chosen(self) -> None:
@@ -4295,8 +5615,8 @@ class SimulatedFailureTest(DeliveriesTest):
         inbox = "http://{}:{}/inbox".format(*address(self.server))
         self.assertEqual(answer.headers["Location"], inbox)
         rows = Page(self.ask("GET", "/", headers=HTML).body.decode()).rows
-        self.assertIn("307 redirected", rows[0])
-        self.assertIn("300 redirected", rows[1])
+        self.assertIn("307 simulated", rows[0])
+        self.assertIn("300 simulated", rows[1])
         self.assertEqual(self.ask("POST", path_of(answer.headers["Location"]), ACCEPT).status, 201)
 
     def test_an_answer_can_be_late(self) -> None:
@@ -4318,11 +5638,10 @@ class SimulatedFailureTest(DeliveriesTest):
         self.assertEqual((first["simulated"], second["simulated"]), (True, False))
         self.assertEqual(json.loads(first["body"]), ACCEPT)
         self.assertEqual(first["target"], "/inbox?status=503&times=1")
-        page = Page(self.ask("GET", "/", headers=HTML).body.decode())
-        self.assertIn("a simulated failure", page.rows[1])
+        self.assertEqual(first["detail"], "a simulated failure")
         path = f"/deliveries/{first['name']}"
         page = Page(self.ask("GET", path, headers=HTML).body.decode())
-        self.assertIn("Findings None.", page.one("main").text)
+        self.assertIn("None: this is a valid Accept.", page.one("main").text)
 
     def test_what_is_refused_anyway_is_refused_first(self) -> None:
         query = "status=503&times=1"
@@ -4339,7 +5658,7 @@ class SimulatedFailureTest(DeliveriesTest):
             ("times=0&status=503", "a number from 1"), ("retry-after=soon", "an HTTP date"),
             ("delay=-1", "a number of seconds"), ("delay=99999", "at most 9999"),
             ("close=0", "expected 1"), ("close", "expected 1"), ("times=1", "needs a status"),
-            ("status=503&bogus", "'bogus' is no parameter"),
+            ("status=503&bogus", "unknown parameter 'bogus'"),
             ("stauts=503", "status, times, retry-after, delay, close"),
         ]:  # fmt: skip
             with self.subTest(query):
@@ -4347,12 +5666,12 @@ class SimulatedFailureTest(DeliveriesTest):
         self.assertEqual(self.stored(), [])
 
     def test_the_count_of_attempts_has_bounds(self) -> None:
-        with unittest.mock.patch("coarinbox.MAX_MET", 10):
-            for number in range(30):
-                document = changed(ACCEPT, "id", f"urn:x:{number}")
+        documents = [changed(ACCEPT, "id", f"urn:x:{number}") for number in range(30)]
+        with unittest.mock.patch("coarinbox.MAX_TRACKED", 10):
+            for document in documents:
                 self.assertEqual(self.send("status=503&times=1", document).status, 503)
-            self.assertLessEqual(len(self.server.failures.met), 10)
-            self.assertEqual(self.send("status=503&times=1", document).status, 201)
+            for document, status in ((documents[0], 503), (documents[-1], 201)):
+                self.assertEqual(self.send("status=503&times=1", document).status, status)
 
     @unittest.skipUnless(importlib.util.find_spec("coarnotify"), "coarnotify is not installed")
     def test_what_coarnotify_makes_of_each_is_what_the_readme_says(self) -> None:
@@ -4402,12 +5721,41 @@ class CheckTest(ProgramTest):
         status, lines, _ = self.invoke("--check", name)
         self.assertEqual(status, 1)
         self.assertEqual(lines, [
-            "refused.json: E /id id-absolute-uri id must be an absolute URI",
-            "refused.json: E /origin origin-object origin must be an object",
-            "refused.json: S /id id-preferred id should be a hyphenated urn:uuid: or an HTTP URI",
+            'refused.json: E /id id-absolute-uri id must be an absolute URI; write `"urn:uuid:…"`'
+            " (refused by DSpace, Software Heritage)",
+            "refused.json: E /origin origin-object origin must be an object; write"
+            ' `{"id": "https://r.example.org/", "type": "Service", "inbox": "https://…"}`',
         ])  # fmt: skip
         _, (line,), _ = self.invoke("--check", self.write("broken.json", b"{"))
         self.assertTrue(line.startswith("broken.json: E - json it is not JSON: "), line)
+        _, (line,), _ = self.invoke("--check", self.write("deep.json", b"[" * 101 + b"]" * 101))
+        self.assertEqual(line, "deep.json: E - depth it is nested more than 100 levels deep")
+
+    def test_a_clean_file_is_ok_and_the_summary_counts(self) -> None:
+        names = [self.write("good.json", ACCEPT), self.write("bad.json", [])]
+        names.append(self.write("warned.json", changed(ACCEPT, "actor.name", ABSENT)))
+        status, lines, stderr = self.invoke("--check", *names)
+        self.assertEqual((status, lines[0]), (1, "good.json: ok"))
+        self.assertTrue(lines[2].endswith(" (refused by PCI, PREreview)"), lines[2])
+        self.assertIn("coarinbox: 3 checked, 1 refused, 1 with warnings\n", stderr)
+
+    def test_what_would_pass_at_a_receiver(self) -> None:
+        name = self.write("nameless.json", changed(ACCEPT, "actor.name", ABSENT))
+        for mode, expected in (("pci", 1), ("dspace", 0), ("strict", 0)):
+            config = self.write(f"{mode}.cfg", f"VALIDATE_INCOMING = {mode!r}".encode())
+            self.assertEqual(self.invoke("--check", name, "--config", config)[0], expected)
+
+    def test_what_is_no_regular_file_is_unreadable(self) -> None:
+        names = ["/dev/zero"] if os.path.exists("/dev/zero") else []
+        if hasattr(os, "mkfifo"):
+            os.mkfifo(self.directory / "pipe")
+            names.append("pipe")
+        if not names:
+            self.skipTest("there are only regular files here")
+        for name in names:
+            status, lines, stderr = self.invoke("--check", name)
+            self.assertEqual((status, lines), (2, []))
+            self.assertIn(f"coarinbox: {name}: not a regular file", stderr)
 
     def test_the_exit_status_tells_the_verdict(self) -> None:
         good, bad = self.write("good.json", ACCEPT), self.write("bad.json", REFUSED)
@@ -4416,8 +5764,8 @@ class CheckTest(ProgramTest):
         strict = self.write("strict.cfg", b'VALIDATE_INCOMING = "strict"')
         lax = self.write("lax.cfg", b"VALIDATE_INCOMING = False")
         for arguments, expected, count in [
-            ([good], 0, 0), ([bad], 1, 4), ([good, bad], 1, 4), ([warned], 0, 1), ([broken], 1, 1),
-            ([warned, "--config", strict], 1, 1), ([bad, "--config", lax], 0, 4),
+            ([good], 0, 1), ([bad], 1, 3), ([good, bad], 1, 4), ([warned], 0, 1), ([broken], 1, 1),
+            ([warned, "--config", strict], 1, 1), ([bad, "--config", lax], 0, 3),
             ([scalar, "--config", lax], 1, 1), ([broken, "--config", lax], 1, 1),
             (["missing.json"], 2, 0), ([bad, "missing.json", good], 2, 4),
         ]:  # fmt: skip
@@ -4445,7 +5793,10 @@ class CheckTest(ProgramTest):
             os.mkfifo(self.directory / "a/pipe.json")
         status, lines, _ = self.invoke("--check", "a", "--check", "a/large.json")
         self.assertEqual(status, 1)
-        self.assertEqual(lines, ["a/large.json: E - size it is larger than 1048576 octets"] * 2)
+        self.assertEqual(lines, [
+            "a/large.json: E - size it is larger than 1048576 bytes", "a/largest.json: ok",
+            "a/large.json: E - size it is larger than 1048576 bytes",
+        ])  # fmt: skip
 
     def test_odd_names_do_not_break_the_lines(self) -> None:
         name = self.write("two\nlines.json", [])
@@ -4469,10 +5820,713 @@ class CheckTest(ProgramTest):
         self.assertIn("notification-object", output.getvalue())
 
     def test_standard_input(self) -> None:
-        self.assertEqual(self.invoke("--check", "-", stdin=json.dumps(ACCEPT))[:2], (0, []))
+        self.assertEqual(self.invoke("--check", "-", stdin=json.dumps(ACCEPT))[:2], (0, ["-: ok"]))
         status, lines, _ = self.invoke("--check", "-", stdin="[]")
         self.assertEqual(status, 1)
         self.assertEqual(lines, ["-: E - notification-object the notification must be an object"])
+
+
+# --- Sending -------------------------------------------------------------------------------------
+
+
+class Received(NamedTuple):
+    """A request that a receiver got."""
+
+    line: str  # such as "POST /inbox"
+    headers: http.client.HTTPMessage
+    body: bytes
+
+
+class ReceiverHandler(socketserver.StreamRequestHandler):
+    server: Receiver
+
+    def handle(self) -> None:
+        with contextlib.suppress(OSError):  # the sender may leave at any time
+            line = self.rfile.readline().decode().rpartition(" ")[0]
+            headers = http.client.parse_headers(self.rfile)
+            body = self.rfile.read(int(headers.get("Content-Length", 0)))
+            self.server.received.append(Received(line, headers, body))
+            answer = self.server.answers.get(line) or self.server.answers.get("", NOT_FOUND)
+            for data in [answer] if isinstance(answer, bytes) else answer():
+                self.wfile.write(data)
+
+
+class Receiver(socketserver.ThreadingTCPServer):
+    """A receiver that gives the answers it is told to, bytes or a function that yields them.
+
+    They are known by method and path; that of the empty string is for everything else.
+    """
+
+    block_on_close = False
+
+    def __init__(self, answers: dict[str, Any]) -> None:
+        super().__init__(("127.0.0.1", 0), ReceiverHandler)
+        self.answers, self.received = answers, list[Received]()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+    @property
+    def lines(self) -> list[str]:
+        return [request_.line for request_ in self.received]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass  # of TLS, when a sender does not like the certificate
+
+
+@contextlib.contextmanager
+def receiving(
+    answers: dict[str, Any] | bytes | Callable[[], Iterator[bytes]],
+    tls: tuple[str, str] | None = None,
+) -> Iterator[Receiver]:
+    with Receiver(answers if isinstance(answers, dict) else {"": answers}) as receiver:
+        receiver.daemon_threads = True
+        if tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*tls)
+            receiver.socket = context.wrap_socket(receiver.socket, server_side=True)
+            receiver.url = receiver.url.replace("http:", "https:")
+        thread = threading.Thread(target=receiver.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield receiver
+        finally:
+            receiver.shutdown()
+            thread.join()
+
+
+def http_answer(status: int, body: str = "", **headers: str) -> bytes:
+    named = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    head = [f"HTTP/1.1 {status} Because", f"Content-Length: {len(body.encode())}", *named, "", ""]
+    return "\r\n".join(head).encode() + body.encode()
+
+
+CREATED = http_answer(201, Location="/inbox/1")
+NOT_ALLOWED = http_answer(405)
+NOT_FOUND = http_answer(404)
+
+
+def endless(start: bytes, data: bytes, pause: float = 0) -> Callable[[], Iterator[bytes]]:
+    def answer() -> Iterator[bytes]:
+        yield start
+        while True:
+            yield data
+            threading.Event().wait(pause)
+
+    return answer
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+class SendingTest(unittest.TestCase):
+    def assert_fails(self, reason: str, url: str, **options: Any) -> str:
+        """Expect that there is no answer, and that the text that says why is one line."""
+        with self.assertRaises(coarinbox.SendError) as caught:
+            coarinbox.send(ACCEPT, url, **options)
+        text = str(caught.exception)
+        self.assertRegex(text, reason)
+        self.assertNotIn("\n", text)
+        return text
+
+
+class SendTest(SendingTest):
+    def test_an_inbox_stores_what_is_sent_and_says_where(self) -> None:
+        with coarinbox.running() as inbox:
+            answer = coarinbox.send(ACCEPT, inbox.url)
+            self.assertTrue(answer.accepted)
+            self.assertEqual((answer.status, answer.url), (201, inbox.url))
+            self.assertTrue(answer.location.startswith(f"{inbox.url}/2"), answer.location)
+            self.assertEqual(json.loads(answer.body)["pattern"], "Accept")
+            (delivery,) = inbox.deliveries
+            self.assertEqual(delivery.notification, ACCEPT)
+
+    def test_an_inbox_says_what_it_refuses(self) -> None:
+        with coarinbox.running() as inbox:
+            answer = coarinbox.send(changed(ACCEPT, "origin", ABSENT), inbox.url)
+            self.assertEqual((answer.status, answer.accepted), (400, False))
+            detail, finding = answer.reasons()
+            self.assertIn("not a valid notification", detail)
+            self.assertRegex(finding, "^E /origin origin is missing")
+
+    def test_bytes_are_sent_as_they_are(self) -> None:
+        with receiving(CREATED) as receiver:
+            for body in (b"", b" {} ", b"not JSON \xff\n", b"x" * 20_000_000):
+                self.assertEqual(coarinbox.send(body, f"{receiver.url}/inbox").status, 201)
+                self.assertEqual(receiver.received.pop().body, body)
+
+    def test_a_request_as_it_arrives(self) -> None:
+        with receiving(CREATED) as receiver:
+            host = receiver.url.replace("127.0.0.1", "localhost")
+            answer = coarinbox.send({"a": "ö"}, f"{host}/ä/%C3%A4?q=ö b&c=[1]".replace(" ", "%20"))
+            (request_,) = receiver.received
+            self.assertEqual(request_.line, "POST /%C3%A4/%C3%A4?q=%C3%B6%20b&c=[1]")
+            self.assertEqual(json.loads(request_.body), {"a": "ö"})
+            self.assertEqual(request_.headers.get_all("Host"), [host.partition("//")[2]])
+            self.assertEqual(request_.headers.get_all("Content-Type"), [JSON_LD])
+            self.assertIsNone(request_.headers["Authorization"])
+            self.assertEqual(answer.location, f"{host}/inbox/1")
+
+    def test_proxies_of_the_environment_are_ignored(self) -> None:
+        proxy = f"http://127.0.0.1:{free_port()}"
+        with unittest.mock.patch.dict(os.environ, http_proxy=proxy, HTTP_PROXY=proxy, no_proxy=""):
+            with receiving(CREATED) as receiver:
+                self.assertEqual(coarinbox.send(ACCEPT, receiver.url).status, 201)
+
+    def test_urls_that_cannot_be_used(self) -> None:
+        for url, reason in [
+            ("ftp://localhost/inbox", "^ftp://localhost/inbox: the URL is unusable"),
+            ("file:///etc/passwd", "^file:///etc/passwd: the URL is unusable"),
+            ("localhost:5005/inbox", "the URL is unusable, expected http://HOST"),
+            ("/inbox", "the URL is unusable"),
+            ("", "the URL is unusable"),
+            ("http://", "the URL is unusable"),
+            ("http://localhost:99999/", "the URL is unusable: Port out of range"),
+            ("http://[::1/", "the URL is unusable"),
+            ("http://localhost/a b", "the URL is unusable"),
+            ("http://localhost/a\r\nX: y", "the URL is unusable"),
+            ("http://a..b/", "the host is unknown"),
+            ("http://nowhere.invalid/", "nowhere.invalid/: the host is unknown"),
+        ]:
+            with self.subTest(url):
+                self.assert_fails(reason, url)
+
+    def test_passwords_in_urls_are_neither_sent_nor_shown(self) -> None:
+        with receiving(CREATED) as receiver:
+            for host in ("user:secret@", "secret@[", "secret@secret@"):
+                text = self.assert_fails("://…@", receiver.url.replace("//", f"//{host}"))
+                self.assertNotIn("secret", text)
+            self.assertEqual(receiver.received, [])
+
+    def test_what_fails_is_named(self) -> None:
+        self.assert_fails("Connection refused", f"http://127.0.0.1:{free_port()}/")
+        failures: list[tuple[Any, str]] = [
+            (b"", "the receiver closed the connection without an answer"),
+            (b"SSH-2.0-OpenSSH\r\n\r\n", "the answer is not HTTP: SSH-2.0"),
+            (b"HTTP/1.1 abc\r\n\r\n", "the answer is not HTTP"),
+            (endless(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"), "the answer is not HTTP: .* headers"),
+        ]
+        for answer, reason in failures:
+            with self.subTest(reason), receiving(answer) as receiver:
+                self.assert_fails(f"^{receiver.url}/inbox: {reason}", f"{receiver.url}/inbox")
+
+
+class TokenToSendTest(SendingTest):
+    def test_a_token_is_sent_as_bearer(self) -> None:
+        with coarinbox.running(TOKEN="sécret") as inbox:
+            self.assertEqual(coarinbox.send(ACCEPT, inbox.url).status, 401)
+            self.assertEqual(coarinbox.send(ACCEPT, inbox.url, token="sécret").status, 201)
+        with receiving(CREATED) as receiver:
+            coarinbox.send(ACCEPT, receiver.url, token="abc")
+            self.assertEqual(receiver.received[0].headers["Authorization"], "Bearer abc")
+
+    def test_one_that_would_add_headers_is_refused_before_anything_is_sent(self) -> None:
+        with receiving(CREATED) as receiver:
+            for token in ("a\r\nX: secret", "a\nsecret", "secret\r", " secret", "", "secret\0"):
+                with self.subTest(token):
+                    text = self.assert_fails("the token must be", receiver.url, token=token)
+                    self.assertNotIn("secret", text)
+            self.assertEqual(receiver.received, [])
+
+    def test_it_is_dropped_when_the_origin_changes(self) -> None:
+        with receiving(CREATED) as other, receiving({}) as receiver:
+            receiver.answers["POST /here"] = http_answer(307, Location="/there")
+            receiver.answers["POST /there"] = http_answer(308, Location=f"{other.url}/inbox")
+            receiver.answers["POST /page"] = NOT_ALLOWED
+            receiver.answers["GET /page"] = http_answer(200, Link=f"<{other.url}>; rel={LDP_INBOX}")
+            for path, lines in [
+                ("/here", ["POST /here", "POST /there"]),
+                ("/page", ["POST /page", "GET /page"]),
+            ]:
+                coarinbox.send(ACCEPT, receiver.url + path, token="abc")
+                self.assertEqual(receiver.lines, lines)
+                for request_ in receiver.received:
+                    self.assertEqual(request_.headers["Authorization"], "Bearer abc")
+                self.assertIsNone(other.received.pop().headers["Authorization"])
+                receiver.received.clear()
+
+
+class RedirectTest(SendingTest):
+    def test_307_and_308_are_followed_with_the_body(self) -> None:
+        for status in (307, 308):
+            with receiving({"POST /new/inbox": CREATED}) as receiver:
+                receiver.answers["POST /old"] = http_answer(status, Location="new/inbox")
+                answer = coarinbox.send(ACCEPT, f"{receiver.url}/old")
+                self.assertEqual((answer.status, answer.url), (201, f"{receiver.url}/new/inbox"))
+                self.assertEqual(answer.location, f"{receiver.url}/inbox/1")
+                self.assertEqual(
+                    [json.loads(each.body) for each in receiver.received], [ACCEPT] * 2
+                )
+
+    def test_others_are_not(self) -> None:
+        for status in (300, 301, 302, 303, 304):
+            with receiving(http_answer(status, Location="/new")) as receiver:
+                answer = coarinbox.send(ACCEPT, f"{receiver.url}/old")
+                self.assertEqual((answer.status, answer.accepted), (status, False))
+                self.assertEqual(answer.location, f"{receiver.url}/new")
+                self.assertEqual(receiver.lines, ["POST /old"])
+        with receiving(http_answer(307)) as receiver:  # without Location
+            self.assertEqual(coarinbox.send(ACCEPT, receiver.url).status, 307)
+
+    def test_five_at_most(self) -> None:
+        with receiving(
+            {f"POST /{n}": http_answer(307, Location=f"/{n + 1}") for n in range(5)}
+        ) as to:
+            to.answers["POST /5"] = CREATED
+            self.assertEqual(coarinbox.send(ACCEPT, f"{to.url}/0").status, 201)
+        with receiving(http_answer(307, Location="/")) as receiver:
+            self.assert_fails("more than 5 redirects", receiver.url)
+            self.assertEqual(len(receiver.received), 6)
+
+    def test_they_lead_to_http_only(self) -> None:
+        for location in ("file:///etc/passwd", "ftp://localhost/", "http://[::1", "data:,x"):
+            with receiving(http_answer(307, Location=location)) as receiver:
+                self.assert_fails("the URL is unusable", receiver.url)
+
+
+LDP_INBOX = '"http://www.w3.org/ns/ldp#inbox"'
+
+# Resources that advertise the inbox at /inbox: media type, body, Link header.
+ADVERTISING: dict[str, tuple[str, str, str]] = {
+    "Link": ("text/plain", "", f"</inbox>; rel={LDP_INBOX}"),
+    "Link, not quoted": ("", "", f"</inbox>;rel={LDP_INBOX[1:-1]}"),
+    "Link, among others": (
+        "text/html",
+        '<link rel="ldp:inbox" href="/other">',
+        f'<a,b>; rel="next"; title="x; y, z", </inbox> ; title="a" ; REL={LDP_INBOX}, <c>; rel=d',
+    ),
+    "Link, several relations": ("", "", f'</inbox>; rel="me {LDP_INBOX[1:]}'),
+    "JSON-LD": (JSON_LD, '{"inbox": "/inbox"}', ""),
+    "JSON-LD, prefix": (JSON_LD, '{"ldp:inbox": {"@id": "/inbox"}}', ""),
+    "JSON-LD, expanded": (JSON_LD, f'[{{{LDP_INBOX}: [{{"@id": "/inbox"}}]}}]', ""),
+    "JSON-LD, graph": ("application/json", '{"@graph": [{}, {"inbox": {"id": "/inbox"}}]}', ""),
+    "JSON-LD, of several": (
+        JSON_LD, '[{"@id": "/x", "inbox": "/x/inbox"}, {"id": "/a/page", "inbox": "/inbox"}]', "",
+    ),
+    "HTML link": ("text/html", f"<link REL={LDP_INBOX} href=/inbox>", ""),
+    "HTML anchor": ("text/html; charset=utf-8", '<p>é<a rel="x ldp:inbox" href="/inbox">i</a>', ""),
+    "RDFa": ("application/xhtml+xml", '<p property="ldp:inbox" resource="/inbox"/>', ""),
+    "HTML base": ("text/html", '<base href="/"><link rel="ldp:inbox" href="inbox">', ""),
+    "HTML, the first": (
+        "text/html", '<a rel="ldp:inbox" href="/inbox"><a rel="ldp:inbox" href="/other">', "",
+    ),
+}  # fmt: skip
+SILENT: dict[str, tuple[str, str, str]] = {
+    "nothing": ("", "", ""),
+    "another relation": ("", "", '</inbox>; rel="ldp#inbox"; title=inbox'),
+    "a bad Link": ("", "", f"inbox; rel={LDP_INBOX}, <inbox; rel={LDP_INBOX}"),
+    "a comment": ("text/html", '<!-- <link rel="ldp:inbox" href="/inbox"> -->', ""),
+    "a script": ("text/html", """<script>'<link rel="ldp:inbox" href="/inbox">'</script>""", ""),
+    "no URL": ("text/html", '<link rel="ldp:inbox">', ""),
+    "not JSON": (JSON_LD, "{", ""),
+    "odd JSON": (JSON_LD, '[5, null, {"inbox": 5}, {"inbox": []}, {"inbox": {"@id": {}}}]', ""),
+    "itself": ("", "", f"</a/page>; rel={LDP_INBOX}"),
+}
+
+
+class DiscoveryTest(SendingTest):
+    def page(self, kind: str, body: str, link: str) -> bytes:
+        headers = {"Content_Type": kind, "Link": link}
+        return http_answer(200, body, **{name: value for name, value in headers.items() if value})
+
+    def test_a_resource_leads_to_its_inbox(self) -> None:
+        for name, resource in ADVERTISING.items():
+            with self.subTest(name), receiving({"POST /inbox": CREATED}) as receiver:
+                receiver.answers["POST /a/page"] = NOT_ALLOWED
+                receiver.answers["GET /a/page"] = self.page(*resource)
+                answer = coarinbox.send(ACCEPT, f"{receiver.url}/a/page")
+                self.assertEqual((answer.status, answer.url), (201, f"{receiver.url}/inbox"))
+                self.assertEqual(receiver.lines, ["POST /a/page", "GET /a/page", "POST /inbox"])
+                self.assertEqual(json.loads(receiver.received[2].body), ACCEPT)
+
+    def test_where_nothing_is_advertised_the_first_answer_counts(self) -> None:
+        for name, resource in SILENT.items():
+            with self.subTest(name), receiving({"POST /inbox": CREATED}) as receiver:
+                receiver.answers["POST /a/page"] = http_answer(405, '{"detail": "not here"}')
+                receiver.answers["GET /a/page"] = self.page(*resource)
+                answer = coarinbox.send(ACCEPT, f"{receiver.url}/a/page")
+                self.assertEqual((answer.status, answer.reasons()), (405, ["not here"]))
+                self.assertEqual(receiver.lines, ["POST /a/page", "GET /a/page"])
+
+    def test_an_inbox_gets_one_request_whatever_it_answers(self) -> None:
+        for status in (200, 202, 204, 400, 401, 409, 415, 422, 429, 500, 503):
+            with receiving(http_answer(status)) as receiver:
+                self.assertEqual(coarinbox.send(ACCEPT, receiver.url).status, status)
+                self.assertEqual(len(receiver.received), 1)
+
+    def test_answers_of_resources_that_are_no_inboxes(self) -> None:
+        for status in (403, 404, 405, 501):
+            with receiving({"POST /inbox": CREATED, "POST /page": http_answer(status)}) as receiver:
+                receiver.answers["GET /page"] = self.page(*ADVERTISING["Link"])
+                self.assertEqual(coarinbox.send(ACCEPT, f"{receiver.url}/page").status, 201)
+
+    def test_a_page_that_has_moved(self) -> None:
+        for status in (301, 302, 303, 307, 308):
+            with receiving({"POST /inbox": CREATED, "POST /doi": NOT_ALLOWED}) as receiver:
+                receiver.answers["GET /doi"] = http_answer(status, Location="/page")
+                receiver.answers["GET /page"] = self.page(*ADVERTISING["HTML link"])
+                self.assertEqual(coarinbox.send(ACCEPT, f"{receiver.url}/doi").status, 201)
+
+    def test_a_page_that_cannot_be_read(self) -> None:
+        for answer in (http_answer(404, Link=f"</inbox>; rel={LDP_INBOX}"), b"what?"):
+            with receiving({"POST /": NOT_ALLOWED, "GET /": answer}) as receiver:
+                self.assertEqual(coarinbox.send(ACCEPT, receiver.url).status, 405)
+
+    def test_an_inbox_that_cannot_be_used(self) -> None:
+        for inbox in ("http://[x", "mailto:inbox@example.org"):
+            with receiving({"POST /": NOT_ALLOWED}) as receiver:
+                receiver.answers["GET /"] = http_answer(200, Link=f"<{inbox}>; rel={LDP_INBOX}")
+                self.assert_fails("the URL is unusable", receiver.url)
+
+    def test_coarinbox_advertises_its_inbox(self) -> None:
+        with coarinbox.running() as inbox:
+            answer = coarinbox.send(ACCEPT, inbox.url.replace("/inbox", "/"))
+            self.assertEqual((answer.status, answer.url), (201, inbox.url))
+            self.assertEqual(inbox.notifications, [ACCEPT])
+
+
+class DeadlineTest(SendingTest):
+    """However a receiver is slow, the time for it is limited, and so is what is read of it."""
+
+    def setUp(self) -> None:
+        self.start = time.monotonic()
+
+    def tearDown(self) -> None:
+        self.assertLess(time.monotonic() - self.start, 5)
+
+    def test_a_receiver_that_does_not_answer(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:  # does not read either
+            url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+            self.assert_fails(f"^{url}: timed out$", url, timeout=0.2)
+            with self.assertRaisesRegex(coarinbox.SendError, "timed out"):
+                coarinbox.send(b"x" * 30_000_000, url, timeout=0.2)
+            self.assert_fails("timed out", url.replace("http:", "https:"), timeout=0.2)
+
+    def test_a_head_that_drips(self) -> None:
+        with receiving(endless(b"HTTP/1.1 200 OK\r\nX: ", b"x", 0.02)) as receiver:
+            self.assert_fails("timed out", receiver.url, timeout=0.3)
+
+    def test_a_body_that_drips_does_not_change_the_status(self) -> None:
+        for head in (b"", b"Content-Length: 10000\r\n", b"Transfer-Encoding: chunked\r\n"):
+            data = b"1\r\nx\r\n" if b"chunked" in head else b"x"
+            dripping = endless(b"HTTP/1.1 201 Created\r\n" + head + b"\r\n", data, 0.02)
+            with self.subTest(head), receiving(dripping) as receiver:
+                answer = coarinbox.send(ACCEPT, receiver.url, timeout=0.3)
+                self.assertEqual(answer.status, 201)
+                self.assertRegex(answer.body, b"^x+$")
+
+    def test_redirects_and_discovery_do_not_start_it_anew(self) -> None:
+        def slow() -> Iterator[bytes]:
+            threading.Event().wait(0.15)
+            yield http_answer(307, Location="/")
+
+        with receiving({"": slow}) as receiver:
+            self.assert_fails("timed out", receiver.url, timeout=0.4)
+            self.assertLess(len(receiver.received), 4)
+
+    def test_a_time_that_is_over(self) -> None:
+        with receiving(CREATED) as receiver:
+            self.assert_fails("timed out", receiver.url, timeout=0)
+            self.assertEqual(receiver.received, [])
+
+    def test_64_kib_are_read_at_most(self) -> None:
+        for head in (b"", b"Content-Length: 99999999\r\n", b"Transfer-Encoding: chunked\r\n"):
+            data = b"3e8\r\n" + b"x" * 1000 + b"\r\n" if b"chunked" in head else b"x" * 1000
+            flood = endless(b"HTTP/1.1 201 Created\r\n" + head + b"\r\n", data)
+            with self.subTest(head), receiving(flood) as receiver:
+                answer = coarinbox.send(ACCEPT, receiver.url)
+                self.assertEqual(answer.status, 201)
+                self.assertTrue(60_000 < len(answer.body) < 65_536, len(answer.body))
+        with receiving(endless(b"HTTP/1.1 201 Created\r\nX: ", b"x" * 1000)) as receiver:
+            coarinbox.send(ACCEPT, receiver.url)
+
+    def test_a_whole_body_is_not_waited_for_longer(self) -> None:
+        def answer() -> Iterator[bytes]:
+            yield http_answer(201, "whole")
+            threading.Event().wait(10)
+
+        with receiving(answer) as receiver:
+            self.assertEqual(coarinbox.send(ACCEPT, receiver.url).body, b"whole")
+
+    def test_a_refusal_comes_before_everything_is_sent(self) -> None:
+        with coarinbox.running(MAX_CONTENT_LENGTH=10) as inbox:
+            answer = coarinbox.send(b"x" * 20_000_000, inbox.url)
+            self.assertEqual(answer.status, 413)
+
+    def accept_one(self, serve: Callable[[socket.socket], object]) -> str:
+        """Serve one connection in a thread; returns the URL."""
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(listener.close)
+
+        def run() -> None:
+            with listener.accept()[0] as connection, contextlib.suppress(OSError):
+                serve(connection)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        self.addCleanup(thread.join)
+        return f"http://127.0.0.1:{listener.getsockname()[1]}/"
+
+    @unittest.skipUnless(sys.platform == "linux", "elsewhere a reset may overtake the answer")
+    def test_a_receiver_that_answers_and_resets_the_connection(self) -> None:
+        url = self.accept_one(lambda connection: connection.send(http_answer(413)))
+        self.assertEqual(coarinbox.send(b"x" * 20_000_000, url).status, 413)
+
+    def test_a_receiver_that_reads_slowly(self) -> None:
+        def read_slowly(connection: socket.socket) -> None:
+            while connection.recv(50_000):
+                threading.Event().wait(0.01)
+
+        url = self.accept_one(read_slowly)
+        with self.assertRaisesRegex(coarinbox.SendError, "timed out"):
+            coarinbox.send(b"x" * 30_000_000, url, timeout=0.5)
+        self.assertLess(time.monotonic() - self.start, 3)
+
+
+def certificate_in(directory: str) -> tuple[str, str]:
+    """Make a certificate for localhost and 127.0.0.1; returns its file and that of its key."""
+    if not shutil.which("openssl"):
+        raise unittest.SkipTest("making a certificate needs openssl")
+    certificate, key = f"{directory}/cert.pem", f"{directory}/key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+         "-nodes", "-days", "2", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
+         "-keyout", key, "-out", certificate],
+        check=True, capture_output=True, timeout=60,
+    )  # fmt: skip
+    return certificate, key
+
+
+class TlsToSendTest(SendingTest):
+    tls: tuple[str, str]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        directory = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(directory.cleanup)
+        cls.tls = certificate_in(directory.name)
+
+    def test_a_private_authority_can_be_trusted(self) -> None:
+        with unittest.mock.patch.dict(os.environ, SSL_CERT_FILE=self.tls[0]):
+            with coarinbox.running(SSL_CERT=self.tls[0], SSL_KEY=self.tls[1]) as inbox:
+                self.assertTrue(inbox.url.startswith("https:"), inbox.url)
+                self.assertEqual(coarinbox.send(ACCEPT, inbox.url).status, 201)
+            drip = endless(b"HTTP/1.1 201 Created\r\n\r\n", b"x", 0.02)
+            with receiving(drip, self.tls) as receiver:
+                self.assertEqual(coarinbox.send(ACCEPT, receiver.url, timeout=0.5).status, 201)
+
+    def test_a_certificate_that_is_not_trusted(self) -> None:
+        with receiving(CREATED, self.tls) as receiver:
+            reason = "TLS failed: certificate verify failed: .*self.signed.*; set SSL_CERT_FILE"
+            self.assert_fails(reason, receiver.url)
+            self.assertEqual(receiver.received, [])
+
+    def test_the_certificate_must_have_the_name_of_the_url(self) -> None:
+        with unittest.mock.patch.dict(os.environ, SSL_CERT_FILE=self.tls[0]):
+            with receiving(CREATED, self.tls) as receiver:
+                port = receiver.server_address[1]
+                with self.assertRaisesRegex(coarinbox.SendError, "TLS failed: .*reviews.example"):
+                    url = f"https://reviews.example.net:{port}/"
+                    coarinbox.post(ACCEPT, url, ["127.0.0.1"])
+                answer = coarinbox.post(ACCEPT, f"https://localhost:{port}/", ["127.0.0.1"])
+                self.assertEqual(answer.status, 201)
+                self.assertEqual(len(receiver.received), 1)
+
+    def test_a_receiver_without_tls(self) -> None:
+        with receiving(CREATED) as receiver:
+            self.assert_fails("TLS failed: ", receiver.url.replace("http:", "https:"))
+
+
+class ReplyAddressTest(SendingTest):
+    """Where a reply to an Offer may go, and that it goes nowhere else."""
+
+    def test_the_address_is_that_of_the_client(self) -> None:
+        for addresses, client, allowed in [
+            (["192.0.2.1"], "192.0.2.1", ["192.0.2.1"]),
+            (["192.0.2.1", "192.0.2.2"], "192.0.2.2", ["192.0.2.2"]),
+            (["192.0.2.1"], "192.0.2.2", []),
+            (["::1", "127.0.0.1"], "127.0.0.1", ["::1", "127.0.0.1"]),
+            (["::1", "127.0.0.1"], "::1", ["::1", "127.0.0.1"]),
+            (["127.0.0.1"], "::ffff:127.0.0.1", ["127.0.0.1"]),
+            (["::ffff:127.0.0.1"], "::1", ["::ffff:127.0.0.1"]),
+            (["::ffff:192.0.2.1"], "192.0.2.1", ["::ffff:192.0.2.1"]),
+            (["::ffff:192.0.2.1"], "127.0.0.1", []),
+            (["127.0.0.2", "0.0.0.0", "::"], "127.0.0.1", []),
+            (["2001:db8:0::1"], "2001:db8::1", ["2001:db8:0::1"]),
+            (["fe80::1%eth0"], "fe80::1%eth1", []),
+            ([], "127.0.0.1", []),
+        ]:
+            with self.subTest(addresses=addresses, client=client):
+                self.assertEqual(coarinbox.addresses_of_client(addresses, client), allowed)
+
+    def test_the_addresses_of_a_url(self) -> None:
+        self.assertIn("127.0.0.1", coarinbox.addresses_of("http://localhost:5005/inbox"))
+        self.assertEqual(coarinbox.addresses_of("https://127.0.0.1/"), ["127.0.0.1"])
+        self.assertEqual(coarinbox.addresses_of("http://[::1]:80/"), ["::1"])
+        for url in ("http://nowhere.invalid/", "file:///etc/passwd", "http://127.0.0.1@localhost/"):
+            with self.subTest(url), self.assertRaises(coarinbox.SendError):
+                coarinbox.addresses_of(url)
+
+    def test_the_host_of_the_url_is_not_looked_up_again(self) -> None:
+        with receiving(CREATED) as receiver:
+            port = receiver.server_address[1]
+            url = f"http://reviews.example.net:{port}/inbox"
+            self.assertEqual(coarinbox.post(ACCEPT, url, ["127.0.0.1"]).status, 201)
+            (request_,) = receiver.received
+            self.assertEqual(request_.headers["Host"], f"reviews.example.net:{port}")
+
+    def test_all_addresses_are_tried(self) -> None:
+        with receiving(CREATED) as receiver:
+            for addresses in (["::1", "127.0.0.1"], ["127.0.0.1", "::1"]):
+                self.assertEqual(coarinbox.post(ACCEPT, receiver.url, addresses).status, 201)
+        with self.assertRaises(coarinbox.SendError):
+            coarinbox.post(ACCEPT, receiver.url, ["::1", "127.0.0.1"])
+
+    def test_redirects_and_pages_lead_nowhere(self) -> None:
+        for status in (307, 308, 404, 405):
+            link = f"</inbox>; rel={LDP_INBOX}"
+            with receiving(http_answer(status, Location="/inbox", Link=link)) as receiver:
+                answer = coarinbox.post(ACCEPT, f"{receiver.url}/page", ["127.0.0.1"])
+                self.assertEqual((answer.status, receiver.lines), (status, ["POST /page"]))
+
+
+class RetryTest(unittest.TestCase):
+    def test_how_long_to_wait(self) -> None:
+        date = "Thu, 01 Jan 2026 00:00:{:02} GMT"
+        for tries, status, headers, delay in [
+            (1, None, {}, 2), (2, None, {}, 4), (3, None, {}, None),
+            (1, 500, {}, 2), (2, 503, {}, 4), (3, 503, {}, None), (1, 429, {}, 2),
+            (1, 200, {}, None), (1, 201, {}, None), (1, 307, {}, None), (1, 400, {}, None),
+            (1, 404, {}, None), (1, 408, {}, None), (1, 201, {"Retry-After": "1"}, None),
+            (1, 429, {"Retry-After": "7"}, 7), (2, 503, {"Retry-After": "0"}, 0),
+            (1, 429, {"Retry-After": "60"}, 60), (1, 429, {"Retry-After": "3600"}, 60),
+            (3, 429, {"Retry-After": "7"}, None),
+            (1, 429, {"Retry-After": date.format(9), "Date": date.format(4)}, 5),
+            (1, 429, {"Retry-After": date.format(4), "Date": date.format(9)}, 0),
+            (1, 429, {"Retry-After": date.format(9)}, 2),
+            (1, 429, {"Retry-After": date.format(9), "Date": "yesterday"}, 2),
+            (1, 429, {"Retry-After": "-1"}, 2), (1, 429, {"Retry-After": "soon"}, 2),
+            (1, 429, {"Retry-After": "9" * 99}, 2),
+        ]:  # fmt: skip
+            with self.subTest(tries=tries, status=status, headers=headers):
+                self.assertEqual(coarinbox.retry_delay(tries, status, headers), delay)
+
+    def test_the_headers_of_an_answer_will_do(self) -> None:
+        with receiving(http_answer(503, retry_after="3")) as receiver:
+            answer = coarinbox.send(ACCEPT, receiver.url)
+            self.assertEqual(coarinbox.retry_delay(1, answer.status, answer.headers), 3)
+
+
+class ConverseTest(ProgramTest):
+    """`--sample` and `--send`."""
+
+    def write(self, name: str, document: Any) -> str:
+        (self.directory / name).write_text(json.dumps(document))
+        return name
+
+    def test_a_sample_is_printed(self) -> None:
+        done = self.invoke("--sample", "request review")
+        self.assertEqual((done.status, done.errors), (0, ""))
+        self.assertIn('  "type": [', done.output)
+        document = json.loads("\n".join(done.output))
+        self.assertEqual(coarinbox.pattern_of(document), coarinbox.find_pattern("Request Review"))
+
+    def test_an_unknown_pattern_gets_the_list(self) -> None:
+        for more in ([], ["--send", "http://127.0.0.1:9/"]):
+            line = self.fail_to_start("--sample", "Request Revue", *more)
+            self.assertIn("did you mean Request Review?", line)
+            self.assertIn(", ".join(NOTIFICATIONS), line)
+
+    def test_files_are_sent(self) -> None:
+        self.write("offer.json", NOTIFICATIONS["Request Review"])
+        with coarinbox.running() as inbox:
+            status, lines, errors = self.invoke(
+                "--send", inbox.url, "offer.json", "-", stdin=BODY.decode()
+            )
+            self.assertEqual(status, 0, errors)
+            named = [line.rpartition("/")[0] for line in lines]
+            self.assertEqual(
+                named, [f"{name}: 201 Created {inbox.url}" for name in ("offer.json", "-")]
+            )
+            self.assertEqual(inbox.notifications, [NOTIFICATIONS["Request Review"], ACCEPT])
+
+    def test_a_sample_is_sent_and_addressed_to_the_inbox(self) -> None:
+        with coarinbox.running(VALIDATE_INCOMING="strict") as inbox:
+            status, (line,), _ = self.invoke("--send", inbox.url, "--sample", "ACCEPT")
+            self.assertEqual(status, 0)
+            self.assertTrue(line.startswith("--sample ACCEPT: 201 Created"), line)
+            (delivery,) = inbox.deliveries
+            self.assertEqual((delivery.findings, delivery.pattern), ([], "Accept"))
+            self.assertEqual(delivery.notification["target"]["inbox"], inbox.url)
+
+    def test_the_reasons_of_the_receiver_are_shown(self) -> None:
+        self.write("bad.json", changed(ACCEPT, "origin", ABSENT))
+        self.write("good.json", ACCEPT)
+        with coarinbox.running() as inbox:
+            status, lines, _ = self.invoke("--send", inbox.url, "bad.json", "good.json")
+        self.assertEqual(status, 1)
+        self.assertEqual(lines[0], "bad.json: 400 Bad Request")
+        self.assertTrue(lines[2].startswith("  E /origin origin is missing"), lines)
+        self.assertTrue(lines[-1].startswith("good.json: 201"), lines)
+
+    def test_what_a_receiver_says_cannot_forge_lines(self) -> None:
+        self.write("good.json", ACCEPT)
+        odd = json.dumps(
+            {"message": "one\ntwo: \x1b[31m" + "x" * 1000, "errors": [5, {}], "warnings": 5}
+        )
+        with receiving(http_answer(400, odd, Location="/\x1b[31m")) as receiver:
+            status, lines, _ = self.invoke("--send", receiver.url, "good.json")
+        self.assertEqual((status, len(lines)), (1, 4), lines)
+        self.assertTrue(all(line.isprintable() and len(line) < 400 for line in lines), lines)
+
+    def test_a_page_that_ignores_what_is_sent_has_not_accepted_it(self) -> None:
+        self.write("good.json", ACCEPT)
+        for status in (200, 204):
+            with receiving(http_answer(status)) as receiver:
+                done = self.invoke("--send", receiver.url, "good.json")
+                self.assertEqual(done.status, 1)
+                self.assertIn("answers 201 or 202", done.output[1])
+        with receiving(http_answer(202)) as receiver:
+            done = self.invoke("--send", receiver.url, "good.json", "good.json")
+            self.assertEqual((done.status, done.output), (0, ["good.json: 202 Accepted"] * 2))
+
+    def test_what_is_no_inbox(self) -> None:
+        self.write("good.json", ACCEPT)
+        with receiving(NOT_ALLOWED) as receiver:
+            status, (first, second), _ = self.invoke("--send", receiver.url, "good.json")
+        self.assertEqual((status, first), (1, "good.json: 405 Method Not Allowed"))
+        self.assertIn("no inbox", second)
+
+    def test_what_cannot_be_read_or_reached(self) -> None:
+        self.write("good.json", ACCEPT)
+        with coarinbox.running() as inbox:
+            status, lines, errors = self.invoke("--send", inbox.url, "none.json", ".", "good.json")
+        self.assertEqual((status, len(lines)), (2, 1))
+        self.assertIn("coarinbox: none.json: No such file", errors)
+        self.assertIn("coarinbox: .: ", errors)
+        url = f"http://127.0.0.1:{free_port()}/inbox"
+        status, lines, errors = self.invoke("--send", url, "good.json")
+        self.assertEqual((status, lines), (2, []))
+        self.assertEqual(errors, f"coarinbox: good.json: {url}: Connection refused\n")
+
+    def test_a_token_is_sent_and_never_shown(self) -> None:
+        self.write("good.json", ACCEPT)
+        with coarinbox.running(TOKEN="s3cret") as inbox:
+            for token, expected in [("s3cret", 0), ("s3cret\n", 2), ("s3cret2", 1)]:
+                done = self.invoke("--send", inbox.url, "--token", token, "good.json")
+                self.assertEqual(done.status, expected, done)
+                self.assertNotIn("s3cret", done.errors + "".join(done.output))
+
+    def test_arguments_that_make_no_sense(self) -> None:
+        for arguments in (
+            ["good.json"], ["--token", "x"], ["--send", "http://127.0.0.1:9/"], ["--sample"],
+            ["--sample", "Accept", "good.json"], ["--send"],
+        ):  # fmt: skip
+            status, lines, errors = self.invoke(*arguments)
+            self.assertEqual((status, lines), (2, []), arguments)
+            self.assertIn("coarinbox: error: ", errors)
 
 
 # --- Faults --------------------------------------------------------------------------------------
@@ -4616,102 +6670,80 @@ class BadConnectionsTest(ProgramTest):
 class ScarcityTest(InboxTest):
     settings = {"MAX_CONNECTIONS": 2}
 
-    def give(self, seconds: float) -> None:
-        """Have requests and new connections make room only after so many seconds."""
+    def grant(self, seconds: float) -> None:
+        """Let clients have some seconds before they are disconnected to make room."""
         patch = unittest.mock.patch("coarinbox.GRACE", seconds)
         patch.start()
         self.addCleanup(patch.stop)
 
+    def connect(self, data: bytes = b"") -> socket.socket:
+        """Open a connection that lasts as long as the test, and send something on it."""
+        connection = connect(self.server, data)
+        self.addCleanup(connection.close)
+        return connection
+
+    def test_idle_connections_make_room(self) -> None:
+        first, second, third = (
+            http.client.HTTPConnection(*address(self.server), timeout=10) for _ in range(3)
+        )
+        for connection in (first, second, third):
+            self.addCleanup(connection.close)
+            self.assertEqual(ask_on(connection, "POST", "/inbox", ACCEPT).status, 201)
+        self.assertEqual(first.sock.recv(1), b"", "the one that was idle longest is still open")
+        for connection in (second, third):
+            self.assertEqual(ask_on(connection, "POST", "/inbox", ACCEPT).status, 201)
+
     def test_requests_that_do_not_end_make_room(self) -> None:
-        self.give(0.05)
-        with contextlib.ExitStack() as clients:
-            slow = []
-            for head in (post_head("Content-Length: 9"), b"POST /in"):
-                slow.append(socket.create_connection(address(self.server), 10))
-                clients.enter_context(slow[-1]).sendall(head)
-            self.assertEqual(self.post().status, 201)
-            with slow[0].makefile("rb") as stream:
-                answer = read_answer(stream.readline(), stream)
-            self.assert_problem(answer, 503)
-            self.assertEqual(answer.headers["Retry-After"], "1")
-            self.assertIn("MAX_CONNECTIONS", answer.json()["detail"])
+        self.grant(0.05)
+        slow = self.connect(post_head("Content-Length: 9"))
+        self.connect(b"POST /in")
+        self.assertEqual(self.post().status, 201)
+        answer = answer_on(slow)
+        self.assertIn("MAX_CONNECTIONS", self.assert_problem(answer, 503)["detail"])
+        self.assertEqual(answer.headers["Retry-After"], "1")
 
     def test_clients_that_do_not_read_their_answers_make_room(self) -> None:
         name = "20200101_000000_" + "a" * 32
-        pathlib.Path(self.server.store.path(name)).write_bytes(b" " * 30_000_000)
-        self.give(0.05)
-        with contextlib.ExitStack() as clients:
-            for _ in range(2):
-                deaf = clients.enter_context(socket.create_connection(address(self.server), 10))
-                deaf.sendall(f"GET /inbox/{name} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-                deaf.recv(1)  # it comes
-            self.assert_serves()
+        pathlib.Path(self.server.store.directory, f"{name}.json").write_bytes(b" " * 30_000_000)
+        self.grant(0.05)
+        for _ in range(2):
+            deaf = self.connect(get_head(target=f"/inbox/{name}"))
+            deaf.recv(1)  # the answer has begun
+        self.assert_serves()
 
     def test_requests_that_have_just_begun_do_not(self) -> None:
-        self.give(60)
-        with contextlib.ExitStack() as clients:
-            begun = [
-                clients.enter_context(socket.create_connection(address(self.server), 10))
-                for _ in range(2)
-            ]
-            for connection in begun:
-                connection.sendall(post_head(f"Content-Length: {len(BODY)}"))
-            self.wait_until(lambda: sum(wait.begun for wait in self.server.waiting.values()) == 2)
-            clients.enter_context(socket.create_connection(address(self.server), 10))
-            self.wait_until(
-                lambda: self.server.socket not in self.server.selector.get_map()
-            )  # it has been seen
-            for connection in begun:
-                connection.sendall(BODY)
-                with connection.makefile("rb") as stream:
-                    self.assertEqual(read_answer(stream.readline(), stream).status, 201)
+        self.grant(60)
+        head = post_head(f"Content-Length: {len(BODY)}", "Expect: 100-continue")
+        first, second = self.connect(head), self.connect(head[:20])
+        third = self.connect(post_to())
+        second.sendall(head[20:])
+        for connection in (first, second):  # by now the third one has been noticed
+            self.assertIn(b" 100 ", connection.recv(99))
+        for connection in (first, second):
+            connection.sendall(BODY)
+        for connection in (first, second, third):
+            self.assertEqual(answer_on(connection).status, 201)
 
     def test_new_connections_have_time_to_begin(self) -> None:
-        self.give(60)
-        with contextlib.ExitStack() as clients:
-            new = [
-                clients.enter_context(socket.create_connection(address(self.server), 10))
-                for _ in range(5)
-            ]
-            self.wait_until(lambda: self.server.full_until > 0)  # there are more than it can take
-            for connection in new:
-                connection.sendall(b"HEAD / HTTP/1.0\r\n\r\n")
-                with connection.makefile("rb") as stream:
-                    self.assertIn(b" 200 ", stream.readline())
+        self.grant(60)
+        for connection in [self.connect() for _ in range(5)]:
+            connection.sendall(b"GET /constraints HTTP/1.0\r\n\r\n")
+            self.assertEqual(answer_on(connection).status, 200)
 
-    def test_requests_that_have_come_go_before_new_connections(self) -> None:
-        with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as clients:
-            limits: dict[str, Any] = {
-                "MAX_CONNECTIONS": 2,
-                "PORT": 0,
-                "STORE_DIR": directory,
-                "FSYNC": False,
-            }
-            server = clients.enter_context(coarinbox.InboxServer(coarinbox.Settings(**limits)))
+    def test_requests_that_have_arrived_come_before_new_connections(self) -> None:
+        with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
+            limits: dict[str, Any] = {"MAX_CONNECTIONS": 2, "PORT": 0, "FSYNC": False}
+            settings = coarinbox.Settings(STORE_DIR=directory, **limits)
+            server = stack.enter_context(coarinbox.InboxServer(settings))
             request = post_head(f"Content-Length: {len(BODY)}", "Connection: close") + BODY
-            waiting = [socket.create_connection(address(server), 10) for _ in range(12)]
-            for connection in waiting:
-                clients.enter_context(connection).sendall(request)
+            waiting = [stack.enter_context(connect(server, request)) for _ in range(12)]
             threading.Thread(target=server.serve_forever).start()
             for connection in waiting:
-                with connection.makefile("rb") as stream:
-                    self.assertEqual(read_answer(stream.readline(), stream).status, 201)
+                self.assertEqual(answer_on(connection).status, 201)
 
-    def test_all_are_served_where_no_thread_can_be_started(self) -> None:
-        error = RuntimeError("can't start new thread")
-        with unittest.mock.patch("threading.Thread.start", side_effect=error):
-            with self.assertLogs("coarinbox", "ERROR"):
-                for _ in range(3):
-                    self.assertEqual(self.ask("GET", "/inbox").status, 200)
-                    self.assertEqual(self.post().status, 201)
-        self.faults_expected = True
-        self.assertEqual(self.ask("GET", "/inbox").status, 200)
-        self.assertEqual(self.server.faults, [])
-
-    def test_a_client_that_sends_many_requests_at_once_keeps_nobody_waiting(self) -> None:
-        request = post_head(f"Content-Length: {len(BODY)}") + BODY
-        with socket.create_connection(address(self.server), timeout=10) as greedy:
-            thread = threading.Thread(target=greedy.sendall, args=(request * 300,))
+    def test_a_client_that_sends_many_requests_at_once_does_not_hold_up_others(self) -> None:
+        with connect(self.server) as greedy:
+            thread = threading.Thread(target=greedy.sendall, args=(post_to() * 300,))
             thread.start()
             with greedy.makefile("rb") as stream:
                 self.assertEqual(read_answer(stream.readline(), stream).status, 201)
@@ -4722,16 +6754,17 @@ class ScarcityTest(InboxTest):
             thread.join()
         self.assertEqual(len(self.stored()), 300)
 
-    def test_what_takes_long_to_read_keeps_nobody_waiting(self) -> None:
-        read, begun, answered = self.server.store.read, threading.Event(), threading.Event()
-
-        def read_later(name: str) -> bytes:
-            begun.set()
-            self.assertTrue(answered.wait(10))
-            return read(name)
-
+    def test_a_slow_disk_does_not_hold_up_others(self) -> None:
         path = path_of(self.post().headers["Location"])
-        with unittest.mock.patch.object(self.server.store, "read", read_later):
+        open_file, begun, answered = os.open, threading.Event(), threading.Event()
+
+        def open_later(name: Any, *arguments: Any, **more: Any) -> int:
+            if str(name).endswith(path[7:] + ".json"):
+                begun.set()
+                self.assertTrue(answered.wait(10))
+            return open_file(name, *arguments, **more)
+
+        with unittest.mock.patch("os.open", open_later):
             with concurrent.futures.ThreadPoolExecutor(1) as pool:
                 slow = pool.submit(self.ask, "GET", path)
                 self.assertTrue(begun.wait(10))
@@ -4739,50 +6772,38 @@ class ScarcityTest(InboxTest):
                 answered.set()
                 self.assertEqual(slow.result().body, BODY)
 
-    def test_when_the_system_has_nothing_more_to_give_new_connections_wait(self) -> None:
-        self.faults_expected = True
+    def test_a_slow_reader_holds_up_nobody_and_gets_everything(self) -> None:
+        name, body = "20200101_000000_" + "a" * 32, bytes(range(256)) * 40_000
+        pathlib.Path(self.server.store.directory, f"{name}.json").write_bytes(body)
+        slow = self.connect(get_head(target=f"/inbox/{name}"))
+        for _ in range(3):
+            self.assertEqual(self.post().status, 201)
+        with slow.makefile("rb") as stream:
+            self.assertEqual(read_answer(stream.readline(), stream).body, body)
+
+    def test_when_the_system_has_no_more_descriptors_new_connections_wait(self) -> None:
+        self.errors_expected = True
         for number in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
             error = OSError(number, os.strerror(number))
-            line = f"a connection could not be taken: {error}"
-            with unittest.mock.patch.object(self.server, "get_request", side_effect=error):
-                connection = socket.create_connection(address(self.server), 10)
+            line = f"a connection could not be accepted: {error}"
+            with unittest.mock.patch("socket.socket.accept", side_effect=error):
+                connection = self.connect()
                 self.wait_until(lambda line=line: line in self.log_lines())  # type: ignore[misc]
             with connection:
                 self.assert_serves()
 
-    def test_one_thread_that_cannot_be_started_is_made_up_for(self) -> None:
-        self.faults_expected = True
-        start, failed = threading.Thread.start, threading.Event()
-
-        def start_later(thread: threading.Thread) -> None:
-            if failed.is_set():
-                return start(thread)
-            failed.set()
-            raise RuntimeError("can't start new thread")
-
-        with unittest.mock.patch("threading.Thread.start", start_later):
-            with socket.create_connection(address(self.server), timeout=10) as slow:
-                slow.sendall(b"POST /inbox HTTP/1.1\r\n")
-                self.assertEqual(self.post().status, 201)
-                self.assertTrue(failed.is_set())
-                self.assertEqual(self.post().status, 201)
-
-    def test_endless_ends_of_lines_keep_nobody_waiting(self) -> None:
-        self.assert_served_during_flood(b"", b"\r\n" * 1000)
-
-    def test_nor_does_what_follows_a_refusal(self) -> None:
-        with unittest.mock.patch("coarinbox.LINGER", 60):
-            self.assert_served_during_flood(b"garbage\r\n", b"x" * 65536)
+    def test_floods_do_not_hold_up_others(self) -> None:
+        with unittest.mock.patch("coarinbox.LINGER", 60):  # after a refusal it is still read
+            for first, then in ((b"", b"\r\n" * 1000), (b"garbage\r\n", b"x" * 65536)):
+                self.assert_served_during_flood(first, then)
 
     def assert_served_during_flood(self, first: bytes, then: bytes) -> None:
         over = threading.Event()
 
         def flood() -> None:
-            with socket.create_connection(address(self.server), timeout=10) as connection:
-                with contextlib.suppress(OSError):
-                    connection.sendall(first)
-                    while not over.is_set():
-                        connection.sendall(then)
+            with connect(self.server, first) as connection, contextlib.suppress(OSError):
+                while not over.is_set():
+                    connection.sendall(then)
 
         thread = threading.Thread(target=flood)
         thread.start()
@@ -4791,17 +6812,12 @@ class ScarcityTest(InboxTest):
         over.set()
         thread.join()
 
-    def test_it_does_not_turn_idly_while_it_is_full(self) -> None:
-        with contextlib.ExitStack() as clients:
-            for query in (b"?delay=.2", b"?delay=.2", b""):
-                client = socket.create_connection(address(self.server), timeout=10)
-                head = post_head(f"Content-Length: {len(BODY)}").replace(
-                    b"/inbox", b"/inbox" + query
-                )
-                clients.enter_context(client).sendall(head + BODY)
-            used = time.process_time()
-            self.assertNotEqual(client.recv(12), b"")
-            self.assertLess(time.process_time() - used, 0.08)
+    def test_it_does_not_spin_while_it_is_full(self) -> None:
+        for query in ("?delay=.2", "?delay=.2", ""):
+            client = self.connect(post_to(query))
+        used = time.process_time()
+        self.assertNotEqual(client.recv(12), b"")
+        self.assertLess(time.process_time() - used, 0.08)
 
     def test_a_clock_that_is_set_back(self) -> None:
         self.post()
@@ -4818,136 +6834,94 @@ class ScarcityTest(InboxTest):
         directory = self.server.store.directory
         os.rename(directory, directory + ".away")
         second = path_of(self.post().headers["Location"])
-        self.assertEqual(
-            (self.ask("GET", first).status, self.ask("GET", second).status), (404, 200)
-        )
+        statuses = [self.ask("GET", path).status for path in (first, second)]
+        self.assertEqual(statuses, [404, 200])
         shutil.rmtree(directory)
         os.rename(directory + ".away", directory)
         self.assertEqual(self.ask("GET", first).body, BODY)
         self.assertEqual(self.post().status, 201)
 
 
-class FaultTest(InboxTest):
-    """Faults of the inbox itself, which must not end the service."""
+class BugTest(InboxTest):
+    """Bugs of the inbox itself, which must not end the service."""
 
-    faults_expected = True
+    errors_expected = True
 
     def setUp(self) -> None:
         super().setUp()
-        self.addCleanup(self.server.faults.clear)  # at the end of `running`, they would be raised
+        self.addCleanup(self.server.bugs.clear)  # at the end of `running`, they would be raised
 
-    def test_a_fault_between_requests(self) -> None:
-        fault = unittest.mock.patch.object(
-            self.server, "look_around", side_effect=ValueError("between requests")
-        )
-        with fault:
-            self.wait_until(lambda: bool(self.server.faults))
+    def test_a_bug_between_requests(self) -> None:
+        self.server.post(lambda: 1 / 0)
+        self.wait_until(lambda: bool(self.server.bugs))
         self.assert_serves()
-        self.assertIn("between requests", str(self.server.faults[0]))
+        self.assertIsInstance(self.server.bugs[0], ZeroDivisionError)
 
-    def test_a_fault_outside_of_requests_ends_the_connection(self) -> None:
-        with unittest.mock.patch("coarinbox.InboxHandler.handle", side_effect=ValueError("odd")):
-            self.assertEqual(raw(self.server, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"), [])
-        self.assertEqual([str(fault) for fault in self.server.faults], ["odd"])
+    def test_a_bug_outside_of_requests_ends_the_connection(self) -> None:
+        with unittest.mock.patch("coarinbox.InboxHandler.respond", side_effect=ValueError("odd")):
+            self.assertEqual(raw(self.server, get_head()), [])
+        self.assertEqual([str(bug) for bug in self.server.bugs], ["odd"])
         self.assert_serves()
-        self.wait_until(lambda: not self.server.connections)
 
-    def test_an_answer_that_finds_no_room_waits_for_it(self) -> None:
-        with unittest.mock.patch("socket.socket.send", side_effect=BlockingIOError):
-            answer = self.ask("GET", "/constraints")
-        self.assertEqual(answer.json()["constraints"], coarinbox.constraints())
 
-    def test_of_a_client_that_has_left_nothing_stays(self) -> None:
-        for octets in (b"", post_head("Content-Length: 9"), b"GET / HTTP/1.0\r\n\r\n"):
-            with socket.create_connection(address(self.server)) as connection:
-                connection.sendall(octets)
-            self.assert_serves()  # and so has taken the connection before
+class DepartureTest(InboxTest):
+    """Clients that leave."""
+
+    def test_nothing_of_them_stays(self) -> None:
+        for data in (b"", post_head("Content-Length: 9"), get_head(), post_to("?delay=60")):
+            connect(self.server, data).close()
+            self.assert_serves()  # the connection before has been accepted, too
             self.wait_until(lambda: not self.server.connections)
-            self.assertEqual(self.server.waiting, {})
 
-    def test_at_its_end_it_closes_what_is_idle(self) -> None:
-        with socket.create_connection(address(self.server), timeout=10) as connection:
-            connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            self.assertEqual(connection.recv(12), b"HTTP/1.1 200")
-            self.server.server_close()
-            rest = b"".join(iter(lambda: connection.recv(65536), b""))
-        self.assertIn(b"Connection: keep-alive", rest)
+    def test_a_client_that_leaves_during_a_delay_has_a_line_in_the_log(self) -> None:
+        connect(self.server, post_to("?delay=60")).close()
+        self.wait_until(lambda: self.ask("GET", "/deliveries").json()["deliveries"] != [])
+        (delivery,) = self.ask("GET", "/deliveries").json()["deliveries"]
+        self.assertEqual((delivery["status"], delivery["simulated"]), (0, True))
+        self.assertEqual(self.stored(), [])
 
-    def test_a_connection_that_is_lost_before_it_is_served(self) -> None:
-        with unittest.mock.patch("coarinbox.InboxHandler.setup", side_effect=OSError("lost")):
+    def test_a_client_that_has_left_before_it_is_served(self) -> None:
+        with unittest.mock.patch("socket.socket.setsockopt", side_effect=OSError("lost")):
             self.assertEqual(raw(self.server, b""), [])
         self.assert_serves()
-        self.assertEqual(self.server.faults, [])
 
-    def test_threads_that_are_wanted_after_the_end_are_no_fault(self) -> None:
+    def test_idle_connections_are_closed_at_the_end(self) -> None:
+        connection = http.client.HTTPConnection(*address(self.server), timeout=10)
+        self.addCleanup(connection.close)
+        self.assertEqual(ask_on(connection, "GET", "/").headers["Connection"], "keep-alive")
         self.server.server_close()
-        self.server.find_leader()
-        self.assertEqual(self.log_lines(), [])
-
-
-class HastyTest(InboxTest):
-    """Clients that send without a pause, and without an end."""
-
-    settings = {"REQUEST_TIMEOUT": 0.2}
-
-    def flood(self, head: bytes, octets: bytes, server: Any = None) -> float:
-        """Send octets until the connection breaks; returns the seconds that it took."""
-        where = address(server or self.server)
-        with socket.create_connection(where, timeout=10) as connection:
-            started = time.monotonic()
-            connection.sendall(head)
-            with contextlib.suppress(ConnectionError):
-                while time.monotonic() < started + 10:
-                    connection.sendall(octets)
-            return time.monotonic() - started
-
-    def test_a_request_in_single_octets_has_no_more_time_than_others(self) -> None:
-        with unittest.mock.patch("coarinbox.LINGER", 0.05):
-            self.assertLess(self.flood(post_head("Content-Length: 1000000"), b"x"), 1.5)
-        self.assertIn("REQUEST_TIMEOUT", "".join(self.log_lines()))
-
-    def test_what_follows_a_refusal_is_not_read_for_ever(self) -> None:
-        head = post_head("Content-Length: 999999999999999")
-        with unittest.mock.patch("coarinbox.LINGER", 0.05):
-            self.assertLess(self.flood(head, b"x" * 65536), 3)
-            with serving(REQUEST_TIMEOUT=30) as patient:  # with requests, that is
-                self.assertLess(self.flood(head, b"x" * 65536, patient), 3)
+        self.assertEqual(connection.sock.recv(1), b"")
 
 
 class ShortWriteTest(InboxTest):
-    faults_expected = True
+    """A disk that takes only a part of what is written to it."""
+
+    errors_expected = True
+
+    def test_what_is_cut_is_not_stored(self) -> None:
+        with self.disk_that_cuts(BODY[:1] + BODY[1:20]):
+            self.assert_problem(self.post(), 507)
+        self.assertEqual(files_in(self.server.store.directory), [])
+        self.assert_serves()
+
+    def test_a_line_of_the_log_that_is_cut_is_passed_over(self) -> None:
+        with self.disk_that_cuts(b'{"name"'):
+            self.assertEqual(self.post().status, 201)
+        self.assertIn(f"not be logged: [Errno {errno.ENOSPC}]", "".join(self.log_lines()))
+        name = path_of(self.post().headers["Location"])[7:]
+        listed = self.ask("GET", "/deliveries").json()["deliveries"]
+        self.assertEqual([each["name"] for each in listed], [name])
 
     @contextlib.contextmanager
-    def disk_that_takes_a_part(self, of_the_log: bool) -> Iterator[None]:
-        create = coarinbox.create
+    def disk_that_cuts(self, start: bytes) -> Iterator[None]:
+        """Write only 100 bytes of what starts so."""
+        write = os.write
 
-        def short(path: str, mode: str) -> Any:
-            file = create(path, mode)
-            if of_the_log != (path == self.server.deliveries.path):
-                return file
-            cut = unittest.mock.MagicMock(wraps=file)
-            cut.__enter__.return_value, cut.__exit__ = cut, lambda *_: file.close()
-            cut.write = lambda octets: file.write(octets[:100])
-            return cut
+        def short(file: int, data: bytes) -> int:
+            return write(file, data[:100] if bytes(data).startswith(start) else data)
 
-        with unittest.mock.patch("coarinbox.create", short):
+        with unittest.mock.patch("os.write", short):
             yield
-
-    def test_what_the_disk_takes_in_part_is_not_stored(self) -> None:
-        with self.disk_that_takes_a_part(of_the_log=False):
-            self.assert_problem(self.post(), 507)
-        self.assertEqual(self.stored(), [])
-        self.assertFalse([name for name in files_in(self.server.store.directory) if "part" in name])
-        self.assertEqual(self.post().status, 201)
-
-    def test_nor_is_it_logged(self) -> None:
-        self.post()
-        path = pathlib.Path(self.server.deliveries.path)
-        before = path.read_bytes()
-        with self.disk_that_takes_a_part(of_the_log=True):
-            self.assertEqual(self.post().status, 201)
-        self.assertEqual(path.read_bytes(), before)
-        self.assertIn(f"not be logged: [Errno {errno.ENOSPC}]", "".join(self.log_lines()))
 
 
 class DescriptorsTest(ProgramTest):
@@ -4966,8 +6940,8 @@ class DescriptorsTest(ProgramTest):
         self.assertEqual(status, 0)
         self.assertNotIn("Traceback", log)
         self.assertIn("Too many open files", log)
-        untaken = log.count("a connection could not be taken")
-        self.assertTrue(0 < untaken < 500, untaken)  # it does not try again and again
+        waited = log.count("a connection could not be accepted")
+        self.assertTrue(0 < waited < 500, waited)  # it does not try again and again
         stored = [
             name for name in files_in(self.directory / "notifications") if "jsonl" not in name
         ]
@@ -4975,57 +6949,33 @@ class DescriptorsTest(ProgramTest):
 
 
 class ManyTest(InboxTest):
-    def holding(self, names: list[str]) -> Any:
-        """Let the store hold notifications that nobody has written."""
-        return unittest.mock.patch.object(self.server.store, "unsorted", names.copy)
+    """Lists that are too long to be sent at once: each entry is a part of its own here."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        patch = unittest.mock.patch("coarinbox.TURN", 0)
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.names = sorted(coarinbox.new_name() for _ in range(200))
+        for name in self.names:
+            pathlib.Path(self.server.store.directory, f"{name}.json").write_bytes(BODY)
 
     def test_a_long_list_is_sent_in_pieces_and_in_order(self) -> None:
-        names = sorted(coarinbox.new_name() for _ in range(1000))
-        with self.holding(names[::-1]), unittest.mock.patch("coarinbox.BATCH", 400):
-            answer = self.ask("GET", "/inbox")
-        listed = [path_of(entry["@id"]) for entry in answer.json()["ldp:contains"]]
-        self.assertEqual(listed, [f"/inbox/{name}" for name in names])
-        self.assertEqual(answer.headers["Transfer-Encoding"], "chunked")
-        self.assertEqual(answer.headers["Connection"], "keep-alive")
-
-    def test_a_connection_serves_on_after_a_long_list(self) -> None:
-        names = [coarinbox.new_name() for _ in range(1000)]
-        connection = http.client.HTTPConnection(*address(self.server), timeout=10)
-        with contextlib.closing(connection):
-            with self.holding(names):
-                answer = ask_on(connection, "GET", "/inbox")
-                self.assertEqual(len(answer.json()["ldp:contains"]), 1000)
+        with contextlib.closing(http.client.HTTPConnection(*address(self.server))) as connection:
+            answer = ask_on(connection, "GET", "/inbox")
+            listed = [path_of(entry["@id"]) for entry in answer.json()["ldp:contains"]]
+            self.assertEqual(listed, [f"/inbox/{name}" for name in self.names])
+            self.assertEqual(answer.headers["Transfer-Encoding"], "chunked")
+            self.assertEqual(answer.headers["Connection"], "keep-alive")
             self.assertEqual(ask_on(connection, "POST", "/inbox", ACCEPT).status, 201)
 
-    def test_a_long_list_for_those_who_know_no_chunks(self) -> None:
-        with self.holding([coarinbox.new_name() for _ in range(1000)]):
-            with socket.create_connection(address(self.server), timeout=10) as old:
-                old.sendall(b"GET /inbox HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
-                received = b"".join(iter(lambda: old.recv(65536), b""))
+    def test_a_long_list_for_clients_that_know_no_chunks(self) -> None:
+        with connect(self.server, b"GET /inbox HTTP/1.0\r\nConnection: keep-alive\r\n\r\n") as old:
+            received = b"".join(iter(lambda: old.recv(65536), b""))
         head, _, body = received.partition(b"\r\n\r\n")
         self.assertNotIn(b"chunked", head)
         self.assertIn(b"Connection: close", head)
-        self.assertEqual(len(json.loads(body)["ldp:contains"]), 1000)
-
-    def test_memory_does_not_grow_with_the_number(self) -> None:
-        peaks = []
-        with unittest.mock.patch("coarinbox.BATCH", 500):
-            for number in (2_000, 10_000):
-                names = [f"20260101_000000_{index:032x}" for index in range(number)]
-                with self.holding(names):
-                    tracemalloc.start()
-                    self.assertEqual(self.count(b'"@id": "http', "/inbox"), number + 1)
-                    peaks.append(tracemalloc.get_traced_memory()[1])
-                    tracemalloc.stop()
-        self.assertLess(peaks[1], peaks[0] * 1.5)
-
-    def count(self, text: bytes, path: str) -> int:
-        """Fetch an answer, without keeping it; returns how many of its lines hold a text."""
-        connection = http.client.HTTPConnection(*address(self.server), timeout=10)
-        with contextlib.closing(connection):
-            connection.request("GET", path)
-            response = connection.getresponse()
-            return sum(text in line for line in iter(response.readline, b""))
+        self.assertEqual(len(json.loads(body)["ldp:contains"]), 200)
 
 
 class TokenTest(InboxTest):
@@ -5060,7 +7010,7 @@ class TokenTest(InboxTest):
     def test_the_first_notification_to_try_it_goes_with_it(self) -> None:
         headers = {**HTML, "Authorization": b"Bearer " + "s3cret: ü".encode()}
         page = self.ask("GET", "/", headers=headers).body.decode()
-        self.assertIn("/inbox -H &quot;Authorization: Bearer $TOKEN&quot; -H 'Content", page)
+        self.assertIn('/inbox -H "Authorization: Bearer $TOKEN" --data', Page(page).one("pre").text)
 
     def test_the_events_too(self) -> None:
         with Listener(self.server) as listener:
@@ -5092,42 +7042,15 @@ class EmbeddedTest(unittest.TestCase):
                 server.serve_forever()
 
 
-class LimitTest(InboxTest):
-    settings = {"MAX_CONNECTIONS": 2}
-
-    def test_more_connections_wait_and_idle_ones_make_room(self) -> None:
-        first, second, third = (
-            http.client.HTTPConnection(*address(self.server), timeout=10) for _ in range(3)
-        )
-        idle: list[http.client.HTTPConnection] = []
-        for connection in (first, second, third):
-            self.wait_until(lambda: len(self.server.waiting) == len(idle))
-            self.addCleanup(connection.close)
-            self.assertEqual(ask_on(connection, "POST", "/inbox", ACCEPT).status, 201)
-            idle.append(connection)
-        self.assertEqual(first.sock.recv(1), b"", "the one that was idle longest was not ended")
-        for connection in (second, third):
-            self.assertEqual(ask_on(connection, "POST", "/inbox", ACCEPT).status, 201)
-
-
 class TlsTest(ProgramTest):
     certificate: str
     key: str
 
     @classmethod
     def setUpClass(cls) -> None:
-        if not shutil.which("openssl"):
-            raise unittest.SkipTest("making a certificate needs openssl")
         directory = tempfile.TemporaryDirectory()
         cls.addClassCleanup(directory.cleanup)
-        cls.certificate, cls.key = f"{directory.name}/cert.pem", f"{directory.name}/key.pem"
-        subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
-             "-nodes", "-days", "2", "-subj", "/CN=localhost",
-             "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
-             "-keyout", cls.key, "-out", cls.certificate],
-            check=True, capture_output=True, timeout=60,
-        )  # fmt: skip
+        cls.certificate, cls.key = certificate_in(directory.name)
 
     def test_https(self) -> None:
         context = ssl.create_default_context(cafile=self.certificate)
@@ -5261,6 +7184,832 @@ class DebuggerTest(ProgramTest):
         )
         options = {"stdoutToServer": True, "stderrToServer": True, "suspend": False}
         debugger.settrace.assert_called_once_with("editor.example", port=6000, **options)
+
+
+# --- Bounds --------------------------------------------------------------------------------------
+
+# These tests limit what one client can cost the others. They talk to a live server only, and use no
+# private names. Docstrings give what the same input did to version 0.1.0. Times are bounds against
+# a standstill, not measurements: they leave room for a machine that is busy with something else.
+
+SOON = 2.0  # seconds within which a POST is answered, whatever else goes on
+LONG = 60_000  # bytes: nearly as many as the head of a request may have
+FOREIGN = "https://evil.example"
+
+
+def process_status(inbox: Program, field: str) -> int:
+    """Read what the system says about a process: KiB of memory, or threads."""
+    text = pathlib.Path(f"/proc/{inbox.process.pid}/status").read_text()
+    return int(re.findall(rf"(?m)^{field}:\s+(\d+)", text)[0])
+
+
+def processor_seconds(inbox: Program) -> float:
+    """Read how much processor time a process has used."""
+    fields = pathlib.Path(f"/proc/{inbox.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class HeadTest(InboxTest):
+    """The head of a request, before anybody knows who sends it."""
+
+    def test_none_takes_long_to_read(self) -> None:
+        """65 kB of spaces in a Connection header held everybody up for five seconds."""
+        values = {
+            "Connection": ["close" + " " * LONG + "x", " ," * (LONG // 2), "\t" * LONG + ",x"],
+            "Accept": ["," * LONG, '"' * LONG, ";" * LONG, 'a",' * (LONG // 3), " " * LONG + ",b"],
+            "Authorization": ["Basic " + "=" * LONG, "Bearer" + " " * LONG + "x"],
+            "Content-Length": ["1" * LONG, "0" * LONG, "1" + " " * LONG + "1"],
+            "Content-Type": ["application/" + "a+" * (LONG // 2), JSON_LD + " " * LONG + "x"],
+            "Expect": ["100-continue" + " " * LONG + "x"],
+            "Origin": ["https://" + ":" * LONG, "//" * (LONG // 2), "a.@" * (LONG // 3)],
+            "Transfer-Encoding": ["chunked" + " " * LONG + "x", "," * LONG],
+        }
+        lines = [f"{name}: {value}" for name, listed in values.items() for value in listed]
+        heads = [head(line) for line in lines for head in (get_head, post_head)]
+        for host in ("localhost:" + "1" * LONG, "[" + ":" * LONG, "a." * (LONG // 2)):
+            heads.append(get_head(host=host))
+        for target in ("/inbox?" + "&" * LONG, "/" * LONG, "/deliveries?limit=" + "0" * LONG):
+            heads.append(get_head(target=target))
+        for head in heads:
+            started = time.monotonic()
+            with connect(self.server, head) as connection:
+                self.assertEqual(connection.recv(9), b"HTTP/1.1 ")
+            self.assertLess(time.monotonic() - started, 1, head[:80])
+
+
+class StrangerTest(DeliveriesTest):
+    """Clients that have not shown yet that they may use this inbox."""
+
+    settings = {"TOKEN": "secret"}
+
+    def test_what_they_send_is_not_logged(self) -> None:
+        """6 MB of headers became 37 MB of log, without the token."""
+        token = {"Authorization": "Bearer secret"}
+        for status, headers in [
+            (401, {}), (401, {"Authorization": "Bearer unwanted"}),
+            (421, {**token, "Host": "evil.example"}), (403, {**token, "Origin": FOREIGN}),
+        ]:  # fmt: skip
+            document = changed(OFFER, "id", "urn:x:unwanted")
+            answer = self.ask("POST", "/inbox", document, {"X-Mine": "unwanted", **headers})
+            self.assert_problem(answer, status)
+            line = self.lines()[-1]
+            self.assertNotIn("unwanted", json.dumps(line))
+            self.assertFalse(line["headers"])
+            self.assertEqual((line["client"], line["target"]), (address(self.server)[0], "/inbox"))
+            self.assertEqual((line["status"], line["detail"]), (status, answer.json()["detail"]))
+        self.assertEqual(len(self.lines()), 4)
+
+    def test_health_is_for_everybody_and_leaves_no_line_in_the_log(self) -> None:
+        for method in ("GET", "HEAD"):
+            answer = self.ask(method, "/health")
+            self.assertEqual((answer.status, answer.body), (204, b""))
+        self.assertEqual(self.log_lines(), [])
+
+    def test_a_preflight_needs_no_token(self) -> None:
+        preflight = {"Origin": FOREIGN, "Access-Control-Request-Method": "POST"}
+        with serving(TOKEN="secret", CORS_ORIGINS=FOREIGN) as server:
+            self.assertEqual(ask(server, "OPTIONS", "/inbox", headers=preflight).status, 204)
+            self.assertEqual(ask(server, "OPTIONS", "/inbox").status, 401)
+
+
+class EarlyErrorTest(InboxTest):
+    """Errors that are known before the body has come."""
+
+    def test_they_are_answered_at_once_and_can_be_read_later(self) -> None:
+        head = post_head("Content-Length: 5000000")
+        for status, data in [
+            (413, head), (413, post_head("Transfer-Encoding: chunked") + b"4c4b40\r\n"),
+            (421, head.replace(b"localhost", b"evil.example")), (400, head[:-2] + b"malformed\r\n"),
+            (403, post_head("Content-Length: 999999", f"Origin: {FOREIGN}")),
+        ]:  # fmt: skip
+            with self.subTest(status), connect(self.server, data) as connection:
+                self.assertTrue(connection.recv(1, socket.MSG_PEEK))  # before the body is there
+                connection.sendall(b"x" * 5_000_000)
+                connection.shutdown(socket.SHUT_WR)
+                self.assertEqual(answer_on(connection).status, status)
+                self.assertEqual(connection.recv(1), b"")  # and no reset
+
+    def test_later_input_is_discarded_for_two_seconds_only(self) -> None:
+        with connect(self.server, post_head("Content-Length: 999999999999")) as connection:
+            started = time.monotonic()
+            with contextlib.suppress(ConnectionError):
+                while time.monotonic() < started + 8:
+                    connection.sendall(b"x" * 65536)
+            self.assertTrue(1 < time.monotonic() - started < 6)
+
+
+class LogLineTest(DeliveriesTest):
+    """What one request may add to the log of the deliveries."""
+
+    def newest_line(self) -> bytes:
+        return self.path.read_bytes().splitlines()[-1]
+
+    def test_headers_have_sixteen_kibibytes_of_it(self) -> None:
+        """As characters outside ASCII, 60 kB became 360 kB."""
+        for value, longest in (("x", 20_000), ("\xff", 110_000)):
+            self.assertEqual(self.post(ACCEPT, X_Long=value * LONG).status, 201)
+            self.assertLess(len(self.newest_line()), longest)
+            names = {name.lower() for name in json.loads(self.newest_line())["headers"]}
+            self.assertLessEqual({"host", "content-type"}, names)
+
+    def test_a_body_takes_no_more_of_it_than_base64_does(self) -> None:
+        """JSON escapes some bytes with six: a refused body of 1 MB became 6 MB."""
+        for text in (b"\0", b"\x7f", "é".encode(), "字".encode(), b'"', b"\xff", b"x"):
+            body = text * (200_000 // len(text))
+            self.assert_problem(self.post(body), 400)
+            line = self.newest_line()
+            self.assertLess(len(line), len(body) * 1.4 + 2000, text)
+            path = f"/deliveries/{json.loads(line)['name']}/body"
+            self.assertEqual(self.ask("GET", path).body, body)
+        self.assertEqual(json.loads(line)["body"], "x" * 200_000)  # readable text stays readable
+
+    def test_a_hundred_findings_are_enough(self) -> None:
+        """2.6 kB of Accepts inside each other were answered with 535 kB."""
+        document: Any = {"type": "Accept"}
+        for _ in range(95):
+            document = {"type": "Accept", "object": document}
+        answer = self.post(document)
+        self.assert_problem(answer, 400)
+        self.assertLess(len(answer.body) + len(self.newest_line()), 50_000)
+        # So many findings of one document are a matter of future rules.
+        findings = coarinbox.validate(REFUSED) * 1000
+        errors = sum(finding.level == "E" for finding in findings)
+        with unittest.mock.patch("coarinbox.validate", return_value=findings):
+            problem = self.assert_problem(self.post(), 400)
+            with serving(VALIDATE_INCOMING=False) as lax:
+                receipt = ask(lax, "POST", "/inbox", ACCEPT).json()
+        self.assertEqual((len(problem["errors"]), problem["warnings"]), (100, []))
+        self.assertIn(f"{errors:,} errors", problem["detail"])
+        self.assertRegex(problem["omitted"], "and [0-9],[0-9]{3} more")
+        self.assertEqual(len(receipt["warnings"]), 100)
+        self.assertEqual(len(json.loads(self.newest_line())["findings"]), 100)
+        self.assertGreater(json.loads(self.newest_line())["omitted"], 1000)
+
+    def test_nesting_is_called_by_its_name(self) -> None:
+        with serving(VALIDATE_INCOMING=False) as lax:
+            for levels, status in ((100, 201), (101, 400), (100_000, 400)):
+                answer = ask(lax, "POST", "/inbox", b"[" * levels + b"]" * levels)
+                self.assertEqual(answer.status, status)
+        self.assertRegex(answer.json()["detail"], "^(?!.*not JSON).*nested")
+
+
+class BusyTest(ProgramTest):
+    """An inbox that runs as a process, with others at work on it."""
+
+    @contextlib.contextmanager
+    def inbox(self, settings: str = "") -> Iterator[Program]:
+        path = self.config(f"FSYNC = False; {settings}")
+        with running(self.command("--port", "0", "--config", path), cwd=self.directory) as inbox:
+            yield inbox
+
+    def assert_serves_soon(self, inbox: Program) -> None:
+        started = time.monotonic()
+        self.assertEqual(inbox.ask("POST", "/inbox", ACCEPT).status, 201)
+        self.assertLess(time.monotonic() - started, SOON)
+
+
+@unittest.skipUnless(PROC, "the memory of a process is read from /proc")
+class MemoryTest(BusyTest):
+    def test_ids_do_not_stay_in_it(self) -> None:
+        """150 ids of 1 MB, whose attempts are counted, stayed in memory: 684 MB."""
+        with self.inbox("VALIDATE_INCOMING = False") as inbox:
+            before = process_status(inbox, "VmRSS")
+            for number in range(60):
+                # One character outside the BMP: each character takes four bytes.
+                body = f'{{"id": "urn:x:{number}:{"x" * 1_000_000}\U0001f600"}}'.encode()
+                with contextlib.suppress(http.client.RemoteDisconnected):
+                    inbox.ask("POST", "/inbox?close=1&times=1", body)
+            self.assertLess(process_status(inbox, "VmRSS") - before, 100_000)
+
+    def test_documents_are_parsed_one_at_a_time(self) -> None:
+        """A hundred bodies of 1 MB took 2.7 GB, because each was kept until its answer was sent."""
+        body = b"[" + b"{}," * 345_000 + b"{}]"
+        with self.inbox("VALIDATE_INCOMING = False") as inbox, contextlib.ExitStack() as clients:
+            self.assertEqual(inbox.ask("POST", "/inbox", body).status, 201)
+            one = process_status(inbox, "VmHWM")
+            almost = post_head(f"Content-Length: {len(body)}") + body[:-1]
+            waiting = [clients.enter_context(connect(inbox, almost)) for _ in range(15)]
+            for connection in waiting:
+                connection.sendall(body[-1:])
+            for connection in waiting:
+                self.assertEqual(answer_on(connection).status, 201)
+            self.assertLess(process_status(inbox, "VmHWM") - one, 120_000)
+
+
+@unittest.skipUnless(PROC, "threads and processor time are read from /proc")
+class WaitingTest(BusyTest):
+    """Clients that wait, or make the inbox work, for a long time."""
+
+    def fill_log(self) -> None:
+        """Log one refused notification many times."""
+        store = self.directory / "notifications"
+        with serving(STORE_DIR=str(store)) as server:
+            ask(server, "POST", "/inbox", REFUSED)
+        line = (store / "deliveries.jsonl").read_bytes()
+        name = json.loads(line)["name"].encode()
+        with (store / "deliveries.jsonl").open("wb") as log:
+            log.writelines(line.replace(name, b"%b%08x" % (name[:-8], n)) for n in range(30_000))
+
+    def start_searches(self, inbox: Program, number: int) -> list[socket.socket]:
+        """Start searches that find nothing, but have to parse each line.
+
+        Their text is in every line, as the name of a member, and in no text that is searched.
+        """
+        before, deadline = processor_seconds(inbox), time.monotonic() + 5
+        request = get_head(target="/deliveries?q=simulated")
+        clients = [connect(inbox, request) for _ in range(number)]
+        while processor_seconds(inbox) < before + 0.1 and time.monotonic() < deadline:
+            time.sleep(0)
+        return clients
+
+    def test_delayed_clients_that_leave_free_their_connections(self) -> None:
+        with self.inbox("MAX_CONNECTIONS = 4") as inbox:
+            for _ in range(8):
+                connect(inbox, post_to("?delay=9999")).close()
+            self.assert_serves_soon(inbox)
+
+    def test_a_client_that_waits_holds_no_thread(self) -> None:
+        with self.inbox() as inbox, contextlib.ExitStack() as clients:
+            before = process_status(inbox, "Threads")
+            for _ in range(40):
+                clients.enter_context(connect(inbox, post_to("?delay=9999")))
+                clients.enter_context(connect(inbox, post_head("Content-Length: 9")))
+                clients.enter_context(Listener(inbox))
+            self.assert_serves_soon(inbox)
+            self.assertLess(process_status(inbox, "Threads") - before, 20)
+
+    def test_ten_searches_leave_the_inbox_usable(self) -> None:
+        self.fill_log()
+        with self.inbox() as inbox, contextlib.ExitStack() as clients:
+            for client in self.start_searches(inbox, 10):
+                clients.enter_context(client)
+            for _ in range(10):
+                self.assert_serves_soon(inbox)
+
+    def test_searches_whose_clients_have_left_end(self) -> None:
+        """They went on, held all connections and let nobody else in."""
+        self.fill_log()
+        with self.inbox("MAX_CONNECTIONS = 4") as inbox:
+            for client in self.start_searches(inbox, 10):
+                client.close()
+            self.assert_serves_soon(inbox)
+            deadline, used = time.monotonic() + SOON, -1.0
+            while processor_seconds(inbox) - used > 0.1:  # within 0.2 s
+                self.assertLess(time.monotonic(), deadline, "it searches on")
+                used = processor_seconds(inbox)
+                time.sleep(0.2)
+
+    def test_listeners_cost_senders_little(self) -> None:
+        """Fifty left a twentieth of the rate, even where they wanted none of what came."""
+
+        def seconds_of_posts(connection: http.client.HTTPConnection) -> float:
+            started = time.monotonic()
+            for _ in range(150):
+                self.assertEqual(ask_on(connection, "POST", "/inbox", ACCEPT).status, 201)
+            return time.monotonic() - started
+
+        with self.inbox() as inbox, contextlib.ExitStack() as clients:
+            sender = http.client.HTTPConnection(*inbox.server_address, timeout=20)
+            clients.callback(sender.close)
+            alone = min(seconds_of_posts(sender) for _ in range(2))
+            for _ in range(50):
+                clients.enter_context(Listener(inbox, "/deliveries?q=nothing+has+this"))
+            self.assertLess(min(seconds_of_posts(sender) for _ in range(2)), 3 * alone)
+
+    def test_signals_end_it_whatever_goes_on(self) -> None:
+        """Ten searches kept it for 16 seconds, a dripping request for 30, and SIGHUP killed it."""
+        self.fill_log()
+        over = threading.Event()
+
+        def drip(connection: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                while not over.wait(0.1):
+                    connection.send(b"x")
+
+        with contextlib.ExitStack() as stack:
+            stack.callback(over.set)
+            inboxes = [stack.enter_context(self.inbox()) for _ in range(3)]
+            for inbox in inboxes:
+                for data in (post_to("?delay=9999"), post_head("Content-Length: 999"), b"POST /"):
+                    stack.enter_context(connect(inbox, data))
+                dripping = stack.enter_context(connect(inbox, post_head("Content-Length: 999999")))
+                threading.Thread(target=drip, args=(dripping,), daemon=True).start()
+                stack.enter_context(Listener(inbox))
+                for client in self.start_searches(inbox, 3):
+                    stack.enter_context(client)
+            deadline, statuses = time.monotonic() + 6, []
+            for inbox, number in zip(inboxes, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)):
+                inbox.process.send_signal(number)
+            for inbox in inboxes:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    statuses.append(inbox.process.wait(max(0, deadline - time.monotonic())))
+                inbox.process.kill()
+            self.assertEqual(statuses, [0, 0, 0])
+
+
+@unittest.skipUnless(os.name == "posix", "waiting for a pipe needs POSIX")
+class StandardErrorTest(ProgramTest):
+    def test_nobody_has_to_read_it(self) -> None:
+        """Every request stopped as soon as the pipe was full."""
+        path = self.config("FSYNC = False; DEBUG = True")  # which logs each header on a line
+        command = self.command("--port", "0", "--config", path)
+        with contextlib.ExitStack() as stack:
+            process = stack.enter_context(
+                subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, bufsize=0)
+            )
+            stack.callback(process.kill)
+            assert process.stderr
+            log = b""
+            while b"validation" not in log:
+                self.assertTrue(select.select([process.stderr], [], [], 10)[0], log)
+                log += os.read(process.stderr.fileno(), 65536)
+            (port,) = re.findall(rb"(?m)^page .*:([0-9]+)/$", log)
+            inbox = unittest.mock.Mock(server_address=("localhost", int(port)))
+            self.log_many_lines(inbox)
+            self.assertEqual(ask(inbox, "POST", "/inbox", ACCEPT).status, 201)
+            deadline = time.monotonic() + 10
+            while not self.counts_the_dropped(log):
+                self.assertLess(time.monotonic(), deadline, log[-2000:])
+                if select.select([process.stderr], [], [], 0.05)[0]:
+                    log += os.read(process.stderr.fileno(), 1_000_000)
+                else:
+                    ask(inbox, "GET", "/inbox")  # the next line may be the one that says it
+            self.log_many_lines(inbox)
+            process.terminate()
+            self.assertEqual(process.wait(6), 0)
+
+    def counts_the_dropped(self, log: bytes) -> bool:
+        lines = (line for line in log.splitlines() if b"dropped" in line)
+        return any(
+            re.search(rb"[0-9]", re.sub(rb"^[0-9-]+ [0-9:,]+ ", b"", line)) for line in lines
+        )
+
+    def log_many_lines(self, inbox: Any) -> None:
+        """Leave 45,000 lines in the log, more than any queue should hold."""
+        requests = get_head(*[f"X-{n}: y" for n in range(90)], target="/no/such/resource") * 500
+        with connect(inbox) as connection, connection.makefile("rb") as stream:
+            thread = threading.Thread(target=connection.sendall, args=(requests,), daemon=True)
+            thread.start()
+            for _ in range(500):
+                self.assertEqual(read_answer(stream.readline(), stream).status, 404)
+            thread.join(10)
+
+
+class FullHouseTest(InboxTest):
+    settings = {"FSYNC": True}
+    errors_expected = True
+
+    def test_requests_that_need_a_thread_are_refused_until_there_is_one(self) -> None:
+        error = RuntimeError("can't start new thread")
+        with unittest.mock.patch("threading.Thread.start", side_effect=error):
+            for method, path in (("GET", "/inbox"), ("GET", "/"), ("POST", "/inbox")):
+                answer = self.ask(method, path, BODY if method == "POST" else None)
+                self.assertIn(answer.status, (200, 201, 503))
+                if answer.status == 503:
+                    self.assertTrue(answer.headers["Retry-After"].isdecimal())
+        self.assert_serves()
+        self.assertEqual(self.ask("GET", "/inbox").status, 200)
+
+
+class OtherSitesTest(InboxTest):
+    """Pages of other sites, in the browser of somebody who runs an inbox."""
+
+    def test_they_may_not_post(self) -> None:
+        """A page could fill the inbox of a developer who looked at it."""
+        for headers in (
+            {"Origin": FOREIGN}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"},
+            {"Origin": "http://localhost:3000", "Sec-Fetch-Site": "same-site"},
+        ):  # fmt: skip
+            problem = self.assert_problem(self.ask("POST", "/inbox", ACCEPT, headers), 403)
+            self.assertIn("CORS_ORIGINS", problem["detail"])
+        self.assertEqual(self.stored(), [])
+        ours = "http://{}:{}".format(*address(self.server))
+        for headers in ({}, {"Sec-Fetch-Site": "none"}, {"Origin": ours}):
+            self.assertEqual(self.ask("POST", "/inbox", ACCEPT, headers).status, 201)
+
+    def test_a_star_lets_all_of_them_post(self) -> None:
+        with serving(CORS_ORIGINS="*") as server:
+            for origin in (FOREIGN, "null"):
+                answer = ask(server, "POST", "/inbox", ACCEPT, {"Origin": origin})
+                self.assertEqual(answer.status, 201)
+                self.assertIn(answer.headers["Access-Control-Allow-Origin"], ("*", origin))
+            self.assertEqual(ask(server, "DELETE", "/inbox", None, {"Origin": FOREIGN}).status, 403)
+
+
+class AllowedSitesTest(InboxTest):
+    settings = {"CORS_ORIGINS": ["https://app.example", "http://localhost:3000"]}
+    allowed = {"Origin": "https://app.example", "Sec-Fetch-Site": "cross-site"}
+
+    def assert_readable(self, answer: Answer, status: int) -> None:
+        """Assert that a browser would let the page of the allowed site read an answer."""
+        self.assertEqual(answer.status, status)
+        self.assertEqual(answer.headers["Access-Control-Allow-Origin"], "https://app.example")
+
+    def test_they_may_post_and_no_others(self) -> None:
+        for origin, status in [
+            ("https://app.example", 201), ("http://localhost:3000", 201), ("null", 403),
+            ("http://app.example", 403), ("https://app.example.evil.example", 403),
+        ]:  # fmt: skip
+            answer = self.ask("POST", "/inbox", ACCEPT, {"Origin": origin})
+            self.assertEqual(answer.status, status, origin)
+
+    def test_they_can_read_the_answers(self) -> None:
+        answer = self.ask("POST", "/inbox", ACCEPT, self.allowed)
+        self.assert_readable(answer, 201)
+        self.assertIn("location", answer.headers["Access-Control-Expose-Headers"].lower())
+        path = path_of(answer.headers["Location"])
+        self.assert_readable(self.ask("GET", path, headers=self.allowed), 200)
+        self.assert_readable(self.ask("POST", "/inbox", REFUSED, self.allowed), 400)
+
+    def test_a_browser_that_asks_first_is_told(self) -> None:
+        asked = {"Access-Control-Request-Method": "POST"}
+        answer = self.ask("OPTIONS", "/inbox", headers={**self.allowed, **asked})
+        self.assert_readable(answer, 204)
+        methods = set(re.findall("[A-Z]+", answer.headers["Access-Control-Allow-Methods"]))
+        self.assertEqual(methods & {"POST", "DELETE"}, {"POST"})
+        names = set(re.findall("[a-z-]+", answer.headers["Access-Control-Allow-Headers"].lower()))
+        self.assertLessEqual({"content-type", "authorization"}, names)
+        answer = self.ask("OPTIONS", "/inbox", headers={"Origin": FOREIGN, **asked})
+        self.assertNotIn("Access-Control-Allow-Origin", answer.headers)
+        self.assertIn("CORS_ORIGINS", "".join(self.log_lines()))
+
+    def test_nothing_else_is_allowed_to_them(self) -> None:
+        path = path_of(self.post().headers["Location"])
+        for resource in (path, "/inbox"):
+            self.assertEqual(self.ask("DELETE", resource, headers=self.allowed).status, 403)
+        self.assertEqual(self.ask("GET", path).body, BODY)
+        answer = self.ask("GET", "/deliveries", headers=self.allowed)
+        self.assertNotIn("Access-Control-Allow-Origin", answer.headers)
+
+
+class CorsSettingTest(BusyTest):
+    def test_an_unusable_value_is_warned_about(self) -> None:
+        """Flask-CORS has a setting of the same name, with other values."""
+        for value in ('[r"https?://.*\\.example"]', "5"):
+            with self.inbox(f"CORS_ORIGINS = {value}") as inbox:
+                self.assertEqual(inbox.ask("POST", "/inbox", ACCEPT).status, 201)
+                foreign = inbox.ask("POST", "/inbox", ACCEPT, {"Origin": FOREIGN})
+                self.assertEqual(foreign.status, 403)
+                _, log = inbox.stop()
+            self.assertRegex(log, "(?s)^(?!.*unknown setting).*CORS_ORIGINS")
+
+
+class SharedStoreTest(DeliveriesTest):
+    """A store that others use too, or have used."""
+
+    name = "20200101_000000_" + "a" * 32
+
+    def test_old_drafts_are_swept_at_the_start_and_young_ones_are_not(self) -> None:
+        store, now = self.path.parent, time.time()
+        old, young = (store / f".20200101_000000_{digit * 32}.part" for digit in "ab")
+        for draft, age in ((old, 7200), (young, 600)):
+            draft.write_bytes(BODY)
+            os.utime(draft, (now - age, now - age))
+        with serving(STORE_DIR=str(store)):
+            self.wait_until(lambda: not old.exists())
+        self.assertTrue(young.exists())
+
+    def test_notifications_without_a_delivery_are_adopted(self) -> None:
+        """Only clients that knew their names found them, and without a time."""
+        with tempfile.TemporaryDirectory() as store:
+            (pathlib.Path(store) / f"{self.name}.json").write_bytes(BODY)
+            start = utc_now()
+            for _ in range(2):
+                with serving(STORE_DIR=store) as server:
+                    self.wait_until(lambda server=server: self.listed_by(server) != [])  # type: ignore[misc]
+                    (adopted,) = self.listed_by(server)
+                    self.assertEqual((adopted["name"], adopted["pattern"]), (self.name, "Accept"))
+                    self.assertGreaterEqual(adopted["time"], start)
+                    path = f"/deliveries/{self.name}/body"
+                    self.assertEqual(ask(server, "GET", path).body, BODY)
+            self.assertEqual(files_in(store), [f"{self.name}.json"])
+
+    def listed_by(self, server: Any) -> list[Any]:
+        return list(ask(server, "GET", "/deliveries").json()["deliveries"])
+
+    def test_one_that_was_added_later_is_adopted_when_somebody_asks_for_it(self) -> None:
+        (self.path.parent / f"{self.name}.json").write_bytes(BODY)
+        for _ in range(2):
+            self.assertTrue(self.ask("GET", f"/deliveries/{self.name}").json()["time"])
+        self.assertEqual([line["name"] for line in self.lines()], [self.name])
+
+    def test_followers_of_a_log_that_is_replaced_or_cut_begin_anew(self) -> None:
+        for _ in range(3):
+            self.post(REFUSED)
+        first, *others = self.path.read_bytes().splitlines(keepends=True)
+        with Listener(self.server) as listener:
+            self.post(b"no")
+            listener.event()
+            other = self.path.with_name("other")
+            other.write_bytes(b"".join(others) * 5)  # longer, but not the same file
+            other.replace(self.path)
+            for line in others * 5:
+                self.assertEqual(listener.event().id, json.loads(line)["name"])
+            self.path.write_bytes(first)
+            self.assertEqual(listener.event().id, json.loads(first)["name"])
+            self.post(b"no")
+            self.assertEqual(listener.event().id, self.names()[0])
+
+    def test_a_delivery_carries_the_headers_of_its_answer(self) -> None:
+        with coarinbox.running() as inbox:
+            location = send(inbox.url).headers["Location"]
+            send(inbox.url + "?status=503&retry-after=7", OFFER)
+            headers = [delivery.answer_headers for delivery in inbox.deliveries]
+            listed = [each["answer_headers"] for each in self.listed_by(inbox.server)]
+        for stored, refused in (headers, listed[::-1]):
+            self.assertEqual((stored["Location"], refused["Retry-After"]), (location, "7"))
+
+
+class AddressTest(unittest.TestCase):
+    def test_localhost_is_both_loopbacks(self) -> None:
+        try:
+            socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        except OSError:
+            self.skipTest("this machine has no IPv6")
+        with serving(HOST="localhost") as server:
+            port = address(server)[1]
+            for host in ("127.0.0.1", "::1", "localhost"):
+                connection = http.client.HTTPConnection(host, port, timeout=10)
+                with contextlib.closing(connection):
+                    self.assertEqual(ask_on(connection, "POST", "/inbox", ACCEPT).status, 201)
+
+    @unittest.skipUnless(hasattr(os, "fork"), "this system has no fork")
+    def test_a_child_leaves_the_inbox_of_its_parent_alone(self) -> None:
+        """A child that left the block closed the socket and removed the store."""
+        code = """if True:
+            import os, signal, sys, urllib.request
+            import coarinbox
+            with coarinbox.running(VALIDATE_INCOMING=False) as inbox:
+                if os.fork() == 0:
+                    signal.alarm(10)  # should it hang, it does not stay for ever
+                    sys.exit()  # through the end of the block, as the workers of test runners do
+                os.wait()
+                headers = {"Content-Type": "application/ld+json"}
+                request = urllib.request.Request(inbox.url, b"{}", headers)
+                urllib.request.urlopen(request, timeout=5).close()
+                print(inbox.notifications)
+        """
+        command = [sys.executable, "-W", "ignore", "-c", code]
+        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=20)
+        self.assertEqual((done.returncode, done.stdout), (0, "[{}]\n"), done.stderr)
+
+
+class FirstDayTest(unittest.TestCase):
+    """Likely mistakes of the first day, as somebody's tests show them."""
+
+    def test_a_post_to_a_wrong_path_is_a_delivery(self) -> None:
+        """It left no trace, and the test waited in vain."""
+        with coarinbox.running() as inbox:
+            paths = ["/", "/inboxes", "/ldn/inbox", "/inbox/x", "/constraints"]
+            answers = [send(inbox.url.replace("/inbox", path), OFFER) for path in paths]
+            host = {"Host": inbox.url.split("/")[2]}
+            answers.append(ask(inbox.server, "PUT", "/inbox", OFFER, host))
+            for answer in answers:
+                self.assertIn(answer.status, (404, 405))
+                self.assertIn(inbox.url, answer.json()["detail"])
+            self.assertEqual((answer.status, "POST" in answer.headers["Allow"]), (405, True))
+            self.assertEqual([each.target for each in inbox.deliveries], [*paths, "/inbox"])
+            with self.assertRaisesRegex(AssertionError, rf"404[^\n]*{inbox.url}"):
+                inbox.wait_for(type="Offer", timeout=0)
+            with self.assertRaisesRegex(AssertionError, "unexpected"):
+                inbox.assert_none()
+
+    def test_a_test_may_wait_without_a_limit(self) -> None:
+        with coarinbox.running() as inbox, concurrent.futures.ThreadPoolExecutor(2) as pool:
+            limits = (None, float("inf"))
+            waits = [pool.submit(inbox.wait_for, type="Accept", timeout=each) for each in limits]
+            send(inbox.url, ACCEPT)
+            for wait in waits:
+                self.assertEqual(wait.result(10).status, 201)
+            for limit in limits:
+                with self.assertRaisesRegex(AssertionError, "unexpected"):
+                    inbox.assert_none(type="Accept", within=limit)
+
+    def test_a_clock_that_was_set_back_hides_nothing(self) -> None:
+        """Deliveries from before, which seem to lie in the future, did not count."""
+        with coarinbox.running() as inbox:
+            send(inbox.url, OFFER)
+            log = pathlib.Path(inbox.server.store.directory, "deliveries.jsonl")
+            log.write_bytes(re.sub(rb'"time": "\d{4}', b'"time": "2999', log.read_bytes()))
+            self.assertEqual(inbox.wait_for(type="Offer", timeout=0).status, 201)
+            with self.assertRaisesRegex(AssertionError, "unexpected"):
+                inbox.assert_none(type="Offer")
+
+
+class StrictTest(InboxTest):
+    """HTTP, where other clients and older versions were less exact."""
+
+    def test_a_parameter_that_a_method_does_not_know_is_refused(self) -> None:
+        """`DELETE /inbox?before=x` emptied the inbox of somebody who looked for retention."""
+        path = path_of(self.post().headers["Location"])
+        for method, target in [
+            ("DELETE", "/inbox?before=" + path[7:]), ("DELETE", "/inbox?status=503"),
+            ("DELETE", f"{path}?x=1"), ("GET", f"{path}?x=1"), ("GET", "/inbox?limit=1"),
+            ("GET", "/?status=4xx&x=1"), ("GET", "/deliveries?x=1"), ("GET", "/constraints?x=1"),
+            ("GET", f"/deliveries{path[6:]}?x=1"), ("POST", "/inbox?before=x"),
+        ]:  # fmt: skip
+            with self.subTest(method, target=target):
+                body = BODY if method == "POST" else None
+                self.assert_problem(self.ask(method, target, body), 400)
+        for method in ("GET", "HEAD", "OPTIONS"):  # clients ask before they post
+            answer = self.ask(method, "/inbox?status=503&times=2&retry-after=1&delay=1&close=1")
+            self.assertIn(answer.status, (200, 204))
+        self.assertEqual(self.ask("GET", path).body, BODY)
+
+    def test_the_server_itself_can_be_asked(self) -> None:
+        (answer,) = raw(self.server, b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n", "half-close")
+        self.assertEqual((answer.status, "Allow" in answer.headers), (204, True))
+
+    def test_a_simulated_failure_has_the_header_that_its_status_demands(self) -> None:
+        for status, header in {
+            401: "WWW-Authenticate", 405: "Allow", 407: "Proxy-Authenticate", 426: "Upgrade",
+        }.items():  # fmt: skip
+            answer = self.ask("POST", f"/inbox?status={status}", ACCEPT)
+            self.assertEqual((answer.status, bool(answer.headers[header])), (status, True))
+
+    def test_a_client_that_speaks_tls_is_called_by_its_name(self) -> None:
+        with connect(self.server) as connection, self.assertRaises(OSError):
+            ssl.create_default_context().wrap_socket(connection, server_hostname="localhost")
+        self.wait_until(lambda: self.log_lines() != [])
+        self.assertRegex("".join(self.log_lines()), r"^(?!.*x03).*TLS")
+
+    def test_a_client_that_has_said_everything_gets_its_answer(self) -> None:
+        for fsync in (False, True):
+            with serving(FSYNC=fsync) as server:
+                (answer,) = raw(server, post_to(), "half-close")
+                self.assertEqual(answer.status, 201)
+        self.assertEqual(raw(self.server, post_to("?delay=60"), "half-close"), [])  # it has left
+
+    def test_pipelined_requests_are_answered_in_order(self) -> None:
+        kinds = [
+            (post_to(), 201, b"/inbox/"), (post_to("", b"no"), 400, b"not JSON"),
+            (get_head(), 200, b'"constraints"'), (post_to("?status=503"), 503, b"simulated"),
+        ]  # fmt: skip
+        for number in range(10):
+            body = json.dumps(changed(ACCEPT, "id", f"urn:x:{number}")).encode()
+            path = path_of(self.post(body).headers["Location"])
+            kinds.append((get_head(target=path), 200, body))
+        requests = list(itertools.islice(itertools.cycle(kinds), 500))
+        data = b"".join(request for request, _, _ in requests)
+        with connect(self.server) as connection, connection.makefile("rb") as stream:
+            thread = threading.Thread(target=connection.sendall, args=(data,), daemon=True)
+            thread.start()
+            for _, status, part in requests:
+                answer = read_answer(stream.readline(), stream)
+                self.assertEqual((answer.status, part in answer.body), (status, True))
+            thread.join(10)
+
+
+class CommitTest(InboxTest):
+    """Notifications that arrive together reach the disk together."""
+
+    settings = {"FSYNC": True}
+    errors_expected = True
+
+    def post_together(self, *lengths: int) -> list[int]:
+        """Send notifications at once; an accepted one is there as soon as its answer is."""
+
+        def post(length: int) -> int:
+            body = json.dumps(changed(ACCEPT, "summary", "x" * length)).encode()
+            answer = self.post(body)
+            if answer.status == 201:
+                name = path_of(answer.headers["Location"])[7:]
+                self.assertEqual(pathlib.Path(directory, f"{name}.json").read_bytes(), body)
+            return answer.status
+
+        directory = self.server.store.directory
+        with concurrent.futures.ThreadPoolExecutor(len(lengths)) as pool:
+            statuses = list(pool.map(post, lengths))
+        self.assertEqual(len(files_in(directory)), statuses.count(201))
+        return statuses
+
+    @contextlib.contextmanager
+    def disk(self, fails: Callable[[os.stat_result], int]) -> Iterator[list[int]]:
+        """Have a slow disk whose errors we choose; yields the kinds of file that were synced."""
+        synced: list[int] = []
+
+        def sync(descriptor: int) -> None:
+            status = os.fstat(descriptor)
+            synced.append(stat.S_IFMT(status.st_mode))
+            time.sleep(0.03)
+            if number := fails(status):
+                raise OSError(number, os.strerror(number))
+
+        with unittest.mock.patch.multiple(os, create=True, fsync=sync, fdatasync=sync):
+            yield synced
+
+    def test_they_share_a_sync_of_the_directory(self) -> None:
+        with self.disk(lambda _: 0) as synced:
+            self.assertEqual(self.post_together(*range(24)), [201] * 24)
+        self.assertEqual(synced.count(stat.S_IFREG), 24)
+        self.assertLessEqual(synced.count(stat.S_IFDIR), 12)
+
+    def test_each_fails_by_itself(self) -> None:
+        with self.disk(lambda status: errno.ENOSPC if status.st_size > 5000 else 0):
+            self.assertEqual(self.post_together(*[9000, 1] * 8), [507, 201] * 8)
+
+    def test_a_directory_that_cannot_be_synced_fails_all_of_them(self) -> None:
+        with self.disk(lambda status: errno.EIO if stat.S_ISDIR(status.st_mode) else 0):
+            self.assertEqual(self.post_together(*range(8)), [500] * 8)
+        self.assert_serves()
+
+    @unittest.skipUnless(shutil.which("nsenter"), "making a small disk needs util-linux")
+    def test_a_small_disk_takes_what_it_can(self) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            script = f'mount -t tmpfs -o size=200k tmpfs {directory} && exec "$0" "$@"'
+            command = ["unshare", "--mount", "--map-root-user", "sh", "-c", script, sys.executable]
+            command += [str(MODULE), "--port", "0", "--store", f"{directory}/store"]
+            documents = [changed(ACCEPT, "summary", "x" * length) for length in [50_000, 10] * 8]
+            with running(command) as inbox, concurrent.futures.ThreadPoolExecutor(16) as pool:
+                answers = list(pool.map(lambda each: inbox.ask("POST", "/inbox", each), documents))
+                self.assertEqual({answer.status for answer in answers}, {201, 507})
+                stored = [pair for pair in zip(documents, answers) if pair[1].status == 201]
+                for document, answer in stored:
+                    path = path_of(answer.headers["Location"])
+                    self.assertEqual(inbox.ask("GET", path).json(), document)
+                inside = ["nsenter", "--user", "--mount", "--preserve-credentials", "--target"]
+                inside += [str(inbox.process.pid), "ls", "-A", f"{directory}/store"]
+                left = subprocess.run(inside, capture_output=True, text=True, timeout=20).stdout
+                self.assertEqual((left.count(".json\n"), left.count(".part")), (len(stored), 0))
+
+
+class StartAndEndTest(ProgramTest):
+    """Starts that go wrong end with one line and status 2, and ends are quiet."""
+
+    def run_all(self, *commands: list[str]) -> list[Any]:
+        """Run command lines at once, because a process takes long to start."""
+        # Without the limit, a check of /dev/zero would take the memory of the machine.
+        limited = ["sh", "-c", 'ulimit -v 4000000; exec "$@"', "sh"] if PROC else []
+        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 10}
+        options.update(cwd=self.directory, env=environment())
+
+        def run(command: list[str]) -> Any:
+            return subprocess.run([*limited, sys.executable, str(MODULE), *command], **options)
+
+        with concurrent.futures.ThreadPoolExecutor(len(commands)) as pool:
+            return list(pool.map(run, commands))
+
+    def test_an_unusable_configuration_is_refused_in_one_line(self) -> None:
+        names = []
+        for name, text in {
+            "interrupt": "raise KeyboardInterrupt",
+            "number": "globals()[5] = 1; PORT = 'x'",
+            "path": "class path:\n def __fspath__(self): return 1 / 0\nSTORE_DIR = path()",
+            "user": "BASE_URL = 'https://user@inbox.example.org'",
+            "password": "BASE_URL = 'https://user:secret@inbox.example.org/'",
+        }.items():
+            (self.directory / name).write_text(text)
+            names.append(name)
+        for done in self.run_all(*[["--port", "0", "--config", name] for name in [*names, ""]]):
+            with self.subTest(done.args[-1]):
+                result = (done.returncode, done.stdout, done.stderr.count("\n"))
+                self.assertEqual(result, (2, "", 1), done.stderr)
+
+    @unittest.skipUnless(PROC, "the memory of a process is limited by a POSIX shell")
+    def test_only_files_can_be_checked(self) -> None:
+        """The check of a pipe waited for ever, that of /dev/zero took all memory."""
+        os.mkfifo(self.directory / "pipe")
+        for done in self.run_all(["--check", "pipe"], ["--check", "/dev/zero"]):
+            self.assertEqual(done.returncode, 2, done.stderr)
+            self.assertNotIn("Traceback", done.stderr)
+
+    def test_a_signal_in_the_first_moments_ends_it_quietly(self) -> None:
+        """The configuration sends it, because nobody else knows when the first moments are."""
+        commands = []
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for milliseconds in (3, 8, 20):
+                path = self.directory / f"{number.name}-{milliseconds}"
+                path.write_text(
+                    "import os, threading, time; pid = os.getpid()\n"
+                    f"def end(): time.sleep({milliseconds / 1000}); os.kill(pid, {int(number)})\n"
+                    "threading.Thread(target=end).start()\n"
+                )
+                commands.append(["--port", "0", "--config", path.name])
+        for done in self.run_all(*commands):
+            self.assertNotIn("Traceback", done.stderr, done.args[-1])
+
+    def test_a_python_that_is_too_old_is_told_so(self) -> None:
+        """Before 3.8, that is with the line that such a Python cannot read."""
+        found = glob.glob(os.path.expanduser("~/.pyenv/versions/[23].*/bin/python"))
+        names = {path: os.path.basename(path[: -len("/bin/python")]) for path in found}
+        old = {path: name for path, name in names.items() if re.match(r"2\.|3\.[0-8]\.", name)}
+        if not old:
+            self.skipTest("there is no Python that is too old")
+        for python, name in old.items():
+            done = subprocess.run([python, str(MODULE)], capture_output=True, text=True, timeout=20)
+            with self.subTest(name):
+                self.assertNotEqual(done.returncode, 0)
+                self.assertRegex(done.stderr, r"^(?s:(?!.*Traceback).*3\.9)")
+                if name.startswith("3.8"):
+                    self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+
+    def test_characters_that_cannot_be_seen_are_escaped(self) -> None:
+        """A name with such characters passed for another one."""
+        for character in "\u3164\u2800\u034f\ufe0f\U000e0100":
+            (self.directory / f"a{character}b.json").write_text("{}")
+            output = "".join(self.invoke("--check", f"a{character}b.json").output)
+            self.assertIn("b.json", output)
+            self.assertNotIn(character, output)
 
 
 # --- The coarnotify package as a client ----------------------------------------------------------
