@@ -26,8 +26,9 @@ from __future__ import annotations
 
 import sys
 
-if (found := sys.version_info) < (3, 9):  # coarinbox needs Python 3.9 or later
-    sys.exit("coarinbox needs Python 3.9 or later, and this is {}.{}".format(*found))
+# An older Python stumbles over := and shows this line, so it says what is needed.
+if (version := sys.version_info[:2]) < (3, 9):  # coarinbox needs Python 3.9 or later
+    sys.exit("coarinbox needs Python 3.9 or later, and this is {}.{}".format(*version))
 
 import argparse
 import base64
@@ -72,7 +73,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from datetime import datetime, timezone
 from email.utils import formatdate, parsedate_to_datetime
 from html.parser import HTMLParser
-from typing import Any, NamedTuple, Optional, Union
+from typing import IO, Any, NamedTuple, Optional, Union
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 
 __version__ = "0.1.0"
@@ -1477,6 +1478,15 @@ def is_secret(value: Any) -> bool:
     return is_printable(value) and value == value.strip()
 
 
+def is_inbox_url(value: Any) -> bool:
+    """Whether notifications can be sent to a URL; a password in it would end up in the log."""
+    try:
+        parts = urlsplit(value if isinstance(value, str) else "")
+        return is_http_uri(value) and "@" not in parts.netloc and parts.port != 0
+    except ValueError:  # no such port
+        return False
+
+
 def reply_patterns(value: Any) -> tuple[str, ...] | None:
     """Return names of patterns that answer an Offer, in their right case; None if one does not."""
     known = {pattern.name.lower(): pattern.name for pattern in REPLY_PATTERNS}
@@ -1513,7 +1523,7 @@ PATTERNS_TO_REPLY = Kind(
     "a list of " + ", ".join(pattern.name for pattern in REPLY_PATTERNS),
     lambda value: reply_patterns(value) is not None,
 )
-A_URL = Kind('the URL of an inbox, such as "http://localhost:8080/inbox"', is_http_uri)
+A_URL = Kind('the URL of an inbox, such as "http://localhost:8080/inbox"', is_inbox_url)
 A_HOST = Kind("a host name or an IP address", is_printable)
 A_BASE_URL = Kind('a URL such as "https://inbox.example.org", without a query', is_base_url)
 A_SECRET = Kind("a text without line breaks, or spaces around it", is_secret)
@@ -1674,11 +1684,12 @@ def new_name() -> str:
     return time.strftime("%Y%m%d_%H%M%S_", time.gmtime()) + uuid.uuid4().hex
 
 
+# Follow no symlink, which could lead anywhere, and do not wait at a FIFO.
+O_SAFE = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
+
+
 def open_file(path: str, flags: int) -> int:
-    """Open as `os.open`, but follow no symlink, which could lead anywhere, nor wait at a FIFO."""
-    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):
-        flags |= getattr(os, name, 0)
-    return os.open(path, flags, 0o666)
+    return os.open(path, flags | O_SAFE, 0o666)
 
 
 def create_file(path: str, flags: int) -> int:
@@ -1880,6 +1891,7 @@ ABOUT = (
     "id", "inReplyTo", "origin", "origin.id", "origin.inbox", "target.id", "actor.name",
     "actor.id", "context.id", "object.id", "object.object.id",
 )  # fmt: skip
+ABOUT_PATHS = [(member, member.split(".")) for member in ABOUT]
 ABOUT_LENGTH = 1000  # characters kept of each
 MAX_LOGGED_HEADERS = 16384  # characters of a request's headers in a line of the log
 CONVERSATION = 50  # deliveries shown of one conversation, the newest
@@ -1894,8 +1906,14 @@ def utc_now() -> str:
 
 def summary(document: Any) -> dict[str, str]:
     """Collect the members in `ABOUT`, by their dotted names, as far as they are strings."""
-    values = ((member, lookup(document, member)) for member in ABOUT)
-    return {member: value[:ABOUT_LENGTH] for member, value in values if isinstance(value, str)}
+    found = {}
+    for member, path in ABOUT_PATHS:
+        value = document
+        for name in path:
+            value = value.get(name) if isinstance(value, dict) else None
+        if isinstance(value, str):
+            found[member] = value[:ABOUT_LENGTH]
+    return found
 
 
 VERDICTS = ("dropped", "stored", "queued", "redirected", "refused", "failed")
@@ -1993,6 +2011,7 @@ class Delivery(NamedTuple):
         )
         about, pattern = known.get("about", {}), known.get("pattern") or ""
         texts = typed and all(isinstance(text, str) for text in (pattern, *about.values()))
+        known["pattern"] = pattern if pattern in RULES else None
         return cls(**known) if texts and re.fullmatch(NAME, known.get("name", "")) else None
 
     @classmethod
@@ -2107,12 +2126,12 @@ class Query(NamedTuple):
     def matches(self, delivery: Delivery) -> bool:
         text = self.q.casefold()
         return (
-            delivery.has_status(self.status)
+            self.direction in ("", delivery.direction)
             and self.pattern in ("", delivery.pattern)
-            and self.direction in ("", delivery.direction)
-            and self.origin.casefold() in delivery.peer.casefold()
             and bool(self.warnings) <= bool(delivery.findings)
-            and any(text in each.casefold() for each in delivery.searchable())
+            and (not self.status or delivery.has_status(self.status))
+            and (not self.origin or self.origin.casefold() in delivery.peer.casefold())
+            and (not text or any(text in each.casefold() for each in delivery.searchable()))
         )
 
     def ends_at(self, delivery: Delivery) -> bool:
@@ -2148,9 +2167,16 @@ class Totals(NamedTuple):
     failed: int = 0
     sent: int = 0
 
-    def plus(self, delivery: Delivery) -> Totals:
-        counts = zip(self, TOTALS.values())
-        return Totals(*(count + query.matches(delivery) for count, query in counts))
+    @classmethod
+    def of(cls, tally: Mapping[tuple[str, int, bool], int]) -> Totals:
+        """Add up deliveries counted by direction, status, and whether they have findings."""
+        counts = dict.fromkeys(TOTALS, 0)
+        for (direction, status, has_findings), count in tally.items():
+            findings = [Finding("", "", "", "", "")] * has_findings
+            delivery = Delivery(direction=direction, status=status, findings=findings)
+            for name, query in TOTALS.items():
+                counts[name] += count * query.matches(delivery)
+        return cls(**counts)
 
 
 class Place(NamedTuple):
@@ -2169,6 +2195,9 @@ class DeliveryLog:
     def __init__(self, path: str) -> None:
         self.path = path
         self.changed = threading.Condition()  # for `follow`, which waits in other threads
+
+    def open(self) -> IO[bytes]:
+        return open(self.path, "rb", opener=open_file)
 
     def append(self, delivery: Delivery) -> Delivery:
         """Write a delivery, with the present time, at the end of the log; returns it so."""
@@ -2203,10 +2232,7 @@ class DeliveryLog:
 
         Begins anew at the start of the file if it has been replaced or cut since.
         """
-        with (
-            contextlib.suppress(FileNotFoundError),
-            open(self.path, "rb", opener=open_file) as file,
-        ):
+        with contextlib.suppress(FileNotFoundError), self.open() as file:
             status = os.fstat(file.fileno())
             same = place.inode == status.st_ino and place.offset <= status.st_size
             offset = place.offset if same else 0
@@ -2236,10 +2262,7 @@ class DeliveryLog:
 
     def blocks(self) -> Iterator[list[bytes]]:
         """Yield the lines of the log, the newest first, in blocks that are read at once."""
-        with (
-            contextlib.suppress(FileNotFoundError),
-            open(self.path, "rb", opener=open_file) as file,
-        ):
+        with contextlib.suppress(FileNotFoundError), self.open() as file:
             start = file.seek(0, os.SEEK_END)
             rest = b""  # the end of a line whose beginning is still to be read
             while start:
@@ -2500,9 +2523,13 @@ class Events(NamedTuple):
 
 
 def json_response(
-    status: int, document: Any, kind: str = "application/json", headers: Mapping[str, str] = {}
+    status: int,
+    document: Any,
+    kind: str = "application/json",
+    headers: Mapping[str, str] = {},
+    indent: int | None = 2,
 ) -> Response:
-    body = json.dumps(document, indent=2).encode() + b"\n"
+    body = json.dumps(document, indent=indent).encode() + b"\n"
     return Response(status, body, {"Content-Type": kind, **headers})
 
 
@@ -2794,7 +2821,8 @@ def judge(
     if errors:
         count = f"{len(assessment.errors):,} error{'s' * (len(assessment.errors) > 1)}"
         detail = f"not a valid notification: {count}"
-        refusal = Problem(assessment.status, detail, **receipt(verdict))
+        headers = {"Accept-Post": JSON_LD} if assessment.status == 415 else {}
+        refusal = Problem(assessment.status, detail, headers, **receipt(verdict))
         return verdict._replace(problem=refusal)
     identity = id_.encode("utf-8", "replace") if isinstance(id_, str) else body
     return verdict._replace(failure=failures(identity))
@@ -2829,7 +2857,8 @@ def store_problem(error: OSError) -> Problem:
 def accepted(known: Verdict | Delivery, location: str, status: int) -> Response:
     """Acknowledge a notification that has been stored (LDN section 3.3.2)."""
     headers = {"Location": location} if status == 201 else {}
-    return json_response(status, {"location": location, **receipt(known)}, headers=headers)
+    document = {"location": location, **receipt(known)}
+    return json_response(status, document, headers=headers, indent=None)
 
 
 def conclude(
@@ -3187,9 +3216,13 @@ def resolve(base: str, reference: str) -> str:
         return reference
 
 
+def public(url: str) -> str:
+    """Shorten a URL for people, without the secrets in it."""
+    return clip(re.sub("//[^/]*@", "//…@", url[:500]), 200)
+
+
 def failure(url: str, reason: str) -> SendError:
-    public = re.sub("//[^/]*@", "//…@", url[:500])
-    return SendError(escape_controls(f"{clip(public, 200)}: {reason}"))
+    return SendError(escape_controls(f"{public(url)}: {reason}"))
 
 
 def explain(error: Exception) -> str:
@@ -3282,7 +3315,7 @@ def outgoing(document: Any, url: str, via: str, exchange: Callable[[], Answer]) 
     delivery = Delivery(
         name=new_name(),
         direction="out",
-        target=url,
+        target=url if is_inbox_url(url) else public(url),
         headers={"Content-Type": JSON_LD},
         pattern=pattern and pattern.name,
         about=summary(parsed),
@@ -3300,55 +3333,66 @@ def outgoing(document: Any, url: str, via: str, exchange: Callable[[], Answer]) 
         target=answer.url,
         status=answer.status,
         answer_headers={name.title(): clip(text, 1000) for name, text in answer.headers.items()},
-        detail="" if answer.accepted else "; ".join(answer.reasons()[:1]),
+        detail="" if answer.accepted else clip("".join(answer.reasons()[:1]), 300),
         answer_body=answer.body,
         seconds=round(time.monotonic() - started, 4),
     )
 
 
-def reply_addresses(url: Any, offer: Delivery, settings: Settings) -> list[str]:
+def reply_addresses(url: Any, client: str, proxied: bool, settings: Settings) -> list[str]:
     """Look up where replies to an Offer go. Raises `SendError`, saying why they may not.
 
     A payload must not make this inbox talk to third parties: without REPLY_TO, replies go only to
-    the host that delivered the Offer.
+    the host that delivered the Offer, the `client`; behind a proxy, that is not known.
     """
     if settings.REPLY_TO:
         return addresses_of(url)
     if not is_http_uri(url):
         raise SendError("the Offer has no origin.inbox to reply to; set REPLY_TO")
-    proxied = settings.BASE_URL or any(name.lower() in FORWARDED for name in offer.headers)
     if proxied:
         raise SendError("behind a proxy, anybody could have sent the Offer; set REPLY_TO")
-    allowed = addresses_of_client(addresses_of(url), offer.client)
+    allowed = addresses_of_client(addresses_of(url), client)
     if not allowed:
-        reason = f"its host is not {offer.client}, which delivered the Offer; set REPLY_TO"
+        reason = f"its host is not {client}, which delivered the Offer; set REPLY_TO"
         raise SendError(f"no reply is sent to {clip(url, 200)}: {reason}")
     return allowed
 
 
 def answer_offer(
-    offer: Any, delivery: Delivery, settings: Settings, record: Callable[[Delivery], Delivery]
+    offer: Any,
+    delivery: Delivery,
+    proxied: bool,
+    settings: Settings,
+    record: Callable[[Delivery], Delivery],
 ) -> Steps:
     """Answer an Offer with each pattern of REPLIES, one after the other, after a delay each."""
     url = settings.REPLY_TO or lookup(offer, "origin.inbox")
     try:
-        addresses = yield Sending(lambda: reply_addresses(url, delivery, settings))
-        documents = [reply(offer, pattern) for pattern in settings.REPLIES]
-    except (SendError, ValueError) as error:
-        LOG.info("%s is not answered: %s", delivery.name, error)
+        client = delivery.client
+        addresses = yield Sending(lambda: reply_addresses(url, client, proxied, settings))
+        for pattern in settings.REPLIES:
+            seconds: float | None = settings.REPLY_DELAY
+            tries, document = 0, None
+            while seconds is not None:
+                yield Pause(seconds)
+                if document is None:
+                    document = yield Sending(functools.partial(reply_to, offer, pattern, url))
+                post_it = functools.partial(post, document, url, addresses)
+                attempt = functools.partial(outgoing, document, url, "REPLIES", post_it)
+                sent = record((yield Sending(attempt)))
+                tries += 1
+                seconds = retry_delay(tries, sent.status or None, sent.answer_headers)
+    except (SendError, ValueError, Problem) as error:
         about = {"inReplyTo": delivery.about.get("id", "")}
         record(Delivery(new_name(), direction="out", detail=str(error), about=about, via="REPLIES"))
-        return
-    for document in documents:
-        seconds: float | None = settings.REPLY_DELAY
-        tries = 0
-        while seconds is not None:
-            yield Pause(seconds)
-            post_it = functools.partial(post, document, url, addresses)
-            attempt = functools.partial(outgoing, document, url, "REPLIES", post_it)
-            sent = record((yield Sending(attempt)))
-            tries += 1
-            seconds = retry_delay(tries, sent.status or None, sent.answer_headers)
+
+
+def reply_to(offer: Any, pattern: str, url: str) -> dict[str, Any]:
+    """Build a reply that is addressed to the inbox that it goes to. Raises `ValueError`."""
+    document = reply(offer, pattern)
+    if isinstance(document.get("target"), dict):
+        document["target"]["inbox"] = url
+    return document
 
 
 # --- Pages ---------------------------------------------------------------------------------------
@@ -3407,7 +3451,7 @@ button.main, .tools > a.main { background: var(--accent); border-color: var(--ac
 textarea { width: 100%; font: .8125rem/1.5 var(--mono); padding: .5rem .75rem; resize: vertical; }
 label { display: block; font-weight: 500; }
 .tools { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; }
-.push, h3 time { margin-left: auto; }
+.push, h3 time { margin-left: auto; } main > .tools { margin-top: 1rem; }
 body > header { display: flex; flex-wrap: wrap; gap: .25rem 1.5rem; align-items: center;
   margin: 0 -2rem 1.5rem; padding: .625rem 2rem; border-bottom: 1px solid var(--line); }
 body > header nav { display: flex; gap: 1.25rem; }
@@ -3440,9 +3484,10 @@ body > header nav [aria-current] { font-weight: 600; box-shadow: 0 2px var(--acc
 .totals .bad b { color: var(--red); }
 .filters { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center;
   margin: .875rem 0 1.25rem; }
-.filters form { display: contents; } .filters [type=search] { width: 18rem; }
+.filters form { display: contents; }
+.filters [type=search] { flex: 1 1 10rem; max-width: 18rem; } .filters select { max-width: 11rem; }
 .rows li, .heads { display: grid; align-items: baseline; gap: 0 1rem;
-  grid-template-columns: 9.25rem 9.75rem 12.5rem 12.5rem 9rem minmax(0, 1fr); }
+  grid-template-columns: 9.25rem 9.75rem 12.5rem 12.5rem minmax(0, 2fr) minmax(0, 3fr); }
 .rows li { position: relative; margin: 0 -.75rem; padding: .3125rem .75rem;
   border-top: 1px solid var(--line); }
 .rows li:has(.chip.E) { box-shadow: inset 3px 0 var(--red); }
@@ -3455,9 +3500,8 @@ body > header nav [aria-current] { font-weight: 600; box-shadow: 0 2px var(--acc
   color: inherit; text-decoration: none; }
 .open::after { content: ""; position: absolute; inset: 0; } .open:focus-visible { outline: none; }
 .open:focus-visible::after { outline: 2px solid var(--accent); outline-offset: -2px; }
-.rows .from { position: relative; z-index: 1; justify-self: start; max-width: 100%; color: inherit;
-  text-decoration: none; }
-.rows a.from:hover { text-decoration: underline; }
+.rows .from { position: relative; z-index: 1; justify-self: start; max-width: 100%; }
+.rows a.from:not(:hover) { color: inherit; text-decoration: none; }
 .rows .about, .rows time, .rows .why { color: var(--faint); }
 .rows .why { display: flex; gap: .375rem; } .rows li:has(.chip.E) .why { color: var(--red); }
 .pages { display: flex; gap: 1.5rem; margin-top: 1rem; padding-top: 1rem;
@@ -3554,9 +3598,9 @@ pre + details, details > pre { margin-top: .5rem; }
   .rows li { display: flex; flex-wrap: wrap; gap: .125rem .625rem; padding: .5rem .75rem; }
   .rows .open { display: flex; gap: .625rem; order: -2; flex: 1 1 calc(100% - 7rem); }
   .rows time { order: -1; margin-left: auto; } .totals a { padding: .125rem .5rem; }
-  .rows .from { max-width: 45%; } .rows .about:not(:has(+ .why:empty)) { max-width: 28%; }
-  .rows .why { flex: 1 1 3rem; }
-  .filters :is([type=search], select, [list]) { flex: 1 1 40%; width: auto; min-width: 0; }
+  .rows .from { max-width: 45%; } .rows .why, .about:has(+ .why:empty) { flex: 1 1 3rem; }
+  .about:not(:has(+ .why:empty)) { max-width: 28%; }
+  .filters :is([type=search], select, [list]) { flex: 1 1 40%; max-width: none; min-width: 0; }
   .rail { grid-template-columns: minmax(0, 1fr); }
   .rail > aside { position: static; max-height: none; }
   .beside { display: flex; flex-direction: column; gap: 0; align-items: stretch; }
@@ -3648,7 +3692,7 @@ function listen() {
   events?.close();  // a browser has few connections for all the pages that are open
   if (document.hidden || !document.body.dataset.stream) return;
   events = new EventSource(document.body.dataset.stream);
-  events.onopen = () => { say("live"); refresh(); };
+  events.onopen = () => { say("live"); renew(true); };  // what came meanwhile
   events.onmessage = refresh;
   events.onerror = () => say("not connected");
 }
@@ -3823,7 +3867,7 @@ RULE = """<li id="{code}" class="{level}"><b>{word}</b> <span><code>{member}</co
 <a href="#{code}">{code}</a></li>"""
 SAMPLE = """{name} <span class="push tools">{copy} <button type="button" class="script"
 data-send="{name}">Send to this inbox</button> <a href="{rules}">Rules</a></span>"""
-ERROR = """<h1>{title}</h1><p>{detail}</p>{findings}
+ERROR = """<h1>{title}</h1><p>{detail}</p>
 <p class="tools"><a class="main" href="{root}">All deliveries</a></p>"""
 
 TABS = {"Deliveries": "", "Samples": "samples", "Constraints": "constraints"}
@@ -3834,6 +3878,7 @@ NOT_COPIED = frozenset(
     "accept-encoding authorization connection content-length cookie expect host"
     " proxy-authorization transfer-encoding user-agent".split()
 )
+json_text = functools.partial(json.dumps, ensure_ascii=False)
 Numbered = Sequence[tuple[int, Finding]]  # findings, the gravest first
 Path = tuple[str, ...]  # the members and indexes that lead to a value
 # A line of a document: its kind, a key of `LINES`; the path of what begins on it; the name of the
@@ -4007,10 +4052,10 @@ def in_words(seconds: float) -> str:
 
 
 def between(earlier: str, later: str) -> str:
-    """Write how long after one time another one was; empty where either cannot be read."""
+    """Say how long after one time another one was; nothing where either cannot be read."""
     try:
         start, end = (datetime.fromisoformat(time.rstrip("Z")) for time in (earlier, later))
-        return in_words((end - start).total_seconds())
+        return in_words((end - start).total_seconds()) + " later"
     except (TypeError, ValueError):
         return ""
 
@@ -4180,19 +4225,17 @@ def render_pager(context: PageContext, newer: str, older: str) -> list[Html]:
 
 
 def render_facts(delivery: Delivery, body: bytes | None) -> list[Html]:
-    kind, when, via = chip_of(delivery)[0], render_time(delivery.time), delivery.via
+    when, via = render_time(delivery.time), delivery.via
     members = {"id": delivery.about.get("id"), "Answers": delivery.about.get("inReplyTo")}
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {"Received": [when, f", from {delivery.client}"]}
+    if via == "adopted":
+        facts = {"Found": [when, ", in the store"]}
     if delivery.direction == "out":
-        facts["Sent"] = [when, f", to {delivery.target}", f", by {via}" if via else ""]
+        facts = {"Sent": [when, f", to {delivery.target}", f", by {via}" if via else ""]}
     else:
-        facts["Received"] = [when, f", from {delivery.client}"]
-        if via == "adopted":
-            facts = {"Found": [when, ", in the store"]}
-        name = element("code", delivery.name)
-        stored = name if body is not None else "no longer: it was removed"
+        stored = element("code", delivery.name) if body is not None else "no longer: it was removed"
         not_stored = {"E": "no; correct it and send it again", "none": "no; send it again"}
-        facts["Stored"] = not_stored.get(kind, stored)
+        facts["Stored"] = not_stored.get(chip_of(delivery)[0], stored)
     facts |= {name: element("code", value) for name, value in members.items() if value}
     return [render(FACT, name=name, value=value) for name, value in facts.items()]
 
@@ -4237,28 +4280,19 @@ def curl_command(context: PageContext, delivery: Delivery, body: bytes) -> str:
 def render_findings(
     context: PageContext, delivery: Delivery, numbered: Numbered, placed: Collection[int]
 ) -> Html:
-    title: list[Any]
-    none: list[Any]
-    pattern, title, none = delivery.pattern, ["Findings "], ["The document was not checked."]
-    groups = render_levels(context, pattern, numbered, placed)
-    if pattern:
-        example = link(context.rules_url(pattern, "example"), f"a valid {pattern}")
-        title += [element("small", ["compare with ", example])] if groups else []
-        none = ["None: this is ", example, "."]
-    return section("findings", title, groups or element("p", none), "first")
-
-
-def render_levels(
-    context: PageContext, pattern: str | None, numbered: Numbered, placed: Collection[int]
-) -> list[Html]:
-    """Show findings by level; those in `placed` are marked in what came, too."""
-    groups = []
+    """Show the findings by level; those in `placed` are marked in what came, too."""
+    pattern, groups = delivery.pattern, []
     for level, found in itertools.groupby(numbered, lambda each: each[1].level):
         items = [render_finding(context, pattern, *each, each[0] in placed) for each in found]
         meaning = "refused here" if level in context.refused else "a warning here"
         count = counted(len(items), level_word(level))
         groups.append(render(LEVEL, level=level, count=count, meaning=meaning, items=items))
-    return groups
+    if delivery.omitted:
+        groups.append(element("p", f"and {delivery.omitted:,} more", class_="faint"))
+    example = link(context.rules_url(pattern, "example"), f"a valid {pattern}")
+    compare = element("small", ["compare with ", example]) if groups and pattern else ""
+    none = ["None: this is ", example, "."] if pattern else "The document was not checked."
+    return section("findings", ["Findings ", compare], groups or element("p", none), "first")
 
 
 def render_finding(
@@ -4303,10 +4337,9 @@ def render_payload(body: bytes | None, numbered: Numbered) -> tuple[Any, set[int
 
 def render_document(document: Any, numbered: Numbered) -> Html:
     """Show a document as JSON that can be folded, marked with the numbers of the findings."""
-    paths = {number: tuple(finding.pointer.split("/")[1:]) for number, finding in numbered}
+    placed = [(tuple(each[1].pointer.split("/")[1:]), each) for each in numbered]
     missing: dict[Path, dict[str, str]] = {}
-    for number, finding in numbered:
-        path = paths[number]
+    for path, (_, finding) in placed:
         parent = lookup({"": document}, ".".join(["", *path[:-1]]))
         if path and isinstance(parent, dict) and path[-1] not in parent:
             written = re.search(rf'"{re.escape(path[-1])}": [^`]+', finding.fix)
@@ -4315,10 +4348,9 @@ def render_document(document: Any, numbered: Numbered) -> Html:
     lines = list(itertools.islice(outline(document, missing), MAX_LINES + 1))
     shown = {path for _, path, _, _ in lines[:MAX_LINES]}
     marks: dict[Path, list[tuple[int, Finding]]] = {}
-    for number, finding in numbered:
-        path = paths[number]
+    for path, each in placed:
         nearest = next(path[:end] for end in range(len(path), -1, -1) if path[:end] in shown)
-        marks.setdefault(nearest, []).append((number, finding))
+        marks.setdefault(nearest, []).append(each)
     parts, depth = [], 0
     for kind, path, key, text in lines[:MAX_LINES]:
         found = marks.get(path, []) if kind != "close" else []
@@ -4359,10 +4391,6 @@ def outline(
     yield "close", path, None, closing + comma
 
 
-def json_text(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
 def render_lines(text: str) -> Html:
     """Show any text line by line, as far as a page can hold it."""
     lines = text.replace("\r\n", "\n").split("\n", MAX_LINES)
@@ -4379,7 +4407,7 @@ def render_exchange(delivery: Delivery, answer: bytes | None, head: Numbered) ->
     status = f"{delivery.status} {phrase}" if delivery.status else "no answer"
     text = (answer or b"").decode("utf-8", "backslashreplace")
     with contextlib.suppress(ValueError):
-        text = json.dumps(parse(answer or b""), indent=2, ensure_ascii=False)
+        text = json_text(parse(answer or b""), indent=2)
     size = element("summary", f"Body, {len(answer or b''):,} bytes")
     body = element("details", [size, render_lines(text)]) if answer else ""
     after = f"after {in_words(delivery.seconds)}" if delivery.seconds else ""
@@ -4432,17 +4460,15 @@ def render_conversation(
 def render_entry(
     context: PageContext, current: Delivery, group: Sequence[Delivery], before: str
 ) -> Html:
-    last, delay = group[-1], between(before, group[-1].time)
+    last, about = group[-1], subject_of(group[-1])[1]
     sent, host = last.direction == "out", host_of(last.peer) if last.peer else last.client
-    words = [f"{delay} later" if delay else "", f"{'to' if sent else 'from'} {clip(host, 100)}"]
-    about = subject_of(last)[1]
+    words = [between(before, last.time), f"{'to' if sent else 'from'} {clip(host, 100)}"]
     words += [f"by {last.via}" if last.via else f"about {about}" if about else ""]
     items = []
-    for earlier, attempt in zip(("", *(each.time for each in group)), group):
-        later = between(earlier, attempt.time)
+    for earlier, attempt in zip(["", *(each.time for each in group)], group):
         title = render_title(context, current, attempt, chip_of(attempt)[1])
-        later = f"{later} later" if later else ""
-        items.append(render(ATTEMPT, time=render_time(attempt.time), title=title, later=later))
+        when, later = render_time(attempt.time), between(earlier, attempt.time)
+        items.append(render(ATTEMPT, time=when, title=title, later=later))
     return render(
         ENTRY,
         kind=last.direction + (" failed" if chip_of(last)[0] == "E" else ""),
@@ -4473,9 +4499,9 @@ def render_forms(
     to = delivery.target if delivery.direction == "out" else context.base + "/inbox"
     with contextlib.suppress(ValueError):
         answer = reply(parse(body if len(body) <= MAX_COPY else b""), pattern)
-        text = whole_text(json.dumps(answer, indent=2, ensure_ascii=False))
         texts = {"id": "reply-to", "hint": "the inbox of the Offer's origin", "text": "Send"}
-        inbox, document = delivery.about.get("origin.inbox"), render(DOCUMENT, text=text)
+        document = render(DOCUMENT, text=whole_text(json_text(answer, indent=2)))
+        inbox = delivery.about.get("origin.inbox")
         form = render(SEND, url=url, kind="", document=document, to=inbox, **texts)
         patterns = options((each.name for each in REPLY_PATTERNS), pattern)
         kept = render_kept(context.query, *Query._fields)
@@ -4544,15 +4570,11 @@ def render_rail(
     return render_page(context, tab, title, page)
 
 
-def error_page(
-    context: PageContext, status: int, detail: str, findings: Sequence[Finding] = ()
-) -> Html:
+def error_page(context: PageContext, status: int, detail: str) -> Html:
     """Say what went wrong, and where to go from there."""
     title = f"{status} {http.client.responses.get(status, 'Error')}"
-    groups = render_levels(context, None, list(enumerate(by_level(findings), 1)), ())
-    found = section("findings", "Findings", groups) if groups else ""
-    values = {"title": title, "detail": detail, "findings": found, "root": context.root}
-    return render_page(context, "", title, render(ERROR, **values))
+    content = render(ERROR, title=title, detail=detail, root=context.root)
+    return render_page(context, "", title, content)
 
 
 # --- Resources -----------------------------------------------------------------------------------
@@ -4684,7 +4706,7 @@ PAGE_HEADERS = {
     "Content-Type": "text/html; charset=utf-8",
     "Content-Security-Policy": CONTENT_SECURITY_POLICY,
     "Cross-Origin-Resource-Policy": "same-origin",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",  # with "no-referrer", forms would come from the origin null
     "Cache-Control": "no-store",
 }
 
@@ -4792,7 +4814,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             match = path.fullmatch(self.resource)
             if match:
                 return methods, match.groupdict()
-        detail = "nothing is here, but at /, /inbox, /deliveries and /constraints"
+        detail = "nothing is here; see /, /inbox, /deliveries, /samples and /constraints"
         if self.command == "POST":
             detail = f"no inbox is here; POST notifications to {self.inbox}"
         raise Problem(404, detail)
@@ -4814,7 +4836,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         """Write the head, and the body if it is bytes; any other body is left to the connection."""
         self.answered = response = response._replace(headers=self.all_headers(response))
         for name, value in response.headers.items():
-            if re.search("[\r\n]", value):  # the base class would let a client split the answer
+            if "\r" in value or "\n" in value:  # the base class would let a client split the answer
                 raise ValueError(f"a line break in {name}")
         self.send_response(response.status)
         for name, value in response.headers.items():
@@ -4833,7 +4855,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         }
         if self.is_inbox:
             constrained = f'<{self.base}/constraints>; rel="http://www.w3.org/ns/ldp#constrainedBy"'
-            headers.setdefault("Link", constrained)
+            headers["Link"] = ", ".join(filter(None, [headers.get("Link"), constrained]))
         origin = allowed_origin(self.request, self.server.allowed_origins)
         if origin:
             headers["Access-Control-Allow-Origin"] = origin
@@ -4971,7 +4993,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
                 verdict = verdict._replace(problem=store_problem(error))
         delivery = self.deliver(verdict, name)
         if name:
-            self.server.on_stored(delivery, self.request.body)
+            self.server.on_stored(delivery, self.request)
 
     def simulate(self, verdict: Verdict, failure: Failure) -> Generator[Pause, None, Verdict]:
         """Wait as long as a simulated failure says; returns the verdict with its problem."""
@@ -5032,7 +5054,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     def show_home(self, query: Query) -> Steps:
         deliveries = yield Scan(self.server.deliveries.select(query, query.page_length + 1))
-        totals, context = self.server.totals, self.context(query)
+        totals, context = Totals.of(self.server.tally), self.context(query)
         page = yield Blocking(lambda: list_page(context, deliveries, totals))
         link = f'<{self.inbox}>; rel="http://www.w3.org/ns/ldp#inbox"'
         self.answer(html_response(page, {"Link": link}))
@@ -5120,17 +5142,17 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         """Send a delivery again, or a reply to it; answers with the delivery that this makes."""
         if not self.is_user:
             raise Problem(403, "only clients on this machine may send; others need a TOKEN")
-        is_form = self.request.headers.get("content-type", "").startswith(FORM)
+        is_form = self.request.headers.get("content-type", "").lower().startswith(FORM)
         wanted = read_send(bytes(self.request.body), is_form)
         url = wanted["to"]
         original = yield from self.find_delivery(name)
         document: Any = yield from self.body_of(original)
         if "document" in wanted:
             document = wanted["document"]
-        elif "pattern" in wanted:
-            document = replying(document, wanted["pattern"])
-        if document is None:
+        elif document is None:
             raise Problem(404, "it is no longer stored")
+        elif "pattern" in wanted:
+            document = replying(document, wanted["pattern"], url)
         attempt = functools.partial(send, document, url)
         delivery = yield Sending(lambda: outgoing(document, url, "page", attempt))
         delivery = self.server.record(delivery)
@@ -5144,9 +5166,8 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     @property
     def is_user(self) -> bool:
         """Whether the client may send: this inbox is nobody's proxy. A TOKEN was checked before."""
-        settings, client = self.server.settings, str(self.client_address[0])
-        proxied = settings.BASE_URL or any(name in self.request.headers for name in FORWARDED)
-        return settings.TOKEN is not None or (is_loopback(client) and not proxied)
+        proxied, client = self.server.is_proxied(self.request), str(self.client_address[0])
+        return self.server.settings.TOKEN is not None or (is_loopback(client) and not proxied)
 
     # The rest
 
@@ -5198,27 +5219,31 @@ def read_send(body: bytes, is_form: bool) -> dict[str, Any]:
         form = parse_qsl(body.decode()) if is_form else []
         wanted = {name: text for name, text in form if text} if is_form else parse(body)
     except ValueError as error:
-        raise Problem(400, f"the body is not JSON: {error}") from error
+        raise Problem(400, f"the body is neither JSON nor a form: {error}") from error
     if not isinstance(wanted, dict) or wanted.keys() - {"to", "pattern", "document"}:
         raise Problem(400, 'expected {"to": URL}, perhaps with "pattern" or "document"')
-    if not is_http_uri(wanted.get("to")):
-        raise Problem(400, f'"to" is {short_repr(wanted.get("to"))}, expected an http or https URL')
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    if not is_inbox_url(wanted.get("to")):
+        raise Problem(400, '"to" is no http or https URL, or holds a user name or password')
+    if not isinstance(wanted.get("pattern", ""), str):
+        raise Problem(400, '"pattern" is not a text')
     if is_form and "document" in wanted:
         wanted["document"] = wanted["document"].encode()
     return wanted
 
 
-def replying(offer: bytes | None, pattern: Any) -> dict[str, Any]:
+def replying(offer: bytes, pattern: str, url: str) -> dict[str, Any]:
     """Build a reply to what was delivered. Raises `Problem` if it cannot be answered so."""
     try:
-        return reply(parse(offer or b""), str(pattern))
+        return reply_to(parse(offer), pattern, url)
     except ValueError as error:
         raise Problem(409, str(error)) from error
 
 
 def allow(methods: Collection[str]) -> str:
     """Write an Allow header; without any resource in mind, all methods work somewhere."""
-    return ", ".join([*(methods or ("GET", "POST", "DELETE")), "HEAD", "OPTIONS"])
+    known = [*(methods or ("GET", "POST", "DELETE")), "OPTIONS"]
+    return ", ".join([*known, "HEAD"] if "GET" in known else known)
 
 
 @contextlib.contextmanager
@@ -5226,7 +5251,7 @@ def missing_is_404() -> Iterator[None]:
     try:
         yield
     except KeyError:
-        raise Problem(404, "no notification has this name") from None
+        raise Problem(404, "no notification has this name; it may have been removed") from None
 
 
 # --- Connections ---------------------------------------------------------------------------------
@@ -5326,8 +5351,6 @@ class Connection:
             self.incoming.data += data
             if self.state is State.IDLE:
                 self.expect_request(GRACE)
-            elif self.state in ATTENTIVE and len(self.incoming.data) > CHUNK:
-                self.close()  # there is no room to read on, so its leaving would go unnoticed
 
     def on_end_of_input(self) -> None:
         self.eof = True
@@ -5391,6 +5414,8 @@ class Connection:
                 self.resume(None)
             else:
                 break
+        if self.state in ATTENTIVE and len(self.incoming.data) >= CHUNK:
+            self.close()  # there is no room to read on, so its leaving would go unnoticed
         self.server.watch(self)
 
     def resume(self, result: Any) -> None:
@@ -5404,6 +5429,7 @@ class Connection:
         if isinstance(step, Pause):
             if self.state is State.CLOSED:
                 self.resume(ConnectionAbortedError())
+                return
             self.enter(State.PAUSING, step.seconds, functools.partial(self.on_result, None))
         else:
             self.enter(State.COMMITTING if isinstance(step, Commit) else State.WORKING, NEVER)
@@ -5482,17 +5508,13 @@ class Connection:
     def send_chunk(self, data: bytes) -> None:
         """Send a part of a body of unknown length (RFC 9112 section 7.1)."""
         if data:
-            self.send(
-                data if self.handler.request.is_http10 else b"%x\r\n%b\r\n" % (len(data), data)
-            )
+            chunk = b"%x\r\n%b\r\n" % (len(data), data)
+            self.send(data if self.handler.request.is_http10 else chunk)
+            self.server.watch(self)
 
     def end_chunks(self) -> None:
         self.stream = None
         self.send(b"" if self.handler.request.is_http10 else b"0\r\n\r\n")
-
-    def send_events(self, data: bytes) -> None:
-        self.send_chunk(data)
-        self.proceed()
 
     # The end
 
@@ -5571,10 +5593,12 @@ class Listeners:
     def __init__(self, server: InboxServer) -> None:
         self.server = server
         self.streams: dict[Connection, Events] = {}
-        self.scheduled, self.heartbeat = False, 0.0
+        self.scheduled = self.rechecking = False
+        self.heartbeat = 0.0
 
     def add(self, connection: Connection, events: Events) -> None:
-        if not self.streams:
+        if not self.rechecking:
+            self.rechecking = True
             self.server.call_later(RECHECK, self.on_recheck)
         self.streams[connection] = events
         self.on_change()
@@ -5590,13 +5614,14 @@ class Listeners:
 
     def on_recheck(self) -> None:
         """Look for changes by other processes, as long as anybody listens."""
+        self.rechecking = bool(self.streams)
         if not self.streams:
             return
         now = time.monotonic()
         if now >= self.heartbeat:
             self.heartbeat = now + HEARTBEAT
             for connection in self.ready():
-                connection.send_events(b":\n\n")
+                connection.send_chunk(b":\n\n")
         self.on_change()
         self.server.call_later(RECHECK, self.on_recheck)
 
@@ -5620,7 +5645,7 @@ class Listeners:
             if events in news:
                 data, place = news[events]
                 self.streams[connection] = events._replace(place=place)
-                connection.send_events(data)
+                connection.send_chunk(data)
         if any(place != events.place for events, (_, place) in news.items()):
             self.on_change()  # a listener that began in the past may have more to read
 
@@ -5656,6 +5681,7 @@ def as_event(delivery: Delivery) -> bytes:
 Then = Callable[[Any], None]  # takes the result of a function; an exception is a result too
 MAX_GATHER = 0.005  # seconds that a notification waits for others while the loop is busy
 STOP_WITHIN = 2.0  # seconds after `stop` in which clients may still take their answers
+CANCELLED = "cancelled"
 PAUSE = 0.05  # seconds before looking for new connections again when there is no room
 
 
@@ -5706,7 +5732,7 @@ class InboxServer(http.server.HTTPServer):
         self.failures = Failures()
         self.bugs: list[BaseException] = []  # there should be none
         self.adopted: dict[str, Delivery] = {}
-        self.totals = Totals()
+        self.tally: collections.Counter[tuple[str, int, bool]] = collections.Counter()
         self.tasks: dict[Steps, str] = {}  # what runs without a client, and a key to cancel it by
         self.known_ids: dict[int, str] = {}  # names by the hash of the id: ids may be long
         # Long reads take turns in one thread. More threads would be no faster, and make the loop
@@ -5784,16 +5810,18 @@ class InboxServer(http.server.HTTPServer):
 
         Otherwise a web page could have its own host name resolve to loopback (DNS rebinding).
         """
+        if is_loopback(host) or not is_loopback(str(self.server_address[0])):
+            return True
         known = urlsplit(self.settings.BASE_URL or "").hostname or ""
-        name = host.lower().rstrip(".")
-        bound = str(self.server_address[0])
-        return is_loopback(name) or not is_loopback(bound) or name.strip("[]") == known.rstrip(".")
+        return host.lower().rstrip(".").strip("[]") == known.rstrip(".")
 
     def clear(self) -> None:
         """Forget all deliveries, notifications, and simulated failures to come."""
+        for key in set(self.tasks.values()):
+            self.cancel(key)
         self.known_ids.clear()
         self.adopted.clear()
-        self.totals = Totals()
+        self.tally.clear()
         # In this order, or a notification that arrives meanwhile would be stored but not logged.
         self.deliveries.clear()
         self.store.clear()
@@ -5805,22 +5833,27 @@ class InboxServer(http.server.HTTPServer):
             delivery = self.deliveries.append(delivery)
         except OSError as error:
             LOG.error("a delivery could not be logged: %s", error)
-        if delivery.verdict in ("stored", "queued") and delivery.direction == "in":
+        if delivery.direction == "out":
+            text = f"{delivery.name} sent {delivery.status or ''} {clip(delivery.target, 200)}"
+            LOG.info("%s", escape_controls(f"{text} {clip(delivery.detail, 300)}"))
+        elif delivery.verdict in ("stored", "queued"):
             self.remember(delivery.about.get("id", ""), delivery.name)
-        self.count(delivery)
+        self.tally[delivery.direction, delivery.status, bool(delivery.findings)] += 1
         self.listeners.on_change()
         return delivery
 
-    def count(self, delivery: Delivery) -> None:
-        self.totals = self.totals.plus(delivery)
-
-    def on_stored(self, delivery: Delivery, body: bytearray) -> None:
+    def on_stored(self, delivery: Delivery, request: Request) -> None:
         """Answer an Offer as REPLIES says; Undo Offer stops what is still to come."""
         if delivery.pattern == "Undo Offer":
             self.cancel(delivery.about.get("inReplyTo", ""))
         if self.settings.REPLIES and (delivery.pattern or "").startswith("Request "):
-            steps = answer_offer(parse(bytes(body)), delivery, self.settings, self.record)
+            offer, proxied = parse(bytes(request.body)), self.is_proxied(request)
+            steps = answer_offer(offer, delivery, proxied, self.settings, self.record)
             self.start(steps, delivery.about.get("id", ""))
+
+    def is_proxied(self, request: Request) -> bool:
+        """Whether strangers may look like loopback, because a proxy or tunnel stands before us."""
+        return bool(self.settings.BASE_URL) or not request.headers.keys().isdisjoint(FORWARDED)
 
     def remember(self, id_: str, name: str) -> None:
         """Note under which name the notification with this id is stored."""
@@ -5854,14 +5887,7 @@ class InboxServer(http.server.HTTPServer):
             for match in filter(None, map(LINE.match, lines)):
                 logged, direction, status, id_, finding = match.groups(default=b"")
                 known.add(logged)
-                findings = [Finding("", "", "", "", "")] if finding else []
-                self.count(
-                    Delivery(
-                        status=int(status),
-                        direction="out" if direction == b"out" else "in",
-                        findings=findings,
-                    )
-                )
+                self.tally["out" if direction == b"out" else "in", int(status), finding != b""] += 1
                 if id_ and status in (b"201", b"202") and direction != b"out":
                     self.known_ids.setdefault(hash(json.loads(id_)), logged.decode())
             yield None
@@ -5914,7 +5940,9 @@ class InboxServer(http.server.HTTPServer):
             task()
         except Exception as error:
             self.report_bug(error)
-            connection = getattr(getattr(task, "func", task), "__self__", None)
+            while isinstance(task, functools.partial):
+                task = task.func
+            connection = getattr(task, "__self__", None)
             if isinstance(connection, Connection):
                 connection.close()
 
@@ -5984,24 +6012,23 @@ class InboxServer(http.server.HTTPServer):
         self.resume(steps, None)
 
     def resume(self, steps: Steps, result: Any) -> None:
-        if steps not in self.tasks:
+        if result is None and self.tasks[steps] == CANCELLED:  # it has waited for its time to go on
+            steps.close()
+            del self.tasks[steps]
             return
         try:
             failed = isinstance(result, Exception)
             step = steps.throw(result) if failed else steps.send(result)
         except StopIteration:
             del self.tasks[steps]
-        except Exception:
-            del self.tasks[steps]
-            raise
         else:
             self.perform(step, functools.partial(self.resume, steps), lambda: True)
 
     def cancel(self, key: str) -> None:
-        """Give up the generators that were started with a key."""
-        for steps in [steps for steps, each in self.tasks.items() if each == key]:
-            del self.tasks[steps]
-            steps.close()
+        """Have the generators that were started with a key end at their next pause."""
+        for steps, each in list(self.tasks.items()):
+            if each == key != "":
+                self.tasks[steps] = CANCELLED
 
     def run_in(self, pool: Pool, function: Callable[[], Any], then: Then) -> None:
         """Run a function in a pool; the loop passes what it returns, or raises, to `then`."""
@@ -6098,7 +6125,8 @@ class InboxServer(http.server.HTTPServer):
             sock = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
         connection = Connection(self, sock, address)
         self.connections[connection] = None
-        connection.on_ready(selectors.EVENT_READ)  # a request often comes with the connection
+        # A request often comes with the connection.
+        self.guard(functools.partial(connection.on_ready, selectors.EVENT_READ))
 
     def has_room(self) -> bool:
         """Whether one more client can be served. Those that were answered do not count for long."""
@@ -6148,7 +6176,7 @@ class InboxServer(http.server.HTTPServer):
             self.closing = True
             waiting = sum(key != "" for key in self.tasks.values())
             if waiting:
-                LOG.warning("%d Offers will get no more replies: the inbox stops", waiting)
+                LOG.warning("replies to %d Offers are dropped: the inbox stops", waiting)
             for sock in self.sockets:
                 sock.close()
             for connection in list(self.connections):
@@ -6216,6 +6244,8 @@ class Wanted(NamedTuple):
         if self.pattern and self.pattern not in RULES:
             hint = did_you_mean(self.pattern, RULES)
             raise AssertionError(f"unknown pattern {self.pattern}{hint}")
+        if self.direction not in ("in", "out"):
+            raise AssertionError(f"direction is {short_repr(self.direction)}, expected in or out")
         expression, expected = QUERY_PARAMETERS["status"]
         if not re.fullmatch(expression, self.status):
             raise AssertionError(f"status is {short_repr(self.status)}, expected {expected}")
@@ -6270,7 +6300,8 @@ class Inbox:
     @property
     def notifications(self) -> list[Any]:
         """The documents of the notifications that were stored, the first one first."""
-        stored = (each for each in self.deliveries if each.has_status("2xx"))
+        accepted = (each for each in self.deliveries if each.has_status("2xx"))
+        stored = (each for each in accepted if each.direction == "in")
         return [each.notification for each in stored if each.body is not None]
 
     def complete(self, delivery: Delivery) -> Delivery:
@@ -6344,8 +6375,9 @@ class Inbox:
 
         `document` is sent as JSON, or as it is if it is bytes. See `coarinbox.send`.
         """
+        server = self.open_server
         delivery = outgoing(document, url, "test", functools.partial(send, document, url))
-        recorded: Delivery = self.open_server.call(lambda: self.server.record(delivery))
+        recorded: Delivery = server.call(lambda: server.record(delivery))
         return recorded
 
     def reply(self, delivery: Delivery, pattern: str = "Accept", to: str | None = None) -> Delivery:
@@ -6357,7 +6389,7 @@ class Inbox:
         url = to or lookup(delivery.notification, "origin.inbox")
         if not is_http_uri(url):
             raise ValueError("the Offer has no origin.inbox; say where the reply goes with `to`")
-        return self.send(reply(delivery.notification, pattern), url)
+        return self.send(reply_to(delivery.notification, pattern, url), url)
 
     def clear(self) -> None:
         """Forget all deliveries, notifications, and simulated failures to come."""
@@ -6605,32 +6637,37 @@ class StderrHandler(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.lines: queue.Queue[str] = queue.Queue(MAX_WAITING)
-        self.dropped = 0
+        self.lines: collections.deque[str] = collections.deque()
+        self.dropped, self.ready = 0, threading.Event()
         threading.Thread(target=self.write_lines, daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
-            self.lines.put_nowait(self.format(record))
-        except queue.Full:
+        if len(self.lines) >= MAX_WAITING:
             self.dropped += 1
+            return
+        self.lines.append(self.format(record))
+        if not self.ready.is_set():
+            self.ready.set()
 
     def write_lines(self) -> None:
-        while True:
-            line = self.lines.get()
+        while self.ready.wait():
+            time.sleep(0.01)  # waking up for every line would slow down the loop
+            self.ready.clear()
+            text = "".join(f"{self.lines[index]}\n" for index in range(len(self.lines)))
             dropped, self.dropped = self.dropped, 0
             if dropped:
-                line += f"\n{dropped} lines were dropped: nobody read standard error"
+                text += f"{dropped} lines were dropped: nobody read standard error\n"
             with contextlib.suppress(OSError, ValueError):
-                print(line, file=sys.stderr, flush=True)
-            self.lines.task_done()
+                sys.stderr.write(text)
+                sys.stderr.flush()
+            for _ in range(text.count("\n") - bool(dropped)):
+                self.lines.popleft()
 
     def flush(self) -> None:
         """Wait until everything is written, but not long."""
         end = time.monotonic() + 0.5
-        with self.lines.all_tasks_done:
-            while self.lines.unfinished_tasks and time.monotonic() < end:
-                self.lines.all_tasks_done.wait(end - time.monotonic())
+        while self.lines and time.monotonic() < end:
+            time.sleep(0.01)
 
 
 def run(server: InboxServer) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import collections
 import concurrent.futures
 import contextlib
 import copy
@@ -194,6 +195,12 @@ def altered(name: str, **changes: Any) -> Any:
         member = {"at_context": "@context"}.get(member, member.replace("__", "."))
         document = changed(document, member.replace("cite_as", "ietf:cite-as"), value)
     return document
+
+
+def addressed(document: Any, url: str) -> Any:
+    """Copy a notification, with another inbox as its target's, if it names one."""
+    named = coarinbox.lookup(document, "target.inbox") is not None
+    return changed(document, "target.inbox", url) if named else document
 
 
 # --- Talking to an inbox -------------------------------------------------------------------------
@@ -2155,7 +2162,7 @@ class ReplyTest(unittest.TestCase):
 
 
 class LdnTest(InboxTest):
-    """What W3C Linked Data Notifications demands of a receiver (section 3.3, and 3.1 discovery)."""
+    """The demands of W3C Linked Data Notifications on a receiver (sections 3.1 and 3.3)."""
 
     def test_must_answer_a_post_with_201_and_a_location_to_retrieve_it_from(self) -> None:
         host, port = address(self.server)
@@ -2253,8 +2260,6 @@ class QueuedTest(InboxTest):
         self.assertNotIn("Location", answer.headers)
         self.assertEqual(answer.json()["pattern"], "Accept")
         self.assertEqual(self.ask("GET", path_of(answer.json()["location"])).body, BODY)
-        page = self.ask("GET", "/", headers={"Accept": "text/html"}).body
-        self.assertIn(b'<span class="chip ok">202</span>', page)
 
 
 def path_of(url: str) -> str:
@@ -2391,7 +2396,7 @@ class ResourcesTest(InboxTest):
         self.assertNotIn(b"<script>alert", answer.body)
         self.assertIn(b"&lt;script&gt;alert", answer.body)
         self.assertIn("default-src 'none'", answer.headers["Content-Security-Policy"])
-        self.assertEqual(answer.headers["Referrer-Policy"], "no-referrer")
+        self.assertEqual(answer.headers["Referrer-Policy"], "same-origin")
 
     def test_the_constraints_are_the_rules(self) -> None:
         listed = self.ask("GET", "/constraints").json()
@@ -2543,17 +2548,17 @@ class ValidationModeTest(unittest.TestCase):
     INVALID = changed(FAULTY, "origin", ABSENT)  # levels S, M and E
 
     def check(self, mode: Any, expected: list[tuple[Any, int, str, str]]) -> None:
-        with serving(VALIDATE_INCOMING=mode) as server:
-            for document, status, errors, warnings_ in expected:
-                with self.subTest(document=document):
-                    before = len(list(server.store.names()))
-                    answer = ask(server, "POST", "/inbox", document)
-                    self.assertEqual(answer.status, status)
-                    stored = len(list(server.store.names())) - before
-                    self.assertEqual(stored, 1 if status == 201 else 0)
-                    for name, levels in (("errors", errors), ("warnings", warnings_)):
-                        found = (entry["level"] for entry in answer.json().get(name, []))
-                        self.assertEqual("".join(sorted(found)), levels)
+        for document, status, errors, warnings_ in expected:
+            with (
+                self.subTest(document=document),
+                coarinbox.running(VALIDATE_INCOMING=mode) as inbox,
+            ):
+                answer = send(inbox.url, addressed(document, inbox.url))
+                self.assertEqual(answer.status, status)
+                self.assertEqual(len(inbox.notifications), 1 if status == 201 else 0)
+                for name, levels in (("errors", errors), ("warnings", warnings_)):
+                    found = (entry["level"] for entry in answer.json().get(name, []))
+                    self.assertEqual("".join(sorted(found)), levels)
 
     def test_true_refuses_what_coarnotify_refuses(self) -> None:
         self.check(True, [
@@ -2622,7 +2627,7 @@ class BadBodyTest(InboxTest):
                     self.refuse(start * depth + b"1" + end * depth, says="nested more than 100")
                     self.refuse(start * depth, says="")
 
-    def test_nesting_up_to_the_limit_is_no_fault(self) -> None:
+    def test_nesting_up_to_the_limit_is_accepted(self) -> None:
         document: Any = "x"
         for _ in range(coarinbox.MAX_DEPTH - 1):
             document = [document]
@@ -2826,6 +2831,7 @@ class ReadRequestTest(unittest.TestCase):
         long = b"X: " + b"y" * 995 + b"\r\n"
         self.assertEqual(len(self.read_one(line + long * 65 + b"\r\n").fields), 65)
         self.assert_refused(line + long * 66, 431, "65536")  # the limit is for all of them
+        self.assert_refused(b"GET /" + b"x" * 60_000 + line[5:] + long * 6, 431, "65536")
         for trailer in (b"X: y\r\n" * 101, b"X: " + b"y" * 70_000):
             self.assert_refused(post_head(CHUNKED) + b"0\r\n" + trailer, 431)
 
@@ -2864,7 +2870,8 @@ class ReadRequestTest(unittest.TestCase):
         for chunks in [
             b"x\r\n", b"\r\n", b"-5\r\nhello\r\n0\r\n\r\n", b"0x5\r\nhello\r\n0\r\n\r\n",
             b"5\r\nhello, too long\r\n0\r\n\r\n", b"5\nhello\n0\n\n", b" 5\r\nhello\r\n0\r\n\r\n",
-            b"5\r\nhelloXX0\r\n\r\n", b"5;a\rb\r\nhello\r\n0\r\n\r\n",
+            b"5\r\nhello\n0\r\n\r\n",
+            b"5\r\nhelloXX0\r\n\r\n", b"5\r\nhelloX\n0\r\n\r\n", b"5;a\rb\r\nhello\r\n0\r\n\r\n",
             b"5;\0\r\nhello\r\n0\r\n\r\n", b"5" * 17 + b"\r\n", b"5;" + b"x" * 2000 + b"\r\nhello",
         ]:  # fmt: skip
             self.assert_refused(post_head(CHUNKED) + chunks, 400, "malformed")
@@ -3128,7 +3135,7 @@ class StorageTest(InboxTest):
 
 
 class SyncTest(InboxTest):
-    """What FSYNC promises, with a disk whose answers we choose."""
+    """The promise of FSYNC, on a disk whose answers we choose."""
 
     settings = {"FSYNC": True}
     errors_expected = True
@@ -3289,7 +3296,7 @@ class DeliveryLogTest(DeliveriesTest):
     settings = {"MAX_CONTENT_LENGTH": 10_000}
 
     def test_every_attempt_has_a_line_in_order_of_arrival(self) -> None:
-        # Of what was stored the file has the body, and strangers leave nothing but who and why.
+        # No body of a stored notification, which has a file, and none of a stranger.
         attempts: list[tuple[bytes, int, str, str | None]] = [
             (post_to(), 201, "", None),
             (post_to("", b'{"a":1}'), 400, "not a valid notification", '{"a":1}'),
@@ -3328,7 +3335,7 @@ class DeliveryLogTest(DeliveriesTest):
         with connect(self.server, head) as connection:
             self.assertIn(b" 100 ", connection.recv(100))  # its head has been read
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        self.wait_until(self.path.exists)
+        self.wait_until(lambda: self.deliveries() != [])
         self.assertEqual([(line["status"], line["body"]) for line in self.lines()], [(400, "")])
 
     def test_what_is_no_delivery_has_none(self) -> None:
@@ -3360,7 +3367,7 @@ class DeliveryLogTest(DeliveriesTest):
         self.assertEqual(json.loads(line["body"]), REFUSED)
         about = {"id": "offer-1", "object.id": OFFER["object"]["id"]}
         actor = {f"actor.{name}": OFFER["actor"][name] for name in ("id", "name")}
-        self.assertEqual(line["about"], {**about, **actor})
+        self.assertLessEqual({**about, **actor}.items(), line["about"].items())
 
     def test_a_line_about_what_was_stored_has_its_name_and_not_its_body(self) -> None:
         location = self.post().headers["Location"]
@@ -3530,8 +3537,9 @@ class DeliveryLogFaultTest(DeliveriesTest):
         self.assert_serves()
         self.assertEqual(len(self.stored()), 1)
         self.assertIn("a delivery could not be logged", "\n".join(self.log_lines()))
+        self.assert_problem(self.ask("GET", "/deliveries"), 500)
         for path in ("/deliveries", "/", f"/inbox/{self.stored()[0]}"):
-            self.assert_problem(self.ask("GET", path, headers=HTML), 500)
+            self.assertEqual(self.ask("GET", path, headers=HTML).status, 500)
         self.path.rmdir()
         self.assert_serves()
         self.assertEqual(self.statuses(), [201])
@@ -4029,12 +4037,13 @@ class ListPageTest(unittest.TestCase):
         self.assertEqual(page.texts("option", value=""), ["Any pattern"])
 
     def test_totals_lead_to_the_deliveries_that_they_count(self) -> None:
-        warned, totals = changed(OFFER, "target.inbox", ABSENT), coarinbox.Totals()
+        warned = changed(OFFER, "target.inbox", ABSENT)
         deliveries = [delivered(OFFER), delivered(warned), delivered(REFUSED, 400)]
         deliveries += [delivered(OFFER, 503), sent(ACCEPT), sent(ACCEPT, 404), sent(ACCEPT, 500)]
-        for delivery in deliveries:
-            totals = totals.plus(delivery)
-        page = list_page(*deliveries, **totals._asdict())
+        tally = collections.Counter(
+            (each.direction, each.status, bool(each.findings)) for each in deliveries
+        )
+        page = list_page(*deliveries, **coarinbox.Totals.of(tally)._asdict())
         chips = {}
         for name in ("All", "Stored", "With warnings", "Refused", "Failed", "Sent"):
             (url,) = page.links(f"{name} ")
@@ -4136,6 +4145,8 @@ class DeliveryPageTest(unittest.TestCase):
         self.assertEqual(rule, "../constraints?pattern=Request+Review#origin.inbox-required")
         example = "../constraints?pattern=Request+Review#example"
         self.assertEqual(page.links("a valid Request Review"), [example])
+        page = delivery_page(delivered(OFFER, 400, findings=found, omitted=4212))
+        self.assertIn("and 4,212 more", page.one("section", id="findings").text)
 
     def test_findings_and_members_point_at_each_other(self) -> None:
         page = delivery_page(delivered(changed(REFUSED, "target.inbox", ABSENT), 400))
@@ -4373,11 +4384,9 @@ class PageTest(unittest.TestCase):
             self.assertEqual(len(page.all("button", data_send=pattern.name)), 1)
 
     def test_an_error_is_a_page_with_navigation(self) -> None:
-        found = [finding("E", "/id", "write one")]
-        page = Page(coarinbox.error_page(CONTEXT, 404, "this <delivery> was removed", found))
+        page = Page(coarinbox.error_page(CONTEXT, 404, "this <delivery> was removed"))
         self.assertEqual(page.one("h1").text, "404 Not Found")
         self.assertIn("this <delivery> was removed", page.texts("p"))
-        self.assertIn("Write one", page.one("li", id="finding-1").text)
         self.assertEqual(page.links("All deliveries"), ["../"])
         self.assertEqual(page.links("Samples"), ["../samples"])
 
@@ -4391,7 +4400,7 @@ class PageTest(unittest.TestCase):
             delivery_page(delivery, [delivery, sent(ACCEPT)], context),
             Page(coarinbox.constraints_page(CONTEXT, coarinbox.PATTERNS[0])),
             Page(coarinbox.samples_page(CONTEXT)),
-            Page(coarinbox.error_page(CONTEXT, 400, str(document)[:2000], delivery.findings)),
+            Page(coarinbox.error_page(CONTEXT, 400, str(document)[:2000])),
         ]
 
     def test_links_work_wherever_the_inbox_is(self) -> None:
@@ -4537,6 +4546,8 @@ class ForeignPageTest(DeliveriesTest):
 BROWSER = shutil.which("chromium") and shutil.which("chromedriver")
 SELENIUM = importlib.util.find_spec("selenium")
 AXE = HERE / ".ci/work/node_modules/axe-core/axe.min.js"  # where .ci/run puts it
+OVERFLOW = "return document.documentElement.scrollWidth - innerWidth"
+VIEWS = itertools.cycle(itertools.product((1280, 853, 400), ("light", "dark")))
 QUIET = (
     "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
     " disable-component-update disable-sync"
@@ -4603,6 +4614,10 @@ class BrowserTest(DeliveriesTest):
         wait = WebDriverWait(self.driver, seconds, 0.02, ignored_exceptions=[Stale])
         wait.until(lambda _: text in self.text(selector), f"no {text!r} in {selector}")
 
+    def click(self, selector: str, text: str = "") -> None:
+        """Click the first element that is named so."""
+        next(element for element in self.all(selector) if text in element.text).click()
+
     def run_script(self, script: str, *arguments: Any) -> Any:
         return self.driver.execute_script(script, *arguments)
 
@@ -4625,12 +4640,14 @@ class BrowserTest(DeliveriesTest):
         self.assertEqual(self.driver.title, "(1) Deliveries · coarinbox")
         self.assertIn("Request Review", self.text("#deliveries .new"))
         self.assertIn("400 · 1 error", self.text("#newest"))  # which is spoken
+        self.run_script("dispatchEvent(new Event('pointermove'))")  # somebody looks
+        self.assertEqual(self.driver.title, "Deliveries · coarinbox")
 
         self.all("#deliveries .open")[0].click()
         self.wait_for("h1", "Request Review")
         self.assertIn("origin.id must be an HTTP URI", self.text(".findings"))
         self.assertEqual(self.text(".json .E"), '"id": "urn:uuid:origin", 1 1')
-        (payload,), (findings,) = self.all(".json"), self.all(".findings")
+        (payload,), (findings,) = self.all("#payload"), self.all("#findings")
         self.assertGreater(findings.rect["x"], payload.rect["x"] + payload.rect["width"])
         self.assertLess(abs(findings.rect["y"] - payload.rect["y"]), 50)
 
@@ -4658,7 +4675,7 @@ class BrowserTest(DeliveriesTest):
         self.run_script("arguments[0].open = false", folded)
         self.all("textarea")[0].send_keys("typed ")
         self.post(ACCEPT)
-        self.wait_for("#conversation", "201 Accept", seconds=1)
+        self.wait_for("#conversation", "1 warning Accept", seconds=1)
         self.assertFalse(self.run_script("return arguments[0].open", folded))
         self.assertIn("typed", self.all("textarea")[0].get_attribute("value"))
 
@@ -4711,13 +4728,123 @@ class BrowserTest(DeliveriesTest):
         first, second = (f"row-{name}" for name in self.names())
         for keys, row in [("j", first), ("j", second), ("j", second), ("k", first), ("kk", first)]:
             self.assertEqual(press(*keys), row)
-        press("/", "x", "j", Keys.ESCAPE)
-        self.assertIn("xj", self.all("[type=search]")[0].get_attribute("value") + "xj")
+        press("/", "x", "j")
+        self.assertEqual(self.all("[type=search]")[0].get_attribute("value"), "xj")
         self.open()
         press("j", Keys.ENTER)
         self.wait_for("h1", "Request Review")
         press(Keys.ESCAPE)
         self.wait_for("#deliveries", "Accept")
+
+    def test_newer_and_older_stay_within_the_filter(self) -> None:
+        from selenium.webdriver.common.keys import Keys
+
+        for document in (REFUSED, ACCEPT, b"no", ACCEPT, REFUSED):
+            self.post(document)
+        refused = self.names("?status=4xx")
+        self.open()
+        self.click("#totals a", "Refused")
+        self.wait_for_rows(3)
+        self.click("#deliveries .open")
+        self.wait_for("h1", "Request Review")
+        self.assertEqual(self.all("[rel=prev]"), [])
+        for key, name in [("j", refused[1]), ("j", refused[2]), ("k", refused[1])]:
+            self.all("body")[0].send_keys(key)
+            self.wait_for_url(f"/deliveries/{name}?status=4xx&direction=in")
+        self.all("body")[0].send_keys(Keys.ESCAPE)
+        self.wait_for_url("/?status=4xx&direction=in")
+
+    def wait_for_url(self, end: str) -> None:
+        self.wait_until(lambda: str(self.driver.current_url) == self.server.base + end)
+
+    def test_an_offer_is_answered_by_hand_and_the_conversation_shows_it(self) -> None:
+        from selenium.webdriver.common.keys import Keys
+
+        self.post(changed(OFFER, "origin.inbox", f"{self.server.base}/inbox"))
+        for pattern, scripts in (("Reject", False), ("Announce Review", True)):
+            self.scripts(scripts)
+            self.open(live=False)
+            self.click("#deliveries .open", "Request Review")
+            self.click("#reply option", pattern)
+            self.click("#reply button", "Write it")
+            self.wait_for("#reply option:checked", pattern)
+            (field,) = self.all("#document")
+            field.send_keys(Keys.CONTROL, Keys.END, Keys.NULL, Keys.BACKSPACE)
+            field.send_keys(', "summary": "edited" }')
+            self.click("#reply button.main")
+            self.wait_for(".title", f"sent 201 {pattern} to ")
+            self.assertIn('"summary": "edited"', self.text("#payload"))
+            self.assertIn("201 Created", self.text("#answer"))
+            self.assertRegex(self.text("#conversation"), rf"Request Review .* sent 201 {pattern}")
+        self.click("#conversation a", "Request Review")
+        self.wait_for("#conversation h2", "3 received, 2 sent")
+
+    def test_what_came_is_sent_again_without_scripts(self) -> None:
+        self.post(REFUSED)
+        self.scripts(False)
+        self.open("/deliveries/" + self.names()[0], live=False)
+        self.click("#again button")
+        self.wait_for(".title", "sent 400 Request Review to ")
+        self.assertIn("400 Bad Request", self.text("#answer"))
+        self.assertEqual(sorted(self.statuses()), [400, 400, 400])
+        self.assertEqual(len(self.deliveries("?direction=out")), 1)
+
+    def test_a_sample_is_sent_from_the_page(self) -> None:
+        self.open()
+        self.click("#sample option", "Undo Offer")
+        self.click("button", "Send to this inbox")
+        self.wait_for("#deliveries", "201 Undo Offer")
+        self.open("/samples", live=False)
+        self.click("[data-send=Reject]")
+        self.wait_for("#deliveries", "201 Reject")
+        self.click("#deliveries .open", "Reject")
+        self.wait_for("#findings", "None: this is a valid Reject.")
+
+    def test_what_was_removed_and_what_is_wrong_say_so(self) -> None:
+        path = path_of(self.post().headers["Location"])
+        page = path.replace("/inbox/", "/deliveries/")
+        self.ask("DELETE", path)
+        self.open(page, live=False)
+        self.assertIn("It is no longer stored: it was removed.", self.text("#payload"))
+        self.ask("DELETE", "/inbox")
+        for where, title, text in [
+            (page, "404 Not Found", "it may have been removed"),
+            ("/nowhere", "404 Not Found", "nothing is here"),
+            ("/?limt=5", "400 Bad Request", "unknown parameter 'limt'"),
+        ]:
+            self.open(where, live=False)
+            self.assertEqual(self.text("h1"), title)
+            self.assertIn(text, self.text("main"))
+            self.click("main a", "All deliveries")
+            self.wait_for("h1", "Nothing has been delivered yet")
+
+    def test_a_page_that_nobody_sees_asks_for_nothing(self) -> None:
+        def hide(hidden: bool) -> int:
+            """Hide the page, or show it; returns how often it has asked for something."""
+            self.run_script(
+                "Object.defineProperty(document, 'hidden', {value: arguments[0],"
+                " configurable: true}); document.dispatchEvent(new Event('visibilitychange'))",
+                hidden,
+            )
+            return int(self.run_script("return performance.getEntriesByType('resource').length"))
+
+        self.post()
+        self.open()
+        self.post()
+        self.wait_for_rows(2)
+        asked = hide(True)
+        for _ in range(3):
+            self.post()
+        # A page that is seen shows the same deliveries before this one is looked at again.
+        hidden = self.driver.current_window_handle
+        self.driver.switch_to.new_window("tab")
+        self.open()
+        self.wait_for_rows(5)
+        self.driver.close()
+        self.driver.switch_to.window(hidden)
+        self.assertEqual(len(self.all("#deliveries .open")), 2)
+        self.assertEqual(hide(False), asked)
+        self.wait_for_rows(5)
 
     def test_a_button_copies(self) -> None:
         self.post(OFFER)
@@ -4755,51 +4882,56 @@ class BrowserTest(DeliveriesTest):
     def test_nothing_hostile_runs_or_breaks_the_layout(self) -> None:
         for hostile in HOSTILE:
             self.post(hostile)
-        paths = ["/", *(f"/deliveries/{name}" for name in self.names())]
-        self.assertGreater(len(paths), 30)
-        for width in (1280, 400):
+        # Every third: `PageTest` has looked at the markup of all of them.
+        paths = ["/", *(f"/deliveries/{name}" for name in self.names()[::3])]
+        self.assertGreater(len(paths), 20)
+        for width, some in ((1280, paths[:5]), (400, paths)):
             self.window(width, 900)
-            for path in paths if width == 400 else paths[:8]:
-                with self.subTest(path, width=width):
-                    self.open(path, live=False)
-                    self.assertIsNone(self.run_script("return window.hacked"))
-                    scrolls = "return document.documentElement.scrollWidth - innerWidth"
-                    self.assertLessEqual(self.run_script(scrolls), 0)
+            for path in some:
+                self.open(path, live=False)
+                self.assertIsNone(self.run_script("return window.hacked"), path)
+                self.assertLessEqual(self.run_script(OVERFLOW), 0, f"{path}, {width}")
         violations = [line for line in self.driver.get_log("browser") if "Security" in str(line)]
         self.assertEqual(violations, [])
 
     @unittest.skipUnless(AXE.exists(), "axe-core is not installed")
     def test_everybody_can_use_it(self) -> None:
-        self.open()
-        self.check_accessibility("empty")
+        self.check_accessibility("/")  # of an empty inbox
         for document in (OFFER, ACCEPT, REFUSED, b"no"):
             self.post(document)
-        details = [f"/deliveries/{name}" for name in self.names()]
-        for scheme in ("light", "dark"):
-            for width in (1280, 400):
-                self.window(width, 900, scheme)
-                for path in ("/", "/?q=nothing+like+it", "/constraints", *details):
-                    self.open(path, live="deliveries" not in path and path != "/constraints")
-                    self.check_accessibility(f"{path}, {width}, {scheme}")
+        names = self.names()
+        to = {"to": f"{self.server.base}/nowhere"}
+        self.assertEqual(self.ask("POST", f"/deliveries/{names[3]}/send", to).status, 201)
+        self.ask("POST", "/inbox?status=503", OFFER)
+        removed = self.names("?pattern=Accept")[0]
+        self.ask("DELETE", f"/inbox/{removed}")
+        filters = "/?status=4xx&origin=r.example.org&q=nothing"
+        for path in ("/", filters, "/constraints", "/samples", "/nowhere"):
+            self.check_accessibility(path)
+        for name in self.names():
+            self.check_accessibility(f"/deliveries/{name}")
 
-    def check_accessibility(self, where: str) -> None:
+    def check_accessibility(self, path: str) -> None:
+        """Look at a page in two of `VIEWS`, by turns; none may scroll sideways."""
+        self.open(path, live=False)
         self.run_script(AXE.read_text(encoding="utf-8"))
-        results = self.driver.execute_async_script(
-            "axe.run().then(arguments[arguments.length - 1], arguments[arguments.length - 1])"
-        )
-        self.assertGreater(len(results["passes"]), 10)
-        problems = [
-            (violation["id"], [node["html"] for node in violation["nodes"]][:3])
-            for violation in results["violations"]
-        ]
-        self.assertEqual(problems, [], where)
+        for width, scheme in itertools.islice(VIEWS, 2):
+            self.window(width, 900, scheme)
+            results = self.driver.execute_async_script("axe.run().then(arguments[0])")
+            self.assertGreater(len(results["passes"]), 10)
+            problems = [
+                (violation["id"], [node["html"] for node in violation["nodes"]][:3])
+                for violation in results["violations"]
+            ]
+            self.assertEqual(problems, [], f"{path}, {width}, {scheme}")
+            self.assertLessEqual(self.run_script(OVERFLOW), 0, f"{path}, {width}")
 
 
 # --- The program ---------------------------------------------------------------------------------
 
 
 class Program:
-    """An inbox that runs as a process; what it logs is read all the time, or it would stall."""
+    """An inbox that runs as a process; its log is read all the time, or lines would be dropped."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
@@ -4862,7 +4994,7 @@ KILLS = int(os.environ.get("COARINBOX_KILLS", "1"))
 
 
 class Done(NamedTuple):
-    """What is left of a program that has ended."""
+    """A program that has ended: its exit status and its output."""
 
     status: int
     output: list[str]
@@ -4986,14 +5118,15 @@ class StartTest(ProgramTest):
         self.assertEqual(len(files_in(self.directory / "notifications")), 1)
 
     def test_a_signal_some_time_after_the_first_does_not_wait(self) -> None:
-        patient = self.command(DOUBLE_SIGNAL=0, STOP_WITHIN=60)
-        with self.stalled(patient) as (inbox, connection):
+        with self.stalled(self.command(DOUBLE_SIGNAL=0)) as (inbox, connection):
             connection.recv(1)  # its request has begun, and is never completed
             inbox.process.send_signal(signal.SIGTERM)
             while can_connect(inbox.server_address):
                 pass
+            started = time.monotonic()
             inbox.process.send_signal(signal.SIGINT)
             self.assertEqual(inbox.process.wait(10), 0)
+            self.assertLess(time.monotonic() - started, coarinbox.STOP_WITHIN - 0.5)
         self.assertEqual(files_in(self.directory / "notifications"), [])
 
     def test_a_signal_that_comes_twice_is_one(self) -> None:
@@ -5359,6 +5492,13 @@ class RunningTest(unittest.TestCase):
             self.assertEqual(inbox.wait_for(status="4xx", type="Offer", timeout=0), refused)
             self.assertEqual(inbox.wait_for(lambda each: "inReplyTo" in each.about), accept)
 
+    def test_what_has_arrived_counts_however_long_it_takes_to_read_it(self) -> None:
+        with coarinbox.running() as inbox:
+            for document in (OFFER, OFFER, ACCEPT):
+                send(inbox.url, document)
+            with unittest.mock.patch("coarinbox.BLOCK", 100):  # it is read in many pieces
+                self.assertEqual(inbox.wait_for(type="Accept", timeout=0).notification, ACCEPT)
+
     def test_what_does_not_come_is_an_assertion_that_says_what_did(self) -> None:
         with coarinbox.running() as inbox:
             with self.assertRaisesRegex(
@@ -5471,7 +5611,7 @@ class RunningTest(unittest.TestCase):
                     inbox.fail_next(**arguments)  # type: ignore[arg-type]
             self.assertEqual(send(inbox.url).status, 201)
 
-    def test_a_fault_of_the_inbox_surfaces(self) -> None:
+    def test_a_bug_of_the_inbox_surfaces(self) -> None:
         with self.assertLogs("coarinbox", "ERROR"), self.assertRaises(RuntimeError) as caught:
             with coarinbox.running() as inbox:
                 with unittest.mock.patch("coarinbox.validate", side_effect=ZeroDivisionError):
@@ -5575,8 +5715,6 @@ class SimulatedFailureTest(DeliveriesTest):
     def test_without_a_number_all_of_them_fail(self) -> None:
         for _ in range(3):
             self.assert_problem(self.send("status=500"), 500)
-        rows = Page(self.ask("GET", "/", headers=HTML).body.decode()).rows
-        self.assertTrue(all("500 simulated" in row for row in rows), rows)
         self.assertEqual(self.post().status, 201)
 
     def test_any_status_can_be_chosen(self) -> None:
@@ -5592,8 +5730,8 @@ class SimulatedFailureTest(DeliveriesTest):
 
     def test_a_304_has_no_body_that_could_pass_for_the_next_answer(self) -> None:
         post = post_head(f"Content-Length: {len(BODY)}") + BODY
-        octets = post.replace(b"/inbox", b"/inbox?status=304", 1) + post
-        answers = raw(self.server, octets, "half-close")
+        requests = post.replace(b"/inbox", b"/inbox?status=304", 1) + post
+        answers = raw(self.server, requests, "half-close")
         self.assertEqual([answer.status for answer in answers], [304, 201])
         self.assertNotIn("Content-Length", answers[0].headers)
 
@@ -5614,9 +5752,6 @@ class SimulatedFailureTest(DeliveriesTest):
         answer = self.send("status=307")
         inbox = "http://{}:{}/inbox".format(*address(self.server))
         self.assertEqual(answer.headers["Location"], inbox)
-        rows = Page(self.ask("GET", "/", headers=HTML).body.decode()).rows
-        self.assertIn("307 simulated", rows[0])
-        self.assertIn("300 simulated", rows[1])
         self.assertEqual(self.ask("POST", path_of(answer.headers["Location"]), ACCEPT).status, 201)
 
     def test_an_answer_can_be_late(self) -> None:
@@ -5639,9 +5774,9 @@ class SimulatedFailureTest(DeliveriesTest):
         self.assertEqual(json.loads(first["body"]), ACCEPT)
         self.assertEqual(first["target"], "/inbox?status=503&times=1")
         self.assertEqual(first["detail"], "a simulated failure")
-        path = f"/deliveries/{first['name']}"
-        page = Page(self.ask("GET", path, headers=HTML).body.decode())
-        self.assertIn("None: this is a valid Accept.", page.one("main").text)
+        newest, oldest = Page(self.ask("GET", "/", headers=HTML).body.decode()).rows
+        self.assertRegex(oldest, "503.* simulated")
+        self.assertNotIn("simulated", newest)
 
     def test_what_is_refused_anyway_is_refused_first(self) -> None:
         query = "status=503&times=1"
@@ -5944,7 +6079,8 @@ class SendTest(SendingTest):
 
     def test_an_inbox_says_what_it_refuses(self) -> None:
         with coarinbox.running() as inbox:
-            answer = coarinbox.send(changed(ACCEPT, "origin", ABSENT), inbox.url)
+            document = addressed(changed(ACCEPT, "origin", ABSENT), inbox.url)
+            answer = coarinbox.send(document, inbox.url)
             self.assertEqual((answer.status, answer.accepted), (400, False))
             detail, finding = answer.reasons()
             self.assertIn("not a valid notification", detail)
@@ -6422,8 +6558,8 @@ class RetryTest(unittest.TestCase):
 class ConverseTest(ProgramTest):
     """`--sample` and `--send`."""
 
-    def write(self, name: str, document: Any) -> str:
-        (self.directory / name).write_text(json.dumps(document))
+    def write(self, name: str, document: Any, inbox: str = JOURNAL["inbox"]) -> str:
+        (self.directory / name).write_text(json.dumps(addressed(document, inbox)))
         return name
 
     def test_a_sample_is_printed(self) -> None:
@@ -6440,17 +6576,18 @@ class ConverseTest(ProgramTest):
             self.assertIn(", ".join(NOTIFICATIONS), line)
 
     def test_files_are_sent(self) -> None:
-        self.write("offer.json", NOTIFICATIONS["Request Review"])
         with coarinbox.running() as inbox:
+            offer, accept = (addressed(document, inbox.url) for document in (OFFER, ACCEPT))
+            self.write("offer.json", offer, inbox.url)
             status, lines, errors = self.invoke(
-                "--send", inbox.url, "offer.json", "-", stdin=BODY.decode()
+                "--send", inbox.url, "offer.json", "-", stdin=json.dumps(accept)
             )
             self.assertEqual(status, 0, errors)
             named = [line.rpartition("/")[0] for line in lines]
             self.assertEqual(
                 named, [f"{name}: 201 Created {inbox.url}" for name in ("offer.json", "-")]
             )
-            self.assertEqual(inbox.notifications, [NOTIFICATIONS["Request Review"], ACCEPT])
+            self.assertEqual(inbox.notifications, [offer, accept])
 
     def test_a_sample_is_sent_and_addressed_to_the_inbox(self) -> None:
         with coarinbox.running(VALIDATE_INCOMING="strict") as inbox:
@@ -6462,9 +6599,9 @@ class ConverseTest(ProgramTest):
             self.assertEqual(delivery.notification["target"]["inbox"], inbox.url)
 
     def test_the_reasons_of_the_receiver_are_shown(self) -> None:
-        self.write("bad.json", changed(ACCEPT, "origin", ABSENT))
-        self.write("good.json", ACCEPT)
         with coarinbox.running() as inbox:
+            self.write("bad.json", changed(ACCEPT, "origin", ABSENT), inbox.url)
+            self.write("good.json", ACCEPT, inbox.url)
             status, lines, _ = self.invoke("--send", inbox.url, "bad.json", "good.json")
         self.assertEqual(status, 1)
         self.assertEqual(lines[0], "bad.json: 400 Bad Request")
@@ -6500,8 +6637,8 @@ class ConverseTest(ProgramTest):
         self.assertIn("no inbox", second)
 
     def test_what_cannot_be_read_or_reached(self) -> None:
-        self.write("good.json", ACCEPT)
         with coarinbox.running() as inbox:
+            self.write("good.json", ACCEPT, inbox.url)
             status, lines, errors = self.invoke("--send", inbox.url, "none.json", ".", "good.json")
         self.assertEqual((status, len(lines)), (2, 1))
         self.assertIn("coarinbox: none.json: No such file", errors)
@@ -6527,6 +6664,690 @@ class ConverseTest(ProgramTest):
             status, lines, errors = self.invoke(*arguments)
             self.assertEqual((status, lines), (2, []), arguments)
             self.assertIn("coarinbox: error: ", errors)
+
+
+# --- What the delivery tells ---------------------------------------------------------------------
+
+
+class ArrivedTest(InboxTest):
+    """What an inbox finds wrong with a delivery, though the document does not show it."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.here = "http://{}:{}/inbox".format(*address(self.server))
+
+    def offer(self, inbox: str = "") -> Any:
+        return addressed({**OFFER, "id": uuid.uuid4().urn}, inbox or self.here)
+
+    def findings(self, document: Any, content_type: str = JSON_LD) -> list[Any]:
+        """Send a notification; returns the warnings of the answer."""
+        answer = self.post(document, Content_Type=content_type)
+        self.assertEqual(answer.status, 201, answer)
+        warnings: list[Any] = answer.json()["warnings"]
+        return warnings
+
+    def test_a_media_type_that_production_refuses(self) -> None:
+        (found,) = self.findings(self.offer(), "application/json")
+        self.assertEqual((found["code"], found["level"], found["pointer"]), ("content-type", S, ""))
+        self.assertEqual(found["refused_by"], ["DSpace", "EPrints", "PCI"])
+        self.assertIn("send `Content-Type: application/ld+json`", found["message"])
+        line = next(line for line in self.log_lines() if "Content-Type" in line)
+        self.assertTrue(line.endswith("(refused by DSpace, EPrints, PCI)"), line)
+        for kind in (JSON_LD, "Application/LD+JSON ;profile=x"):
+            self.assertEqual(self.findings(self.offer(), kind), [])
+
+    def test_the_url_that_was_posted_to(self) -> None:
+        port = address(self.server)[1]
+        for inbox, path, host, is_elsewhere in [
+            (self.here, "/inbox", f"127.0.0.1:{port}", False),
+            (self.here, "/inbox?status=503&times=9", f"127.0.0.1:{port}", False),
+            (f"{self.here}?a=b", "/inbox", f"127.0.0.1:{port}", False),
+            (f"{self.here}/", "/inbox/", f"127.0.0.1:{port}", False),
+            ("http://Inbox.Localhost/inbox", "/inbox", "inbox.localhost", False),
+            (f"http://localhost:{port}/inbox", "/inbox", "inbox.localhost", False),  # as given out
+            (self.here, "/inbox", "inbox.localhost", True),
+            (f"http://127.0.0.1:{port + 1}/inbox", "/inbox", f"127.0.0.1:{port}", True),
+            (f"{self.here}/", "/inbox", f"127.0.0.1:{port}", True),
+        ]:
+            with self.subTest(inbox, path=path, host=host):
+                answer = self.ask("POST", path, self.offer(inbox), {"Host": host})
+                (delivery,) = self.ask("GET", "/deliveries?limit=1").json()["deliveries"]
+                found = [finding["code"] for finding in delivery["findings"]]
+                self.assertEqual(found, ["target.inbox-elsewhere"] * is_elsewhere, answer)
+
+    def test_a_base_url_counts_as_well(self) -> None:
+        public = "https://inbox.example.org"
+        with coarinbox.running(BASE_URL=f"{public}/") as inbox:
+            for url, count in [(f"{public}:443/inbox", 0), (f"{public}/", 1), (inbox.url, 1)]:
+                answer = send(inbox.url, self.offer(url))
+                self.assertEqual(len(answer.json()["warnings"]), count, answer)
+
+    def test_an_id_counts_as_repeated_while_it_is_stored(self) -> None:
+        first, other = self.offer(), self.offer()
+        self.assertEqual(self.post(changed(first, "origin", ABSENT)).status, 400)
+        self.assertEqual(self.ask("POST", "/inbox?status=503&times=1", first).status, 503)
+        self.assertEqual(self.findings(first) + self.findings(other), [])
+        name = self.ask("GET", "/deliveries?status=201").json()["deliveries"][1]["name"]
+        (found,) = self.findings({**other, "id": first["id"]})  # with another body
+        self.assertEqual((found["code"], found["pointer"]), ("id-repeated", "/id"))
+        self.assertEqual(found["refused_by"], ["PCI", "Software Heritage"])
+        self.assertIn(f"was delivered before, as {name}", found["message"])
+        for name in self.stored():
+            self.ask("DELETE", f"/inbox/{name}")
+        self.assertEqual(self.findings(first), [])
+        self.ask("DELETE", "/inbox")
+        self.assertEqual(self.findings(first), [])
+
+    def test_errors_come_before_warnings(self) -> None:
+        problem = self.assert_problem(self.post(REFUSED), 400)
+        self.assertEqual(list(problem)[-2:], ["errors", "warnings"])
+        levels = [{each["level"] for each in problem[name]} for name in ("errors", "warnings")]
+        self.assertEqual(levels, [{E}, {S}])
+
+    def test_each_answer_of_the_inbox_names_its_constraints(self) -> None:
+        link = '</constraints>; rel="http://www.w3.org/ns/ldp#constrainedBy"'
+        asked: list[tuple[str, Any, int]] = [
+            ("GET", None, 200), ("HEAD", None, 200), ("OPTIONS", None, 204), ("POST", ACCEPT, 201),
+            ("POST", REFUSED, 400), ("POST", b"no", 400), ("PUT", ACCEPT, 405),
+            ("DELETE", None, 204),
+        ]  # fmt: skip
+        for method, body, status in asked:
+            answer = self.ask(method, "/inbox", body)
+            links = re.sub("<http://[^/]*", "<", ", ".join(answer.headers.get_all("Link", [])))
+            self.assertEqual((answer.status, links), (status, link), method)
+        page = self.ask("GET", "/inbox", headers=HTML)
+        self.assertRegex(", ".join(page.headers.get_all("Link", [])), "#(inbox.*#c|c.*#inbox)")
+
+    def test_ids_are_known_after_a_restart(self) -> None:
+        """They are read from the log in the background: a while may pass until then."""
+        offers = [{**OFFER, "id": f"urn:x:\u00fc{number}"} for number in range(3)]
+        with tempfile.TemporaryDirectory() as store, receiving(CREATED) as receiver:
+            with coarinbox.running(STORE_DIR=store) as inbox:
+                locations = [send(inbox.url, each).headers["Location"] for each in offers]
+                inbox.send(offers[1], receiver.url)
+                self.assertEqual(ask(inbox.server, "DELETE", path_of(locations[2])).status, 204)
+            with coarinbox.running(STORE_DIR=store) as inbox:
+                self.wait_until(lambda: b"id-repeated" in send(inbox.url, offers[0]).body)
+                answers = [send(inbox.url, offer).body.decode() for offer in offers[1:]]
+                self.assertIn(f"before, as {last_part(locations[1])}", answers[0])
+                self.assertNotIn("id-repeated", answers[1])
+
+
+class ReceiverModeTest(ProgramTest):
+    """An inbox that plays a receiver, or the coarnotify library."""
+
+    def test_it_refuses_what_the_receiver_refuses(self) -> None:
+        table: list[tuple[str, str, dict[str, Any], int, str]] = [
+            ("dspace", "application/json", {}, 415, "content-type"),
+            ("DSpace", JSON_LD, {"id": "tag:a.example,2026:1"}, 400, "id-preferred"),
+            ("DSpace", JSON_LD, {"origin": ABSENT}, 400, "origin-required"),
+            ("DSpace", f"{JSON_LD};profile=x", {}, 201, ""),
+            ("eprints", f"{JSON_LD};profile=x", {}, 415, "content-type-exact"),
+            ("software heritage", JSON_LD, {"target.inbox": "http://a.example/"}, 400,
+             "target.inbox-elsewhere"),
+            ("pci", JSON_LD, {"object.ietf:cite-as": ABSENT}, 400, "object.ietf:cite-as-required"),
+            ("pci", JSON_LD, {"target.inbox": ABSENT}, 201, ""),  # level M
+        ]  # fmt: skip
+        for mode, kind, change, status, code in table:
+            with (
+                self.subTest(mode, change=change),
+                coarinbox.running(VALIDATE_INCOMING=mode) as inbox,
+            ):
+                document = addressed(OFFER, inbox.url)
+                for member, value in change.items():
+                    document = changed(document, member, value)
+                answer = ask(inbox.server, "POST", "/inbox", document, {"Content-Type": kind})
+                found = [each["code"] for each in answer.json().get("errors", [])]
+                self.assertEqual((answer.status, found), (status, [code] if code else []))
+                self.assertEqual("Accept-Post" in answer.headers, status == 415)
+
+    @unittest.skipUnless(importlib.util.find_spec("coarnotify"), "coarnotify is not installed")
+    def test_the_library_says_why_in_its_words(self) -> None:
+        with coarinbox.running(VALIDATE_INCOMING="coarnotify") as inbox:
+            accept = addressed(ACCEPT, inbox.url)
+            self.assertEqual(send(inbox.url, accept).status, 201)
+            problem = send(inbox.url, changed(accept, "actor.id", "no URI")).json()
+            codes = [{each["code"] for each in problem[name]} for name in ("errors", "warnings")]
+            self.assertEqual(codes, [{"coarnotify"}, {"actor.id-absolute-uri", "id-repeated"}])
+            (error,) = problem["errors"]
+            self.assertEqual((error["level"], error["pointer"]), (E, "/actor/id"))
+
+    def test_without_the_library_it_does_not_start(self) -> None:
+        path = self.config("VALIDATE_INCOMING = 'CoarNotify'; PORT = 0")
+        with unittest.mock.patch.dict(sys.modules, {"coarnotify.server": None}):
+            coarinbox.coarnotify_server.cache_clear()
+            line = self.fail_to_start("--config", path)
+        self.assertTrue(line.endswith("; pip install coarnotify\n"), line)
+
+
+# --- The other half ------------------------------------------------------------------------------
+
+
+def last_part(url: str) -> str:
+    """Return the name that a URL ends with."""
+    return url.rpartition("/")[2]
+
+
+def offer_between(partner: str, inbox: str) -> Any:
+    """Make an Offer from one inbox to another; its sender wants replies at `partner`."""
+    ends = {"origin": {**REPOSITORY, "inbox": partner}, "target": {**JOURNAL, "inbox": inbox}}
+    return coarinbox.sample("Request Review", **ends)
+
+
+def replying(*patterns: str, **settings: Any) -> Any:
+    """Run an inbox that answers Offers with these patterns, at once."""
+    return coarinbox.running(**{"REPLIES": patterns, "REPLY_DELAY": 0, **settings})
+
+
+def sent_by(inbox: coarinbox.Inbox, count: int) -> list[coarinbox.Delivery]:
+    """Wait until an inbox has made so many attempts to send something; returns them."""
+    sent: list[coarinbox.Delivery] = []
+
+    def is_last(delivery: coarinbox.Delivery) -> bool:
+        sent.append(delivery)
+        return len(sent) == count
+
+    inbox.wait_for(is_last, direction="out", status="")
+    return sent
+
+
+def has_ipv6() -> bool:
+    with contextlib.suppress(OSError):
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        return True
+    return False
+
+
+def other_address() -> str:
+    """Return an address of this machine that is not loopback, if there is one."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect(("192.0.2.1", 9))  # which sends nothing
+        host = str(sock.getsockname()[0])
+        return "" if host.startswith("127.") else host
+    return ""
+
+
+class SamplesTest(InboxTest):
+    settings = {"VALIDATE_INCOMING": "strict"}
+
+    def test_each_pattern_has_one_that_is_clean_here(self) -> None:
+        listed = self.ask("GET", "/samples").json()["samples"]
+        self.assertEqual(list(listed), list(coarinbox.RULES))
+        for name, url in listed.items():
+            answer = self.ask("GET", path_of(url))
+            self.assertEqual((answer.status, answer.headers["Content-Type"]), (200, JSON_LD))
+            sent = self.post(answer.json())
+            self.assertEqual((sent.status, sent.json()["warnings"]), (201, []), name)
+            self.assertEqual(sent.json()["pattern"], name)
+
+    def test_names_in_any_case_and_a_list_for_others(self) -> None:
+        for name in ("request%20review", "REQUEST%20Review"):
+            document = self.ask("GET", f"/samples/{name}").json()
+            self.assertEqual(document["type"], OFFER["type"])
+        for name in ("request+review", "Request", "x%2Fy", "%ff", "%00"):
+            problem = self.assert_problem(self.ask("GET", f"/samples/{name}"), 404)
+            self.assertIn(", ".join(coarinbox.RULES), problem["detail"])
+        self.assert_problem(self.ask("GET", "/samples/Accept?x=1"), 400)
+
+    def test_it_is_addressed_as_the_client_sees_the_inbox(self) -> None:
+        first, second = (self.ask("GET", "/samples/Accept", headers={"Host": "inbox.localhost:8"})
+                         for _ in range(2))  # fmt: skip
+        self.assertEqual(first.json()["target"]["inbox"], "http://inbox.localhost:8/inbox")
+        self.assertNotEqual(first.json()["id"], second.json()["id"])
+        with serving(BASE_URL="https://a.example/b/") as server:
+            target = ask(server, "GET", "/samples/Undo%20Offer").json()["target"]
+            self.assertEqual(target["inbox"], "https://a.example/b/inbox")
+
+
+class AutoReplyTest(unittest.TestCase):
+    """REPLIES: an inbox that answers each Offer."""
+
+    def test_a_whole_conversation(self) -> None:
+        replies = ["tentatively accept", "ACCEPT", "Announce Review"]
+        strict = {"VALIDATE_INCOMING": "strict"}
+        service = replying(*replies, REPLY_DELAY=0.05, **strict)
+        with coarinbox.running(**strict) as repository, service as reviews:
+            offer = offer_between(repository.url, reviews.url)
+            repository.send(offer, reviews.url)
+            repository.wait_for(pattern="Announce Review", in_reply_to=offer["id"])
+            reviews.wait_for(pattern="Announce Review", direction="out")
+            for inbox, directions in ((repository, "out in in in"), (reviews, "in out out out")):
+                seen = [(each.pattern, each.direction) for each in inbox.deliveries]
+                patterns = ["Request Review", *map(str.title, replies)]
+                self.assertEqual(seen, list(zip(patterns, directions.split())))
+                clean = [(each.status, each.findings) for each in inbox.deliveries]
+                self.assertEqual(clean, [(201, [])] * 4)
+            ours, *replied = reviews.deliveries
+            to = {(each.via, each.target) for each in replied}
+            self.assertEqual(to, {("REPLIES", repository.url)})
+            times = [datetime.datetime.fromisoformat(each.time[:-1]) for each in [ours, *replied]]
+            for earlier, later in zip(times, times[1:]):  # to the millisecond
+                self.assertGreaterEqual((later - earlier).total_seconds(), 0.049)
+            self.assertEqual(reviews.notifications, [offer])
+
+    def test_where_replies_may_go(self) -> None:
+        tunnel, far = {"X-Forwarded-For": "203.0.113.9"}, {"REPLY_TO": "{partner}"}
+        other, nowhere = "its host is not 127.0.0.1, which delivered", "no origin.inbox to reply to"
+        table: list[tuple[dict[str, Any], str | None, dict[str, str], str]] = [
+            ({}, "{partner}", {}, ""),
+            ({}, "http://localhost:{port}/", {}, ""),
+            ({}, "http://192.0.2.1:{port}/", {}, other),
+            ({}, "http://127.0.0.2:{port}/", {}, other),
+            ({}, "http://0.0.0.0:{port}/", {}, other),
+            ({}, "http://127.0.0.1@192.0.2.1/", {}, "a user name or a password"),
+            ({}, "http://nowhere.invalid/", {}, "the host is unknown"),
+            ({}, "mailto:a@b.example", {}, nowhere),
+            ({}, None, {}, nowhere),
+            ({"BASE_URL": "http://a.example/"}, "{partner}", {}, "behind a proxy"),
+            ({}, "{partner}", tunnel, "behind a proxy"),
+            ({}, "{partner}", {"forwarded": "for=127.0.0.1"}, "behind a proxy"),
+            ({}, "{partner}", {"X-Pad": "x" * 17_000, **tunnel}, "behind a proxy"),
+            ({"BASE_URL": "http://a.example/", **far}, "http://192.0.2.1/", tunnel, ""),
+            (far, None, {}, ""),
+        ]
+        for settings, origin, headers, reason in table:
+            with self.subTest(settings=settings, origin=origin), receiving(CREATED) as receiver:
+                urls = {"partner": receiver.url, "port": receiver.server_address[1]}
+                settings = {key: text.format(**urls) for key, text in settings.items()}
+                with replying("Accept", **settings) as inbox:
+                    partner = origin.format(**urls) if origin else ABSENT
+                    offer = changed(offer_between("", inbox.url), "origin.inbox", partner)
+                    answer = ask(inbox.server, "POST", "/inbox", offer, headers)
+                    out = inbox.wait_for(direction="out", status="")
+                    self.assertIn(reason, out.detail)
+                    self.assertEqual((out.status, len(receiver.received)),
+                                     (0, 0) if reason else (201, 1))  # fmt: skip
+                    self.assertEqual(out.about["inReplyTo"], offer["id"])
+                    path = path_of(answer.json()["location"])
+                    page = ask(inbox.server, "GET", path, headers=HTML).body
+                    self.assertIn(out.name, page.decode())  # as part of the conversation
+
+    @unittest.skipUnless(has_ipv6(), "there is no IPv6")
+    def test_both_loopbacks_are_one_host(self) -> None:
+        with replying("Accept", HOST="::1") as inbox, receiving(CREATED) as receiver:
+            coarinbox.send(offer_between(receiver.url, inbox.url), inbox.url)
+            self.assertEqual(inbox.wait_for(direction="out").status, 201)
+            self.assertEqual(inbox.wait_for().client, "::1")  # the receiver is at 127.0.0.1
+
+    def test_each_offer_that_was_accepted_is_answered_and_nothing_else(self) -> None:
+        with replying("Accept", RESPONSE_STATUS=202) as inbox, receiving(CREATED) as receiver:
+            offer = offer_between(receiver.url, inbox.url)
+            others = [changed(offer, "actor.type", "Robot"), coarinbox.reply(offer)]
+            for document in [*others, coarinbox.sample("Announce Review", in_reply_to=offer)]:
+                send(inbox.url, document)
+            url = f"{inbox.url}?status=503&times=1"
+            statuses = [send(url, offer).status for _ in range(3)]
+            self.assertEqual(statuses, [503, 202, 202])
+            replied = [each.about["inReplyTo"] for each in sent_by(inbox, 2)]
+            self.assertEqual(replied, [offer["id"]] * 2)
+            self.assertEqual(len(receiver.received), 2)
+
+    def test_an_offer_without_an_id_cannot_be_answered(self) -> None:
+        with replying("Accept", VALIDATE_INCOMING=False, REPLY_TO="http://127.0.0.1:9/") as inbox:
+            send(inbox.url, changed(OFFER, "id", ABSENT))
+            (out,) = sent_by(inbox, 1)
+            self.assertEqual(out.status, 0)
+            self.assertIn("its id is not an absolute URI", out.detail)
+
+    def test_failures_are_tried_again_and_then_given_up(self) -> None:
+        """Each reply waits until the one before was delivered or given up."""
+        original = coarinbox.retry_delay
+
+        def without_waiting(*arguments: Any) -> float | None:
+            return None if original(*arguments) is None else 0
+
+        for query, statuses in [
+            ("?status=503&times=2&retry-after=0", [503, 503, 201]),
+            ("?status=429&times=1&retry-after=0", [429, 201]),
+            ("?status=500&times=9", [500, 500, 500]),
+            ("?close=1&times=9", [0, 0, 0]),
+            ("?status=400&times=9", [400]),
+        ]:
+            patch = unittest.mock.patch("coarinbox.retry_delay", without_waiting)
+            with self.subTest(query), patch, coarinbox.running() as partner:
+                with replying("Accept", "Reject") as inbox:
+                    coarinbox.send(offer_between(partner.url + query, inbox.url), inbox.url)
+                    sent = sent_by(inbox, 2 * len(statuses))
+                    expected = [
+                        (pattern, status, status == 201)
+                        for pattern in ("Accept", "Reject") for status in statuses
+                    ]  # fmt: skip
+                    seen = [(each.pattern, each.status, not each.detail) for each in sent]
+                    self.assertEqual(seen, expected)
+                    # A retry has the id of the first attempt.
+                    self.assertEqual(len({each.about["id"] for each in sent}), 2)
+
+    def test_nothing_goes_on_for_ever(self) -> None:
+        """Two inboxes that reply to each other come to an end, and so does one by itself."""
+        patterns = "Accept", "Undo Offer"
+        with replying(*patterns) as first, replying(*patterns) as second:
+            for partner in (second, first):
+                for _ in range(2):  # the second shows that the first has ended
+                    offer = offer_between(partner.url, first.url)
+                    coarinbox.send(offer, first.url)
+                    partner.wait_for(pattern="Undo Offer", in_reply_to=offer["id"])
+            self.assertEqual(len(sent_by(first, 8)), 8)
+            first.assert_none(pattern="Request Review", direction="out")
+            second.assert_none(direction="out")
+
+    def test_undo_offer_stops_what_is_still_to_come(self) -> None:
+        arrived, undone = threading.Event(), threading.Event()
+
+        def answer_late() -> Iterator[bytes]:
+            arrived.set()
+            undone.wait(10)
+            yield CREATED
+
+        answers = {"POST /late": answer_late, "POST /": CREATED}
+        with receiving(answers) as partner, replying("Accept", "Reject") as inbox:
+            offer, other = (offer_between(partner.url + path, inbox.url) for path in ("/late", "/"))
+            coarinbox.send(offer, inbox.url)
+            self.assertTrue(arrived.wait(10))
+            coarinbox.send(coarinbox.reply(offer, "Undo Offer"), inbox.url)
+            undone.set()
+            coarinbox.send(other, inbox.url)
+            sent = sent_by(inbox, 3)  # what was on its way is logged
+            late = [each.pattern for each in sent if each.target.endswith("/late")]
+            self.assertEqual((late, len(partner.received)), (["Accept"], 3))
+
+    def test_without_a_thread_no_reply_is_sent(self) -> None:
+        with replying("Accept") as inbox, receiving(CREATED) as receiver:
+            offer = offer_between(receiver.url, inbox.url)
+            no_thread = RuntimeError("can't start new thread")
+            with unittest.mock.patch("threading.Thread.start", side_effect=no_thread):
+                self.assertEqual(send(inbox.url, offer).status, 201)
+                (out,) = sent_by(inbox, 1)
+            self.assertEqual((out.status, receiver.received), (0, []))
+            self.assertIn("no thread", out.detail)
+            self.assertEqual(out.about["inReplyTo"], offer["id"])
+
+    def test_the_inbox_forgets_what_is_still_to_come(self) -> None:
+        with replying("Accept", REPLY_DELAY=0.02) as inbox, receiving(CREATED) as receiver:
+            send(inbox.url, offer_between(receiver.url, inbox.url))
+            inbox.clear()
+            other = offer_between(receiver.url, inbox.url)
+            send(inbox.url, other)
+            (out,) = sent_by(inbox, 1)
+            self.assertEqual((out.about["inReplyTo"], len(receiver.received)), (other["id"], 1))
+
+    def test_the_end_of_the_inbox_drops_what_is_still_to_come_and_says_so(self) -> None:
+        started = time.monotonic()
+        with self.assertLogs("coarinbox", logging.WARNING) as logged:
+            with replying("Accept", REPLY_DELAY=600) as inbox:
+                inbox.send(offer_between(inbox.url, inbox.url), inbox.url)
+        self.assertRegex("".join(logged.output), "dropped: the inbox stops")
+        self.assertLess(time.monotonic() - started, 5)
+
+
+class SendAgainTest(DeliveriesTest):
+    """POST /deliveries/NAME/send, and what it leaves in the log."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        context = receiving(CREATED)
+        self.receiver = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+        self.url = f"{self.receiver.url}/inbox"
+        self.name = last_part(self.post(OFFER).headers["Location"])
+
+    def send(self, wanted: Any, name: str = "", server: Any = None, **headers: str) -> Answer:
+        """Ask for something to be sent; a text is a form."""
+        is_form = isinstance(wanted, str)
+        kind = "application/x-www-form-urlencoded" if is_form else "application/json"
+        body = wanted.encode() if is_form else wanted
+        path = f"/deliveries/{name or self.name}/send"
+        return ask(server or self.server, "POST", path, body, {"Content-Type": kind, **headers})
+
+    def test_what_is_sent(self) -> None:
+        table: list[tuple[dict[str, str], Any]] = [
+            ({}, OFFER),
+            ({"pattern": "reject"}, addressed(coarinbox.reply(OFFER, "Reject"), self.url)),
+            ({"document": '{"a": "\u00fc"}'}, {"a": "\u00fc"}),
+        ]
+        for members, expected in table:
+            form = urllib.parse.urlencode({"to": self.url, **members})
+            parsed = {"document": json.loads(members["document"])} if "document" in members else {}
+            for wanted in ({"to": self.url, **members, **parsed}, form):
+                with self.subTest(wanted):
+                    answer = self.send(wanted)
+                    (out,) = self.deliveries("?direction=out&limit=1")
+                    body = answer.json() if answer.body else None
+                    self.assertEqual((answer.status, body),
+                                     (303, None) if wanted is form else (201, out))  # fmt: skip
+                    path = path_of(answer.headers["Location"])
+                    self.assertEqual(self.ask("GET", path).json(), out)
+                    self.assertEqual((out["target"], out["status"]), (self.url, 201))
+                    request_ = self.receiver.received.pop()
+                    self.assertEqual(request_.headers["Content-Type"], JSON_LD)
+                    sent = json.loads(request_.body)
+                    if "pattern" in members:
+                        sent["id"] = expected["id"]  # each reply has a new one
+                    self.assertEqual(sent, expected)
+        self.assertEqual(self.names("?direction=in"), [self.name])
+
+    def test_what_cannot_be_sent(self) -> None:
+        accept = last_part(self.post(ACCEPT).headers["Location"])
+        self.post(b"no JSON")
+        broken = self.names()[0]
+        missing = self.name[:-1] + ("0" if self.name[-1] != "0" else "1")
+        for wanted, name, status in [
+            ({}, "", 400), ([], "", 400), (b"", "", 400), (b"{", "", 400), (b"\xff", "", 400),
+            ("", "", 400), ("to=", "", 400), ("to=%ff", "", 400), ({"to": None}, "", 400),
+            ({"to": "ftp://a.example/"}, "", 400), ({"to": "/inbox"}, "", 400),
+            ({"to": "file:///etc/passwd"}, "", 400), ({"to": [self.url]}, "", 400),
+            ({"to": self.url.replace("//", "//user:secret@")}, "", 400),
+            ({"to": self.url, "two": 2}, "", 400),
+            ({"to": self.url}, missing, 404), ({"to": self.url}, "x", 404),
+            ({"to": self.url, "pattern": "Accept"}, accept, 409),
+            ({"to": self.url, "pattern": "Accept"}, broken, 409),
+            ({"to": self.url, "pattern": "Request Review"}, "", 409),
+            ({"to": self.url, "pattern": "Announce Relationship"}, "", 409),
+            (f"to={self.url}&pattern=Undo", "", 409),
+            ({"to": self.url, "document": "x" * 1_100_000}, "", 413),
+        ]:  # fmt: skip
+            with self.subTest(str(wanted)[:80], name=name):
+                problem = self.assert_problem(self.send(wanted, name), status)
+                self.assertNotIn("secret", str(problem))
+        self.ask("DELETE", f"/inbox/{self.name}")
+        for wanted in ({"to": self.url}, {"to": self.url, "pattern": "Accept"}):
+            self.assert_problem(self.send(wanted), 404)
+        self.assertEqual(self.ask("GET", f"/deliveries/{self.name}/send").status, 405)
+        self.assertEqual(self.receiver.received, [])
+        self.assertEqual(len(self.deliveries()), 3)  # no attempt is a delivery itself
+        self.assertNotIn(b"secret", self.path.read_bytes())
+
+    def test_whatever_became_of_it_is_the_answer(self) -> None:
+        nobody = self.send({"to": f"http://127.0.0.1:{free_port()}/"}).json()
+        self.assertEqual(nobody["status"], 0)
+        self.assertIn("Connection refused", nobody["detail"])
+        huge = http_answer(400, "x" * 9_000_000)
+        table: list[tuple[Any, int, str]] = [
+            (b"", 0, "closed the connection"),
+            (b"SSH-2.0\r\n", 0, "not HTTP"),
+            (http_answer(503, '{"detail": "later"}'), 503, "later"),
+            (http_answer(400, '{"detail": "no\\n\\u001b[31mway"}'), 400, "no"), (huge, 400, ""),
+            (b"HTTP/1.1 200 \xff\r\nContent-Length: 2\r\nX: \xff\r\n\r\n\xff\xff", 200, ""),
+        ]  # fmt: skip
+        for answer, status, detail in table:
+            with self.subTest(status=status, detail=detail), receiving(answer) as receiver:
+                out = self.send({"to": receiver.url})
+                self.assertEqual(out.status, 201)
+                self.assertEqual(out.json()["status"], status)
+                self.assertIn(detail, out.json()["detail"])
+                self.assertLess(len(out.body), 150_000)
+                line = next(line for line in self.log_lines() if out.json()["name"] in line)
+                self.assertIn(detail, line)
+        page = self.ask("GET", f"/deliveries/{self.name}", headers=HTML).body.decode()
+        for each in self.deliveries("?direction=out"):
+            self.assertIn(each["name"], page)
+        self.assertEqual(self.statuses("?direction=out&status=400"), [400, 400])
+        self.assertTrue(all(line.isprintable() for line in self.log_lines()))
+
+    def test_redirects_are_followed_by_hand(self) -> None:
+        with receiving(http_answer(308, Location=self.url)) as receiver:
+            self.assertEqual(self.send({"to": receiver.url}).json()["target"], self.url)
+        with receiving(http_answer(307, Location="file:///etc/passwd")) as receiver:
+            self.assertEqual(self.send({"to": receiver.url}).json()["status"], 0)
+
+    def test_the_same_bytes_are_sent_again(self) -> None:
+        """They may be large, or no JSON, and what was sent can be sent again too."""
+        body = b" " + json.dumps({**OFFER, "x": "\u00e9" * 150_000}, ensure_ascii=True).encode()
+        for sent in (body, b"no JSON \xff", b"{}" + b" " * 1_048_574):
+            self.post(sent)
+            for _ in range(2):
+                self.assertEqual(self.send({"to": self.url}, self.names()[0]).status, 201)
+                self.assertEqual(self.receiver.received.pop().body, sent)
+
+    def test_to_itself(self) -> None:
+        """A notification says nothing of where to send it."""
+        here = "http://{}:{}".format(*address(self.server))
+        for path, status in [("inbox", 201), (f"deliveries/{self.name}/send", 400)]:
+            self.assertEqual(self.send({"to": f"{here}/{path}"}).json()["status"], status)
+        self.assertEqual(self.statuses(), [400, 201, 201, 201])
+
+    @unittest.skipUnless(has_ipv6(), "there is no IPv6")
+    def test_an_ipv6_address(self) -> None:
+        with coarinbox.running(HOST="::1") as inbox:
+            self.assertEqual(self.send({"to": inbox.url}).json()["status"], 201)
+            self.assertEqual(inbox.notifications, [OFFER])
+
+    def test_strangers_and_other_sites_may_not(self) -> None:
+        token, tunnel = {"Authorization": "Bearer s3cret"}, {"X-Forwarded-For": "127.0.0.1"}
+        site, form = {"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}
+        public = {"BASE_URL": "http://127.0.0.1/"}
+        table: list[tuple[dict[str, Any], dict[str, str], int]] = [
+            ({}, {}, 201), ({}, tunnel, 403), ({}, {"Forwarded": "for=_x"}, 403), (public, {}, 403),
+            ({"TOKEN": "s3cret"}, {}, 401), ({"TOKEN": "s3cret"}, token, 201),
+            ({"TOKEN": "s3cret", **public}, {**token, **tunnel}, 201),
+            ({"CORS_ORIGINS": "*"}, site, 403), ({"CORS_ORIGINS": "*"}, form, 403),
+            ({"TOKEN": "s3cret", "CORS_ORIGINS": "*"}, {**token, **site}, 403),
+        ]  # fmt: skip
+        for settings, headers, status in table:
+            with self.subTest(settings=settings, headers=headers), serving(**settings) as server:
+                posted = ask(server, "POST", "/inbox", OFFER, token)
+                name = last_part(posted.json()["location"])
+                done = [self.send(wanted, name, server, **headers).status
+                        for wanted in ({"to": self.url}, f"to={self.url}")]  # fmt: skip
+                self.assertEqual(done, [201, 303] if status == 201 else [status] * 2)
+                self.assertEqual(len(self.receiver.received), 2 if status == 201 else 0)
+                self.receiver.received.clear()
+
+    @unittest.skipUnless(other_address(), "this machine has no address but loopback")
+    def test_who_comes_from_another_machine_needs_a_token(self) -> None:
+        for settings, status in [({}, 403), ({"TOKEN": "s3cret"}, 201)]:
+            with coarinbox.running(HOST="0.0.0.0", **settings) as inbox:
+                name = inbox.send(OFFER, f"http://127.0.0.1:{free_port()}/").name
+                where = other_address(), inbox.server.server_address[1]
+                far = unittest.mock.Mock(server_address=where)
+                headers = {"Authorization": "Bearer s3cret"}
+                self.assertEqual(self.send({"to": self.url}, name, far, **headers).status, status)
+                self.assertEqual(len(self.receiver.received), status == 201)
+
+    def test_listeners_hear_of_both_directions(self) -> None:
+        with (
+            Listener(self.server) as both,
+            Listener(self.server, "/deliveries?direction=in") as in_,
+        ):
+            self.send({"to": self.url})
+            self.post(ACCEPT)
+            heard = [each.event().data["direction"] for each in (both, both, in_)]
+            self.assertEqual(heard, ["out", "in", "in"])
+
+
+class SendingDoubleTest(unittest.TestCase):
+    """`inbox.send`, `inbox.reply`, and what the test double says of what it has sent."""
+
+    def test_a_test_replies_to_an_offer(self) -> None:
+        with coarinbox.running() as repository, coarinbox.running() as reviews:
+            offer = offer_between(repository.url, reviews.url)
+            sent = repository.send(offer, reviews.url)
+            self.assertEqual((sent.status, sent.direction, sent.via), (201, "out", "test"))
+            self.assertEqual((sent.target, sent.notification), (reviews.url, offer))
+            received = reviews.wait_for(type="Offer")
+            for pattern, to in [("Accept", None), ("announce review", repository.url)]:
+                replied = reviews.reply(received, pattern, to)
+                self.assertEqual((replied.status, replied.findings), (201, []))
+                self.assertEqual(repository.wait_for(pattern=replied.pattern or "").findings, [])
+            directions = [each.direction for each in reviews.deliveries]
+            self.assertEqual(directions, ["in", "out", "out"])
+            self.assertEqual(reviews.wait_for(direction="out").pattern, "Accept")
+            reviews.assert_none(pattern="Accept")
+            self.assertEqual(reviews.notifications, [offer])
+            self.assertEqual(len(repository.notifications), 2)
+
+    def test_what_cannot_be_done(self) -> None:
+        with coarinbox.running() as inbox:
+            nobody = f"http://127.0.0.1:{free_port()}/"
+            self.assertIn("refused", inbox.send(ACCEPT, nobody).detail)
+            inbox.send(b"no JSON", inbox.url)
+            inbox.send(changed(OFFER, "origin.inbox", ABSENT), inbox.url)
+            broken, offer = (each for each in inbox.deliveries if each.direction == "in")
+            for delivery in (broken, offer):
+                with self.assertRaisesRegex(ValueError, "no origin.inbox"):
+                    inbox.reply(delivery)
+            with self.assertRaisesRegex(ValueError, "answers no Offer"):
+                inbox.reply(offer, "Request Review", inbox.url)
+            for misuse in (inbox.wait_for, inbox.assert_none):
+                with self.assertRaises(AssertionError):
+                    misuse(direction="outgoing")
+
+
+class TwoInboxesTest(ProgramTest):
+    """A repository and a review service, each a process."""
+
+    def start(self, stack: contextlib.ExitStack, name: str, settings: str = "") -> Program:
+        path = self.directory / f"{name}.cfg"
+        path.write_text(f"VALIDATE_INCOMING = 'strict'; FSYNC = False; {settings}")
+        more = ["--port", "0", "--config", str(path), "--store", str(self.directory / name)]
+        return stack.enter_context(running(self.command(*more), cwd=self.directory))
+
+    def test_they_hold_a_conversation(self) -> None:
+        replies = ["Tentatively Accept", "Accept", "Announce Review"]
+        with contextlib.ExitStack() as stack:
+            repository = self.start(stack, "repository")
+            reviews = self.start(stack, "reviews", f"REPLIES = {replies}; REPLY_DELAY = 0")
+            listeners = [stack.enter_context(Listener(each)) for each in (repository, reviews)]
+            offer = offer_between(repository.url, reviews.url)
+            (self.directory / "offer.json").write_text(json.dumps(offer))
+            done = self.invoke("--send", reviews.url, "offer.json")
+            self.assertEqual((done.status, len(done.output)), (0, 1), done)
+            for listener, patterns in zip(listeners, (replies, ["Request Review", *replies])):
+                events = [listener.event().data for _ in patterns]
+                self.assertEqual([each["pattern"] for each in events], patterns)
+                for each in events:
+                    self.assertEqual((each["status"], each["findings"]), (201, []))
+
+    def test_a_receiver_that_never_answers_is_no_hindrance(self) -> None:
+        arrived, never = threading.Semaphore(0), threading.Event()
+
+        def silence() -> Iterator[bytes]:
+            arrived.release()
+            never.wait(30)
+            yield b""
+
+        with contextlib.ExitStack() as stack:
+            receiver = stack.enter_context(receiving(silence))
+            stack.callback(never.set)
+            inbox = self.start(stack, "inbox", "REPLIES = ['Accept', 'Reject']; REPLY_DELAY = 0")
+            offer = offer_between(receiver.url, inbox.url)
+            name = last_part(inbox.ask("POST", "/inbox", offer).headers["Location"])
+            body = json.dumps({"to": receiver.url}).encode()
+            head = f"POST /deliveries/{name}/send HTTP/1.1\r\nHost: localhost\r\n"
+            waiting = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+            for _ in range(10):  # more than there are threads
+                stack.enter_context(connect(inbox, waiting))
+            for _ in range(8):
+                self.assertTrue(arrived.acquire(timeout=10))
+            started = time.monotonic()
+            self.assertEqual(inbox.ask("POST", "/inbox", ACCEPT).status, 201)
+            self.assertEqual(inbox.ask("GET", "/deliveries").status, 200)
+            self.assertLess(time.monotonic() - started, SOON)
+            started = time.monotonic()
+            status, log = inbox.stop()
+            self.assertEqual(status, 0)
+            self.assertLess(time.monotonic() - started, 4)
+            self.assertIn("dropped: the inbox stops", log)
+            self.assertNotIn("Traceback", log)
 
 
 # --- Faults --------------------------------------------------------------------------------------
@@ -6619,17 +7440,17 @@ class BadConnectionsTest(ProgramTest):
         self.addCleanup(program.__exit__, None, None, None)
         (self.directory / f"notifications/{self.LARGE}.json").write_bytes(b" " * 5_000_000)
 
-    def connect(self, octets: bytes) -> socket.socket:
+    def connect(self, data: bytes) -> socket.socket:
         connection = socket.socket()
         self.addCleanup(connection.close)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.settimeout(10)
         connection.connect(self.inbox.server_address)
-        connection.sendall(octets)
+        connection.sendall(data)
         return connection
 
     def drip(self, connections: list[socket.socket], over: threading.Event) -> None:
-        """Send a header line on each, and read an octet from each, until it is over."""
+        """Send a header line on each, and read a byte from each, until it is over."""
         for connection in connections:
             connection.setblocking(False)
         while not over.wait(self.GRACE * 0.8):
@@ -6640,9 +7461,9 @@ class BadConnectionsTest(ProgramTest):
 
     def assert_served_in_good_time(self, *kinds: bytes) -> None:
         kind = itertools.islice(itertools.cycle(kinds), 1000)
-        bad = [(octets, self.connect(octets)) for octets in kind]
+        bad = [(data, self.connect(data)) for data in kind]
         self.assertEqual(len(bad), 1000)
-        begun = [connection for octets, connection in bad if octets]
+        begun = [connection for data, connection in bad if data]
         over = threading.Event()
         thread = threading.Thread(target=self.drip, args=(begun, over))
         thread.start()
@@ -6880,6 +7701,16 @@ class DepartureTest(InboxTest):
         self.assertEqual((delivery["status"], delivery["simulated"]), (0, True))
         self.assertEqual(self.stored(), [])
 
+    def test_a_client_that_sends_on_during_a_delay_is_disconnected(self) -> None:
+        """Nobody reads what it sends, so that its leaving would go unnoticed."""
+        for before in (b"", post_to()):
+            with connect(self.server, before + post_to("?delay=60")) as connection:
+                with contextlib.suppress(ConnectionError):
+                    connection.sendall(get_head() * 5000)
+                    while connection.recv(65536):  # until it is closed
+                        pass
+        self.assert_serves()
+
     def test_a_client_that_has_left_before_it_is_served(self) -> None:
         with unittest.mock.patch("socket.socket.setsockopt", side_effect=OSError("lost")):
             self.assertEqual(raw(self.server, b""), [])
@@ -7033,6 +7864,15 @@ class EmbeddedTest(unittest.TestCase):
             thread.join(10)
             self.assertFalse(thread.is_alive())
             server.serve_forever()  # too late, and over at once
+
+    def test_clients_that_have_already_connected_are_answered_before_the_end(self) -> None:
+        with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
+            settings = coarinbox.Settings(PORT=0, STORE_DIR=directory, FSYNC=False)
+            server = stack.enter_context(coarinbox.InboxServer(settings))
+            waiting = [stack.enter_context(connect(server, post_to())) for _ in range(100)]
+            server.stop()
+            server.serve_forever()
+            self.assertEqual([answer_on(each).status for each in waiting], [201] * 100)
 
     def test_an_inbox_that_never_served_can_be_ended(self) -> None:
         with tempfile.TemporaryDirectory() as directory:
@@ -7299,7 +8139,7 @@ class EarlyErrorTest(InboxTest):
 
 
 class LogLineTest(DeliveriesTest):
-    """What one request may add to the log of the deliveries."""
+    """The room that one request may take in the log of the deliveries."""
 
     def newest_line(self) -> bytes:
         return self.path.read_bytes().splitlines()[-1]
@@ -7379,7 +8219,7 @@ class MemoryTest(BusyTest):
                 body = f'{{"id": "urn:x:{number}:{"x" * 1_000_000}\U0001f600"}}'.encode()
                 with contextlib.suppress(http.client.RemoteDisconnected):
                     inbox.ask("POST", "/inbox?close=1&times=1", body)
-            self.assertLess(process_status(inbox, "VmRSS") - before, 100_000)
+            self.assertLess(process_status(inbox, "VmRSS") - before, 40_000)
 
     def test_documents_are_parsed_one_at_a_time(self) -> None:
         """A hundred bodies of 1 MB took 2.7 GB, because each was kept until its answer was sent."""
@@ -7743,7 +8583,7 @@ class AddressTest(unittest.TestCase):
                 if os.fork() == 0:
                     signal.alarm(10)  # should it hang, it does not stay for ever
                     sys.exit()  # through the end of the block, as the workers of test runners do
-                os.wait()
+                assert os.wait()[1] == 0
                 headers = {"Content-Type": "application/ld+json"}
                 request = urllib.request.Request(inbox.url, b"{}", headers)
                 urllib.request.urlopen(request, timeout=5).close()
@@ -7839,6 +8679,15 @@ class StrictTest(InboxTest):
                 (answer,) = raw(server, post_to(), "half-close")
                 self.assertEqual(answer.status, 201)
         self.assertEqual(raw(self.server, post_to("?delay=60"), "half-close"), [])  # it has left
+
+    def test_a_client_that_does_not_read_its_answers_cannot_send_on(self) -> None:
+        name = "20200101_000000_" + "a" * 32
+        pathlib.Path(self.server.store.directory, f"{name}.json").write_bytes(b" " * 10_000_000)
+        with connect(self.server, get_head(target=f"/inbox/{name}")) as greedy:
+            greedy.settimeout(0.5)
+            with self.assertRaises(socket.timeout):
+                for _ in range(50):
+                    greedy.sendall(b"x" * 1_000_000)
 
     def test_pipelined_requests_are_answered_in_order(self) -> None:
         kinds = [
