@@ -1437,8 +1437,9 @@ def notification(
         "target": target,
         **members,
     }
-    # The copy shares nothing with the parts, the Offer or other notifications.
-    return copy.deepcopy({name: value for name, value in document.items() if value is not None})
+    # The copies share nothing with the parts, the Offer, or each other.
+    members = document.items()
+    return {name: copy.deepcopy(value) for name, value in members if value is not None}
 
 
 # --- Settings ------------------------------------------------------------------------------------
@@ -4448,13 +4449,13 @@ def render_conversation(
         group = list(attempts)
         entries.append(render_entry(context, delivery, group, before))
         before = group[-1].time
-    sent = sum(each.direction == "out" for each in conversation)
-    summary = [f"{len(conversation) - sent} received", f"{sent} sent"] if conversation else []
-    summary += [between(conversation[0].time, before)] if conversation else []
+    sent, summary = sum(each.direction == "out" for each in conversation), ""
+    if conversation:
+        later = between(conversation[0].time, before)
+        summary = f"{len(conversation) - sent} received, {sent} sent, the last {later}"
     content = [element("p", note, class_="faint") for note in notes]
     content.append(element("ol", entries, class_="timeline"))
-    title = ["Conversation ", element("small", ", ".join(summary))]
-    return section("conversation", title, content)
+    return section("conversation", ["Conversation ", element("small", summary)], content)
 
 
 def render_entry(
@@ -5877,7 +5878,8 @@ class InboxServer(http.server.HTTPServer):
             for delivery in (yield Scan(self.unlogged(now))):
                 self.record_once(delivery)
         except (OSError, Problem) as error:
-            LOG.error("stored notifications cannot be adopted: %s", error)
+            if not self.closing:
+                LOG.error("stored notifications cannot be adopted: %s", error)
 
     def unlogged(self, now: str) -> Iterator[Delivery | None]:
         """Yield the notifications that are in the store, but not in the log."""

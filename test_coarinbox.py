@@ -4270,7 +4270,7 @@ class DeliveryPageTest(unittest.TestCase):
         accept = sent(ACCEPT, time=at(2), via="REPLIES")
         attempts = [sent(review, 503, time=at(seconds)) for seconds in (10, 12, 16)]
         page = delivery_page(attempts[1], [offer, accept, *attempts])
-        self.assertIn("Conversation 1 received, 4 sent, 16 s", page.texts("h2"))
+        self.assertIn("Conversation 1 received, 4 sent, the last 16 s later", page.texts("h2"))
         entries = [each for each in page.all("li") if each.attributes.get("class") in
                    ("in", "out", "out failed")]  # fmt: skip
         self.assertEqual([entry.text for entry in entries], [
@@ -6961,6 +6961,10 @@ class AutoReplyTest(unittest.TestCase):
                     path = path_of(answer.json()["location"])
                     page = ask(inbox.server, "GET", path, headers=HTML).body
                     self.assertIn(out.name, page.decode())  # as part of the conversation
+                    if not reason:
+                        sent = out.notification
+                        self.assertEqual(sent["target"]["inbox"], out.target)
+                        self.assertEqual(sent["object"], changed(offer, "@context", ABSENT))
 
     @unittest.skipUnless(has_ipv6(), "there is no IPv6")
     def test_both_loopbacks_are_one_host(self) -> None:
@@ -7054,7 +7058,8 @@ class AutoReplyTest(unittest.TestCase):
         with replying("Accept") as inbox, receiving(CREATED) as receiver:
             offer = offer_between(receiver.url, inbox.url)
             no_thread = RuntimeError("can't start new thread")
-            with unittest.mock.patch("threading.Thread.start", side_effect=no_thread):
+            patch = unittest.mock.patch("threading.Thread.start", side_effect=no_thread)
+            with self.assertLogs("coarinbox", logging.ERROR), patch:
                 self.assertEqual(send(inbox.url, offer).status, 201)
                 (out,) = sent_by(inbox, 1)
             self.assertEqual((out.status, receiver.received), (0, []))
