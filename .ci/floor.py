@@ -1,13 +1,11 @@
-#!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
 # SPDX-FileCopyrightText: 2026 The coarinbox authors
-"""What an inbox on `http.server` cannot be faster than: it answers 201 and does nothing else.
+"""The least that an inbox on `http.server` has to do: answer 201. See bench.py."""
 
-python .ci/floor.py PORT
-"""
+from __future__ import annotations
 
 import http.server
-import sys
+import os
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -17,12 +15,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers["Content-Length"]))
         self.send_response(201)
         self.send_header("Content-Length", "0")
+        if self.close_connection:
+            self.send_header("Connection", "close")  # which wrk wants to know
         self.end_headers()
 
 
 class Server(http.server.ThreadingHTTPServer):
-    request_queue_size = 1024  # the 5 of the base class would measure lost connections
+    request_queue_size = 1024  # with the 5 of the base class, connections are lost
 
 
 if __name__ == "__main__":
-    Server(("localhost", int(sys.argv[1])), Handler).serve_forever()
+    Server(("localhost", int(os.environ["PORT"])), Handler).serve_forever()
