@@ -37,17 +37,10 @@ REQUIREMENTS = ROOT / ".ci/requirements.txt"
 NOX = [str(VENV / "bin/python"), "-m", "nox", "--noxfile", str(ROOT / ".ci/noxfile.py")]
 # The programs that the checks need, and their Debian packages.
 PROGRAMS = {
-    "chromedriver": "chromium-driver",
-    "chromium": "chromium",
-    "curl": "curl",
-    "node": "nodejs",
-    "npm": "npm",
-    "nsenter": "util-linux",
-    "openssl": "openssl",
-    "unshare": "util-linux",
-    "valgrind": "valgrind",
-    "wrk": "wrk",
-}
+    "chromedriver": "chromium-driver", "chromium": "chromium", "curl": "curl", "node": "nodejs",
+    "npm": "npm", "nsenter": "util-linux", "openssl": "openssl", "unshare": "util-linux",
+    "valgrind": "valgrind", "wrk": "wrk",
+}  # fmt: skip
 
 
 class Report(NamedTuple):
@@ -62,19 +55,14 @@ class Report(NamedTuple):
 def run(command: Sequence[str]) -> tuple[bool, str]:
     """Run a command, at most for LIMIT seconds; return whether it succeeded, and its output."""
     # A pipe would stay open as long as a child that the command leaves behind.
+    note, null = "", subprocess.DEVNULL
     with tempfile.TemporaryFile() as file:
         try:
             process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+                command, cwd=ROOT, stdin=null, stdout=file, stderr=file, start_new_session=True
             )
         except OSError as error:
             return False, f"{error}\n"
-        note = ""
         try:
             process.wait(LIMIT)
         except subprocess.TimeoutExpired:

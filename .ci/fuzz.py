@@ -2,12 +2,12 @@
 # SPDX-FileCopyrightText: 2026 The coarinbox authors
 """Send malformed requests to an inbox, and see whether it stays what it was.
 
-    python .ci/fuzz.py --requests 100000
+    bash .ci/run fuzz -- --requests 100000
 
 The same seed makes the same requests. Each answer has to be one of HTTP/1.1 and no 5xx, except for
 505 and failures that the request asks for, and the connection has to end in time. In the end the
 inbox must have the descriptors that it had, hardly more memory than half-way, no bug in its log,
-and every notification that it acknowledged; and it must still serve. Needs Linux.
+and every notification that it acknowledged; and it must still serve.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import random
 import re
 import socket
 import struct
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,54 +29,50 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+import servers
+from servers import OURS, Server, post, running
+
 NAME = r"[0-9]{8}_[0-9]{6}_[0-9a-f]{32}"
 CLIENTS = 8  # at once
 PATIENCE = 10.0  # seconds until a connection counts as hung
 GROWTH = 5.0  # MB that the memory may grow by in the second half
-
-NOTIFICATION = {
-    "@context": ["https://www.w3.org/ns/activitystreams", "https://coar-notify.net"],
-    "id": "urn:uuid:0370c0fb-bb78-4a9b-87f5-bed307a509dd",
-    "type": ["Announce", "coar-notify:ReviewAction"],
-    "origin": {"id": "https://journal.example.com/", "type": "Service"},
-    "target": {"id": "https://repo.example.org/", "type": "Service"},
-    "object": {"id": "https://journal.example.com/review/7", "type": "Page"},
-    "context": {"id": "https://repo.example.org/preprint/421"},
-}
-BODY = json.dumps(NOTIFICATION).encode()
+UUID = "0370c0fb-bb78-4a9b-87f5-bed307a509dd"
+BODY = servers.BODY.replace("PORT", "5005").replace("ID", UUID).encode()
 
 
 # --- Requests ------------------------------------------------------------------------------------
 
 
-def post(*lines: str, body: bytes = BODY, target: str = "/inbox") -> bytes:
-    head = [f"POST {target} HTTP/1.1", "Host: localhost", "Content-Type: application/ld+json"]
-    return "\r\n".join([*head, *lines, "", ""]).encode() + body
-
-
-def get(target: str, verb: str = "GET", *lines: str) -> bytes:
+def head(verb: str, target: str, *lines: str) -> bytes:
     return "\r\n".join([f"{verb} {target} HTTP/1.1", "Host: localhost", *lines, "", ""]).encode()
+
+
+def deliver(*lines: str, body: bytes = BODY, target: str = "/inbox") -> bytes:
+    return head("POST", target, "Content-Type: application/ld+json", *lines) + body
+
+
+def deliver_body(body: bytes) -> bytes:
+    return deliver(f"Content-Length: {len(body)}", body=body)
 
 
 LENGTH = f"Content-Length: {len(BODY)}"
 CHUNKS = b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)
 WELL_FORMED = (
-    post(LENGTH),
-    post(LENGTH) * 2,
-    post(LENGTH, "Expect: 100-continue"),
-    post("Transfer-Encoding: chunked", body=CHUNKS),
-    post(LENGTH, target="http://localhost/inbox"),
-    post(LENGTH, target="/inbox?close=1"),
-    post(LENGTH, "Authorization: Basic eDp5"),
-    get("/"),
-    get("/", "GET", "Accept: text/html;q=0.9, */*;q=0.1"),
-    get("/inbox", "HEAD"),
-    get("/deliveries?limit=2&status=4xx&q=x"),
-    get("/inbox/20260101_000000_" + "0" * 32),
-    get("/constraints", "PUT"),
-    get("/constraints", "OPTIONS"),
-    post(LENGTH) + get("/inbox", "HEAD"),
+    deliver(LENGTH),
+    deliver(LENGTH) * 2,
+    deliver(LENGTH, "Expect: 100-continue"),
+    deliver("Transfer-Encoding: chunked", body=CHUNKS),
+    deliver(LENGTH, target="http://localhost/inbox"),
+    deliver(LENGTH, target="/inbox?close=1"),
+    deliver(LENGTH, "Authorization: Basic eDp5"),
+    head("GET", "/"),
+    head("GET", "/", "Accept: text/html;q=0.9, */*;q=0.1"),
+    head("HEAD", "/inbox"),
+    head("GET", "/deliveries?limit=2&status=4xx&q=x"),
+    head("GET", "/inbox/20260101_000000_" + "0" * 32),
+    head("PUT", "/constraints"),
+    head("OPTIONS", "/constraints"),
+    deliver(LENGTH) + head("HEAD", "/inbox"),
 )
 LINES = (
     b"Content-Length: 0", b"Content-Length: 5", b"Content-Length: +5", b"Content-Length: 5, 6",
@@ -120,14 +115,8 @@ ALIEN = (
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 80, b"\x00" * 100, b"SSH-2.0-x\r\n",
     b"GET / HTTP/1.10\r\n\r\n", b"GET  / HTTP/1.1\r\n\r\n", b"get / http/1.1\r\n\r\n", b"",
 )  # fmt: skip
+LINE_ENDS = (b"\n", b"\r", b"\n\r", b" \r\n", b"\r\r\n")
 VERBS = (b"", b"PATCH", b"TRACE", b"post", b"P\x00ST", b"CONNECT", b"X" * 5000, b"__init__")
-
-
-# --- Changes to them -----------------------------------------------------------------------------
-
-
-def post_body(body: bytes) -> bytes:
-    return post(f"Content-Length: {len(body)}", body=body)
 
 
 def change_bytes(source: random.Random, request: bytes) -> bytes:
@@ -138,31 +127,15 @@ def change_bytes(source: random.Random, request: bytes) -> bytes:
     return request[:start] + source.choice([*odd, request[start:end] * 2]) + request[end:]
 
 
-def truncate(source: random.Random, request: bytes) -> bytes:
-    return request[: source.randrange(len(request) + 1)]
-
-
 def add_line(source: random.Random, request: bytes) -> bytes:
     lines = request.split(b"\r\n")
     lines.insert(source.randrange(1, max(2, len(lines))), source.choice(LINES))
     return b"\r\n".join(lines)
 
 
-def change_line_ends(source: random.Random, request: bytes) -> bytes:
-    return request.replace(b"\r\n", source.choice([b"\n", b"\r", b"\n\r", b" \r\n", b"\r\r\n"]))
-
-
 def change_target(source: random.Random, request: bytes) -> bytes:
     verb, _, rest = request.partition(b" ")
-    return verb + b" " + source.choice(TARGETS) + b" " + rest.partition(b" ")[2]
-
-
-def change_verb(source: random.Random, request: bytes) -> bytes:
-    return source.choice(VERBS) + b" " + request.partition(b" ")[2]
-
-
-def change_body(source: random.Random, request: bytes) -> bytes:
-    return post_body(source.choice(BODIES))
+    return b" ".join([verb, source.choice(TARGETS), rest.partition(b" ")[2]])
 
 
 def change_members(source: random.Random, request: bytes) -> bytes:
@@ -170,16 +143,16 @@ def change_members(source: random.Random, request: bytes) -> bytes:
     for _ in range(source.randint(1, 4)):
         holder = source.choice([document, *(v for v in document.values() if isinstance(v, dict))])
         holder[source.choice([*holder, "inReplyTo", "actor"])] = json.loads(source.choice(VALUES))
-    return post_body(json.dumps(document).encode())
-
-
-def send_something_else(source: random.Random, request: bytes) -> bytes:
-    return source.choice([*ALIEN, source.randbytes(source.randrange(2000))])
+    return deliver_body(json.dumps(document).encode())
 
 
 CHANGES: tuple[Callable[[random.Random, bytes], bytes], ...] = (
-    change_bytes, change_bytes, change_bytes, truncate, add_line, change_line_ends, change_target,
-    change_verb, change_body, change_members, send_something_else,
+    change_bytes, change_bytes, change_bytes, add_line, change_target, change_members,
+    lambda source, request: request[: source.randrange(len(request) + 1)],
+    lambda source, request: request.replace(b"\r\n", source.choice(LINE_ENDS)),
+    lambda source, request: source.choice(VERBS) + b" " + request.partition(b" ")[2],
+    lambda source, request: deliver_body(source.choice(BODIES)),
+    lambda source, request: source.choice([*ALIEN, source.randbytes(source.randrange(2000))]),
 )  # fmt: skip
 
 
@@ -192,7 +165,7 @@ def malformed(seed: str) -> bytes:
     return request
 
 
-# --- Requests and replies ------------------------------------------------------------------------
+# --- Replies -------------------------------------------------------------------------------------
 
 
 class Reply(NamedTuple):
@@ -238,50 +211,6 @@ def send(port: int, number: int, request: bytes) -> Reply:
 # --- The inbox -----------------------------------------------------------------------------------
 
 
-class Process(NamedTuple):
-    pid: int
-    port: int
-
-    def memory(self) -> float:
-        """Return the resident memory in MB."""
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        return int(status.partition("VmRSS:")[2].split()[0]) / 1024
-
-    def descriptors(self) -> int:
-        return len(os.listdir(f"/proc/{self.pid}/fd"))
-
-    def settle(self, expected: int) -> int:
-        """Wait until no more descriptors are open than expected, or it is too late."""
-        end = time.monotonic() + PATIENCE
-        while self.descriptors() > expected and time.monotonic() < end:
-            time.sleep(0.05)
-        return self.descriptors()
-
-
-@contextlib.contextmanager
-def inbox(directory: Path) -> Iterator[Process]:
-    """Run an inbox with its log and its store in a directory; demand that it ends well."""
-    log, settings = directory / "log", directory / "cfg"
-    settings.write_text(
-        f"STORE_DIR = {str(directory / 'store')!r}\nPORT = 0\nFSYNC = False\nREQUEST_TIMEOUT = 5\n"
-    )
-    command = [sys.executable, "-W", "error", str(ROOT / "coarinbox.py"), "--config", str(settings)]
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file)
-    try:
-        while not (found := re.search(r"localhost:([0-9]+)/inbox", log.read_text())):
-            if process.poll() is not None:
-                raise RuntimeError(log.read_text())
-            time.sleep(0.01)
-        yield Process(process.pid, int(found[1]))
-        process.terminate()
-        if process.wait(PATIENCE):
-            raise RuntimeError(f"the inbox ended with {process.returncode}")
-    finally:
-        process.kill()
-        process.wait()
-
-
 def send_many(port: int, seed: int, numbers: range) -> list[Reply]:
     def send_one(number: int) -> Reply:
         return send(port, number, malformed(f"{seed}/{number}"))
@@ -290,52 +219,43 @@ def send_many(port: int, seed: int, numbers: range) -> list[Reply]:
         return list(pool.map(send_one, numbers))
 
 
-def check_files(directory: Path, acknowledged: set[str]) -> Iterator[str]:
-    """Yield what is wrong with what the inbox has left behind."""
-    found = {path.name for path in (directory / "store").iterdir()}
-    missing = {f"{name}.json" for name in acknowledged} - found
-    if missing or not acknowledged:
-        yield f"of {len(acknowledged)} acknowledged notifications, {len(missing)} are missing"
-    odd = [name for name in found if not re.fullmatch(rf"{NAME}\.json|deliveries\.jsonl", name)]
-    if odd or len(list(directory.iterdir())) != 3:
-        yield f"there are files that should not be: {odd}"
-    log = (directory / "log").read_text(errors="replace")
-    bug = re.search("Traceback|Warning", log)
-    if bug:
-        yield f"a bug in its log: {log[max(0, bug.start() - 500) :][:2000]}"
+def count_descriptors(server: Server) -> int:
+    return len(os.listdir(f"/proc/{server.process.pid}/fd"))
 
 
-def run(directory: Path, seed: int, number: int) -> Iterator[str]:
+def check(server: Server, seed: int, number: int) -> Iterator[str]:
     """Send so many requests to an inbox, and yield what is wrong."""
     acknowledged: set[str] = set()
     statuses: collections.Counter[int] = collections.Counter()
-    valid = post(LENGTH, "Connection: close")
-    with inbox(directory) as process:
-        for index in range(CLIENTS):
-            send(process.port, index, valid)
-        time.sleep(0.5)
-        before = process.descriptors()
-        memory = []
-        for start in range(0, number, number // 10):
-            for reply in send_many(process.port, seed, range(start, start + number // 10)):
-                if reply.fault():
-                    yield f"{reply.fault()}: {reply.request[:200]!r}"
-                statuses.update(reply.statuses())
-                found = re.findall(rf"Location: \S+({NAME})", reply.received.decode("latin-1"))
-                acknowledged.update(found)
-            memory.append(process.memory())
-        descriptors = process.settle(before)
-        started = time.monotonic()
-        last = send(process.port, 0, valid)
-        if last.statuses() != [201] or time.monotonic() - started > 1:
-            yield f"a valid request is answered with {last.received[:200]!r}"
+    send_many(server.port, seed, range(CLIENTS))  # some descriptors may stay open from then on
+    time.sleep(0.5)
+    before, memory = count_descriptors(server), []
+    for start in range(0, number, number // 10):
+        for reply in send_many(server.port, seed, range(start, start + number // 10)):
+            if reply.fault():
+                yield f"{reply.fault()}: {reply.request[:200]!r}"
+            statuses.update(reply.statuses())
+            found = re.findall(rf"Location: \S+({NAME})", reply.received.decode("latin-1"))
+            acknowledged.update(f"{name}.json" for name in found)
+        memory.append(server.memory())
     print(f"{number} requests, answered with {dict(sorted(statuses.items()))}")
-    print("memory in MB:", *(f"{size:.1f}" for size in memory))
-    if descriptors > before:
-        yield f"{before} descriptors have become {descriptors}"
+    print("MB of memory:", *(f"{size:.1f}" for size in memory))
     if memory[-1] > memory[len(memory) // 2] + GROWTH:
         yield "the memory has grown"
-    yield from check_files(directory, acknowledged)
+    started = time.monotonic()
+    if not post(server.port) or time.monotonic() - started > 1:
+        yield "a valid notification is not accepted within a second"
+    while count_descriptors(server) > before:
+        if time.monotonic() > started + PATIENCE:
+            yield f"{before} descriptors have become {count_descriptors(server)}"
+            break
+        time.sleep(0.05)
+    stored = set(os.listdir(server.store))
+    if not acknowledged or acknowledged - stored:
+        yield f"of {len(acknowledged)} acknowledged, these are missing: {acknowledged - stored}"
+    odd = [name for name in stored if not re.fullmatch(rf"{NAME}\.json|deliveries\.jsonl", name)]
+    if odd or len(os.listdir(server.store.parent)) != 2:
+        yield f"there are files that should not be: {odd}"
 
 
 def main() -> int:
@@ -343,8 +263,14 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory:
-        faults = list(run(Path(directory), options.seed, options.requests))
+    command = (OURS[0], "-W", "error", *OURS[1:])
+    with tempfile.NamedTemporaryFile() as file:
+        with running(command, log=file.name, FSYNC=False, REQUEST_TIMEOUT=5) as server:
+            faults = list(check(server, options.seed, options.requests))
+        log = Path(file.name).read_text(errors="replace")
+    bug = re.search("Traceback|Warning", log)
+    if bug:
+        faults.append(f"a bug in its log: {log[max(0, bug.start() - 500) :][:2000]}")
     for fault in faults[:20]:
         print("FAULT:", fault)
     print(f"{len(faults)} faults")

@@ -7,7 +7,8 @@
 The arguments are those of `python -m unittest`; the last line is `N passed, N failed, N skipped`.
 The environment sets the rest: TEST_LIMIT, the seconds after which a test ends the run with the
 stack of every thread, and NO_SKIPS, with which a skipped test counts as failed. If coverage.py
-measures the run, each test is a context of its own, in the processes that it starts as well.
+measures the run, each test is a context of its own, in the processes that it starts as well; the
+context FIXTURE is for what happens between tests, and the empty one for the import.
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ from typing import Any
 
 LIMIT = float(os.environ.get("TEST_LIMIT", "120"))
 NO_SKIPS = "NO_SKIPS" in os.environ
+FIXTURE = "fixture"
 
 
 class Result(unittest.TextTestResult):
     passed = 0
+
+    def startTestRun(self) -> None:
+        self.switch(FIXTURE)
 
     def startTest(self, test: unittest.TestCase) -> None:
         self.switch(test.id())
@@ -31,7 +36,7 @@ class Result(unittest.TextTestResult):
 
     def stopTest(self, test: unittest.TestCase) -> None:
         super().stopTest(test)
-        self.switch("")
+        self.switch(FIXTURE)
 
     def switch(self, context: str) -> None:
         # Between two tests the clock runs too, since a fixture of a class or module may hang.
