@@ -38,9 +38,6 @@ WRK = shutil.which("wrk") or "wrk"
 Sides = dict[str, Sequence[str]]  # the command of each server that takes part
 
 
-# --- Load ----------------------------------------------------------------------------------------
-
-
 class Scenario(NamedTuple):
     title: str
     connections: int
@@ -78,6 +75,11 @@ class Load(NamedTuple):
     p99: float  # milliseconds
 
 
+Loads = dict[tuple[Scenario, str], Load]  # by scenario and side
+# By side: milliseconds until the first 201, the memory then, and that after the load.
+States = dict[str, list[float]]
+
+
 def load(server: Server, scenario: Scenario, seconds: float) -> Load:
     environment = {
         "BODY": BODY.replace("PORT", str(server.port)),
@@ -88,8 +90,8 @@ def load(server: Server, scenario: Scenario, seconds: float) -> Load:
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
         script.write(SCRIPT)
         script.flush()
-        wrk = [WRK, "-t1", f"-c{scenario.connections}", f"-d{seconds:.0f}s", f"-s{script.name}"]
-        wrk.append(f"http://localhost:{server.port}/inbox")
+        wrk = [WRK, "-t1", f"-c{scenario.connections}", f"-d{seconds:.0f}s", "--timeout=30s"]
+        wrk += [f"--script={script.name}", f"http://localhost:{server.port}/inbox"]
         output = subprocess.check_output(wrk, env={**os.environ, **environment}, text=True)
     cpu, new = server.cpu() - cpu, len(os.listdir(server.store)) - stored
     number, duration, p99, failed = map(float, output.partition("measured")[2].split()[:4])
@@ -98,32 +100,24 @@ def load(server: Server, scenario: Scenario, seconds: float) -> Load:
     return Load(number / duration, cpu / number * 1e6, p99)
 
 
-class Results(NamedTuple):
-    loads: dict[tuple[Scenario, str], list[Load]]  # by scenario and side
-    # By side: milliseconds until the first 201, the memory then, and that after the load.
-    states: dict[str, list[tuple[float, float, float]]]
-
-    def median(self, scenario: Scenario, side: str) -> Load:
-        return Load(*map(statistics.median, zip(*self.loads[scenario, side])))
-
-
-def measure_loads(sides: Sides, rounds: int, seconds: float) -> Results:
-    results = Results(*(collections.defaultdict[Any, Any](list) for _ in range(2)))
+def measure_loads(sides: Sides, rounds: int, seconds: float) -> tuple[Loads, States]:
+    """Return the medians of some rounds, in which the servers take turns in random order."""
+    loads, states = (collections.defaultdict[Any, list[Any]](list) for _ in range(2))
     for place in [TMPFS, DISK] * rounds:
         # On a disk, the Flask server shows what is lost by syncing, as it never does.
-        present = [side for side in sides if place is TMPFS or side not in ("Node", "floor")]
+        present = [side for side in sides if place is TMPFS or side not in ("Node", "http.server")]
         for side in random.sample(present, len(present)):
             with running(sides[side], place, FSYNC=place is DISK) as server:
                 memory = server.memory()
                 for scenario in SCENARIOS:
                     if scenario.place is place:
-                        results.loads[scenario, side].append(load(server, scenario, seconds))
+                        loads[scenario, side].append(load(server, scenario, seconds))
                 if place is TMPFS:
-                    results.states[side].append((server.start, memory, server.memory()))
-    return results
+                    states[side].append((server.start, memory, server.memory()))
+    keys = [(scenario, side) for scenario in SCENARIOS for side in sides]
+    medians = {key: Load(*map(statistics.median, zip(*loads[key]))) for key in keys if loads[key]}
+    return medians, {side: list(map(statistics.median, zip(*states[side]))) for side in sides}
 
-
-# --- Instructions --------------------------------------------------------------------------------
 
 CACHEGRIND = ("valgrind", "--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null")
 PARSE = f"import json, sys\nfor _ in range(int(sys.argv[1])): json.loads({BODY!r})"
@@ -156,8 +150,6 @@ def measure_instructions(commands: Sequence[Sequence[str]]) -> list[float]:
         counts = list(pool.map(count_instructions, *zip(*jobs)))
     return [(long - short) / (MANY - FEW) for short, long in zip(counts[::2], counts[1::2])]
 
-
-# --- Growth --------------------------------------------------------------------------------------
 
 QUERIES = (
     "/deliveries?q=nothing", "/deliveries?status=5xx", "/deliveries?pattern=Accept",
@@ -202,9 +194,6 @@ def get(port: int, path: str) -> float:
     return (time.perf_counter() - start) * 1000
 
 
-# --- Reports -------------------------------------------------------------------------------------
-
-
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     print(f"{title}:\n\n| | {' | '.join(head)} |\n| --- |{' ---: |' * len(head)}")
     for name, *values in rows:
@@ -213,17 +202,14 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Non
     print(flush=True)
 
 
-def report_loads(results: Results, sides: Sides) -> None:
+def report_loads(loads: Loads) -> None:
     for scenario in SCENARIOS:
-        ours, rows = results.median(scenario, "coarinbox"), []
-        for side in sides:
-            if (scenario, side) in results.loads:
-                load = results.median(scenario, side)
+        ours, rows = loads[scenario, "coarinbox"], []
+        for (each, side), load in loads.items():
+            if each == scenario:
                 rows.append([side, *load, ours.rate / load.rate, ours.p99 / load.p99])
         head = ["requests/s", "CPU µs each", "p99 ms", "ours / its requests/s", "ours / its p99"]
         table(scenario.title, head, rows)
-    rows = [[side, *map(statistics.median, zip(*results.states[side]))] for side in sides]
-    table("Start and memory", ["first 201 after ms", "MB then", "MB after the load"], rows)
 
 
 SVG = """\
@@ -232,25 +218,25 @@ SVG = """\
 <style>
   text { font: 13px system-ui, sans-serif; fill: #333 }
   rect { fill: #9aa5b1 }
-  .coarinbox { fill: #2f6fde }
+  rect.coarinbox { fill: #2f6fde }
   @media (prefers-color-scheme: dark) { text { fill: #ddd } rect { fill: #68737f } }
 </style>
 """
 
 
-def draw(results: Results) -> str:
+def draw(loads: Loads) -> str:
     """Draw bars of the requests a second at 8 connections, and of p99 at 64."""
-    svg, sides = SVG, ("Flask", "coarinbox", "floor")
+    svg, sides = SVG, ("Flask", "coarinbox", "http.server")
     rate, p99 = "Requests a second, 8 connections", "99 % are answered within, 64 connections"
     for left, title, scenario, index, unit in ((0, rate, 0, 0, ""), (370, p99, 1, 2, " ms")):
         svg += f'<text x="{left}" y="15" font-weight="600">{title}</text>\n'
-        values = [results.median(SCENARIOS[scenario], side)[index] for side in sides]
+        values = [loads[SCENARIOS[scenario], side][index] for side in sides]
         for y, side, value in zip((42, 68, 94), sides, values):
             width = round(180 * value / max(values))
             svg += (
                 f'<text x="{left}" y="{y}">{side}</text>\n'
-                f'<rect class="{side}" x="{left + 80}" y="{y - 14}" width="{width}" height="18"/>\n'
-                f'<text x="{left + 86 + width}" y="{y}">{value:,.0f}{unit}</text>\n'
+                f'<rect class="{side}" x="{left + 90}" y="{y - 14}" width="{width}" height="18"/>\n'
+                f'<text x="{left + 96 + width}" y="{y}">{value:,.0f}{unit}</text>\n'
             )
     return svg + "</svg>\n"
 
@@ -259,32 +245,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--short", action="store_true", help="see whether it works")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=4, help="of each load")
     parser.add_argument("--against", type=Path, help="another version of coarinbox.py")
     parser.add_argument("--guard", type=float, help="most instructions of a POST, in JSON parsings")
     parser.add_argument("--svg", type=Path, help="where to draw a graph")
     options = parser.parse_args()
-    rounds, seconds, number = (
-        (1, 1, 2000) if options.short else (options.rounds, options.seconds, 100_000)
-    )
+    rounds, seconds, number = (1, 1, 2_000) if options.short else (options.rounds, 4, 100_000)
     ours: Sides = {"coarinbox": OURS}
     if options.against:
         ours[options.against.stem] = (sys.executable, str(options.against.resolve()))
-    sides: Sides = {**ours, "Flask": FLASK, "Node": NODE, "floor": FLOOR}
+    sides: Sides = {**ours, "Flask": FLASK, "Node": NODE, "http.server": FLOOR}
     cpu = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0]
     print(f"{os.cpu_count()} cores of {cpu}, Linux {platform.release()}, ", end="")
     print(
         f"Python {platform.python_version()}; medians of {rounds} rounds of {seconds:g} s each.\n"
     )
-    results = measure_loads(sides, rounds, seconds)
-    report_loads(results, sides)
+    loads, states = measure_loads(sides, rounds, seconds)
+    report_loads(loads)
+    rows = [[side, *values] for side, values in states.items()]
+    table("Start and memory", ["first 201 after ms", "MB then", "MB after the load"], rows)
     if options.svg:
-        options.svg.write_text(draw(results))
+        options.svg.write_text(draw(loads))
     growth = zip((*QUERIES, "POST"), *(measure_growth(each, number) for each in ours.values()))
     table(f"Milliseconds with {number:,} deliveries", list(ours), list(growth))
     parsing, *posts = measure_instructions(list(ours.values()))
-    rows = [[side, each / 1000, each / parsing] for side, each in zip(ours, posts)]
-    table("Instructions of a POST", ["thousands", "times parsing its JSON"], rows)
+    counts = [[side, each / 1000, each / parsing] for side, each in zip(ours, posts)]
+    table("Instructions of a POST", ["thousands", "times parsing its JSON"], counts)
     if options.guard and posts[0] > options.guard * parsing:
         print(f"a POST takes more than {options.guard:g} times what parsing its JSON takes")
         return 1

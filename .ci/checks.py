@@ -49,24 +49,21 @@ class Report(NamedTuple):
     output: str
 
 
-# --- Commands ------------------------------------------------------------------------------------
-
-
-def run(command: Sequence[str]) -> tuple[bool, str]:
-    """Run a command, at most for LIMIT seconds; return whether it succeeded, and its output."""
+def run(command: Sequence[str], limit: float = LIMIT, cwd: Path = ROOT) -> tuple[bool, str]:
+    """Run a command for so many seconds at most; return whether it succeeded, and its output."""
     # A pipe would stay open as long as a child that the command leaves behind.
     note, null = "", subprocess.DEVNULL
     with tempfile.TemporaryFile() as file:
         try:
             process = subprocess.Popen(
-                command, cwd=ROOT, stdin=null, stdout=file, stderr=file, start_new_session=True
+                command, cwd=cwd, stdin=null, stdout=file, stderr=file, start_new_session=True
             )
         except OSError as error:
             return False, f"{error}\n"
         try:
-            process.wait(LIMIT)
+            process.wait(limit)
         except subprocess.TimeoutExpired:
-            note = f"\nkilled after {LIMIT} seconds\n"
+            note = f"\nkilled after {limit:g} seconds\n"
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -103,9 +100,6 @@ def count_tests(output: str) -> tuple[int, int] | None:
     counts = {name: int(number) for name, number in re.findall(r"([a-z ]+)=(\d+)", ran[2])}
     failed = sum(counts.get(name, 0) for name in ("failures", "errors"))
     return max(0, int(ran[1]) - sum(counts.values())), failed
-
-
-# --- Installation --------------------------------------------------------------------------------
 
 
 def extend_path() -> None:
@@ -147,25 +141,16 @@ def install_requirements() -> Report:
     return report
 
 
-# --- The whole -----------------------------------------------------------------------------------
-
-
-def sessions() -> list[str]:
-    succeeded, output = run([*NOX, "--list", "--json"])
-    listed = json.loads(output.splitlines()[-1]) if succeeded else []
-    return [session["session"] for session in listed]
-
-
 def reports() -> Iterator[tuple[str, Report]]:
     yield "Tests, as in the README", check([sys.executable, "-m", "unittest"])
     yield "Packages of Debian", install_packages()
     yield "Packages of PyPI", install_requirements()
-    names = sessions()
-    yield "Sessions", Report(int(bool(names)), int(not names), " ".join(names))
-    for name in names:
-        report = check([*NOX, "--session", name])
+    listed = check([*NOX, "--list", "--json"])
+    yield "Sessions of nox", listed
+    for session in json.loads(listed.output.splitlines()[-1]) if listed.passed else []:
+        report = check([*NOX, "--session", session["session"]])
         missing = re.search(r"^nox > Session .* skipped: (.*)$", report.output, re.MULTILINE)
-        yield name, Report(0, 0, missing[1]) if missing else report
+        yield session["session"], Report(0, 0, missing[1]) if missing else report
 
 
 def show(title: str, report: Report, seconds: float) -> None:

@@ -40,9 +40,6 @@ UUID = "0370c0fb-bb78-4a9b-87f5-bed307a509dd"
 BODY = servers.BODY.replace("PORT", "5005").replace("ID", UUID).encode()
 
 
-# --- Requests ------------------------------------------------------------------------------------
-
-
 def head(verb: str, target: str, *lines: str) -> bytes:
     return "\r\n".join([f"{verb} {target} HTTP/1.1", "Host: localhost", *lines, "", ""]).encode()
 
@@ -58,22 +55,14 @@ def deliver_body(body: bytes) -> bytes:
 LENGTH = f"Content-Length: {len(BODY)}"
 CHUNKS = b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)
 WELL_FORMED = (
-    deliver(LENGTH),
-    deliver(LENGTH) * 2,
-    deliver(LENGTH, "Expect: 100-continue"),
-    deliver("Transfer-Encoding: chunked", body=CHUNKS),
-    deliver(LENGTH, target="http://localhost/inbox"),
-    deliver(LENGTH, target="/inbox?close=1"),
-    deliver(LENGTH, "Authorization: Basic eDp5"),
-    head("GET", "/"),
-    head("GET", "/", "Accept: text/html;q=0.9, */*;q=0.1"),
-    head("HEAD", "/inbox"),
-    head("GET", "/deliveries?limit=2&status=4xx&q=x"),
+    deliver(LENGTH), deliver(LENGTH) * 2, deliver(LENGTH, "Expect: 100-continue"),
+    deliver("Transfer-Encoding: chunked", body=CHUNKS), deliver(LENGTH, target="/inbox?close=1"),
+    deliver(LENGTH, target="http://localhost/inbox"), deliver(LENGTH, "Authorization: Basic eDp5"),
+    deliver(LENGTH) + head("HEAD", "/inbox"), head("HEAD", "/inbox"), head("PUT", "/constraints"),
+    head("OPTIONS", "/constraints"), head("GET", "/deliveries?limit=2&status=4xx&q=x"),
+    head("GET", "/"), head("GET", "/", "Accept: text/html;q=0.9, */*;q=0.1"),
     head("GET", "/inbox/20260101_000000_" + "0" * 32),
-    head("PUT", "/constraints"),
-    head("OPTIONS", "/constraints"),
-    deliver(LENGTH) + head("HEAD", "/inbox"),
-)
+)  # fmt: skip
 LINES = (
     b"Content-Length: 0", b"Content-Length: 5", b"Content-Length: +5", b"Content-Length: 5, 6",
     b"Content-Length: 99999999999999999999999", b"Content-Length: 0x10", b"Content-Length:",
@@ -165,9 +154,6 @@ def malformed(seed: str) -> bytes:
     return request
 
 
-# --- Replies -------------------------------------------------------------------------------------
-
-
 class Reply(NamedTuple):
     request: bytes
     received: bytes
@@ -206,9 +192,6 @@ def send(port: int, number: int, request: bytes) -> Reply:
         except OSError:
             return Reply(request, received, hung=True)
     return Reply(request, received, hung=False)
-
-
-# --- The inbox -----------------------------------------------------------------------------------
 
 
 def send_many(port: int, seed: int, numbers: range) -> list[Reply]:

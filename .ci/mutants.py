@@ -20,14 +20,11 @@ import argparse
 import ast
 import collections
 import concurrent.futures
-import contextlib
 import itertools
 import os
 import random
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +33,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import coverage
+from checks import run
 from unittests import FIXTURE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,8 +41,9 @@ DATA = ROOT / ".ci/work/coverage"
 MODULE = "coarinbox.py"
 NEEDED = 0.8
 LEFT_OUT = "BrowserTest"  # takes half a minute for each mutant
-TEST_LIMIT = 10  # seconds for one test of a mutant,
+TEST_LIMIT = "10"  # seconds for one test of a mutant,
 LIMIT = 90  # and for all of them
+UNITTESTS = (sys.executable, str(ROOT / ".ci/unittests.py"))
 WORKERS = os.cpu_count() or 1
 PROSE = re.compile(r"[A-Za-z]{2,},? [A-Za-z]{2,}|\n")
 SWAPS: dict[type[ast.AST], str] = {
@@ -53,9 +52,6 @@ SWAPS: dict[type[ast.AST], str] = {
     ast.Or: "and", ast.Add: "-", ast.Sub: "+", ast.Mult: "+", ast.Div: "*", ast.BitOr: "&",
     ast.BitAnd: "|",
 }  # fmt: skip
-
-
-# --- Mutants -------------------------------------------------------------------------------------
 
 
 class Mutant(NamedTuple):
@@ -139,56 +135,29 @@ def may_go(node: ast.stmt) -> bool:
     return isinstance(node, (ast.Raise, ast.Break, ast.Continue, ast.Delete))
 
 
-# --- Tests ---------------------------------------------------------------------------------------
-
-
-class Plan(NamedTuple):
-    tests: list[str]  # those first that execute the fewest lines: they are quick, and to the point
-    by_line: dict[int, set[str]]
-
-    def choose(self, line: int) -> list[str]:
-        chosen = self.by_line.get(line, {""})
-        return self.tests if "" in chosen else [test for test in self.tests if test in chosen]
-
-
-def read_plan() -> Plan:
+def read_tests() -> dict[int, list[str]]:
+    """Return the tests for each line, those first that execute the fewest lines; 0 is for all."""
     if not DATA.exists() or DATA.stat().st_mtime < (ROOT / MODULE).stat().st_mtime:
         sys.exit("the module has changed: perform the sessions measured_tests and coverage first")
-    data, by_line = coverage.CoverageData(str(DATA)), {}
+    data = coverage.CoverageData(str(DATA))
     data.read()
+    by_line: dict[int, set[str]] = {}
     for file in data.measured_files():
         for line, tests in data.contexts_by_lineno(file).items():
-            # Fixtures alone do not tell which tests depend on a line, so that is one for all.
-            chosen = {test for test in tests if LEFT_OUT not in test} - {FIXTURE}
-            by_line[line] = chosen or {""}
+            by_line[line] = {test for test in tests if LEFT_OUT not in test} - {FIXTURE}
     executed = collections.Counter(test for tests in by_line.values() for test in tests - {""})
-    return Plan([test for test, _ in executed.most_common()][::-1], by_line)
+    every = [test for test, _ in executed.most_common()][::-1]
+    chosen = {0: every}
+    for line, names in by_line.items():
+        # All tests depend on what the import executes, and may depend on what only fixtures do.
+        some = names and "" not in names
+        chosen[line] = [test for test in every if test in names] if some else every
+    return chosen
 
 
-def passes(directory: Path, tests: list[str]) -> bool:
-    """Run tests in a copy of the project; return whether all pass in time."""
-    env, null = {**os.environ, "TEST_LIMIT": str(TEST_LIMIT)}, subprocess.DEVNULL
-    command = [sys.executable, str(ROOT / ".ci/unittests.py"), "--failfast", *tests]
-    process = subprocess.Popen(
-        command,
-        cwd=directory,
-        env=env,
-        stdin=null,
-        stdout=null,
-        stderr=null,
-        start_new_session=True,
-    )
-    try:
-        return process.wait(LIMIT) == 0
-    except subprocess.TimeoutExpired:
-        return False
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def try_mutants(queue: collections.deque[Mutant], plan: Plan, end: float) -> dict[Mutant, bool]:
+def try_mutants(
+    queue: collections.deque[Mutant], tests: dict[int, list[str]], end: float
+) -> dict[Mutant, bool]:
     """Try mutants from a queue while there is time; return which of them pass the tests."""
     source, passed = (ROOT / MODULE).read_bytes(), {}
     with tempfile.TemporaryDirectory() as name:
@@ -197,7 +166,8 @@ def try_mutants(queue: collections.deque[Mutant], plan: Plan, end: float) -> dic
         while queue and time.monotonic() < end:
             mutant = queue.popleft()
             (copy / MODULE).write_bytes(mutant.apply(source))
-            passed[mutant] = passes(copy, plan.choose(mutant.line))
+            names = tests.get(mutant.line, tests[0])
+            passed[mutant], _ = run([*UNITTESTS, "--failfast", *names], LIMIT, copy)
             if passed[mutant] and mutant is not UNCHANGED:
                 sys.stdout.write(mutant.describe(source) + "\n")
     return passed
@@ -214,10 +184,11 @@ def main() -> int:
     chosen = [mutant for mutant in every if first <= mutant.line <= last]
     random.Random(options.seed).shuffle(chosen)  # noqa: S311
     print(f"{len(chosen)} mutants, sample of seed {options.seed}; survivors:", flush=True)
-    plan, queue = read_plan(), collections.deque([UNCHANGED, *chosen])
+    os.environ["TEST_LIMIT"] = TEST_LIMIT
+    tests, queue = read_tests(), collections.deque([UNCHANGED, *chosen])
     end, passed = time.monotonic() + options.seconds, {}
     with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
-        for result in pool.map(lambda _: try_mutants(queue, plan, end), range(WORKERS)):
+        for result in pool.map(lambda _: try_mutants(queue, tests, end), range(WORKERS)):
             passed.update(result)
     if not passed.pop(UNCHANGED):
         print("the tests fail without any mutant")

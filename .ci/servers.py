@@ -26,23 +26,14 @@ ROOT = Path(__file__).resolve().parent.parent
 TMPFS, DISK = Path("/dev/shm"), ROOT / ".ci/work"  # noqa: S108, it is where the tmpfs is
 REQUEST_REVIEW = {
     "@context": ["https://www.w3.org/ns/activitystreams", "https://coar-notify.net"],
-    "id": "urn:uuid:ID",
-    "type": ["Offer", "coar-notify:ReviewAction"],
+    "id": "urn:uuid:ID", "type": ["Offer", "coar-notify:ReviewAction"],
     "actor": {"id": "https://orcid.org/0000-0002-1825-0097", "name": "Jo", "type": "Person"},
-    "origin": {
-        "id": "https://repo.example.org/", "inbox": "https://repo.example.org/inbox/",
-        "type": "Service",
-    },
-    "target": {
-        "id": "https://journal.example.com/", "inbox": "http://localhost:PORT/inbox",
-        "type": "Service",
-    },
+    "origin": {"id": "https://a.example/", "inbox": "https://a.example/inbox", "type": "Service"},
+    "target": {"id": "https://b.ex/", "inbox": "http://localhost:PORT/inbox", "type": "Service"},
     "object": {
-        "id": "https://repo.example.org/preprint/421", "type": "Page",
-        "ietf:cite-as": "https://doi.org/10.5555/421",
+        "id": "https://a.example/421", "type": "Page", "ietf:cite-as": "https://doi.org/10.5/421",
         "ietf:item": {
-            "id": "https://repo.example.org/preprint/421/content.pdf", "type": "Article",
-            "mediaType": "application/pdf",
+            "id": "https://a.example/421.pdf", "type": "Article", "mediaType": "application/pdf",
         },
     },
 }  # fmt: skip
@@ -60,9 +51,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
-class Server(http.server.ThreadingHTTPServer):
-    request_queue_size = 1024  # with the 5 of the base class, connections are lost
-Server(("localhost", int(os.environ["PORT"])), Handler).serve_forever()
+http.server.ThreadingHTTPServer.request_queue_size = 1024  # not 5, which loses connections
+http.server.ThreadingHTTPServer(("localhost", int(os.environ["PORT"])), Handler).serve_forever()
 """
 # It stores what it is sent, and validates nothing.
 NODE_SERVER = """
