@@ -97,8 +97,9 @@ def count_tests(output: str) -> tuple[int, int] | None:
     ran = re.search(r"^Ran (\d+) tests? in .*\n\n(?:OK|FAILED)(.*)$", output, re.MULTILINE)
     if not ran:
         return None
-    counts = {name: int(number) for name, number in re.findall(r"([a-z ]+)=(\d+)", ran[2])}
-    failed = sum(counts.get(name, 0) for name in ("failures", "errors"))
+    counts = {name: int(number) for name, number in re.findall(r"([a-z][a-z ]*)=(\d+)", ran[2])}
+    failures = ("failures", "errors", "unexpected successes")
+    failed = sum(counts.get(name, 0) for name in failures)
     return max(0, int(ran[1]) - sum(counts.values())), failed
 
 
