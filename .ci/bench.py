@@ -21,7 +21,6 @@ import os
 import platform
 import random
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -34,8 +33,7 @@ from typing import Any, NamedTuple
 
 from servers import BODY, DISK, FLASK, FLOOR, NODE, OURS, TMPFS, Server, post, running
 
-WRK = shutil.which("wrk") or "wrk"
-Sides = dict[str, Sequence[str]]  # the command of each server that takes part
+Sides = dict[str, Sequence[str]]  # the commands of the servers
 
 
 class Scenario(NamedTuple):
@@ -76,8 +74,7 @@ class Load(NamedTuple):
 
 
 Loads = dict[tuple[Scenario, str], Load]  # by scenario and side
-# By side: milliseconds until the first 201, the memory then, and that after the load.
-States = dict[str, list[float]]
+States = dict[str, list[float]]  # by side: first 201, memory then, and memory after the load
 
 
 def load(server: Server, scenario: Scenario, seconds: float) -> Load:
@@ -90,7 +87,7 @@ def load(server: Server, scenario: Scenario, seconds: float) -> Load:
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
         script.write(SCRIPT)
         script.flush()
-        wrk = [WRK, "-t1", f"-c{scenario.connections}", f"-d{seconds:.0f}s", "--timeout=30s"]
+        wrk = ["wrk", "-t1", f"-c{scenario.connections}", f"-d{seconds:.0f}s", "--timeout=30s"]
         wrk += [f"--script={script.name}", f"http://localhost:{server.port}/inbox"]
         output = subprocess.check_output(wrk, env={**os.environ, **environment}, text=True)
     cpu, new = server.cpu() - cpu, len(os.listdir(server.store)) - stored
@@ -229,7 +226,7 @@ def draw(loads: Loads) -> str:
     svg, sides = SVG, ("Flask", "coarinbox", "http.server")
     rate, p99 = "Requests a second, 8 connections", "99 % are answered within, 64 connections"
     for left, title, scenario, index, unit in ((0, rate, 0, 0, ""), (370, p99, 1, 2, " ms")):
-        svg += f'<text x="{left}" y="15" font-weight="600">{title}</text>\n'
+        svg += f'<text x="{left}" y="15" style="font-weight: 600">{title}</text>\n'
         values = [loads[SCENARIOS[scenario], side][index] for side in sides]
         for y, side, value in zip((42, 68, 94), sides, values):
             width = round(180 * value / max(values))

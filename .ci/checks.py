@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import io
 import json
 import os
 import re
@@ -98,8 +97,7 @@ def count_tests(output: str) -> tuple[int, int] | None:
     if not ran:
         return None
     counts = {name: int(number) for name, number in re.findall(r"([a-z][a-z ]*)=(\d+)", ran[2])}
-    failures = ("failures", "errors", "unexpected successes")
-    failed = sum(counts.get(name, 0) for name in failures)
+    failed = sum(counts.get(each, 0) for each in ("failures", "errors", "unexpected successes"))
     return max(0, int(ran[1]) - sum(counts.values())), failed
 
 
@@ -162,8 +160,6 @@ def show(title: str, report: Report, seconds: float) -> None:
 
 
 def main() -> int:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     # An exception instead of the sudden end, so that `run` ends the children too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     os.environ.update(DEBIAN_FRONTEND="noninteractive", NO_COLOR="1", PYTHONDONTWRITEBYTECODE="1")

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import servers
+from servers import BODY as REQUEST_REVIEW
 from servers import OURS, Server, post, running
 
 NAME = r"[0-9]{8}_[0-9]{6}_[0-9a-f]{32}"
@@ -37,7 +37,7 @@ CLIENTS = 8  # at once
 PATIENCE = 10.0  # seconds until a connection counts as hung
 GROWTH = 5.0  # MB that the memory may grow by in the second half
 UUID = "0370c0fb-bb78-4a9b-87f5-bed307a509dd"
-BODY = servers.BODY.replace("PORT", "5005").replace("ID", UUID).encode()
+BODY = REQUEST_REVIEW.replace("PORT", "5005").replace("ID", UUID).encode()
 
 
 def head(verb: str, target: str, *lines: str) -> bytes:
@@ -202,17 +202,13 @@ def send_many(port: int, seed: int, numbers: range) -> list[Reply]:
         return list(pool.map(send_one, numbers))
 
 
-def count_descriptors(server: Server) -> int:
-    return len(os.listdir(f"/proc/{server.process.pid}/fd"))
-
-
 def check(server: Server, seed: int, number: int) -> Iterator[str]:
     """Send so many requests to an inbox, and yield what is wrong."""
     acknowledged: set[str] = set()
     statuses: collections.Counter[int] = collections.Counter()
     send_many(server.port, seed, range(CLIENTS))  # some descriptors may stay open from then on
     time.sleep(0.5)
-    before, memory = count_descriptors(server), []
+    before, memory = server.descriptors(), []
     for start in range(0, number, number // 10):
         for reply in send_many(server.port, seed, range(start, start + number // 10)):
             if reply.fault():
@@ -228,9 +224,9 @@ def check(server: Server, seed: int, number: int) -> Iterator[str]:
     started = time.monotonic()
     if not post(server.port) or time.monotonic() - started > 1:
         yield "a valid notification is not accepted within a second"
-    while count_descriptors(server) > before:
+    while server.descriptors() > before:
         if time.monotonic() > started + PATIENCE:
-            yield f"{before} descriptors have become {count_descriptors(server)}"
+            yield f"{before} descriptors have become {server.descriptors()}"
             break
         time.sleep(0.05)
     stored = set(os.listdir(server.store))
@@ -251,8 +247,7 @@ def main() -> int:
         with running(command, log=file.name, FSYNC=False, REQUEST_TIMEOUT=5) as server:
             faults = list(check(server, options.seed, options.requests))
         log = Path(file.name).read_text(errors="replace")
-    bug = re.search("Traceback|Warning", log)
-    if bug:
+    if bug := re.search("Traceback|Warning", log):
         faults.append(f"a bug in its log: {log[max(0, bug.start() - 500) :][:2000]}")
     for fault in faults[:20]:
         print("FAULT:", fault)

@@ -3,7 +3,6 @@
 """Break coarinbox.py in one place after another, and report which faults no test notices.
 
     bash .ci/run mutants -- --seconds 600 --seed 7
-    bash .ci/run mutants -- --lines 100-200 --seconds 3600
 
 A mutant is the module with one expression or statement changed. The tests that execute that line
 run on it until one fails; code that only the import executes is tested by all of them. The session
@@ -43,8 +42,8 @@ NEEDED = 0.8
 LEFT_OUT = "BrowserTest"  # takes half a minute for each mutant
 TEST_LIMIT = "10"  # seconds for one test of a mutant,
 LIMIT = 90  # and for all of them
-UNITTESTS = (sys.executable, str(ROOT / ".ci/unittests.py"))
 WORKERS = os.cpu_count() or 1
+UNITTESTS = (sys.executable, str(ROOT / ".ci/unittests.py"))
 PROSE = re.compile(r"[A-Za-z]{2,},? [A-Za-z]{2,}|\n")
 SWAPS: dict[type[ast.AST], str] = {
     ast.Eq: "!=", ast.NotEq: "==", ast.Is: "is not", ast.IsNot: "is", ast.In: "not in",
@@ -69,6 +68,7 @@ class Mutant(NamedTuple):
 
 
 UNCHANGED = Mutant(0, 0, 0, "")
+Queue = collections.deque[Mutant]
 
 
 def mutants(source: bytes) -> Iterator[Mutant]:
@@ -84,13 +84,11 @@ def nodes(parent: ast.AST) -> Iterator[ast.AST]:
     """Walk through the code that is executed, without f-strings, annotations and docstrings."""
     for name, value in ast.iter_fields(parent):
         for node in value if isinstance(value, list) else [value]:
-            annotation = name in ("annotation", "returns")
             text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
             guard = isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)
             # The positions of what an f-string contains are wrong before Python 3.12.
-            if isinstance(node, ast.JoinedStr) or annotation or text or guard:
-                continue
-            if isinstance(node, ast.AST):
+            skipped = text or guard or isinstance(node, ast.JoinedStr)
+            if isinstance(node, ast.AST) and name not in ("annotation", "returns") and not skipped:
                 yield node
                 yield from nodes(node)
 
@@ -155,9 +153,7 @@ def read_tests() -> dict[int, list[str]]:
     return chosen
 
 
-def try_mutants(
-    queue: collections.deque[Mutant], tests: dict[int, list[str]], end: float
-) -> dict[Mutant, bool]:
+def try_mutants(queue: Queue, tests: dict[int, list[str]], end: float) -> dict[Mutant, bool]:
     """Try mutants from a queue while there is time; return which of them pass the tests."""
     source, passed = (ROOT / MODULE).read_bytes(), {}
     with tempfile.TemporaryDirectory() as name:
@@ -177,15 +173,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10_000))
-    parser.add_argument("--lines", default="1-99999", help="those of the module to change")
     options = parser.parse_args()
-    first, last = map(int, options.lines.split("-"))
-    every = mutants((ROOT / MODULE).read_bytes())
-    chosen = [mutant for mutant in every if first <= mutant.line <= last]
-    random.Random(options.seed).shuffle(chosen)  # noqa: S311
-    print(f"{len(chosen)} mutants, sample of seed {options.seed}; survivors:", flush=True)
+    found = list(mutants((ROOT / MODULE).read_bytes()))
+    random.Random(options.seed).shuffle(found)  # noqa: S311
+    print(f"{len(found)} mutants, sample of seed {options.seed}; survivors:", flush=True)
     os.environ["TEST_LIMIT"] = TEST_LIMIT
-    tests, queue = read_tests(), collections.deque([UNCHANGED, *chosen])
+    tests, queue = read_tests(), collections.deque([UNCHANGED, *found])
     end, passed = time.monotonic() + options.seconds, {}
     with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
         for result in pool.map(lambda _: try_mutants(queue, tests, end), range(WORKERS)):
