@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import concurrent.futures
 import contextlib
 import http.client
 import os
@@ -137,15 +136,11 @@ def count_instructions(command: Sequence[str], number: int) -> int:
 
 def measure_instructions(commands: Sequence[Sequence[str]]) -> list[float]:
     """Return what parsing the JSON of a notification takes, and then what a POST to each takes."""
-    # In parallel, because the counts do not depend on other load.
-    jobs = [
-        (each, number)
-        for each in ((sys.executable, "-c", PARSE), *commands)
-        for number in (FEW, MANY)
+    counts = [
+        count_instructions(command, MANY) - count_instructions(command, FEW)
+        for command in ((sys.executable, "-c", PARSE), *commands)
     ]
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        counts = list(pool.map(count_instructions, *zip(*jobs)))
-    return [(long - short) / (MANY - FEW) for short, long in zip(counts[::2], counts[1::2])]
+    return [count / (MANY - FEW) for count in counts]
 
 
 QUERIES = (
