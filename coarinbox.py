@@ -1438,8 +1438,8 @@ def notification(
         **members,
     }
     # The copies share nothing with the parts, the Offer, or each other.
-    members = document.items()
-    return {name: copy.deepcopy(value) for name, value in members if value is not None}
+    given = {name: value for name, value in document.items() if value is not None}
+    return {name: copy.deepcopy(value) for name, value in given.items()}
 
 
 # --- Settings ------------------------------------------------------------------------------------
@@ -1956,6 +1956,10 @@ class Delivery(NamedTuple):
         return "queued" if self.status == 202 else "stored"
 
     @property
+    def is_stored(self) -> bool:
+        return self.verdict in ("stored", "queued")
+
+    @property
     def peer(self) -> str:
         """The service at the other end: where it was sent to, or the origin that it names."""
         if self.direction == "out":
@@ -2368,6 +2372,95 @@ class DeliveryLog:
                     return
                 end -= len(line) + 1
         yield Place(inode, 0)
+
+
+# --- Ledger --------------------------------------------------------------------------------------
+#
+# `Ledger` keeps the store and the log of deliveries together, with what is derived from them: how
+# many deliveries there are of which kind, and which ids are stored. It adopts notifications that
+# are only in the store. Other threads may call `clear` and iterate `survey`.
+# Must not know: HTTP, the event loop.
+
+
+class Survey(NamedTuple):
+    """What the log says at the start, and which stored notifications it does not know."""
+
+    tally: collections.Counter[tuple[str, int, bool]]
+    ids: dict[int, str]
+    unlogged: list[Delivery]
+
+
+class Ledger:
+    """The notifications in a directory, and all deliveries. Raises `OSError` like `Store`."""
+
+    def __init__(self, directory: str, fsync: bool) -> None:
+        self.store = Store(directory, fsync)
+        self.log = DeliveryLog(os.path.join(self.store.directory, "deliveries.jsonl"))
+        self.forget()
+
+    def forget(self) -> None:
+        self.tally: collections.Counter[tuple[str, int, bool]] = collections.Counter()
+        self.ids: dict[int, str] = {}  # names by the hash of the id: ids may be long
+        self.adopted: dict[str, Delivery] = {}
+
+    def clear(self) -> None:
+        """Forget all deliveries and notifications."""
+        self.forget()
+        # In this order, or a notification that arrives meanwhile would be stored but not logged.
+        self.log.clear()
+        self.store.clear()
+
+    def record(self, delivery: Delivery) -> Delivery:
+        """Log a delivery. A failure to log is reported, but does not fail the request."""
+        try:
+            delivery = self.log.append(delivery)
+        except OSError as error:
+            LOG.error("a delivery could not be logged: %s", error)
+        id_ = delivery.about.get("id", "")
+        # The log does not hold longer ids as a whole.
+        if delivery.direction == "in" and delivery.is_stored and 0 < len(id_) < ABOUT_LENGTH:
+            self.ids[hash(id_)] = delivery.name
+        self.tally[delivery.direction, delivery.status, bool(delivery.findings)] += 1
+        return delivery
+
+    def known_as(self, id_: Any) -> str | None:
+        """Return the name of the stored notification with this id, None if there is none."""
+        name = self.ids.get(hash(id_)) if isinstance(id_, str) else None
+        return name if name and os.path.exists(self.store.path(name)) else None
+
+    def adopt(self, delivery: Delivery) -> Delivery:
+        """Log a notification that is only in the store, once."""
+        if delivery.name not in self.adopted:
+            self.adopted[delivery.name] = self.record(delivery)
+        return self.adopted[delivery.name]
+
+    def survey(self, now: str) -> Iterator[Survey | None]:
+        """Yield what was there before `now`, the start of a name; None is a pause."""
+        names = [name for name in self.store.names() if name < now]
+        known: set[bytes] = set()
+        survey = Survey(collections.Counter(), {}, [])
+        for lines in self.log.blocks():
+            for match in filter(None, map(LINE.match, lines)):
+                name, direction, status, id_, finding = match.groups(default=b"")
+                known.add(name)
+                way = "out" if direction == b"out" else "in"
+                survey.tally[way, int(status), finding != b""] += 1
+                if way == "in" and id_ and status in (b"201", b"202"):
+                    survey.ids.setdefault(hash(json.loads(id_)), name.decode())
+            yield None
+        for missing in (name for name in names if name.encode() not in known):
+            with contextlib.suppress(KeyError):
+                body = self.store.read(missing)
+                survey.unlogged.append(Delivery.from_stored_file(missing, body))
+            yield None
+        yield survey
+
+    def take_over(self, survey: Survey) -> None:
+        """Count what was there at the start, and adopt what was only stored."""
+        self.tally.update(survey.tally)
+        self.ids = {**survey.ids, **self.ids}
+        for delivery in survey.unlogged:
+            self.adopt(delivery)
 
 
 # --- Simulated failures --------------------------------------------------------------------------
@@ -3872,6 +3965,7 @@ ERROR = """<h1>{title}</h1><p>{detail}</p>
 <p class="tools"><a class="main" href="{root}">All deliveries</a></p>"""
 
 TABS = {"Deliveries": "", "Samples": "samples", "Constraints": "constraints"}
+WORDS = {REFUSED: "error", MUST: "MUST", SHOULD: "SHOULD"}  # for the levels of findings
 OUTCOME = ("status", "direction", "warnings")  # the members of a query that `TOTALS` set
 PLACE = re.compile(r"https?://(?:[^/?#]*@)?(?P<host>[^/?#]*)(?P<path>.*)", re.I | re.S)
 # Headers that a copied request does without: curl writes its own, or they are secret.
@@ -3985,12 +4079,6 @@ def by_level(findings: Iterable[Finding]) -> list[Finding]:
 
 def counted(count: int, word: str) -> str:
     return f"{count:,} {word}" + "s" * (count != 1 and word.islower())
-
-
-def level_word(level: str) -> str:
-    """Name a level as the specification does: error, MUST or SHOULD."""
-    word = LEVELS[level].word if level in LEVELS else level
-    return word if level == REFUSED else word.upper()
 
 
 def chip_of(delivery: Delivery) -> tuple[str, str]:
@@ -4191,7 +4279,10 @@ def delivery_page(
     numbered = list(enumerate(by_level(delivery.findings), 1))
     typed = "content-type" in map(str.lower, delivery.headers)
     head = [each for each in numbered if typed and each[1].code.startswith("content-type")]
-    payload, placed = render_payload(body, [each for each in numbered if each not in head])
+    document = delivery._replace(body=body).notification
+    payload = render_text(body)
+    if document is not None:
+        payload = render_document(document, [each for each in numbered if each not in head])
     subject, short = subject_of(delivery)
     forms = render_forms(context, delivery, body, reply_pattern)
     content = render(
@@ -4206,7 +4297,7 @@ def delivery_page(
         tools=render_tools(context, delivery, body, forms),
         payload=section("payload", "Payload", payload),
         exchange=render_exchange(delivery, answer, head),
-        findings=render_findings(context, delivery, numbered, {*placed, *dict(head)}),
+        findings=render_findings(context, delivery, numbered, document is not None),
         conversation=render_conversation(context, delivery, conversation),
         forms=[*forms.values()],
     )
@@ -4279,14 +4370,14 @@ def curl_command(context: PageContext, delivery: Delivery, body: bytes) -> str:
 
 
 def render_findings(
-    context: PageContext, delivery: Delivery, numbered: Numbered, placed: Collection[int]
+    context: PageContext, delivery: Delivery, numbered: Numbered, marked: bool
 ) -> Html:
-    """Show the findings by level; those in `placed` are marked in what came, too."""
+    """Show the findings by level, and where they are if they are marked in what came."""
     pattern, groups = delivery.pattern, []
     for level, found in itertools.groupby(numbered, lambda each: each[1].level):
-        items = [render_finding(context, pattern, *each, each[0] in placed) for each in found]
+        items = [render_finding(context, pattern, *each, marked) for each in found]
         meaning = "refused here" if level in context.refused else "a warning here"
-        count = counted(len(items), level_word(level))
+        count = counted(len(items), WORDS.get(level, level))
         groups.append(render(LEVEL, level=level, count=count, meaning=meaning, items=items))
     if delivery.omitted:
         groups.append(element("p", f"and {delivery.omitted:,} more", class_="faint"))
@@ -4297,7 +4388,7 @@ def render_findings(
 
 
 def render_finding(
-    context: PageContext, pattern: str | None, number: int, finding: Finding, placed: bool
+    context: PageContext, pattern: str | None, number: int, finding: Finding, marked: bool
 ) -> Html:
     by = [[element("span", name, class_="tag"), " "] for name in finding.refused_by]
     label = f"finding {number}, show where"
@@ -4306,7 +4397,7 @@ def render_finding(
         FINDING,
         number=number,
         level=finding.level,
-        ref=ref if placed else element("span", number, class_="ref"),
+        ref=ref if marked else element("span", number, class_="ref"),
         fault=with_code(finding.fault),
         fix=with_code(finding.fix[:1].upper() + finding.fix[1:]),
         by=["refused by ", *by, "· "] if by else "",
@@ -4323,17 +4414,6 @@ def with_code(text: str) -> list[Any]:
 
 def render_refs(found: Numbered) -> list[Html]:
     return [render(REF, number=number, level=finding.level) for number, finding in found]
-
-
-def render_payload(body: bytes | None, numbered: Numbered) -> tuple[Any, set[int]]:
-    """Show a notification, or what came in its place; returns the findings that are marked."""
-    if not body:
-        gone = "It is no longer stored: it was removed."
-        return element("p", gone if body is None else "Nothing of it was read."), set()
-    try:
-        return render_document(parse(body), numbered), set(dict(numbered))
-    except ValueError:
-        return render_lines(body.decode("utf-8", "backslashreplace")), set()
 
 
 def render_document(document: Any, numbered: Numbered) -> Html:
@@ -4392,8 +4472,12 @@ def outline(
     yield "close", path, None, closing + comma
 
 
-def render_lines(text: str) -> Html:
-    """Show any text line by line, as far as a page can hold it."""
+def render_text(body: bytes | None) -> Html:
+    """Show any bytes as lines of text, as far as a page can hold them."""
+    if not body:
+        gone = "It is no longer stored: it was removed."
+        return element("p", gone if body is None else "Nothing of it was read.")
+    text = body.decode("utf-8", "backslashreplace")
     lines = text.replace("\r\n", "\n").split("\n", MAX_LINES)
     if len(lines) > MAX_LINES:
         lines[MAX_LINES] = f"… only {MAX_LINES} lines are shown"
@@ -4406,11 +4490,10 @@ def render_exchange(delivery: Delivery, answer: bytes | None, head: Numbered) ->
         return []
     sent, phrase = delivery.direction == "out", http.client.responses.get(delivery.status, "")
     status = f"{delivery.status} {phrase}" if delivery.status else "no answer"
-    text = (answer or b"").decode("utf-8", "backslashreplace")
-    with contextlib.suppress(ValueError):
-        text = json_text(parse(answer or b""), indent=2)
     size = element("summary", f"Body, {len(answer or b''):,} bytes")
-    body = element("details", [size, render_lines(text)]) if answer else ""
+    with contextlib.suppress(ValueError):
+        answer = json_text(parse(answer or b""), indent=2).encode()
+    body = element("details", [size, render_text(answer)]) if answer else ""
     after = f"after {in_words(delivery.seconds)}" if delivery.seconds else ""
     title = ["What they answered " if sent else "What we answered ", element("small", after)]
     request = render_head(f"{delivery.method} {delivery.target}", delivery.headers, head)
@@ -4530,14 +4613,14 @@ def constraints_page(context: PageContext, pattern: Pattern) -> Html:
         verb, _, rest = rule["demand"].partition(" ")  # completes "the member must"
         verb = {"be": "is", "have": "has"}.get(verb, verb + "s")
         demand = [verb, " ", *with_code(rest)]
-        item = {"code": rule["code"], "level": rule["level"], "word": level_word(rule["level"])}
+        item = {"code": rule["code"], "level": rule["level"], "word": WORDS[rule["level"]]}
         groups.setdefault(name, []).append(render(RULE, member=below, demand=demand, **item))
     sections = [
         section(f"rules-{name}", name or "The notification", element("ul", items, class_="rules"))
         for name, items in groups.items()
     ]
-    refused = map(level_word, context.refused)
-    about = f"{len(rules)} rules. This inbox refuses: {', '.join(refused) or 'none of them'}. "
+    refused = ", ".join(WORDS[level] for level in context.refused) or "none of them"
+    about = f"{len(rules)} rules. This inbox refuses: {refused}. "
     title = ["A valid example ", copy_button("Copy JSON", json.dumps(example, indent=2))]
     aside = section("example", title, render_document(example, []))
     content = [element("div", sections), element("aside", aside, aria_label="Example")]
@@ -4982,7 +5065,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         settings, name = self.server.settings, ""
         here = [f"{self.base}{self.resource}", f"{self.server.base}/inbox"]
         failures = functools.partial(self.server.failures.pop, failure)
-        mode, known_as = settings.VALIDATE_INCOMING, self.server.known_as
+        mode, known_as = settings.VALIDATE_INCOMING, self.server.ledger.known_as
         verdict = judge(self.request, mode, here, known_as, failures)
         if verdict.failure:
             verdict = yield from self.simulate(verdict, verdict.failure)
@@ -5055,7 +5138,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     def show_home(self, query: Query) -> Steps:
         deliveries = yield Scan(self.server.deliveries.select(query, query.page_length + 1))
-        totals, context = Totals.of(self.server.tally), self.context(query)
+        totals, context = Totals.of(self.server.ledger.tally), self.context(query)
         page = yield Blocking(lambda: list_page(context, deliveries, totals))
         link = f'<{self.inbox}>; rel="http://www.w3.org/ns/ldp#inbox"'
         self.answer(html_response(page, {"Link": link}))
@@ -5107,7 +5190,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             delivery: Delivery = found[0]
             return delivery
         body = yield from self.read(name)
-        return self.server.record_once(Delivery.from_stored_file(name, body))
+        return self.server.ledger.adopt(Delivery.from_stored_file(name, body))
 
     def body_of(self, delivery: Delivery) -> Generator[Blocking, Any, bytes | None]:
         if delivery.body is not None:
@@ -5732,10 +5815,7 @@ class InboxServer(http.server.HTTPServer):
         self.allowed_origins = cors_origins(settings.CORS_ORIGINS)
         self.failures = Failures()
         self.bugs: list[BaseException] = []  # there should be none
-        self.adopted: dict[str, Delivery] = {}
-        self.tally: collections.Counter[tuple[str, int, bool]] = collections.Counter()
         self.tasks: dict[Steps, str] = {}  # what runs without a client, and a key to cancel it by
-        self.known_ids: dict[int, str] = {}  # names by the hash of the id: ids may be long
         # Long reads take turns in one thread. More threads would be no faster, and make the loop
         # wait longer for the GIL.
         self.pool, self.senders, self.scans = Pool(16), Pool(8), Pool(1)
@@ -5755,8 +5835,8 @@ class InboxServer(http.server.HTTPServer):
         with as_configuration_error(files, "a certificate and its key, not encrypted, in PEM"):
             self.tls = tls_context(settings.SSL_CERT, settings.SSL_KEY)
         with as_configuration_error(f"STORE_DIR {settings.STORE_DIR!r}", "a directory to write to"):
-            self.store = Store(settings.STORE_DIR, settings.FSYNC)
-            self.deliveries = DeliveryLog(os.path.join(self.store.directory, "deliveries.jsonl"))
+            self.ledger = Ledger(settings.STORE_DIR, settings.FSYNC)
+        self.store, self.deliveries = self.ledger.store, self.ledger.log
         self.selector = selectors.DefaultSelector()
         self.bell, self.ringer = socket.socketpair()
         address = f"HOST {settings.HOST!r}, PORT {settings.PORT}"
@@ -5817,29 +5897,18 @@ class InboxServer(http.server.HTTPServer):
         return host.lower().rstrip(".").strip("[]") == known.rstrip(".")
 
     def clear(self) -> None:
-        """Forget all deliveries, notifications, and simulated failures to come."""
+        """Forget all deliveries, notifications, replies and simulated failures to come."""
         for key in set(self.tasks.values()):
             self.cancel(key)
-        self.known_ids.clear()
-        self.adopted.clear()
-        self.tally.clear()
-        # In this order, or a notification that arrives meanwhile would be stored but not logged.
-        self.deliveries.clear()
-        self.store.clear()
+        self.ledger.clear()
         self.failures.clear()
 
     def record(self, delivery: Delivery) -> Delivery:
-        """Log a delivery. A failure to log is reported, but does not fail the request."""
-        try:
-            delivery = self.deliveries.append(delivery)
-        except OSError as error:
-            LOG.error("a delivery could not be logged: %s", error)
+        """Log a delivery, and tell those who listen."""
+        delivery = self.ledger.record(delivery)
         if delivery.direction == "out":
             text = f"{delivery.name} sent {delivery.status or ''} {clip(delivery.target, 200)}"
             LOG.info("%s", escape_controls(f"{text} {clip(delivery.detail, 300)}"))
-        elif delivery.verdict in ("stored", "queued"):
-            self.remember(delivery.about.get("id", ""), delivery.name)
-        self.tally[delivery.direction, delivery.status, bool(delivery.findings)] += 1
         self.listeners.on_change()
         return delivery
 
@@ -5856,47 +5925,18 @@ class InboxServer(http.server.HTTPServer):
         """Whether strangers may look like loopback, because a proxy or tunnel stands before us."""
         return bool(self.settings.BASE_URL) or not request.headers.keys().isdisjoint(FORWARDED)
 
-    def remember(self, id_: str, name: str) -> None:
-        """Note under which name the notification with this id is stored."""
-        if 0 < len(id_) < ABOUT_LENGTH:  # the log does not hold longer ones as a whole
-            self.known_ids[hash(id_)] = name
-
-    def known_as(self, id_: Any) -> str | None:
-        """Return the name of the stored notification with this id, None if there is none."""
-        name = self.known_ids.get(hash(id_)) if isinstance(id_, str) else None
-        return name if name and os.path.exists(self.store.path(name)) else None
-
-    def record_once(self, delivery: Delivery) -> Delivery:
-        """Log a notification that is adopted, at the start or because somebody asks for it."""
-        if delivery.name not in self.adopted:
-            self.adopted[delivery.name] = self.record(delivery)
-        return self.adopted[delivery.name]
-
-    def adopt(self, now: str) -> Steps:
-        """Log the notifications from before `now`, the start of a name, that are only stored."""
+    def take_stock(self) -> Steps:
+        """Learn in the background what the directory held at the start."""
+        tally = self.ledger.tally
         try:
-            for delivery in (yield Scan(self.unlogged(now))):
-                self.record_once(delivery)
+            (survey,) = yield Scan(self.ledger.survey(new_name()[:15]))
         except (OSError, Problem) as error:
             if not self.closing:
-                LOG.error("stored notifications cannot be adopted: %s", error)
-
-    def unlogged(self, now: str) -> Iterator[Delivery | None]:
-        """Yield the notifications that are in the store, but not in the log."""
-        names = [name for name in self.store.names() if name < now]
-        known: set[bytes] = set()
-        for lines in self.deliveries.blocks():
-            for match in filter(None, map(LINE.match, lines)):
-                logged, direction, status, id_, finding = match.groups(default=b"")
-                known.add(logged)
-                self.tally["out" if direction == b"out" else "in", int(status), finding != b""] += 1
-                if id_ and status in (b"201", b"202") and direction != b"out":
-                    self.known_ids.setdefault(hash(json.loads(id_)), logged.decode())
-            yield None
-        for name in names:
-            if name.encode() not in known:
-                with contextlib.suppress(KeyError):
-                    yield Delivery.from_stored_file(name, self.store.read(name))
+                LOG.error("the store could not be looked through: %s", error)
+            return
+        if tally is self.ledger.tally:  # it has not been emptied meanwhile
+            self.ledger.take_over(survey)
+            self.listeners.on_change()
 
     # The loop
 
@@ -5904,7 +5944,7 @@ class InboxServer(http.server.HTTPServer):
         """Serve until `stop` or `shutdown`. Nothing is polled."""
         self.stopped.clear()
         try:
-            self.start(self.adopt(new_name()[:15]))
+            self.start(self.take_stock())
             while not self.closing or self.connections:
                 self.turn()
         finally:
