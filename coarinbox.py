@@ -1111,7 +1111,7 @@ def without_query(url: str) -> str:
     scheme, _, rest = re.split("[?#]", url, maxsplit=1)[0].partition("://")
     host, _, path = rest.partition("/")
     default_port = ":443" if scheme.lower() == "https" else ":80"
-    return f"{scheme.lower()}://{host.lower().removesuffix(default_port)}/{path}"
+    return f"{scheme.lower()}://{host.lower().removesuffix(default_port)}/{path.rstrip('/')}"
 
 
 def delivery_findings(document: Any, arrival: Arrival) -> list[Finding]:
@@ -1124,7 +1124,8 @@ def delivery_findings(document: Any, arrival: Arrival) -> list[Finding]:
     if arrival.known_as:
         found["id-repeated"] = None, f"it was delivered before, as {arrival.known_as}"
     inbox, here = lookup(document, "target.inbox"), list(arrival.posted_to)
-    if here and is_http_uri(inbox) and without_query(inbox) not in map(without_query, here):
+    matches = inbox in here or not is_http_uri(inbox)
+    if here and not matches and without_query(inbox) not in map(without_query, here):
         found["target.inbox-elsewhere"] = short_value(inbox), f"write `{here[0]}`"
     pattern = pattern_of(document)
     spec = pattern.spec if pattern else SPECIFICATION
@@ -1998,7 +1999,7 @@ class Delivery(NamedTuple):
     def from_json(cls, line: bytes) -> Delivery | None:
         """Read what `as_json` wrote; None for a line that was torn, or edited beyond use."""
         try:
-            entry = parse(line)
+            entry = json.loads(line, parse_constant=parse_constant)
             for member in ("body", "answer_body"):
                 if member in entry:
                     entry[member] = entry[member].encode("utf-8", "replace")
@@ -2006,7 +2007,7 @@ class Delivery(NamedTuple):
                     entry[member] = base64.b64decode(entry[f"{member}_base64"], validate=True)
             entry["findings"] = [Finding.from_json(each) for each in entry.get("findings", ())]
             known = {name: entry[name] for name in cls._fields if name in entry}
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
             return None
         # The defaults show of which type each member is.
         typed = all(
@@ -2015,9 +2016,10 @@ class Delivery(NamedTuple):
             if cls._field_defaults[name] is not None
         )
         about, pattern = known.get("about", {}), known.get("pattern") or ""
-        texts = typed and all(isinstance(text, str) for text in (pattern, *about.values()))
+        if not typed or not all(isinstance(text, str) for text in (pattern, *about.values())):
+            return None
         known["pattern"] = pattern if pattern in RULES else None
-        return cls(**known) if texts and re.fullmatch(NAME, known.get("name", "")) else None
+        return cls(**known) if re.fullmatch(NAME, known.get("name", "")) else None
 
     @classmethod
     def from_stored_file(cls, name: str, body: bytes) -> Delivery:
@@ -2069,6 +2071,8 @@ QUERY_PARAMETERS: Parameters = {
 
 def parse_query(text: str, parameters: Parameters) -> dict[str, str]:
     """Read the query of a URL. Raises `ValueError`, saying which parameters work."""
+    if not text:
+        return {}
     values = dict(parse_qsl(text, keep_blank_values=True, errors="strict"))
     check_parameters(values, parameters)
     return values
@@ -2114,19 +2118,12 @@ class Query(NamedTuple):
 
     def may_match(self, line: bytes) -> bool:
         """Look at the raw line first: parsing every line would be slow."""
-        status = self.status.replace("x", "[0-9]")
-        if status and not re.search(rb'"status": %b,' % status.encode(), line):
+        exact, texts = needles(self)
+        if not all(needle.search(line) for needle in exact):
             return False
-        if self.warnings and b'"findings": [{' not in line:
-            return False
-        if self.pattern and b'"pattern": "%b"' % self.pattern.encode() not in line:
-            return False
-        # The line does not hold the verdict, and what JSON escapes may be written in many ways.
-        texts = [text.lower() for text in (self.origin, self.q) if text]
-        texts = [text for text in texts if json_bytes(text) == text.encode()]
-        texts = [text for text in texts if not any(text in verdict for verdict in VERDICTS)]
         lower = line.lower() if texts else b""
-        return b"\\u" in lower or all(text.encode() in lower for text in texts)
+        # What JSON escapes may be written in many ways.
+        return b"\\u" in lower or all(text in lower for text in texts)
 
     def matches(self, delivery: Delivery) -> bool:
         text = self.q.casefold()
@@ -2139,11 +2136,33 @@ class Query(NamedTuple):
             and (not text or any(text in each.casefold() for each in delivery.searchable()))
         )
 
+    def name_in(self, line: bytes) -> str:
+        """Return the name of the delivery in a line if it matches, else nothing."""
+        delivery = Delivery.from_json(line) if self.may_match(line) else None
+        return delivery.name if delivery and self.matches(delivery) else ""
+
     def ends_at(self, delivery: Delivery) -> bool:
         """Whether this delivery, and hence every older one, is outside the range of `since`."""
         # Times contain "-", names do not. Dropping the "Z" makes 12:00 sort before 12:00:00.5Z.
         start = self.since.rstrip("Z") if "-" in self.since else ""
         return delivery.name == self.since or delivery.time < start
+
+
+@functools.lru_cache(maxsize=64)
+def needles(query: Query) -> tuple[list[re.Pattern[bytes]], list[bytes]]:
+    """Return what the line of every match holds: as expressions, and as texts in lower case."""
+    parts = {
+        '"pattern": "%s"': query.pattern,
+        '"direction": "%s"': query.direction if query.direction == "out" else "",
+        '"status": %s,': query.status.replace("x", "[0-9]"),
+        r'"findings": \[\{': query.warnings,
+    }
+    exact = [part.replace("%s", value) for part, value in parts.items() if value]
+    texts = [text.lower() for text in (query.origin, query.q) if text]
+    # The line does not hold the verdict, and JSON may write other characters differently.
+    plain = [text for text in texts if json_bytes(text) == text.encode()]
+    sure = [text for text in plain if not any(text in verdict for verdict in VERDICTS)]
+    return [re.compile(text.encode()) for text in exact], [text.encode() for text in sure]
 
 
 # What the page counts, each as the query that selects it.
@@ -2200,6 +2219,7 @@ class DeliveryLog:
     def __init__(self, path: str) -> None:
         self.path = path
         self.changed = threading.Condition()  # for `follow`, which waits in other threads
+        self.size = 0  # of the log after our last line
 
     def open(self) -> IO[bytes]:
         return open(self.path, "rb", opener=open_file)
@@ -2211,10 +2231,13 @@ class DeliveryLog:
         with self.changed:
             file = create_file(self.path, os.O_RDWR | os.O_APPEND)
             try:
-                end = os.lseek(file, -1, os.SEEK_END) if os.fstat(file).st_size else 0
-                if end and os.read(file, 1) != b"\n":
-                    line = b"\n" + line  # leave a torn line alone, it is passed over
+                size = os.fstat(file).st_size
+                if size != self.size and size:  # another process, or a torn line, was the last
+                    os.lseek(file, -1, os.SEEK_END)
+                    if os.read(file, 1) != b"\n":
+                        line = b"\n" + line  # leave it alone, it is passed over
                 write_all(file, line)
+                self.size = size + len(line)
             finally:
                 os.close(file)
             self.changed.notify_all()
@@ -2295,6 +2318,12 @@ class DeliveryLog:
 
     def select(self, query: Query, limit: int | None = None) -> Iterator[Delivery | None]:
         """Yield the deliveries that a query selects, the newest first, at most `limit`."""
+        return (found and found[0] for found in self.select_lines(query, limit))
+
+    def select_lines(
+        self, query: Query, limit: int | None = None
+    ) -> Iterator[tuple[Delivery, bytes] | None]:
+        """Do as `select`, and yield each delivery with its line in the log."""
         found, skipping = 0, bool(query.before)
         for lines in self.blocks():
             yield None
@@ -2311,7 +2340,7 @@ class DeliveryLog:
                     return
                 if query.matches(delivery):
                     found += 1
-                    yield delivery
+                    yield delivery, line
                 if found == limit:
                     return
 
@@ -2343,18 +2372,24 @@ class DeliveryLog:
 
     def beside(self, name: str, query: Query) -> Iterator[tuple[str, str] | None]:
         """Yield the names of the next newer and the next older delivery that a query selects."""
-        newer, passed = "", False
-        for delivery in self.select(query._replace(before="", limit="")):
-            if delivery is None:
-                yield None
-            elif delivery.name == name:
-                passed = True
-            elif passed:
-                yield newer, delivery.name
-                return
-            else:
-                newer = delivery.name
-        yield (newer, "") if passed else ("", "")
+        newer: collections.deque[bytes] = collections.deque(maxlen=1000)
+        names = ["", ""]
+        passed = False
+        for lines in self.blocks():
+            yield None
+            for line in lines:
+                if line.startswith(line_start(name)):
+                    passed = True
+                    names[0] = next(
+                        filter(None, (query.name_in(each) for each in reversed(newer))), ""
+                    )
+                elif passed and not names[1]:
+                    names[1] = query.name_in(line)
+                elif not passed and query.may_match(line):
+                    newer.append(line)
+            if names[1]:
+                break
+        yield names[0], names[1]
 
     def place_after(self, query: Query) -> Iterator[Place | None]:
         """Yield the place where following is to begin, according to `since`; else the end."""
@@ -3966,6 +4001,7 @@ ERROR = """<h1>{title}</h1><p>{detail}</p>
 
 TABS = {"Deliveries": "", "Samples": "samples", "Constraints": "constraints"}
 WORDS = {REFUSED: "error", MUST: "MUST", SHOULD: "SHOULD"}  # for the levels of findings
+VIA = {"page": "hand"}  # how somebody would say by what it was sent
 OUTCOME = ("status", "direction", "warnings")  # the members of a query that `TOTALS` set
 PLACE = re.compile(r"https?://(?:[^/?#]*@)?(?P<host>[^/?#]*)(?P<path>.*)", re.I | re.S)
 # Headers that a copied request does without: curl writes its own, or they are secret.
@@ -4317,7 +4353,7 @@ def render_pager(context: PageContext, newer: str, older: str) -> list[Html]:
 
 
 def render_facts(delivery: Delivery, body: bytes | None) -> list[Html]:
-    when, via = render_time(delivery.time), delivery.via
+    when, via = render_time(delivery.time), VIA.get(delivery.via, delivery.via)
     members = {"id": delivery.about.get("id"), "Answers": delivery.about.get("inReplyTo")}
     facts: dict[str, Any] = {"Received": [when, f", from {delivery.client}"]}
     if via == "adopted":
@@ -4547,7 +4583,8 @@ def render_entry(
     last, about = group[-1], subject_of(group[-1])[1]
     sent, host = last.direction == "out", host_of(last.peer) if last.peer else last.client
     words = [between(before, last.time), f"{'to' if sent else 'from'} {clip(host, 100)}"]
-    words += [f"by {last.via}" if last.via else f"about {about}" if about else ""]
+    via = VIA.get(last.via, last.via) if sent else ""
+    words += [f"by {via}" if via else f"about {about}" if about else ""]
     items = []
     for earlier, attempt in zip(["", *(each.time for each in group)], group):
         title = render_title(context, current, attempt, chip_of(attempt)[1])
@@ -4799,21 +4836,23 @@ def html_response(page: Html, headers: Mapping[str, str] = {}, status: int = 200
     return Response(status, page.text.encode(), {**PAGE_HEADERS, **headers})
 
 
-def json_list(document: Mapping[str, Any], member: str, items: Iterable[Any]) -> Iterator[bytes]:
-    """Yield a JSON document whose last member is a list, in pieces; None among the items is b""."""
+def json_list(
+    document: Mapping[str, Any], member: str, items: Iterable[bytes | None]
+) -> Iterator[bytes]:
+    """Yield a JSON document whose last member is a list, in pieces; for an item that is None, b"".
+
+    The items are JSON already.
+    """
     head, _, tail = json.dumps({**document, member: []}).rpartition("[]")
     yield f"{head}[".encode()
     separator = b"\n"
     for item in items:
-        if item is None:
-            yield b""
-        else:
-            yield separator + json.dumps(item).encode()
-            separator = b",\n"
+        yield b"" if item is None else separator + item
+        separator = separator if item is None else b",\n"
     yield f"\n]{tail}\n".encode()
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=2)  # most requests of a second need the same
 def http_date(second: int) -> str:
     return formatdate(second, usegmt=True)
 
@@ -5100,7 +5139,8 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             "@id": self.base + self.path,
             "@type": "ldp:Container",
         }
-        contained = ({"@id": f"{self.inbox}/{name}"} for name in names)
+        url = json.dumps(self.inbox)[1:-1]
+        contained = (f'{{"@id": "{url}/{name}"}}'.encode() for name in names)
         yield from self.stream(json_list(listing, "ldp:contains", contained), JSON_LD)
 
     def stream(self, pieces: Iterator[bytes], kind: str) -> Steps:
@@ -5155,8 +5195,8 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         elif self.prefers("text/html"):
             yield from self.show_home(query)
         else:
-            selected = log.select(query, int(query.limit) if query.limit else None)
-            pieces = json_list({}, "deliveries", (each and each.as_json() for each in selected))
+            selected = log.select_lines(query, int(query.limit) if query.limit else None)
+            pieces = json_list({}, "deliveries", (found and found[1] for found in selected))
             yield from self.stream(pieces, "application/json")
 
     @route("GET", f"/deliveries/(?P<name>{NAME})", PAGE_PARAMETERS)
@@ -5236,7 +5276,8 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         elif document is None:
             raise Problem(404, "it is no longer stored")
         elif "pattern" in wanted:
-            document = replying(document, wanted["pattern"], url)
+            offer, pattern = document, wanted["pattern"]
+            document = yield Blocking(lambda: replying(offer, pattern, url))
         attempt = functools.partial(send, document, url)
         delivery = yield Sending(lambda: outgoing(document, url, "page", attempt))
         delivery = self.server.record(delivery)
@@ -5765,7 +5806,6 @@ def as_event(delivery: Delivery) -> bytes:
 Then = Callable[[Any], None]  # takes the result of a function; an exception is a result too
 MAX_GATHER = 0.005  # seconds that a notification waits for others while the loop is busy
 STOP_WITHIN = 2.0  # seconds after `stop` in which clients may still take their answers
-CANCELLED = "cancelled"
 PAUSE = 0.05  # seconds before looking for new connections again when there is no room
 
 
@@ -5815,7 +5855,7 @@ class InboxServer(http.server.HTTPServer):
         self.allowed_origins = cors_origins(settings.CORS_ORIGINS)
         self.failures = Failures()
         self.bugs: list[BaseException] = []  # there should be none
-        self.tasks: dict[Steps, str] = {}  # what runs without a client, and a key to cancel it by
+        self.tasks: dict[Steps, str | None] = {}  # without a client, with a key; None: cancelled
         # Long reads take turns in one thread. More threads would be no faster, and make the loop
         # wait longer for the GIL.
         self.pool, self.senders, self.scans = Pool(16), Pool(8), Pool(1)
@@ -5898,8 +5938,7 @@ class InboxServer(http.server.HTTPServer):
 
     def clear(self) -> None:
         """Forget all deliveries, notifications, replies and simulated failures to come."""
-        for key in set(self.tasks.values()):
-            self.cancel(key)
+        self.post(self.cancel)
         self.ledger.clear()
         self.failures.clear()
 
@@ -5914,8 +5953,8 @@ class InboxServer(http.server.HTTPServer):
 
     def on_stored(self, delivery: Delivery, request: Request) -> None:
         """Answer an Offer as REPLIES says; Undo Offer stops what is still to come."""
-        if delivery.pattern == "Undo Offer":
-            self.cancel(delivery.about.get("inReplyTo", ""))
+        if delivery.pattern == "Undo Offer" and delivery.about.get("inReplyTo"):
+            self.cancel(delivery.about["inReplyTo"])
         if self.settings.REPLIES and (delivery.pattern or "").startswith("Request "):
             offer, proxied = parse(bytes(request.body)), self.is_proxied(request)
             steps = answer_offer(offer, delivery, proxied, self.settings, self.record)
@@ -6054,7 +6093,7 @@ class InboxServer(http.server.HTTPServer):
         self.resume(steps, None)
 
     def resume(self, steps: Steps, result: Any) -> None:
-        if result is None and self.tasks[steps] == CANCELLED:  # it has waited for its time to go on
+        if result is None and self.tasks[steps] is None:  # cancelled while it paused
             steps.close()
             del self.tasks[steps]
             return
@@ -6066,11 +6105,11 @@ class InboxServer(http.server.HTTPServer):
         else:
             self.perform(step, functools.partial(self.resume, steps), lambda: True)
 
-    def cancel(self, key: str) -> None:
-        """Have the generators that were started with a key end at their next pause."""
-        for steps, each in list(self.tasks.items()):
-            if each == key != "":
-                self.tasks[steps] = CANCELLED
+    def cancel(self, key: str = "") -> None:
+        """Have the generators with a key, or with this one, end at their next pause."""
+        for steps, each in self.tasks.items():
+            if each and key in ("", each):
+                self.tasks[steps] = None
 
     def run_in(self, pool: Pool, function: Callable[[], Any], then: Then) -> None:
         """Run a function in a pool; the loop passes what it returns, or raises, to `then`."""
@@ -6216,7 +6255,7 @@ class InboxServer(http.server.HTTPServer):
             if not self.paused:
                 self.listen(False)
             self.closing = True
-            waiting = sum(key != "" for key in self.tasks.values())
+            waiting = len(list(filter(None, self.tasks.values())))
             if waiting:
                 LOG.warning("replies to %d Offers are dropped: the inbox stops", waiting)
             for sock in self.sockets:
@@ -6684,6 +6723,7 @@ class StderrHandler(logging.Handler):
         threading.Thread(target=self.write_lines, daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Queue a line, or count it as dropped."""
         if len(self.lines) >= MAX_WAITING:
             self.dropped += 1
             return
@@ -6743,8 +6783,10 @@ def run(server: InboxServer) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     if not logging.getLogger().handlers:
+        logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+        handler = StderrHandler()
         logging.basicConfig(
-            format="%(asctime)s %(message)s", level=logging.INFO, handlers=[StderrHandler()]
+            format="%(asctime)s %(message)s", level=logging.INFO, handlers=[handler]
         )
     parsed = parse_arguments(arguments)
     if "send" in parsed or "sample" in parsed:

@@ -31,9 +31,10 @@ REQUEST_REVIEW = {
     "origin": {"id": "https://a.example/", "inbox": "https://a.example/inbox", "type": "Service"},
     "target": {"id": "https://b.ex/", "inbox": "http://localhost:PORT/inbox", "type": "Service"},
     "object": {
-        "id": "https://a.example/421", "type": "Page", "ietf:cite-as": "https://doi.org/10.5/421",
-        "ietf:item": {
-            "id": "https://a.example/421.pdf", "type": "Article", "mediaType": "application/pdf",
+        "id": "https://a.example/421", "type": ["Page", "sorg:AboutPage"],
+        "ietf:cite-as": "https://doi.org/10.5/421", "ietf:item": {
+            "id": "https://a.example/421.pdf", "type": ["Article", "sorg:ScholarlyArticle"],
+            "mediaType": "application/pdf",
         },
     },
 }  # fmt: skip
