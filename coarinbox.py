@@ -1635,23 +1635,49 @@ def read_configuration(filename: str) -> dict[str, Any]:
     return {name: vars(module)[name] for name in names}
 
 
-def configure(filename: str | None, flags: Mapping[str, Any]) -> Settings:
-    """Combine the defaults, a configuration file if one is named, and command-line flags.
+def read_environment(variables: Mapping[str, str]) -> dict[str, Any]:
+    """Read the variables `COARNOTIFY_<SETTING>`, much as Flask's `Config.from_prefixed_env` does.
 
-    Names that are no setting of ours are passed over with a warning: the file may be shared with
-    a Flask application. Raises `ConfigurationError`.
+    A value is JSON, or True, False or None as in Python, else a text. Settings that are texts stay
+    texts: a TOKEN may be a number.
+    """
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(Settings):
+        text = variables.get(f"COARNOTIFY_{field.name}")
+        # Kubernetes sets COARNOTIFY_PORT=tcp://… where a service is called coarnotify.
+        if text is None or (field.name == "PORT" and text.startswith("tcp://")):
+            continue
+        values[field.name] = text
+        if field.type not in ("str", "str | None"):
+            with contextlib.suppress(ValueError):
+                values[field.name] = json.loads(PYTHON_CONSTANTS.get(text, text))
+    return values
+
+
+PYTHON_CONSTANTS = {"True": "true", "False": "false", "None": "null"}
+
+
+def configure(
+    filename: str | None, flags: Mapping[str, Any], variables: Mapping[str, str] = {}
+) -> Settings:
+    """Combine the defaults, a configuration file, environment variables, and command-line flags.
+
+    Names in the file that are no setting of ours are passed over with a warning: the file may be
+    shared with a Flask application. Raises `ConfigurationError`, which says where the value is.
     """
     values = {} if filename is None else read_configuration(filename)
-    for name in values:
-        if name not in SETTING_NAMES:
-            hint = did_you_mean(name, SETTING_NAMES)
-            LOG.warning("%s: ignored: unknown setting %s%s", filename, name, hint)
+    for name in values.keys() - SETTING_NAMES:
+        hint = did_you_mean(name, SETTING_NAMES)
+        LOG.warning("%s: ignored: unknown setting %s%s", filename, name, hint)
     ours = {name: value for name, value in values.items() if name in SETTING_NAMES}
-    try:
-        settings = Settings(**ours)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{filename}: {error}") from error
-    return dataclasses.replace(settings, **flags)
+    settings = Settings()
+    environment = read_environment(variables)
+    for source, layer in ((f"{filename}: ", ours), ("COARNOTIFY_", environment), ("", flags)):
+        try:
+            settings = dataclasses.replace(settings, **layer)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{source}{error}") from error
+    return settings
 
 
 def cors_origins(value: Any) -> frozenset[str]:
@@ -4769,6 +4795,13 @@ def check_host(request: Request, server: InboxServer) -> None:
         raise Problem(421, detail)
 
 
+# Two lines, because some clients read only the first challenge of a line.
+CHALLENGES = {
+    "WWW-Authenticate": 'Bearer realm="coarinbox"',
+    "Www-Authenticate": 'Basic realm="coarinbox", charset="UTF-8"',
+}
+
+
 def check_token(request: Request, token: str | None) -> None:
     """Demand TOKEN as a Bearer token (RFC 6750) or a Basic password (RFC 7617)."""
     if token is None:
@@ -4781,9 +4814,8 @@ def check_token(request: Request, token: str | None) -> None:
         except ValueError:
             data = b""
     if not hmac.compare_digest(data, token.encode()):
-        challenge = 'Bearer realm="coarinbox", Basic realm="coarinbox", charset="UTF-8"'
         detail = "the token is missing or wrong; send it with Bearer, or as the password of Basic"
-        raise Problem(401, detail, {"WWW-Authenticate": challenge})
+        raise Problem(401, detail, CHALLENGES)
 
 
 def allowed_origin(request: Request, allowed: Collection[str]) -> str | None:
@@ -6551,13 +6583,21 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         prog="coarinbox",
         argument_default=argparse.SUPPRESS,  # what is not given leaves the setting alone
         description="An inbox for COAR Notify notifications.",
-        epilog="The environment variable COARNOTIFY_SETTINGS may name the configuration file too.",
+        epilog="The environment variable COARNOTIFY_SETTINGS may name the configuration file too,"
+        " and COARNOTIFY_PORT=8080 sets PORT.",
     )
     add = parser.add_argument
     add("--config", metavar="FILE", help="configuration file, see local.cfg.example")
     add("--store", metavar="DIR", dest="STORE_DIR", help="where notifications are stored")
     add("--host", metavar="H", dest="HOST", help="address to listen on")
     add("--port", metavar="N", dest="PORT", type=int, help="port to listen on, 0 for a free one")
+    add(
+        "--validate",
+        metavar="MODE",
+        dest="VALIDATE_INCOMING",
+        type=lambda text: {"true": True, "false": False}.get(text.lower(), text),
+        help="true, false, strict, coarnotify, or a receiver such as DSpace",
+    )
     add("-d", action="store_true", dest="DEBUG_PYCHARM", help="attach to a PyCharm debug server")
     add(
         "--check",
@@ -6795,7 +6835,7 @@ def main(arguments: list[str] | None = None) -> int:
     filename = options.pop("config", os.environ.get("COARNOTIFY_SETTINGS") or None)
     try:
         paths = options.pop("check", [])
-        settings = configure(filename, options)
+        settings = configure(filename, options, os.environ)
         if paths:
             if isinstance(sys.stdout, io.TextIOWrapper):
                 sys.stdout.reconfigure(errors="backslashreplace")

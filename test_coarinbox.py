@@ -3212,13 +3212,13 @@ class BrokenStoreTest(InboxTest):
         self.assert_serves()
 
     def test_a_list_that_breaks_off_cannot_be_taken_for_a_whole_one(self) -> None:
-        def select(*_: object) -> Iterator[coarinbox.Delivery]:
-            yield coarinbox.Delivery()
+        def select(*_: object) -> Iterator[tuple[coarinbox.Delivery, bytes]]:
+            yield coarinbox.Delivery(), b"{}"
             raise OSError("the disk is gone")
 
         with unittest.mock.patch("os.scandir", side_effect=OSError("the disk is gone")):
             self.assert_problem(self.ask("GET", "/inbox"), 500)
-        with unittest.mock.patch.object(self.server.deliveries, "select", select):
+        with unittest.mock.patch.object(self.server.deliveries, "select_lines", select):
             self.assert_problem(self.ask("GET", "/deliveries"), 500)
             with unittest.mock.patch("coarinbox.TURN", 0):  # the beginning is sent by itself
                 with self.assertRaises(http.client.IncompleteRead):
@@ -3439,10 +3439,12 @@ class DeliveryLogTest(DeliveriesTest):
         (good,) = self.lines()
         shorter = {name: good[name] for name in ("name", "status", "findings")}
         self.path.write_text(json.dumps({**shorter, "stranger": 5}))
-        (delivery,) = self.deliveries()
+        self.assertEqual(self.statuses(), [400])
+        path = f"/deliveries/{good['name']}"
+        delivery = self.ask("GET", path).json()
         self.assertEqual((delivery["status"], delivery["about"]), (400, {}))
         self.path.write_text(json.dumps({**good, "body": "half a pair: \ud800"}))
-        self.assertEqual(self.deliveries()[0]["body"], "half a pair: ?")
+        self.assertEqual(self.ask("GET", f"{path}/body").body, b"half a pair: ?")
 
     def test_no_line_that_somebody_edited_breaks_a_page(self) -> None:
         self.post(REFUSED)
