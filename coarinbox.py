@@ -8,18 +8,37 @@
 # ///
 """An inbox for people who implement COAR Notify: a W3C LDN receiver in one file.
 
-    python coarinbox.py                      serve http://localhost:5005/inbox
-    python coarinbox.py --config local.cfg   the same, configured
+It checks notifications against the specification, says what is wrong and what to write instead,
+stores them byte for byte, shows every delivery on a page, and answers like a review service. It
+needs nothing but Python, and the file may be copied into another project. There are three ways to
+use it. As a server, configured by a file if need be:
 
-Notifications are checked against the COAR Notify specification, stored octet for octet and served
-back; what is refused is answered with everything that is wrong with it. The page at / shows every
-delivery as it comes. The file needs nothing but Python and may be copied into another project.
+    python coarinbox.py [--config local.cfg]
 
-In a test, `running` gives an inbox that lasts as long as a block.
+As a tool, without a server:
 
-Each section uses only what stands above it: documents, configuration, rules, storage, deliveries,
-pages, answers, simulated failures, connections, HTTP, server, test double, command line. The one
-exception is that an HTTP request asks the server it came through.
+    python coarinbox.py --check FILE...
+    python coarinbox.py --sample "Request Review" --send http://localhost:5005/inbox
+
+As a module, in a test:
+
+    with coarinbox.running() as inbox:
+        send_something(inbox.url)
+        delivery = inbox.wait_for(type="Offer")
+
+Four words mean different things. A *finding* is something wrong with a notification, or something
+that could be better. A *problem* is an answer with an HTTP error (RFC 9457). A *simulated failure*
+is an error that a test asked for. A *bug* is a fault of this program.
+
+Each section uses only those above it. The exception is `InboxHandler`, which calls its server.
+
+    notifications   JSON and URIs, Patterns and hints, Rules, Validation, Samples and replies
+    configuration   Settings
+    what is kept    Store, Deliveries, Ledger, Simulated failures
+    HTTP            Messages, Intake, Waiting
+    other inboxes   Sending, Replies
+    this inbox      Pages, Resources, Connections, Server
+    how to use it   Test double, Command line
 """
 
 from __future__ import annotations
@@ -1111,7 +1130,7 @@ def without_query(url: str) -> str:
     scheme, _, rest = re.split("[?#]", url, maxsplit=1)[0].partition("://")
     host, _, path = rest.partition("/")
     default_port = ":443" if scheme.lower() == "https" else ":80"
-    return f"{scheme.lower()}://{host.lower().removesuffix(default_port)}/{path.rstrip('/')}"
+    return f"{scheme.lower()}://{host.lower().removesuffix(default_port)}/{path}"
 
 
 def delivery_findings(document: Any, arrival: Arrival) -> list[Finding]:
@@ -1908,11 +1927,9 @@ class Store:
 
 # --- Deliveries ----------------------------------------------------------------------------------
 #
-# A `Delivery` is one attempt to deliver a notification and what became of it. `DeliveryLog` keeps
-# all of them in a file, one JSON object a line, the newest at the end. The file may be edited, cut
-# or replaced at any time: a line that cannot be read is passed over. A `Query` selects deliveries.
-# Reading backwards yields None now and then: there, long reads take turns, or are given up.
-# Must not know: HTTP, the event loop.
+# A `Delivery` is one attempt to deliver a notification, in either direction, and what became of
+# it. A `Query` selects deliveries, `Totals` count them.
+# Must not know: HTTP, files, the event loop.
 
 # The members that say what a notification is about: who sent it, and its place in a conversation.
 ABOUT = (
@@ -2227,6 +2244,14 @@ class Totals(NamedTuple):
             for name, query in TOTALS.items():
                 counts[name] += count * query.matches(delivery)
         return cls(**counts)
+
+
+# --- Delivery log --------------------------------------------------------------------------------
+#
+# `DeliveryLog` keeps all deliveries in a file, one JSON object a line, the newest at the end. The
+# file may be edited, cut or replaced at any time: a line that cannot be read is passed over.
+# Reading backwards yields None now and then: there, long reads take turns, or are given up.
+# Must not know: HTTP, the event loop.
 
 
 class Place(NamedTuple):
@@ -2686,6 +2711,22 @@ def json_response(
 ) -> Response:
     body = json.dumps(document, indent=indent).encode() + b"\n"
     return Response(status, body, {"Content-Type": kind, **headers})
+
+
+def json_list(
+    document: Mapping[str, Any], member: str, items: Iterable[bytes | None]
+) -> Iterator[bytes]:
+    """Yield a JSON document whose last member is a list, in pieces; for an item that is None, b"".
+
+    The items are JSON already.
+    """
+    head, _, tail = json.dumps({**document, member: []}).rpartition("[]")
+    yield f"{head}[".encode()
+    separator = b"\n"
+    for item in items:
+        yield b"" if item is None else separator + item
+        separator = separator if item is None else b",\n"
+    yield f"\n]{tail}\n".encode()
 
 
 class Request:
@@ -3548,6 +3589,36 @@ def reply_to(offer: Any, pattern: str, url: str) -> dict[str, Any]:
     if isinstance(document.get("target"), dict):
         document["target"]["inbox"] = url
     return document
+
+
+FORM = "application/x-www-form-urlencoded"
+
+
+def read_send(body: bytes, is_form: bool) -> dict[str, Any]:
+    """Read what is to be sent, and where to: a JSON object or a form. Raises `Problem`."""
+    try:
+        form = parse_qsl(body.decode()) if is_form else []
+        wanted = {name: text for name, text in form if text} if is_form else parse(body)
+    except ValueError as error:
+        raise Problem(400, f"the body is neither JSON nor a form: {error}") from error
+    if not isinstance(wanted, dict) or wanted.keys() - {"to", "pattern", "document"}:
+        raise Problem(400, 'expected {"to": URL}, perhaps with "pattern" or "document"')
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    if not is_inbox_url(wanted.get("to")):
+        raise Problem(400, '"to" is no http or https URL, or holds a user name or password')
+    if not isinstance(wanted.get("pattern", ""), str):
+        raise Problem(400, '"pattern" is not a text')
+    if is_form and "document" in wanted:
+        wanted["document"] = wanted["document"].encode()
+    return wanted
+
+
+def replying(offer: bytes, pattern: str, url: str) -> dict[str, Any]:
+    """Build a reply to what was delivered. Raises `Problem` if it cannot be answered so."""
+    try:
+        return reply_to(parse(offer), pattern, url)
+    except ValueError as error:
+        raise Problem(409, str(error)) from error
 
 
 # --- Pages ---------------------------------------------------------------------------------------
@@ -4724,45 +4795,28 @@ def error_page(context: PageContext, status: int, detail: str) -> Html:
     return render_page(context, "", title, content)
 
 
-# --- Resources -----------------------------------------------------------------------------------
+PAGE_HEADERS = {
+    "Content-Type": "text/html; charset=utf-8",
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "same-origin",  # with "no-referrer", forms would come from the origin null
+    "Cache-Control": "no-store",
+}
+
+
+def html_response(page: Html, headers: Mapping[str, str] = {}, status: int = 200) -> Response:
+    return Response(status, page.text.encode(), {**PAGE_HEADERS, **headers})
+
+
+# --- Access --------------------------------------------------------------------------------------
 #
-# `InboxHandler` answers one `Request`. `ROUTES` leads from path and method to the method of the
-# handler that answers. One that has to wait is a generator: `name = yield Commit(body)` reads like
-# a call that blocks, and the event loop resumes it with the result. `check_head` says who may ask.
-# Must not know: sockets, threads.
+# Who may ask: `check_head` refuses a request, before its body is read, by its host, its token, or
+# the site of the page that sent it; `allowed_origin` says what CORS_ORIGINS allow; `quality` weighs
+# what the client would like to get.
+# Must not know: resources, bodies.
 
-
-class Route(NamedTuple):
-    """How a resource answers a method, and which parameters the URL may have."""
-
-    function: Callable[..., Steps | None]  # takes the handler, the parameters, parts of the path
-    parameters: Parameters
-
-
-ROUTES: dict[re.Pattern[str], dict[str, Route]] = {}
-
-
-def route(
-    method: str, path: str, parameters: Parameters = {}
-) -> Callable[[Callable[..., Steps | None]], Callable[..., Steps | None]]:
-    """Enter a method of `InboxHandler` into `ROUTES`."""
-
-    def enter(function: Callable[..., Steps | None]) -> Callable[..., Steps | None]:
-        ROUTES.setdefault(re.compile(path), {})[method] = Route(function, parameters)
-        return function
-
-    return enter
-
-
-INBOX = "/inbox/?"
 CORS_RESOURCES = re.compile(rf"/inbox(/({NAME})?)?")  # what pages of CORS_ORIGINS may use
 CORS_METHODS = "GET, HEAD, POST, OPTIONS"
-
-
-PAGE_PARAMETERS = {
-    **QUERY_PARAMETERS,
-    "reply": ("|".join(pattern.name for pattern in REPLY_PATTERNS), "a pattern of a reply"),
-}
 
 
 def authority(url: str) -> str:
@@ -4855,33 +4909,41 @@ def quality(media_type: str, accept: str) -> float:
     return 0.0
 
 
-PAGE_HEADERS = {
-    "Content-Type": "text/html; charset=utf-8",
-    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Referrer-Policy": "same-origin",  # with "no-referrer", forms would come from the origin null
-    "Cache-Control": "no-store",
+# --- Resources -----------------------------------------------------------------------------------
+#
+# `InboxHandler` answers one `Request`. `ROUTES` leads from path and method to the method of the
+# handler that answers. One that has to wait is a generator: `name = yield Commit(body)` reads like
+# a call that blocks, and the event loop resumes it with the result. `check_head` says who may ask.
+# Must not know: sockets, threads.
+
+
+class Route(NamedTuple):
+    """How a resource answers a method, and which parameters the URL may have."""
+
+    function: Callable[..., Steps | None]  # takes the handler, the parameters, parts of the path
+    parameters: Parameters
+
+
+ROUTES: dict[re.Pattern[str], dict[str, Route]] = {}
+
+
+def route(
+    method: str, path: str, parameters: Parameters = {}
+) -> Callable[[Callable[..., Steps | None]], Callable[..., Steps | None]]:
+    """Enter a method of `InboxHandler` into `ROUTES`."""
+
+    def enter(function: Callable[..., Steps | None]) -> Callable[..., Steps | None]:
+        ROUTES.setdefault(re.compile(path), {})[method] = Route(function, parameters)
+        return function
+
+    return enter
+
+
+INBOX = "/inbox/?"
+PAGE_PARAMETERS = {
+    **QUERY_PARAMETERS,
+    "reply": ("|".join(pattern.name for pattern in REPLY_PATTERNS), "a pattern of a reply"),
 }
-
-
-def html_response(page: Html, headers: Mapping[str, str] = {}, status: int = 200) -> Response:
-    return Response(status, page.text.encode(), {**PAGE_HEADERS, **headers})
-
-
-def json_list(
-    document: Mapping[str, Any], member: str, items: Iterable[bytes | None]
-) -> Iterator[bytes]:
-    """Yield a JSON document whose last member is a list, in pieces; for an item that is None, b"".
-
-    The items are JSON already.
-    """
-    head, _, tail = json.dumps({**document, member: []}).rpartition("[]")
-    yield f"{head}[".encode()
-    separator = b"\n"
-    for item in items:
-        yield b"" if item is None else separator + item
-        separator = separator if item is None else b",\n"
-    yield f"\n]{tail}\n".encode()
 
 
 @functools.lru_cache(maxsize=2)  # most requests of a second need the same
@@ -5365,36 +5427,6 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     @route("GET", "/health")
     def get_health(self, values: Mapping[str, str]) -> None:
         self.answer(Response(204))
-
-
-FORM = "application/x-www-form-urlencoded"
-
-
-def read_send(body: bytes, is_form: bool) -> dict[str, Any]:
-    """Read what is to be sent, and where to: a JSON object or a form. Raises `Problem`."""
-    try:
-        form = parse_qsl(body.decode()) if is_form else []
-        wanted = {name: text for name, text in form if text} if is_form else parse(body)
-    except ValueError as error:
-        raise Problem(400, f"the body is neither JSON nor a form: {error}") from error
-    if not isinstance(wanted, dict) or wanted.keys() - {"to", "pattern", "document"}:
-        raise Problem(400, 'expected {"to": URL}, perhaps with "pattern" or "document"')
-    wanted = {name: value for name, value in wanted.items() if value is not None}
-    if not is_inbox_url(wanted.get("to")):
-        raise Problem(400, '"to" is no http or https URL, or holds a user name or password')
-    if not isinstance(wanted.get("pattern", ""), str):
-        raise Problem(400, '"pattern" is not a text')
-    if is_form and "document" in wanted:
-        wanted["document"] = wanted["document"].encode()
-    return wanted
-
-
-def replying(offer: bytes, pattern: str, url: str) -> dict[str, Any]:
-    """Build a reply to what was delivered. Raises `Problem` if it cannot be answered so."""
-    try:
-        return reply_to(parse(offer), pattern, url)
-    except ValueError as error:
-        raise Problem(409, str(error)) from error
 
 
 def allow(methods: Collection[str]) -> str:
