@@ -2179,10 +2179,10 @@ class Query(NamedTuple):
             and (not text or any(text in each.casefold() for each in delivery.searchable()))
         )
 
-    def name_in(self, line: bytes) -> str:
-        """Return the name of the delivery in a line if it matches, else nothing."""
+    def find_in(self, line: bytes) -> Delivery | None:
+        """Return the delivery in a line of the log, if it matches."""
         delivery = Delivery.from_json(line) if self.may_match(line) else None
-        return delivery.name if delivery and self.matches(delivery) else ""
+        return delivery if delivery and self.matches(delivery) else None
 
     def ends_at(self, delivery: Delivery) -> bool:
         """Whether this delivery, and hence every older one, is outside the range of `since`."""
@@ -2339,8 +2339,8 @@ class DeliveryLog:
                 if not lines and self.end() == place:
                     self.changed.wait(min(seconds, RECHECK))
 
-    def blocks(self) -> Iterator[list[bytes]]:
-        """Yield the lines of the log, the newest first, in blocks that are read at once."""
+    def lines(self) -> Iterator[bytes | None]:
+        """Yield the lines of the log, the newest first, and None after each block that is read."""
         with contextlib.suppress(FileNotFoundError), self.open() as file:
             start = file.seek(0, os.SEEK_END)
             rest = b""  # the end of a line whose beginning is still to be read
@@ -2349,16 +2349,17 @@ class DeliveryLog:
                 start = file.seek(start - size)
                 rest, *lines = (file.read(size) + rest).split(b"\n")
                 rest = rest if len(rest) <= MAX_LINE else b""
-                yield lines[::-1]
-            yield [rest]
+                yield from reversed(lines)
+                yield None
+            yield rest
 
-    def newest_first(self, *needles: bytes) -> Iterator[Delivery | None]:
-        """Read the log from its end; where needles are given, only lines that hold one of them."""
-        for lines in self.blocks():
-            yield None
-            for line in lines:
-                if not needles or any(needle in line for needle in needles):
-                    yield Delivery.from_json(line)
+    def newest_first(self, *texts: bytes) -> Iterator[Delivery | None]:
+        """Read the log from its end; where texts are given, only lines that hold one of them."""
+        for line in self.lines():
+            if line is None:
+                yield None
+            elif not texts or any(text in line for text in texts):
+                yield Delivery.from_json(line)
 
     def find(self, name: str) -> Iterator[Delivery | None]:
         """Yield the delivery of this name, if there is one."""
@@ -2376,88 +2377,72 @@ class DeliveryLog:
     ) -> Iterator[tuple[Delivery, bytes] | None]:
         """Do as `select`, and yield each delivery with its line in the log."""
         found, skipping = 0, bool(query.before)
-        for lines in self.blocks():
-            yield None
-            for line in lines:
-                if query.since and line.startswith(line_start(query.since)):
-                    return
-                if skipping:
-                    skipping = not line.startswith(line_start(query.before))
-                    continue
-                delivery = query.may_match(line) and Delivery.from_json(line)
-                if not delivery:
-                    continue
+        for line in self.lines():
+            if line is None:
+                yield None
+            elif query.since and line.startswith(line_start(query.since)):
+                return
+            elif skipping:
+                skipping = not line.startswith(line_start(query.before))
+            elif delivery := query.find_in(line):
                 if query.ends_at(delivery):
                     return
-                if query.matches(delivery):
-                    found += 1
-                    yield delivery, line
-                if found == limit:
-                    return
+                found += 1
+                yield delivery, line
+            if found == limit:
+                return
 
     def conversation(self, about: Mapping[str, str]) -> Iterator[Delivery | None]:
         """Yield what a notification answers, what answers it, and itself, the newest first.
 
         Of very many, these are the newest, and what it answers.
         """
-        own, in_reply_to = about.get("id"), about.get("inReplyTo")
-        ids = {id_ for id_ in (own, in_reply_to) if id_}
-        needles = [
-            b'"%b": "%b"' % (member, json_bytes(id_))
-            for id_ in ids
-            for member in (b"id", b"inReplyTo")
-        ]
-        shown, asked = 0, not in_reply_to
-        for delivery in self.newest_first(*needles) if ids else ():
+        asked = about.get("inReplyTo")
+        ids = set(filter(None, (about.get("id"), asked)))
+        texts = [b'"id": "%b"' % json_bytes(id_) for id_ in ids]
+        texts += [b'"inReplyTo": "%b"' % json_bytes(id_) for id_ in ids]
+        shown, is_missing = 0, asked is not None
+        for delivery in self.newest_first(*texts) if ids else ():
             if delivery is None:
                 yield None
                 continue
-            if ids.isdisjoint((delivery.about.get("id"), delivery.about.get("inReplyTo"))):
-                continue
-            is_asked = delivery.about.get("id") == in_reply_to
-            if shown < CONVERSATION or (is_asked and not asked):
-                shown, asked = shown + 1, asked or is_asked
+            id_, in_reply_to = delivery.about.get("id"), delivery.about.get("inReplyTo")
+            wanted = shown < CONVERSATION and not ids.isdisjoint((id_, in_reply_to))
+            if wanted or (is_missing and id_ == asked):
+                shown, is_missing = shown + 1, is_missing and id_ != asked
                 yield delivery
-            if shown >= CONVERSATION and asked:
+            if shown >= CONVERSATION and not is_missing:
                 return
 
     def beside(self, name: str, query: Query) -> Iterator[tuple[str, str] | None]:
         """Yield the names of the next newer and the next older delivery that a query selects."""
-        newer: collections.deque[bytes] = collections.deque(maxlen=1000)
-        names = ["", ""]
-        passed = False
-        for lines in self.blocks():
-            yield None
-            for line in lines:
-                if line.startswith(line_start(name)):
-                    passed = True
-                    names[0] = next(
-                        filter(None, (query.name_in(each) for each in reversed(newer))), ""
-                    )
-                elif passed and not names[1]:
-                    names[1] = query.name_in(line)
-                elif not passed and query.may_match(line):
-                    newer.append(line)
-            if names[1]:
-                break
-        yield names[0], names[1]
+        likely: collections.deque[bytes] = collections.deque(maxlen=1000)  # parse few of them
+        newer, passed = "", False
+        for line in self.lines():
+            if line is None:
+                yield None
+            elif line.startswith(line_start(name)):
+                passed = True
+                matches = filter(None, map(query.find_in, reversed(likely)))
+                newer = next((delivery.name for delivery in matches), "")
+            elif not passed:
+                likely.extend([line] * query.may_match(line))
+            elif older := query.find_in(line):
+                yield newer, older.name
+                return
+        yield newer, ""
 
     def place_after(self, query: Query) -> Iterator[Place | None]:
         """Yield the place where following is to begin, according to `since`; else the end."""
-        if not query.since:
-            yield self.end()
-            return
-        end = self.end().offset
-        inode = self.end().inode
-        for lines in self.blocks():
+        place = self.end()
+        for line in self.lines() if query.since else ():
+            delivery = Delivery.from_json(line) if line else None
+            if delivery and query.ends_at(delivery):
+                yield place
+                return
+            place = place._replace(offset=place.offset - (0 if line is None else len(line) + 1))
             yield None
-            for line in lines:
-                delivery = Delivery.from_json(line)
-                if delivery and query.ends_at(delivery):
-                    yield Place(inode, end)
-                    return
-                end -= len(line) + 1
-        yield Place(inode, 0)
+        yield place._replace(offset=max(0, place.offset)) if query.since else place
 
 
 # --- Ledger --------------------------------------------------------------------------------------
@@ -2525,8 +2510,9 @@ class Ledger:
         names = [name for name in self.store.names() if name < now]
         known: set[bytes] = set()
         survey = Survey(collections.Counter(), {}, [])
-        for lines in self.log.blocks():
-            for match in filter(None, map(LINE.match, lines)):
+        for line in self.log.lines():
+            match = LINE.match(line or b"")
+            if match:
                 name, direction, status, id_, finding = match.groups(default=b"")
                 known.add(name)
                 way = "out" if direction == b"out" else "in"
@@ -5845,10 +5831,8 @@ def read_news(log: DeliveryLog, wanted: Collection[Events]) -> dict[Events, tupl
     news = {}
     for events in wanted:
         lines, place = read[events.place]
-        likely = (line for line in lines if events.query.may_match(line))
-        deliveries = filter(None, map(Delivery.from_json, likely))
-        data = b"".join(as_event(each) for each in deliveries if events.query.matches(each))
-        news[events] = data, place
+        deliveries = filter(None, map(events.query.find_in, lines))
+        news[events] = b"".join(map(as_event, deliveries)), place
     return news
 
 

@@ -7876,7 +7876,7 @@ class TokenTest(InboxTest):
                     headers = {} if authorization is None else {"Authorization": authorization}
                     answer = self.ask(method, path, BODY if method == "POST" else None, headers)
                     self.assert_problem(answer, 401)
-                    challenges = answer.headers.get_all("WWW-Authenticate")
+                    challenges = answer.headers.get_all("WWW-Authenticate") or []
                     schemes = [challenge.split()[0] for challenge in challenges]
                     self.assertEqual(schemes, ["Bearer", "Basic"])
         basic = base64.b64encode(b"anybody:" + token).decode()
@@ -8932,22 +8932,22 @@ class ClientTest(unittest.TestCase):
 # --- The files -----------------------------------------------------------------------------------
 
 
-# The code of somebody who tries again when an inbox is busy, and a program around it.
-MY_CODE = """
+# What the examples of the README need: code that tries again when an inbox is busy, and a program.
+MY_CODE = f"""\
 import json, urllib.error, urllib.request
 
 def request_review(inbox):
     for attempt in range(3):
-        body = json.dumps({}).encode()
+        body = json.dumps({OFFER}).encode()
         request = urllib.request.Request(inbox, body, {{"Content-Type": "application/ld+json"}})
         try:
             return urllib.request.urlopen(request).close()
         except urllib.error.HTTPError as error:
             error.close()
 """
-MY_PROGRAM = "my_code.request_review(sys.argv[1])\n"
-
-
+MY_PROGRAM = f"#!{sys.executable}\nimport my_code, sys\nmy_code.request_review(sys.argv[1])\n"
+# What comes before an example that begins with a running inbox.
+STARTED = "python coarinbox.py 2> log &\nuntil curl -s localhost:5005/health; do sleep 0.1; done\n"
 README = (HERE / "README.md").read_text(encoding="utf-8")
 
 
@@ -8958,113 +8958,207 @@ def blocks(language: str) -> list[str]:
     return found
 
 
-class ReadmeTest(ProgramTest):
-    @unittest.skipUnless(shutil.which("curl"), "curl is not installed")
-    def test_the_commands_print_what_it_says(self) -> None:
-        sessions = [block for block in blocks("console") if block.startswith("$ ")]
-        self.assertEqual(len(sessions), 3)
-        name = re.compile("[0-9]{8}_[0-9]{6}_[0-9a-f]{32}")
-        with running(self.command("--port", "0"), cwd=self.directory) as inbox:
-            for session in sessions:
-                command, closing, output = session[2:].partition("'\n")
-                here = command.replace("5005", str(inbox.server_address[1])) + closing
-                done = subprocess.run(
-                    here, shell=True, cwd=self.directory, capture_output=True, text=True, timeout=20
-                )
-                printed = done.stdout.replace(str(inbox.server_address[1]), "5005")
-                expected, printed = name.sub("NAME", output), name.sub("NAME", printed)
-                matches = doctest.OutputChecker().check_output(expected, printed, doctest.ELLIPSIS)
-                self.assertTrue(matches, printed)
+def sessions() -> Iterator[tuple[str, str]]:
+    """Yield each command that follows a prompt, and what it prints as the README has it."""
+    for block in blocks("console"):
+        for session in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            match = re.match(r"((?:.*[|\\]\n)*.*\n)(.*)", session, re.DOTALL)
+            assert match, session
+            yield match[1], match[2]
 
+
+def run_example(*command: str, **files: str) -> tuple[int, str]:
+    """Run a command where a reader of the README would; returns the exit status and the output.
+
+    The directory holds the module, files of the reader's own, and those that are given. Another
+    inbox may run on the ports of the README, so that these are replaced everywhere.
+    """
+    ports = {port: str(free_port()) for port in ("5005", "5006")}
+
+    def moved(text: str) -> str:
+        return re.sub("500[56]", lambda match: ports[match[0]], text)
+
+    files = {"coarinbox.py": MODULE.read_text(encoding="utf-8"), "my_code.py": MY_CODE, **files}
+    with tempfile.TemporaryDirectory() as name, tempfile.TemporaryFile() as output:
+        directory = pathlib.Path(name)
+        for file, text in {**files, "my-program": MY_PROGRAM}.items():
+            (directory / file).write_text(moved(text), encoding="utf-8")
+        (directory / "my-program").chmod(0o755)
+        for python in ("python", "python3"):
+            (directory / python).symlink_to(sys.executable)
+        path = os.pathsep.join([name, os.environ["PATH"]])
+        env = environment(PATH=path, TMPDIR=name, RUNNER_TEMP=name)
+        env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # no other package has a part in it
+        env.pop("COVERAGE_PROCESS_START", None)  # nobody could look at the copy afterwards
+        process = subprocess.Popen(
+            [moved(argument) for argument in command],
+            cwd=directory, env=env, stdout=output, stderr=output, start_new_session=True,
+        )  # fmt: skip
+        try:
+            status = process.wait(60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # inboxes in the background
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        printed = output.read().decode()
+    for port, other in ports.items():
+        printed = printed.replace(other, port)
+    return status, printed
+
+
+class ReadmeTest(ProgramTest):
     def test_the_first_screen_holds_the_essential(self) -> None:
-        first = "\n".join(README.splitlines()[:40])
-        for essential in ("python coarinbox.py\n", "curl", "201 Created", "Location:", '"pointer"'):
+        first = "\n".join(README.splitlines()[:45])
+        for essential in ("(.github/page.png)", "not a production", "python coarinbox.py\n",
+                          "uv run", "--sample", "curl", "201 Created", "Location:",
+                          "400 Bad Request", "write `"):  # fmt: skip
             self.assertIn(essential, first)
 
+    def test_it_is_short_and_says_early_that_the_inbox_answers(self) -> None:
+        lines = README.splitlines()
+        self.assertLessEqual(len(lines), 230)
+        self.assertLess(lines.index("## It answers"), len(lines) / 3)
+
+    def test_what_it_links_to_is_there(self) -> None:
+        files = re.findall(r"\]\((?!https:)([^)]+)\)", README)
+        self.assertGreater(len(files), 3)
+        self.assertEqual([file for file in files if not (HERE / file).is_file()], [])
+
     def test_the_settings_are_those_of_the_code(self) -> None:
-        rows = re.findall(r"^\| `([A-Z_]+)` \| `(.+?)` \|", README, re.MULTILINE)
-        settings = [(name, repr(value)) for name, value in vars(coarinbox.Settings()).items()]
-        self.assertEqual(rows, settings)
+        rows = re.findall(r"^\| (`[A-Z_`, ]+`) \| (.+?) \|", README, re.MULTILINE)
+        settings = [
+            (name.strip("`"), value.strip("`"))
+            for names, values in rows
+            for name, value in itertools.zip_longest(names.split(", "), values.split(", "))
+        ]
+        expected = [(name, repr(value)) for name, value in vars(coarinbox.Settings()).items()]
+        self.assertEqual(settings, expected)
 
     def test_the_flags_are_those_of_the_program(self) -> None:
-        help_ = " ".join(self.invoke("--help").output)
-        listed = README.partition("lists the flags")[2].partition("\n\n")[0]
-        flags = re.findall("`(--?[a-z]+(?: [A-Z]+)?)`", listed)
+        help_ = " ".join(" ".join(self.invoke("--help").output).split())
+        flags = set(re.findall("`(--[a-z]+(?: [A-Z]+)?)", README))
         self.assertGreater(len(flags), 6)
-        for flag in flags:
-            self.assertIn(f"{flag} ", help_)
+        self.assertEqual({flag for flag in flags if f"{flag} " not in help_}, set())
+
+    def test_the_parameters_that_select_deliveries_are_those_of_the_code(self) -> None:
+        listed = re.search(r"\n(`status` .*?) select deliveries", README, re.DOTALL)
+        assert listed
+        without_examples = re.sub(r"\(.*?\)", "", listed[1], flags=re.DOTALL)
+        names = set(re.findall("`([a-z]+)`", without_examples))
+        self.assertEqual(names, set(coarinbox.QUERY_PARAMETERS))
 
 
-def run_example(code: str, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command where the module is, with code that uses it and what that tests."""
-    # What runs here is a copy, whose coverage nobody could look at afterwards.
-    env = {name: value for name, value in environment().items() if "COVERAGE" not in name}
-    env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # no other package has a part in it
-    with tempfile.TemporaryDirectory() as name:
-        env["TMPDIR"] = name
-        directory = pathlib.Path(name)
-        shutil.copy(MODULE, directory)
-        (directory / "test_review.py").write_text(code)
-        (directory / "my_code.py").write_text(MY_CODE.format(OFFER))
-        (directory / "python").symlink_to(sys.executable)
-        program = directory / "my-program"
-        program.write_text(f"#!{sys.executable}\nimport my_code, sys\n" + MY_PROGRAM)
-        program.chmod(0o755)
-        return subprocess.run(
-            command, cwd=directory, env=env, capture_output=True, text=True, timeout=60
-        )
+SHELL = unittest.skipUnless(
+    os.name == "posix" and shutil.which("curl"), "the examples for the shell need curl and a shell"
+)
 
 
 class ExampleTest(unittest.TestCase):
-    """The examples in the README, all at once: the one for the shell waits a second."""
+    """The examples in the README, as they are written; all at once, because some of them wait."""
 
-    examples: dict[str, concurrent.futures.Future[subprocess.CompletedProcess[str]]]
+    examples: dict[str, concurrent.futures.Future[tuple[int, str]]]
 
     @classmethod
     def setUpClass(cls) -> None:
+        if os.name != "posix":
+            raise unittest.SkipTest("the examples need programs that are scripts, and links")
         pool = concurrent.futures.ThreadPoolExecutor()
         cls.addClassCleanup(pool.shutdown)
-        with_unittest, with_pytest = blocks("python")
-        (script,) = blocks("sh")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            script = script.replace("5006", str(free.getsockname()[1]))
+        conversation, tests = blocks("python")
+        service, step = blocks("yaml")
+        typed = "\necho END\n".join(command for command, _ in sessions())
+        (talk,) = blocks("sh")
+        (command,) = re.findall("command: (.*)", service)
+        (health,) = re.findall('test: "(.*?)"', service)
+        container = f"{command} &\nuntil {health}; do sleep 0.1; done\n"
+        container = container.replace(" /coarinbox.py", " coarinbox.py").replace("/tmp/", "")
+        step = step.partition("run: |\n")[2]
         python = (sys.executable, "-m")
         cls.examples = {
-            "sh": pool.submit(run_example, "", "sh", "-ec", "PATH=.:$PATH\n" + script),
-            "unittest": pool.submit(run_example, with_unittest, *python, "unittest"),
+            "start": pool.submit(run_example, "sh", "-c", STARTED + typed),
+            "talk": pool.submit(run_example, "sh", "-ec", STARTED + talk),
+            "python": pool.submit(run_example, sys.executable, "-c", conversation),
+            "unittest": pool.submit(run_example, *python, "unittest", **{"test_review.py": tests}),
             "pytest": pool.submit(
-                run_example, with_pytest, *python, "pytest", "-p", "no:cacheprovider"
+                run_example,
+                *python,
+                "pytest",
+                "-p",
+                "no:cacheprovider",
+                **{"test_review.py": tests},
             ),
+            "container": pool.submit(run_example, "sh", "-ec", container),
+            "step": pool.submit(run_example, "sh", "-ec", step),
         }
 
-    def assert_works(self, name: str, text: str) -> None:
-        done = self.examples[name].result()
-        output = done.stdout + done.stderr
-        self.assertEqual(done.returncode, 0, output)
-        self.assertIn(text, output)
+    def output_of(self, name: str) -> str:
+        status, output = self.examples[name].result()
+        self.assertEqual(status, 0, output)
+        return output
 
-    def test_the_one_for_unittest_passes(self) -> None:
-        self.assert_works("unittest", "Ran 1 test")
+    @SHELL
+    def test_each_command_prints_what_follows_it(self) -> None:
+        name = re.compile("[0-9]{8}_[0-9]{6}_[0-9a-f]{32}")
+        outputs = self.examples["start"].result()[1].split("\nEND\n")
+        expected = [shown for _, shown in sessions()]
+        self.assertEqual(len(outputs), len(expected), outputs)
+        self.assertGreater(len(expected), 1)
+        for shown, printed in zip(expected, outputs):
+            wanted, given = name.sub("NAME", shown), name.sub("NAME", printed) + "\n"
+            matches = doctest.OutputChecker().check_output(wanted, given, doctest.ELLIPSIS)
+            self.assertTrue(matches, printed)
+
+    @SHELL
+    def test_two_inboxes_talk_in_the_shell(self) -> None:
+        patterns = re.findall('^"pattern": "(.*)"$', self.output_of("talk"), re.MULTILINE)
+        self.assertEqual(patterns, ["Announce Review", "Accept", "Tentatively Accept"])
+
+    def test_two_inboxes_talk_in_python(self) -> None:
+        self.assertEqual(self.output_of("python"), "")
+
+    def test_the_tests_pass_with_unittest(self) -> None:
+        self.assertIn("Ran 1 test", self.output_of("unittest"))
 
     @unittest.skipUnless(importlib.util.find_spec("pytest"), "pytest is not installed")
-    def test_the_one_for_pytest_passes(self) -> None:
-        self.assert_works("pytest", "1 passed")
+    def test_the_tests_pass_with_pytest(self) -> None:
+        self.assertIn("2 passed", self.output_of("pytest"))
 
-    @unittest.skipUnless(shutil.which("curl"), "curl is not installed")
-    def test_the_one_for_the_shell_works(self) -> None:
-        self.assert_works("sh", "Request Review")
+    @unittest.skipUnless(shutil.which("wget"), "wget is not installed")
+    def test_the_command_and_the_health_check_of_the_container_work(self) -> None:
+        self.assertIn("address     0.0.0.0 port 5005", self.output_of("container"))
+
+    @SHELL
+    def test_the_step_of_ci_works(self) -> None:
+        self.assertIn('"pattern": "Request Review"', self.output_of("step"))
 
 
 class ShapeTest(unittest.TestCase):
+    source = MODULE.read_text(encoding="utf-8")
+
     def test_it_says_which_version_it_is(self) -> None:
         self.assertRegex(coarinbox.__version__, r"^[0-9]+\.[0-9]+\.[0-9]+$")
 
+    def test_its_head_names_the_sections_in_their_order(self) -> None:
+        sections = re.findall("^# --- (.*?) -+$", self.source, re.MULTILINE)
+        self.assertGreater(len(sections), 15)
+        lists = re.findall("^    [a-zA-Z ]+?   +([A-Z].*)$", coarinbox.__doc__ or "", re.MULTILINE)
+        self.assertEqual(", ".join(lists).split(", "), sections)
+
+    def test_its_head_defines_the_words_that_look_alike(self) -> None:
+        words = re.findall(r"\*(.*?)\*", coarinbox.__doc__ or "", re.DOTALL)
+        self.assertEqual(words, ["finding", "problem", "simulated failure", "bug"])
+
+    def test_the_guide_for_contributors_names_the_sections_in_their_order(self) -> None:
+        guide = (HERE / ".github/CONTRIBUTING.md").read_text(encoding="utf-8")
+        sections = re.findall("^# --- (.*?) -+$", self.source, re.MULTILINE)
+        self.assertEqual(re.findall(r"^\| ([A-Z].*?) \|", guide, re.MULTILINE), sections)
+        self.assertLessEqual(len(guide.splitlines()), 120)
+
     def test_no_function_is_longer_than_a_screen(self) -> None:
-        tree = ast.parse(MODULE.read_text(encoding="utf-8"))
         lengths = {
             node.name: (node.end_lineno or 0) - node.lineno + 1
-            for node in ast.walk(tree)
+            for node in ast.walk(ast.parse(self.source))
             if isinstance(node, ast.FunctionDef)
         }
         self.assertGreater(len(lengths), 50)
