@@ -34,10 +34,10 @@ Each section uses only those above it. The exception is `InboxHandler`, which ca
 
     notifications   JSON and URIs, Patterns and hints, Rules, Validation, Samples and replies
     configuration   Settings
-    what is kept    Store, Deliveries, Ledger, Simulated failures
+    what is kept    Store, Deliveries, Delivery log, Ledger, Simulated failures
     HTTP            Messages, Intake, Waiting
     other inboxes   Sending, Replies
-    this inbox      Pages, Resources, Connections, Server
+    this inbox      Pages, Access, Resources, Connections, Server
     how to use it   Test double, Command line
 """
 
@@ -2426,7 +2426,8 @@ class DeliveryLog:
                 matches = filter(None, map(query.find_in, reversed(likely)))
                 newer = next((delivery.name for delivery in matches), "")
             elif not passed:
-                likely.extend([line] * query.may_match(line))
+                if query.may_match(line):
+                    likely.append(line)
             elif older := query.find_in(line):
                 yield newer, older.name
                 return
@@ -4399,9 +4400,8 @@ def delivery_page(
     typed = "content-type" in map(str.lower, delivery.headers)
     head = [each for each in numbered if typed and each[1].code.startswith("content-type")]
     document = delivery._replace(body=body).notification
-    payload = render_text(body)
-    if document is not None:
-        payload = render_document(document, [each for each in numbered if each not in head])
+    rest = [each for each in numbered if each not in head]
+    payload = render_text(body) if document is None else render_document(document, rest)
     subject, short = subject_of(delivery)
     forms = render_forms(context, delivery, body, reply_pattern)
     content = render(
@@ -4420,10 +4420,14 @@ def delivery_page(
         conversation=render_conversation(context, delivery, conversation),
         forms=[*forms.values()],
     )
-    related = delivery.about.get("inReplyTo") or delivery.about.get("id")
-    stream = context._replace(query=Query(q=related)).url("deliveries") if related else ""
     title = f"{chip_of(delivery)[1]} {delivery.pattern or ''}"
-    return render_page(context, "Deliveries", title, content, stream)
+    return render_page(context, "Deliveries", title, content, stream_of(context, delivery))
+
+
+def stream_of(context: PageContext, delivery: Delivery) -> str:
+    """Return the URL that tells what becomes of a conversation; empty where there can be none."""
+    related = delivery.about.get("inReplyTo") or delivery.about.get("id")
+    return context._replace(query=Query(q=related)).url("deliveries") if related else ""
 
 
 def render_pager(context: PageContext, newer: str, older: str) -> list[Html]:
