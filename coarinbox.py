@@ -1312,15 +1312,11 @@ def receivers() -> list[dict[str, Any]]:
 # one that answers an Offer, `find_pattern` finds a pattern by its name. All three are pure, except
 # that each notification gets a new id. Must not know HTTP, the store or the settings.
 
-
-def service(url: str) -> dict[str, str]:
-    """Describe the service at a URL, which ends in a slash and has its inbox right below."""
-    return {"id": url, "inbox": f"{url}inbox", "type": "Service"}
-
-
 # RFC 2606 reserves these hosts for examples.
-REPOSITORY = service("https://repository.example.org/")
-REVIEWS = service("https://reviews.example.net/")
+REPOSITORY, REVIEWS = (
+    {"id": url, "inbox": f"{url}inbox", "type": "Service"}
+    for url in ("https://repository.example.org/", "https://reviews.example.net/")
+)
 LOCAL_INBOX = "http://localhost:5005/inbox"
 AUTHOR = {"id": "https://orcid.org/0000-0002-1825-0097", "name": "J. Carberry", "type": "Person"}
 PREPRINT = {
@@ -1339,8 +1335,18 @@ RESULTS = {
     "Announce Review": ("review/7", "10.5555/98765", ["Document", "sorg:Review"]),
     "Announce Service Result": ("report/7", "10.5555/98767", ["Document", "sorg:Report"]),
 }
-NO_REPLIES = ("Announce Relationship", "Request Endorsement", "Request Review")
-REPLY_PATTERNS = tuple(pattern for pattern in PATTERNS if pattern.name not in NO_REPLIES)
+REPLY_PATTERNS = tuple(
+    pattern for pattern in PATTERNS if pattern.family not in ("relationship", "request")
+)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a suggestion to end a message with, or nothing unless a known name is really close."""
+    import difflib
+
+    spelt = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(name.lower(), spelt, n=1, cutoff=0.64)
+    return f"; did you mean {spelt[near[0]]}?" if near else ""
 
 
 def find_pattern(name: str) -> Pattern:
@@ -1348,16 +1354,13 @@ def find_pattern(name: str) -> Pattern:
 
     Raises `ValueError`, which lists the names and suggests a close one.
     """
-    patterns = {pattern.name.title(): pattern for pattern in PATTERNS}
-    with contextlib.suppress(KeyError):
-        return patterns[name.title()]
-    import difflib
-
-    close = difflib.get_close_matches(name.title(), patterns, n=1)
-    hint = f"; did you mean {close[0]}?" if close else "."
-    listed = ", ".join(pattern.name for pattern in PATTERNS)
+    patterns = {pattern.name: pattern for pattern in PATTERNS}
+    for known, pattern in patterns.items():
+        if known.lower() == name.lower():
+            return pattern
     given = escape_controls(clip(name, 80))
-    raise ValueError(f'no pattern is called "{given}"{hint} There are: {listed}')
+    hint = did_you_mean(name, patterns)
+    raise ValueError(f'unknown pattern "{given}", expected one of {", ".join(patterns)}{hint}')
 
 
 def sample(
@@ -1377,14 +1380,13 @@ def sample(
     chosen = find_pattern(pattern)
     if in_reply_to is not None:
         return answer(in_reply_to, chosen, origin, target)
-    from_repository = chosen.types[0] in ("Offer", "Undo")
-    services = [REPOSITORY, REVIEWS] if from_repository else [REVIEWS, REPOSITORY]
-    sender, receiver = origin or services[0], target or {**services[1], "inbox": LOCAL_INBOX}
-    if chosen.types[0] == "Offer":
-        return notification(chosen, AUTHOR, sender, receiver, object=PREPRINT)
-    ends = (sender, receiver) if from_repository else (receiver, sender)
-    offer = notification(find_pattern("Request Review"), AUTHOR, *ends, object=PREPRINT)
-    return answer(offer, chosen)
+    is_offer, is_undo = chosen.family == "request", chosen.name == "Undo Offer"
+    services = (REPOSITORY, REVIEWS) if is_offer or is_undo else (REVIEWS, REPOSITORY)
+    ends = origin or services[0], target or {**services[1], "inbox": LOCAL_INBOX}
+    if is_offer:
+        return notification(chosen, AUTHOR, *ends, object=PREPRINT)
+    offered = ends if is_undo else ends[::-1]
+    return answer(notification(REQUEST_REVIEW, AUTHOR, *offered, object=PREPRINT), chosen)
 
 
 def reply(offer: Any, pattern: str = "Accept") -> dict[str, Any]:
@@ -1404,20 +1406,20 @@ def reply(offer: Any, pattern: str = "Accept") -> dict[str, Any]:
 
 def answer(offer: Any, pattern: Pattern, origin: Any = None, target: Any = None) -> dict[str, Any]:
     """Build what `reply` returns, for any pattern but requests, and between other services."""
-    if pattern.types[0] == "Offer":
+    if pattern.family == "request":
         raise ValueError(f"{pattern.name} starts a conversation and answers no Offer")
     if "Offer" not in types_of(lookup(offer, "type")):
         raise ValueError("only an Offer can be answered: an object whose type includes Offer")
     if not is_uri(offer.get("id")):
         raise ValueError("the Offer cannot be answered: its id is not an absolute URI")
-    ends = [offer.get("target"), offer.get("origin")]
+    sender, receiver = offer.get("target"), offer.get("origin")
     actor = {"id": lookup(offer, "target.id"), "name": "Example Reviews", "type": "Service"}
     if pattern.name == "Undo Offer":
-        ends, actor = ends[::-1], offer.get("actor")
+        sender, receiver, actor = receiver, sender, offer.get("actor")
     elif origin:
         actor["id"] = origin.get("id")
     members = {"inReplyTo": offer["id"], **about(offer, pattern)}
-    return notification(pattern, actor, origin or ends[0], target or ends[1], **members)
+    return notification(pattern, actor, origin or sender, target or receiver, **members)
 
 
 def about(offer: Any, pattern: Pattern) -> dict[str, Any]:
@@ -1426,43 +1428,42 @@ def about(offer: Any, pattern: Pattern) -> dict[str, Any]:
         return {"object": {"id": offer["id"]}, "summary": "The preprint answers with status 404."}
     if pattern.types[0] != "Announce":
         return {"object": {name: offer[name] for name in offer if name != "@context"}}
-    return {"object": result(offer, pattern), "context": offer.get("object")}
-
-
-def result(offer: Any, pattern: Pattern) -> dict[str, Any]:
-    """Make up what an Announce is about: a resource, or a relationship to that of the Offer."""
     if pattern.name in RESULTS:
         path, doi, types = RESULTS[pattern.name]
-        url = f"{REVIEWS['id']}{path}"
-        return {"id": url, "ietf:cite-as": f"https://doi.org/{doi}", "type": types}
-    return {
-        "id": uuid.uuid4().urn,
-        "type": "Relationship",
-        "as:subject": f"{REVIEWS['id']}dataset/7",
-        "as:relationship": "http://purl.org/vocab/frbr/core#supplement",
-        "as:object": lookup(offer, "object.id"),
-    }
+        cited = f"https://doi.org/{doi}"
+        result: Any = {"id": f"{REVIEWS['id']}{path}", "ietf:cite-as": cited, "type": types}
+    else:
+        result = {
+            "id": uuid.uuid4().urn,
+            "type": "Relationship",
+            "as:subject": f"{REVIEWS['id']}dataset/7",
+            "as:relationship": "http://purl.org/vocab/frbr/core#supplement",
+            "as:object": lookup(offer, "object.id"),
+        }
+    return {"object": result, "context": offer.get("object")}
 
 
 def notification(
     pattern: Pattern, actor: Any, origin: Any, target: Any, **members: Any
 ) -> dict[str, Any]:
-    types = list(pattern.types)
     document = {
         "@context": [ACTIVITY_STREAMS, COAR_NOTIFY],
         "id": uuid.uuid4().urn,
-        "type": types if len(types) > 1 else types[0],
+        "type": pattern.types[0] if len(pattern.types) == 1 else list(pattern.types),
         "actor": actor,
         "origin": origin,
         "target": target,
         **members,
     }
     # The copies share nothing with the parts, the Offer, or each other.
-    given = {name: value for name, value in document.items() if value is not None}
-    return {name: copy.deepcopy(value) for name, value in given.items()}
+    return {name: copy.deepcopy(value) for name, value in document.items() if value is not None}
 
 
 # --- Settings ------------------------------------------------------------------------------------
+#
+# `Settings` is the table of everything that a user may set. `configure` fills it from a file,
+# environment variables and flags; what is unusable raises `ConfigurationError`.
+# Must not know: HTTP, how a setting is used.
 
 
 class ConfigurationError(ValueError):
@@ -1476,81 +1477,76 @@ class Kind(NamedTuple):
     accepts: Callable[[Any], bool]
 
 
-def is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != "" and "\0" not in value
-
-
 def is_path(value: Any) -> bool:
-    try:
-        return is_text(os.fspath(value))
-    except Exception:  # whatever a configuration file has defined
-        return False
+    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    return isinstance(path, str) and path != "" and "\0" not in path
+
+
+def is_line(value: Any) -> bool:
+    """Return whether a value is a text on one line, without spaces around it."""
+    return isinstance(value, str) and value.isprintable() and "" != value == value.strip()
 
 
 def is_base_url(value: Any) -> bool:
     return is_http_uri(value) and value.isascii() and not re.search("[?#@]", value)
 
 
-def is_printable(value: Any) -> bool:
-    return is_text(value) and value.isprintable()
-
-
-def is_secret(value: Any) -> bool:
-    return is_printable(value) and value == value.strip()
-
-
 def is_inbox_url(value: Any) -> bool:
-    """Whether notifications can be sent to a URL; a password in it would end up in the log."""
+    """Return whether notifications can be sent to a URL."""
     try:
-        parts = urlsplit(value if isinstance(value, str) else "")
-        return is_http_uri(value) and "@" not in parts.netloc and parts.port != 0
-    except ValueError:  # no such port
+        return isinstance(value, str) and bool(origin_of(value))
+    except ValueError:
         return False
+
+
+def origin_of(url: str) -> tuple[str, str, int]:
+    """Return scheme, host and port of the URL of an inbox. Raises `ValueError` for another one."""
+    parts = urlsplit(url)
+    port = (443 if parts.scheme == "https" else 80) if parts.port is None else parts.port
+    if not is_http_uri(url):
+        raise ValueError("expected http://HOST/… or https://HOST/…")
+    if "@" in parts.netloc:  # it would end up in the log
+        raise ValueError("a user name or a password in a URL is not sent; use a token")
+    return parts.scheme, parts.hostname or "", port
 
 
 def reply_patterns(value: Any) -> tuple[str, ...] | None:
     """Return names of patterns that answer an Offer, in their right case; None if one does not."""
-    known = {pattern.name.lower(): pattern.name for pattern in REPLY_PATTERNS}
-    names = value if isinstance(value, (list, tuple)) else [value]
-    found = tuple(known.get(name.lower()) for name in names if isinstance(name, str))
-    return found if len(found) == len(names) and None not in found else None  # type: ignore[return-value]
+    try:
+        names = value if isinstance(value, (list, tuple)) else [value]
+        found = [find_pattern(str(name)) for name in names]
+    except ValueError:
+        return None
+    return tuple(each.name for each in found) if {*found} <= {*REPLY_PATTERNS} else None
 
 
-def optional(kind: Kind) -> Kind:
-    return Kind(f"None or {kind.expected}", lambda value: value is None or kind.accepts(value))
+def in_range(low: float, high: float, kinds: Sequence[type] = (int,)) -> Callable[[Any], bool]:
+    # Not `isinstance`, to which True is a number.
+    return lambda value: type(value) in kinds and low <= value <= high
 
 
-# `type`, because to `isinstance` True is a number.
 A_FLAG = Kind("True or False", lambda value: type(value) is bool)
 A_MODE = Kind(
     'True, False, "strict", "coarnotify" or a receiver such as "DSpace"',
     lambda value: mode_of(value) is not None,
 )
-A_STATUS = Kind("201 or 202", lambda value: type(value) is int and value in (201, 202))
-A_COUNT = Kind(
-    "a whole number from 1 to 2147483647",
-    lambda value: type(value) is int and 1 <= value <= 2147483647,
-)
-A_PORT = Kind("a port, 0 to 65535", lambda value: type(value) is int and 0 <= value <= 65535)
-A_DURATION = Kind(  # sockets refuse what the platform's clock cannot hold
-    "a number of seconds, 0.001 to 86400",
-    lambda value: type(value) in (int, float) and 0.001 <= value <= 86400,
-)
-A_DELAY = Kind(
-    "a number of seconds, 0 to 86400",
-    lambda value: type(value) in (int, float) and 0 <= value <= 86400,
-)
-PATTERNS_TO_REPLY = Kind(
+A_STATUS = Kind("201 or 202", in_range(201, 202))
+A_COUNT = Kind("a whole number from 1 to 2147483647", in_range(1, 2147483647))
+A_PORT = Kind("a port, 0 to 65535", in_range(0, 65535))
+# Sockets refuse what the platform's clock cannot hold.
+A_TIMEOUT = Kind("a number of seconds, 0.001 to 86400", in_range(0.001, 86400, (int, float)))
+A_DELAY = Kind("a number of seconds, 0 to 86400", in_range(0, 86400, (int, float)))
+SOME_PATTERNS = Kind(
     "a list of " + ", ".join(pattern.name for pattern in REPLY_PATTERNS),
     lambda value: reply_patterns(value) is not None,
 )
-A_URL = Kind('the URL of an inbox, such as "http://localhost:8080/inbox"', is_inbox_url)
-A_HOST = Kind("a host name or an IP address", is_printable)
+AN_INBOX = Kind('the URL of an inbox, such as "http://localhost:8080/inbox"', is_inbox_url)
+A_HOST = Kind("a host name or an IP address", is_line)
 A_BASE_URL = Kind('a URL such as "https://inbox.example.org", without a query', is_base_url)
-A_SECRET = Kind("a text without line breaks, or spaces around it", is_secret)
+A_SECRET = Kind("a text without line breaks, or spaces around it", is_line)
+A_DIRECTORY = Kind("the name of a directory", is_path)
 A_FILE = Kind("the name of a file", is_path)
 ANYTHING = Kind("anything", lambda value: True)
-A_DIRECTORY = Kind("the name of a directory", is_path)
 
 
 def setting(default: Any, kind: Kind) -> Any:
@@ -1568,7 +1564,8 @@ def short_repr(value: Any) -> str:
 class Settings:
     """Everything a user may set; `local.cfg.example` says what each setting means.
 
-    Raises `ConfigurationError` when a value is unusable.
+    A setting that is None by default may be None. Raises `ConfigurationError` when a value is
+    unusable.
     """
 
     STORE_DIR: str = setting("notifications", A_DIRECTORY)
@@ -1576,31 +1573,30 @@ class Settings:
     PORT: int = setting(5005, A_PORT)
     RESPONSE_STATUS: int = setting(201, A_STATUS)
     VALIDATE_INCOMING: bool | str = setting(True, A_MODE)
-    REPLIES: tuple[str, ...] = setting((), PATTERNS_TO_REPLY)
+    REPLIES: tuple[str, ...] = setting((), SOME_PATTERNS)
     REPLY_DELAY: float = setting(1, A_DELAY)
-    REPLY_TO: str | None = setting(None, optional(A_URL))
+    REPLY_TO: str | None = setting(None, AN_INBOX)
     DEBUG: bool = setting(False, A_FLAG)
     DEBUG_PYCHARM: bool = setting(False, A_FLAG)
     DEBUG_PYCHARM_SERVER: str = setting("localhost", A_HOST)
     DEBUG_PYCHARM_PORT: int = setting(6000, A_PORT)
-    BASE_URL: str | None = setting(None, optional(A_BASE_URL))
+    BASE_URL: str | None = setting(None, A_BASE_URL)
     MAX_CONTENT_LENGTH: int = setting(1048576, A_COUNT)
-    REQUEST_TIMEOUT: float = setting(30, A_DURATION)
+    REQUEST_TIMEOUT: float = setting(30, A_TIMEOUT)
     MAX_CONNECTIONS: int = setting(128, A_COUNT)
     FSYNC: bool = setting(True, A_FLAG)
-    TOKEN: str | None = setting(None, optional(A_SECRET))
-    CORS_ORIGINS: object = setting(
-        (), ANYTHING
-    )  # Flask-CORS uses the same name, see `cors_origins`
-    SSL_CERT: str | None = setting(None, optional(A_FILE))
-    SSL_KEY: str | None = setting(None, optional(A_FILE))
+    TOKEN: str | None = setting(None, A_SECRET)
+    CORS_ORIGINS: object = setting((), ANYTHING)  # Flask-CORS uses this name too: `cors_origins`
+    SSL_CERT: str | None = setting(None, A_FILE)
+    SSL_KEY: str | None = setting(None, A_FILE)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), field.metadata["kind"]
-            if not kind.accepts(value):
-                reason = f"{field.name} is {short_repr(value)}, expected {kind.expected}"
-                raise ConfigurationError(reason)
+            if not kind.accepts(value) and (value is not None or field.default is not None):
+                expected = f"{'None or ' * (field.default is None)}{kind.expected}"
+                given = short_repr(value)
+                raise ConfigurationError(f"{field.name} is {given}, expected {expected}")
         object.__setattr__(self, "VALIDATE_INCOMING", mode_of(self.VALIDATE_INCOMING))
         object.__setattr__(self, "REPLIES", reply_patterns(self.REPLIES))
         if self.VALIDATE_INCOMING == "coarnotify":
@@ -1616,22 +1612,6 @@ class Settings:
 SETTING_NAMES = [field.name for field in dataclasses.fields(Settings)]
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a suggestion to end a message with, or nothing unless a known name is really close."""
-    import difflib
-
-    spelt = {each.lower(): each for each in known}
-    near = difflib.get_close_matches(name.lower(), spelt, n=1, cutoff=0.64)
-    return f"; did you mean {spelt[near[0]]}?" if near else ""
-
-
-def failing_line(filename: str, error: BaseException) -> int | None:
-    if isinstance(error, SyntaxError) and error.filename == filename:
-        return error.lineno
-    frames = reversed(traceback.extract_tb(error.__traceback__))
-    return next((frame.lineno for frame in frames if frame.filename == filename), None)
-
-
 def read_configuration(filename: str) -> dict[str, Any]:
     """Execute a configuration file as Flask's `Config.from_pyfile` does.
 
@@ -1645,13 +1625,14 @@ def read_configuration(filename: str) -> dict[str, Any]:
             code = compile(file.read(), filename, "exec", dont_inherit=True)
         exec(code, module.__dict__)
     except BaseException as error:  # a KeyboardInterrupt of the file's own included
-        line = failing_line(filename, error)
-        where = f"{filename}, line {line}" if line else filename
-        what = error.msg if isinstance(error, SyntaxError) else error
-        reason = " ".join(f"{where}: {type(error).__name__}: {what}".split())
-        raise ConfigurationError(reason) from error
-    names = [name for name in vars(module) if isinstance(name, str) and name.isupper()]
-    return {name: vars(module)[name] for name in names}
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == filename]
+        if isinstance(error, SyntaxError) and error.filename == filename:
+            lines.append(error.lineno)
+        where = f"{filename}, line {lines[-1]}" if lines else filename
+        reason = f"{where}: {type(error).__name__}: {getattr(error, 'msg', error)}"
+        raise ConfigurationError(" ".join(reason.split())) from error
+    return {name: value for name, value in vars(module).items() if name.isupper()}
 
 
 def read_environment(variables: Mapping[str, str]) -> dict[str, Any]:
@@ -1668,12 +1649,10 @@ def read_environment(variables: Mapping[str, str]) -> dict[str, Any]:
             continue
         values[field.name] = text
         if field.type not in ("str", "str | None"):
+            constants = {"True": "true", "False": "false", "None": "null"}
             with contextlib.suppress(ValueError):
-                values[field.name] = json.loads(PYTHON_CONSTANTS.get(text, text))
+                values[field.name] = json.loads(constants.get(text, text))
     return values
-
-
-PYTHON_CONSTANTS = {"True": "true", "False": "false", "None": "null"}
 
 
 def configure(
@@ -1688,10 +1667,10 @@ def configure(
     for name in values.keys() - SETTING_NAMES:
         hint = did_you_mean(name, SETTING_NAMES)
         LOG.warning("%s: ignored: unknown setting %s%s", filename, name, hint)
-    ours = {name: value for name, value in values.items() if name in SETTING_NAMES}
+        del values[name]
     settings = Settings()
     environment = read_environment(variables)
-    for source, layer in ((f"{filename}: ", ours), ("COARNOTIFY_", environment), ("", flags)):
+    for source, layer in ((f"{filename}: ", values), ("COARNOTIFY_", environment), ("", flags)):
         try:
             settings = dataclasses.replace(settings, **layer)
         except ConfigurationError as error:
@@ -1702,10 +1681,8 @@ def configure(
 def cors_origins(value: Any) -> frozenset[str]:
     """Read CORS_ORIGINS: an origin, "*", or a list of them; what is no origin gets a warning."""
     listed = value if isinstance(value, (list, tuple, set, frozenset)) else [value]
-    origins = frozenset(each.lower().rstrip("/") for each in listed if isinstance(each, str))
-    usable = frozenset(
-        each for each in origins if each == "*" or re.fullmatch("https?://[^/?#@]+", each)
-    )
+    origins = {str(each).lower().rstrip("/") for each in listed}
+    usable = frozenset(each for each in origins if re.fullmatch(r"\*|https?://[^/?#@]+", each))
     if len(usable) < len(listed):
         LOG.warning('CORS_ORIGINS is %s, expected origins like "https://x.org"', short_repr(value))
     return usable
@@ -2002,6 +1979,19 @@ class Delivery(NamedTuple):
     @property
     def is_stored(self) -> bool:
         return self.verdict in ("stored", "queued")
+
+    def __repr__(self) -> str:
+        """Describe the delivery in one line, for the output of tests."""
+        wrong_path = self.direction == "in" and not self.target.startswith("/inbox")
+        words = (
+            str(self.status or ""),
+            self.verdict,
+            f"{self.method} {self.target}" if wrong_path else "",
+            self.pattern or "no pattern",
+            self.peer and f"{'to' if self.direction == 'out' else 'from'} {self.peer}",
+            self.about.get("id", "without an id"),
+        )
+        return escape_controls(f"<Delivery {clip(' '.join(filter(None, words)), 500)}>")
 
     @property
     def peer(self) -> str:
@@ -2538,9 +2528,9 @@ class Ledger:
 
 # --- Simulated failures --------------------------------------------------------------------------
 #
-# A `Failure` is what a test wants an attempt to deliver to meet. `Failures` holds those that were
-# lined up with `fail_next`, and counts the attempts at each notification for those that come with
-# the URL of the inbox. Must not know: how HTTP is parsed, when a failure is due.
+# A `Failure` is a simulated failure. `Failures` holds those that `fail_next` asked for, and counts
+# the attempts at each notification for those that the URL of the inbox asks for.
+# Must not know: how HTTP is parsed, who asks.
 
 FAILURE_PARAMETERS: Parameters = {
     "status": ("[345][0-9]{2}", "a status from 300 to 599"),
@@ -2564,7 +2554,7 @@ DEMANDED_HEADERS: Mapping[int, Mapping[str, str]] = {
 
 
 class Failure(NamedTuple):
-    """A simulated failure."""
+    """What an attempt to deliver a notification meets, because a test wants it to."""
 
     status: int = 0  # of the answer; 0 for the usual one
     times: int = 0  # how many attempts at each notification; 0 for all
@@ -2587,12 +2577,9 @@ class Failure(NamedTuple):
 
     def headers(self, inbox: str) -> dict[str, str]:
         """Return the headers that the answer needs beside its status."""
-        headers = dict(DEMANDED_HEADERS.get(self.status, {}))
-        if self.status < 400:
-            headers["Location"] = inbox
-        if self.retry_after:
-            headers["Retry-After"] = self.retry_after
-        return headers
+        location = {"Location": inbox} if self.status < 400 else {}
+        retry_after = {"Retry-After": self.retry_after} if self.retry_after else {}
+        return {**DEMANDED_HEADERS.get(self.status, {}), **location, **retry_after}
 
 
 class Failures:
@@ -3167,12 +3154,13 @@ class Answer(NamedTuple):
             problem = parse(self.body)
         except ValueError:
             return []
-        lists = [lookup(problem, "errors"), lookup(problem, "warnings")]
-        findings = [each for found in lists if isinstance(found, list) for each in found]
-        members = ("level", "pointer", "message")
-        texts = [" ".join(str(lookup(each, name) or "-") for name in members) for each in findings]
         details = [lookup(problem, member) for member in ("detail", "message", "error")]
-        return [*[each for each in details if isinstance(each, str)][:1], *texts]
+        texts = [detail for detail in details if isinstance(detail, str)][:1]
+        for found in (lookup(problem, "errors"), lookup(problem, "warnings")):
+            for each in found if isinstance(found, list) else []:
+                words = (lookup(each, name) or "-" for name in ("level", "pointer", "message"))
+                texts.append(" ".join(map(str, words)))
+        return texts
 
 
 def send(document: Any, url: str, *, token: str | None = None, timeout: float = 10) -> Answer:
@@ -3183,12 +3171,14 @@ def send(document: Any, url: str, *, token: str | None = None, timeout: float = 
     `timeout` is in seconds, for all of it except the operating system's look-up of names. Raises
     `SendError` if there is no answer.
     """
-    deadline = time.monotonic() + timeout
+    deadline, body = time.monotonic() + timeout, encode(document)
 
-    def request(method: str, target: str, body: bytes | None, followed: Collection[int]) -> Answer:
+    def request(target: str, body: bytes | None) -> Answer:
+        followed = (307, 308) if body is not None else (301, 302, 303, 307, 308)
         for _ in range(MAX_REDIRECTS + 1):
+            addresses = addresses_of(target)
             secret = token if origin_of(target) == origin_of(url) else None
-            answer = exchange(method, target, addresses_of(target), deadline, body, secret)
+            answer = exchange(target, addresses, deadline, body, secret)
             if answer.status not in followed or not answer.location:
                 return answer
             target = answer.location
@@ -3196,15 +3186,12 @@ def send(document: Any, url: str, *, token: str | None = None, timeout: float = 
 
     # POST before discovery: the URL is nearly always that of the inbox, where a page must not
     # divert the notification, and a receiver under test should see one request.
-    answer = request("POST", url, encode(document), (307, 308))
+    answer = request(url, body)
+    inbox = ""
     if answer.status in NOT_AN_INBOX:
-        inbox = ""
         with contextlib.suppress(SendError):  # the first answer says more
-            page = request("GET", answer.url, None, (301, 302, 303, 307, 308))
-            inbox = advertised_inbox(page)
-        if inbox not in ("", answer.url):
-            return request("POST", inbox, encode(document), (307, 308))
-    return answer
+            inbox = advertised_inbox(request(answer.url, None))
+    return request(inbox, body) if inbox not in ("", answer.url) else answer
 
 
 def post(document: Any, url: str, addresses: Sequence[str], timeout: float = 10) -> Answer:
@@ -3212,16 +3199,18 @@ def post(document: Any, url: str, addresses: Sequence[str], timeout: float = 10)
 
     Raises `SendError` if there is no answer.
     """
-    return exchange("POST", url, addresses, time.monotonic() + timeout, encode(document))
+    return exchange(url, addresses, time.monotonic() + timeout, encode(document), None)
 
 
 def addresses_of(url: str) -> list[str]:
     """Look up the IP addresses of the host of a URL. Raises `SendError` if there are none."""
-    _, host, port = origin_of(url)
     try:
+        _, host, port = origin_of(url)
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise failure(url, f"the host is unknown: {explain(error)}") from error
+    except ValueError as error:
+        raise failure(url, f"the URL is unusable: {error}") from error
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
@@ -3266,14 +3255,9 @@ def encode(document: Any) -> bytes:
 
 
 def exchange(
-    method: str,
-    url: str,
-    addresses: Sequence[str],
-    deadline: float,
-    body: bytes | None = None,
-    token: str | None = None,
+    url: str, addresses: Sequence[str], deadline: float, body: bytes | None, token: str | None
 ) -> Answer:
-    """Make one request to one of the addresses. Raises `SendError` if there is no answer."""
+    """POST a body to one of the addresses, or GET. Raises `SendError` if there is no answer."""
     headers: dict[str, Any] = {
         "Accept": "application/ld+json, application/json, text/html;q=0.5, */*;q=0.1",
         "Connection": "close",
@@ -3282,22 +3266,21 @@ def exchange(
     if body is not None:
         headers["Content-Type"] = JSON_LD
     if token is not None:
-        if not is_secret(token):  # a line break would add headers
+        if not is_line(token):  # a line break would add headers
             raise SendError("the token must be a text without line breaks, or spaces around it")
         headers["Authorization"] = f"Bearer {token}".encode()
     parts = urlsplit(url)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    connection = PinnedConnection(url, addresses, deadline)
+    method = "GET" if body is None else "POST"
     try:
-        connection.connect()
-        # A receiver may refuse a notification before it has read all of it.
-        with contextlib.suppress(ConnectionError):
-            connection.request(method, quote(target, URL_CHARACTERS), body, headers)
-        return connection.read_answer(method)
+        with contextlib.closing(PinnedConnection(url, addresses, deadline)) as connection:
+            connection.connect()
+            # A receiver may refuse a notification before it has read all of it.
+            with contextlib.suppress(ConnectionError):
+                connection.request(method, quote(target, URL_CHARACTERS), body, headers)
+            return connection.read_answer()
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise failure(url, explain(error)) from error
-    finally:
-        connection.close()
 
 
 class PinnedConnection(http.client.HTTPConnection):
@@ -3335,9 +3318,9 @@ class PinnedConnection(http.client.HTTPConnection):
             self.sock.settimeout(remaining(self.deadline))
             left = left[self.sock.send(left) :]
 
-    def read_answer(self, method: str) -> Answer:
+    def read_answer(self) -> Answer:
         """Read the answer; the status counts, even if the end of the body is missing."""
-        response = http.client.HTTPResponse(self.sock, method=method)
+        response = http.client.HTTPResponse(self.sock)
         response.fp.close()
         response.fp = io.BufferedReader(AnswerReader(self.sock, self.deadline))
         response.begin()
@@ -3377,20 +3360,6 @@ def remaining(deadline: float) -> float:
     return seconds
 
 
-def origin_of(url: str) -> tuple[str, str, int]:
-    """Return scheme, host and port of a URL. Raises `SendError` if it is not one to send to."""
-    try:
-        parts = urlsplit(url)
-        port = (443 if parts.scheme == "https" else 80) if parts.port is None else parts.port
-    except ValueError as error:
-        raise failure(url, f"the URL is unusable: {error}") from error
-    if not is_http_uri(url):
-        raise failure(url, "the URL is unusable, expected http://HOST/… or https://HOST/…")
-    if "@" in parts.netloc:
-        raise failure(url, "a user name or a password in a URL is not sent; use a token")
-    return parts.scheme, parts.hostname or "", port
-
-
 def resolve(base: str, reference: str) -> str:
     """Resolve a URL reference; one that is unusable is returned as it is."""
     try:
@@ -3415,14 +3384,13 @@ def explain(error: Exception) -> str:
     if isinstance(error, ConnectionResetError):  # RemoteDisconnected is one, too
         return "the receiver closed the connection without an answer"
     text = getattr(error, "strerror", None) or str(error)
-    if isinstance(error, ssl.SSLError):
-        text = re.sub(r"^\[.*?\] | \(_ssl\.c:\d+\)$", "", text)
-        hint = "; set SSL_CERT_FILE to trust it" if "verify" in text else ""
-        hint = "; try http:" if re.search("version number|record layer", text) else hint
-        return f"TLS failed: {text}{hint}"
     if isinstance(error, http.client.HTTPException):
         return f"the answer is not HTTP: {text}"
-    return text
+    if not isinstance(error, ssl.SSLError):
+        return text
+    hints = {"verify": "set SSL_CERT_FILE to trust it", "(version|layer)": "try http:"}
+    hint = "".join(f"; {hint}" for words, hint in hints.items() if re.search(words, text))
+    return "TLS failed: " + re.sub(r"^\[.*?\] | \(_ssl\.c:\d+\)$", "", text) + hint
 
 
 def advertised_inbox(answer: Answer) -> str:
@@ -3438,14 +3406,13 @@ def advertised_inbox(answer: Answer) -> str:
         finder = InboxFinder(answer.url)
         finder.feed(answer.body.decode("utf-8", "replace"))
         return finder.inbox
-    try:
+    with contextlib.suppress(ValueError):
         return described_inbox(parse(answer.body), answer.url)
-    except ValueError:
-        return ""
+    return ""
 
 
 def names_inbox(relations: str) -> bool:
-    return any(relation in LDP_INBOX for relation in relations.lower().split())
+    return not {*LDP_INBOX}.isdisjoint(relations.lower().split())
 
 
 def described_inbox(document: Any, url: str) -> str:
@@ -3489,10 +3456,7 @@ FORWARDED = ("forwarded", "x-forwarded-for")  # headers of a request that came t
 def outgoing(document: Any, url: str, via: str, exchange: Callable[[], Answer]) -> Delivery:
     """Make an attempt to send a notification, and describe it, whatever became of it."""
     body = encode(document)
-    try:
-        parsed = parse(body)
-    except ValueError:
-        parsed = None
+    parsed = Delivery(body=body).notification
     pattern = pattern_of(parsed)
     findings, omitted = most_important(validate(parsed))
     delivery = Delivery(
@@ -3554,17 +3518,16 @@ def answer_offer(
         client = delivery.client
         addresses = yield Sending(lambda: reply_addresses(url, client, proxied, settings))
         for pattern in settings.REPLIES:
-            seconds: float | None = settings.REPLY_DELAY
-            tries, document = 0, None
-            while seconds is not None:
-                yield Pause(seconds)
-                if document is None:
-                    document = yield Sending(functools.partial(reply_to, offer, pattern, url))
-                post_it = functools.partial(post, document, url, addresses)
-                attempt = functools.partial(outgoing, document, url, "REPLIES", post_it)
+            yield Pause(settings.REPLY_DELAY)
+            document = yield Sending(functools.partial(reply_to, offer, pattern, url))
+            post_it = functools.partial(post, document, url, addresses)
+            attempt = functools.partial(outgoing, document, url, "REPLIES", post_it)
+            for tries in itertools.count(1):
                 sent = record((yield Sending(attempt)))
-                tries += 1
                 seconds = retry_delay(tries, sent.status or None, sent.answer_headers)
+                if seconds is None:
+                    break
+                yield Pause(seconds)
     except (SendError, ValueError, Problem) as error:
         about = {"inReplyTo": delivery.about.get("id", "")}
         record(Delivery(new_name(), direction="out", detail=str(error), about=about, via="REPLIES"))
@@ -3584,8 +3547,7 @@ FORM = "application/x-www-form-urlencoded"
 def read_send(body: bytes, is_form: bool) -> dict[str, Any]:
     """Read what is to be sent, and where to: a JSON object or a form. Raises `Problem`."""
     try:
-        form = parse_qsl(body.decode()) if is_form else []
-        wanted = {name: text for name, text in form if text} if is_form else parse(body)
+        wanted = dict(parse_qsl(body.decode())) if is_form else parse(body)
     except ValueError as error:
         raise Problem(400, f"the body is neither JSON nor a form: {error}") from error
     if not isinstance(wanted, dict) or wanted.keys() - {"to", "pattern", "document"}:
@@ -6342,10 +6304,8 @@ class InboxServer(http.server.HTTPServer):
 
 # --- Test double ---------------------------------------------------------------------------------
 #
-# `running` serves an inbox while a block of a test lasts; the `Inbox` that it gives shows what has
-# arrived, waits for deliveries, and makes the next ones fail.
-
-KNOWN_TYPES = frozenset(name for pattern in PATTERNS for name in pattern.types)
+# `running` serves an inbox while a block of a test lasts. The `Inbox` that it gives shows what has
+# arrived, waits for deliveries, sends, and makes the next attempts fail.
 
 
 class Wanted(NamedTuple):
@@ -6357,6 +6317,7 @@ class Wanted(NamedTuple):
     in_reply_to: str
     status: str
     direction: str
+    clean: bool = False
 
     def check(self) -> Wanted:
         """Reject criteria that can never match, so that a typo fails at once, not by a timeout.
@@ -6368,34 +6329,27 @@ class Wanted(NamedTuple):
             raise TypeError(f"the predicate {short_repr(self.predicate)} cannot be called")
         if not isinstance(self.type, str):
             raise TypeError(f"the type {short_repr(self.type)} is not one name")
-        for spelt in (self.type, f"coar-notify:{self.type}"):
-            import difflib
-
-            near = difflib.get_close_matches(spelt, KNOWN_TYPES, cutoff=0.85)
-            if near and self.type not in KNOWN_TYPES:
-                raise AssertionError(f"unknown type {self.type}{did_you_mean(spelt, near)}")
-        if self.pattern and self.pattern not in RULES:
-            hint = did_you_mean(self.pattern, RULES)
-            raise AssertionError(f"unknown pattern {self.pattern}{hint}")
-        if self.direction not in ("in", "out"):
-            raise AssertionError(f"direction is {short_repr(self.direction)}, expected in or out")
-        expression, expected = QUERY_PARAMETERS["status"]
-        if not re.fullmatch(expression, self.status):
-            raise AssertionError(f"status is {short_repr(self.status)}, expected {expected}")
-        return self
+        known = {name for pattern in PATTERNS for name in pattern.types}
+        near = close_to(self.type, known) or close_to(f"coar-notify:{self.type}", known)
+        if near and self.type not in known:
+            raise AssertionError(f"unknown type {self.type}; did you mean {near}?")
+        try:
+            check_parameters({"status": self.status, "direction": self.direction}, QUERY_PARAMETERS)
+            return self._replace(pattern=self.pattern and find_pattern(self.pattern).name)
+        except ValueError as error:
+            raise AssertionError(str(error)) from None
 
     def __str__(self) -> str:
-        given = {name: value for name, value in self._asdict().items() if value not in ("", "in")}
-        given = {name: value for name, value in given.items() if value is not None}
+        given = {name: value for name, value in self._asdict().items() if value and value != "in"}
         return ", ".join(f"{name}={short_repr(value)}" for name, value in given.items()) or "any"
 
     def mismatch(self, delivery: Delivery) -> str:
         """Return the first reason why a delivery is not wanted; empty if it is."""
+        listed = "; ".join(f"{each.level} {each.message}" for each in by_level(delivery.findings))
         if not delivery.has_status(self.status):
             refused = delivery.verdict == "refused" and not delivery.simulated
-            reasons = by_level(delivery.findings) if refused else []
-            listed = "; ".join(f"{finding.level} {finding.message}" for finding in reasons)
-            return listed or delivery.detail or f"its status is not {self.status}"
+            reason = listed if refused else ""
+            return reason or delivery.detail or f"its status is not {self.status}"
         document = delivery.notification
         types, in_reply_to = lookup(document, "type"), lookup(document, "inReplyTo")
         if self.type and self.type not in types_of(types):
@@ -6404,6 +6358,8 @@ class Wanted(NamedTuple):
             return f"its pattern is {delivery.pattern}"
         if self.in_reply_to not in ("", in_reply_to):
             return f"its inReplyTo is {short_repr(in_reply_to)}"
+        if self.clean and listed:
+            return listed
         return "" if not self.predicate or self.predicate(delivery) else "the predicate is false"
 
 
@@ -6433,8 +6389,7 @@ class Inbox:
     @property
     def notifications(self) -> list[Any]:
         """The documents of the notifications that were stored, the first one first."""
-        accepted = (each for each in self.deliveries if each.has_status("2xx"))
-        stored = (each for each in accepted if each.direction == "in")
+        stored = (each for each in self.deliveries if each.is_stored and each.direction == "in")
         return [each.notification for each in stored if each.body is not None]
 
     def complete(self, delivery: Delivery) -> Delivery:
@@ -6452,18 +6407,22 @@ class Inbox:
         in_reply_to: str = "",
         status: str | int = "2xx",
         direction: str = "in",
+        clean: bool = False,
         timeout: float | None = 5,
     ) -> Delivery:
         """Return the first delivery that meets all criteria; wait for it if need be.
 
         `status` is that of the answer, such as 503 or "4xx", 0 for none, or "" for any: unless it
         is given, a delivery counts when it was accepted. `direction` is "in", or "out" for what
-        this inbox has sent. `timeout` is in seconds, None for ever.
+        this inbox has sent. `clean` accepts only what has no findings at all. `timeout` is in
+        seconds, None for ever.
         Raises `AssertionError`, saying what did arrive, when the time is over, and at once when
         nothing can ever meet the criteria.
         """
-        wanted = Wanted(predicate, type, pattern, in_reply_to, str(status), direction).check()
-        others = []
+        wanted = Wanted(
+            predicate, type, pattern, in_reply_to, str(status), direction, clean
+        ).check()
+        arrived = ""
         for delivery in self.arriving(timeout, direction):
             try:
                 reason = wanted.mismatch(delivery)
@@ -6471,11 +6430,9 @@ class Inbox:
                 reason = f"the predicate raises {error!r}"
             if not reason:
                 return delivery
-            others.append(f"\n  {described(delivery)}: {reason}")
-        arrived = "".join(others) or " nothing"
-        raise AssertionError(
-            f"no delivery with {wanted} within {timeout:g} s; what arrived:{arrived}"
-        )
+            arrived += f"\n  {delivery}: {reason}"
+        reason = f"no delivery with {wanted} within {timeout:g} s"
+        raise AssertionError(f"{reason}; what arrived:{arrived or ' nothing'}")
 
     def assert_none(
         self,
@@ -6495,13 +6452,13 @@ class Inbox:
         wanted = Wanted(predicate, type, pattern, in_reply_to, str(status), direction).check()
         for delivery in self.arriving(within, direction):
             if not wanted.mismatch(delivery):
-                raise AssertionError(f"an unexpected delivery: {described(delivery)}")
+                raise AssertionError(f"an unexpected delivery: {delivery}")
 
     def arriving(self, seconds: float | None, direction: str) -> Iterator[Delivery]:
         """Yield the deliveries so far, and those that arrive in time; None is for ever."""
         deadline = math.inf if seconds is None else time.monotonic() + seconds
         followed = self.open_server.deliveries.follow(deadline)
-        return (self.complete(each) for each in followed if each.direction == direction)
+        return (self.complete(each) for each in followed if direction in ("", each.direction))
 
     def send(self, document: Any, url: str) -> Delivery:
         """Send a notification to another inbox; returns the outgoing delivery.
@@ -6553,13 +6510,6 @@ class Inbox:
         self.open_server.failures.push(Failure.from_values(texts))
 
 
-def described(delivery: Delivery) -> str:
-    about = delivery.about.get("id", "without an id")
-    path = "" if delivery.target.startswith("/inbox") else f"{delivery.method} {delivery.target}"
-    words = (str(delivery.status or ""), delivery.verdict, path, delivery.pattern or "no pattern")
-    return escape_controls(" ".join(word for word in (*words, about) if word))
-
-
 @contextlib.contextmanager
 def running(**settings: Any) -> Iterator[Inbox]:
     """Run an inbox while a block lasts, quietly: on a free port, with a store that is removed.
@@ -6572,8 +6522,7 @@ def running(**settings: Any) -> Iterator[Inbox]:
     used, and `RuntimeError` at the end of the block if the inbox itself has failed.
     """
     for name in settings.keys() - SETTING_NAMES:
-        hint = did_you_mean(name, SETTING_NAMES)
-        raise ConfigurationError(f"unknown setting {name}{hint}")
+        raise ConfigurationError(f"unknown setting {name}{did_you_mean(name, SETTING_NAMES)}")
     process = os.getpid()
     directory = tempfile.mkdtemp(prefix="coarinbox-")
     try:

@@ -5532,6 +5532,41 @@ class RunningTest(unittest.TestCase):
             self.assertEqual(inbox.wait_for(status="4xx", type="Offer", timeout=0), refused)
             self.assertEqual(inbox.wait_for(lambda each: "inReplyTo" in each.about), accept)
 
+    def test_clean_is_only_what_has_no_findings_at_all(self) -> None:
+        """An inbox accepts much that its sender should still improve."""
+        with coarinbox.running() as inbox:
+            inbox.fail_next(404)
+            for document in (ACCEPT, changed(ACCEPT, "actor.name", ABSENT)):
+                self.assertIn(send(inbox.url, document).status, (404, 201))
+            self.assertEqual(inbox.wait_for().status, 201)
+            with self.assertRaises(AssertionError) as caught:
+                inbox.wait_for(clean=True, timeout=0)
+            wanted, failed, warned = str(caught.exception).splitlines()
+            self.assertIn("no delivery with status='2xx', clean=True within", wanted)
+            self.assertTrue(failed.endswith(": a simulated failure"), failed)
+            self.assertRegex(warned, ": S actor[.]name ")
+            send(inbox.url, ACCEPT)
+            self.assertEqual(inbox.wait_for(clean=True).findings, [])
+
+    def test_a_delivery_is_shown_in_one_line(self) -> None:
+        origin = OFFER["origin"]["id"]
+        with coarinbox.running() as inbox:
+            for url, document, expected in [
+                (inbox.url, OFFER, f"201 stored Request Review from {origin} {OFFER_ID}"),
+                (inbox.url, b"no", "400 refused no pattern without an id"),
+                (inbox.url[:-1], OFFER, "404 refused POST /inbo no pattern without an id"),
+            ]:
+                send(url, document)
+                self.assertEqual(repr(inbox.deliveries[-1]), f"<Delivery {expected}>")
+            sent = inbox.send(OFFER, inbox.url)
+            expected = f"<Delivery 201 stored Request Review to {inbox.url} {OFFER_ID}>"
+            self.assertEqual(repr(sent), expected)
+            inbox.fail_next(close=True)
+            self.assertRegex(repr(inbox.send(ACCEPT, inbox.url)), "^<Delivery dropped Accept to ")
+            send(inbox.url, changed(OFFER, "id", "urn:x:\n" + "x" * 5000))
+            line = repr(inbox.deliveries[-1])
+            self.assertTrue(line.isprintable() and len(line) < 600, line)
+
     def test_what_has_arrived_counts_however_long_it_takes_to_read_it(self) -> None:
         with coarinbox.running() as inbox:
             for document in (OFFER, OFFER, ACCEPT):
@@ -5562,7 +5597,7 @@ class RunningTest(unittest.TestCase):
                 self.assertEqual(len(lines), 4, lines)
                 for reason in reasons:
                     self.assertIn(reason, str(caught.exception))
-            self.assertIn("400 refused Request Review offer-1: its type is", lines[2])
+            self.assertIn("400 refused Request Review offer-1>: its type is", lines[2])
 
     def test_a_refusal_is_told_with_its_reasons(self) -> None:
         with coarinbox.running() as inbox:
@@ -6154,7 +6189,7 @@ class SendTest(SendingTest):
         for url, reason in [
             ("ftp://localhost/inbox", "^ftp://localhost/inbox: the URL is unusable"),
             ("file:///etc/passwd", "^file:///etc/passwd: the URL is unusable"),
-            ("localhost:5005/inbox", "the URL is unusable, expected http://HOST"),
+            ("localhost:5005/inbox", "the URL is unusable: expected http://HOST"),
             ("/inbox", "the URL is unusable"),
             ("", "the URL is unusable"),
             ("http://", "the URL is unusable"),
