@@ -3570,17 +3570,11 @@ def replying(offer: bytes, pattern: str, url: str) -> dict[str, Any]:
         raise Problem(409, str(error)) from error
 
 
-# --- Pages ---------------------------------------------------------------------------------------
+# --- Templates -----------------------------------------------------------------------------------
 #
-# Renders the pages: `list_page`, `delivery_page`, `constraints_page`, `samples_page`, `error_page`,
-# each told a `PageContext`, and returning `Html`. They are pure functions, except that samples and
-# replies get new ids. Whatever arrived is escaped; links are relative, so that pages work behind
-# any reverse proxy. Everything can be read without the script, which keeps a page up to date. Must
-# not know requests, the store or the log.
-
-MAX_LINES = 2000  # of a payload that are shown
-MAX_LENGTH = 2000  # characters of a text that are shown
-MAX_COPY = 65536  # characters of a body that a button copies, or a form holds
+# How the pages look: the style, the script that keeps a page up to date, and the templates, whose
+# fields in braces `render` fills in. Nothing external is loaded.
+# Must not know: what is put into them.
 
 STYLE = """
 :root { color-scheme: light dark; --paper: light-dark(#fff, #111317);
@@ -4044,6 +4038,19 @@ SAMPLE = """{name} <span class="push tools">{copy} <button type="button" class="
 data-send="{name}">Send to this inbox</button> <a href="{rules}">Rules</a></span>"""
 ERROR = """<h1>{title}</h1><p>{detail}</p>
 <p class="tools"><a class="main" href="{root}">All deliveries</a></p>"""
+
+
+# --- Pages ---------------------------------------------------------------------------------------
+#
+# Renders the pages: `list_page`, `delivery_page`, `constraints_page`, `samples_page`, `error_page`,
+# each told a `PageContext`, and returning `Html`. They are pure functions, except that samples and
+# replies get new ids. Whatever arrived is escaped; links are relative, so that pages work behind
+# any reverse proxy. Everything can be read without the script, which keeps a page up to date. Must
+# not know requests, the store or the log.
+
+MAX_LINES = 2000  # of a payload that are shown
+MAX_LENGTH = 2000  # characters of a text that are shown
+MAX_COPY = 65536  # characters of a body that a button copies, or a form holds
 
 TABS = {"Deliveries": "", "Samples": "samples", "Constraints": "constraints"}
 WORDS = {REFUSED: "error", MUST: "MUST", SHOULD: "SHOULD"}  # for the levels of findings
