@@ -4899,6 +4899,7 @@ def route(
 
 
 INBOX = "/inbox/?"
+LDP_CONTEXT = {"ldp": "http://www.w3.org/ns/ldp#"}
 PAGE_PARAMETERS = {
     **QUERY_PARAMETERS,
     "reply": ("|".join(pattern.name for pattern in REPLY_PATTERNS), "a pattern of a reply"),
@@ -5187,11 +5188,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             yield from self.show_home(Query())
             return
         names = yield Blocking(self.server.store.names)
-        listing = {
-            "@context": {"ldp": "http://www.w3.org/ns/ldp#"},
-            "@id": self.base + self.path,
-            "@type": "ldp:Container",
-        }
+        listing = {"@context": LDP_CONTEXT, "@id": self.base + self.path, "@type": "ldp:Container"}
         url = json.dumps(self.inbox)[1:-1]
         contained = (f'{{"@id": "{url}/{name}"}}'.encode() for name in names)
         yield from self.stream(json_list(listing, "ldp:contains", contained), JSON_LD)
@@ -5227,14 +5224,22 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     @route("GET", "/", QUERY_PARAMETERS)
     def get_home(self, values: Mapping[str, str]) -> Steps:
-        yield from self.show_home(Query(**values))
+        """Show the page; as JSON-LD, say where the inbox is (LDN section 3.1)."""
+        accept = self.request.headers.get("accept", "")
+        if quality(JSON_LD, accept) <= quality("text/html", accept):
+            yield from self.show_home(Query(**values))
+            return
+        here = {"@context": LDP_CONTEXT, "@id": f"{self.base}/", "ldp:inbox": {"@id": self.inbox}}
+        self.answer(json_response(200, here, JSON_LD, self.inbox_link()))
+
+    def inbox_link(self) -> dict[str, str]:
+        return {"Link": f'<{self.inbox}>; rel="http://www.w3.org/ns/ldp#inbox"'}
 
     def show_home(self, query: Query) -> Steps:
         deliveries = yield Scan(self.server.deliveries.select(query, query.page_length + 1))
         totals, context = Totals.of(self.server.ledger.tally), self.context(query)
         page = yield Blocking(lambda: list_page(context, deliveries, totals))
-        link = f'<{self.inbox}>; rel="http://www.w3.org/ns/ldp#inbox"'
-        self.answer(html_response(page, {"Link": link}))
+        self.answer(html_response(page, self.inbox_link()))
 
     @route("GET", "/deliveries", QUERY_PARAMETERS)
     def get_deliveries(self, values: Mapping[str, str]) -> Steps:
