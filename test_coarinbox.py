@@ -7365,6 +7365,7 @@ class SendingDoubleTest(unittest.TestCase):
             directions = [each.direction for each in reviews.deliveries]
             self.assertEqual(directions, ["in", "out", "out"])
             self.assertEqual(reviews.wait_for(direction="out").pattern, "Accept")
+            self.assertEqual(reviews.wait_for(pattern="accept", direction="").direction, "out")
             reviews.assert_none(pattern="Accept")
             self.assertEqual(reviews.notifications, [offer])
             self.assertEqual(len(repository.notifications), 2)
@@ -7668,6 +7669,17 @@ class ScarcityTest(InboxTest):
                     self.assertEqual(read_answer(stream.readline(), stream).status, 201)
             thread.join()
         self.assertEqual(len(self.stored()), 300)
+
+    def test_pipelined_requests_that_take_long_do_not_hold_up_others(self) -> None:
+        with connect(self.server, get_head() * 200) as greedy, greedy.makefile("rb") as stream:
+            reading = threading.Thread(
+                target=lambda: [read_answer(stream.readline(), stream) for _ in range(200)]
+            )
+            reading.start()
+            self.assertEqual(self.ask("GET", "/health").status, 204)
+            answered = sum('"GET /constraints' in line for line in self.log_lines())
+            self.assertLess(answered, 200)
+            reading.join()
 
     def test_a_slow_disk_does_not_hold_up_others(self) -> None:
         path = path_of(self.post().headers["Location"])
@@ -9044,7 +9056,7 @@ def run_example(*command: str, **files: str) -> tuple[int, str]:
             cwd=directory, env=env, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
         try:
-            status = process.wait(60)
+            status = process.wait(30)
         finally:
             with contextlib.suppress(ProcessLookupError):  # inboxes in the background
                 os.killpg(process.pid, signal.SIGKILL)
