@@ -309,13 +309,14 @@ SCHEMA_ORG = ("sorg:", "https://schema.org/", "http://schema.org/")
 
 def names_in(value: Any) -> list[str]:
     """List the strings in the value of a `type` member."""
-    names = value if isinstance(value, list) else [value]
-    return [name for name in names if isinstance(name, str)]
+    if isinstance(value, str):
+        return [value]
+    return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
 
 
 def types_of(value: Any) -> frozenset[str]:
     """Collect the strings in the value of a `type` member."""
-    return frozenset((value,)) if isinstance(value, str) else frozenset(names_in(value))
+    return frozenset(names_in(value))
 
 
 MOST_SPECIFIC_FIRST = [
@@ -369,39 +370,33 @@ def close_to(name: str, wanted: Iterable[str]) -> str:
     return next(iter(difflib.get_close_matches(name, wanted, n=1, cutoff=0.85)), "")
 
 
-def misspelt(given: Iterable[Any], wanted: Iterable[str]) -> str:
+def misspelt(given: Any, wanted: Iterable[str]) -> str:
     """Find a name that was probably meant to be a wanted one; returns a hint, or nothing."""
     spelt = {simplify(name): name for name in wanted}
-    for name in names_in(list(itertools.islice(given, 50))):
+    for name in names_in(given)[:50]:
         if close := close_to(simplify(name)[:40], spelt):
             return f"found `{clip(name, 100)}`; write `{spelt[close]}`"
     return ""
 
 
-def near_patterns(value: Any) -> list[Pattern]:
-    """Return the one or two patterns that a `type` was probably meant to fit.
+def type_hint(value: Any) -> str:
+    """Name the one or two patterns that a `type` was probably meant to fit; nothing if unsure.
 
-    A word that is close to a type of a pattern, with or without its `Action`, or to the name of the
-    pattern, speaks for it.
+    A word speaks for a pattern if it is close to the name of the pattern, or to one of its types,
+    with or without `Action`.
     """
     words = (word for name in names_in(value)[:5] for word in re.split("[ ,+]+", name[:200]))
     given = {simplify(word) for word in itertools.islice(words, 5)}
+    if any(word.endswith("ingestaction") for word in given):
+        return "Request Ingest and Announce Ingest were removed in specification 1.0.0"
     votes = {}
     for pattern in PATTERNS:
-        names = [simplify(name) for name in (*pattern.types, pattern.name)]
+        names = [simplify(name) for name in (pattern.name, *pattern.types)]
         names += [name.replace("action", "") for name in names]
-        votes[pattern] = sum(close_to(word, names) != "" for word in given)
+        votes[str(pattern)] = sum(close_to(word, names) != "" for word in given)
     most = max(votes.values())
     likely = [pattern for pattern, count in votes.items() if count == most > 0]
-    return likely if len(likely) <= 2 else []
-
-
-def type_hint(value: Any) -> str:
-    """Say which types a notification was probably meant to have; nothing if that is a guess."""
-    if any(simplify(name).endswith("ingestaction") for name in names_in(value)[:20]):
-        return "Request Ingest and Announce Ingest were removed in specification 1.0.0"
-    near = " or ".join(map(str, near_patterns(value)))
-    return f"did you mean {near}?" if near else ""
+    return f"did you mean {' or '.join(likely)}?" if 0 < len(likely) <= 2 else ""
 
 
 def action_hint(value: Any) -> str:
@@ -411,7 +406,7 @@ def action_hint(value: Any) -> str:
     return f"found `{clip(name, 100)}`" + (f"; {hint}" if hint else "")
 
 
-def misnamed(member: str, given: Collection[str]) -> str:
+def misnamed(member: str, given: list[Any]) -> str:
     """Find the name under which a missing member was probably written; returns a hint."""
     if member == "ietf:item" and "url" in given:
         return "found `url`, its name in version 0.9; write `ietf:item`"
@@ -555,12 +550,6 @@ is_media_type = matches(r"[\w!#$&^.+-]+/[\w!#$&^.+-]+ *(;|\Z)")
 is_uuid_urn = matches(r"urn:uuid:[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\Z")
 
 
-def is_types(value: Any) -> bool:
-    return isinstance(value, str) or (
-        isinstance(value, list) and all(isinstance(name, str) for name in value)
-    )
-
-
 def in_order(value: Any) -> Any:
     """Return types with those of their pattern first, if these are not in its order already."""
     pattern = fitting(value)
@@ -588,8 +577,8 @@ def include(name: str, wanted: frozenset[str], what: str) -> Check:
     return Check(
         name,
         f"include {what}",
-        lambda value: value in wanted if isinstance(value, str) else bool(types_of(value) & wanted),
-        lambda value: misspelt(names_in(value), wanted),
+        lambda value: not wanted.isdisjoint(names_in(value)),
+        lambda value: misspelt(value, wanted),
     )
 
 
@@ -617,7 +606,8 @@ HTTP_URI = Check("http-uri", "be an HTTP URI", is_http_uri,
                  lambda value: uri_hint(value, is_http_uri))
 RECOMMENDED_ID = Check("preferred", "be `urn:uuid:` in lower case and a hyphenated UUID",
                        is_uuid_urn, id_hint)
-TYPES = Check("strings", "be a string or a list of strings", is_types, strings_hint)
+TYPES = Check("strings", "be a string or a list of strings",
+              lambda value: isinstance(value, str) or names_in(value) == value, strings_hint)
 ONE_TYPE = Check("single", "be a single string", lambda value: not isinstance(value, list))
 SERVICE = include("service", frozenset({"Service"}), "Service")
 OFFER = include("offer", frozenset({"Offer"}), "Offer")
@@ -1501,11 +1491,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), field.metadata["kind"]
-            if not kind.accepts(value) and (value is not None or field.default is not None):
-                expected = f"{'None or ' * (field.default is None)}{kind.expected}"
-                given = short_repr(value)
-                raise ConfigurationError(f"{field.name} is {given}, expected {expected}")
+            check_setting(field, getattr(self, field.name))
         object.__setattr__(self, "VALIDATE_INCOMING", mode_of(self.VALIDATE_INCOMING))
         object.__setattr__(self, "REPLIES", reply_patterns(self.REPLIES))
         if self.VALIDATE_INCOMING == "coarnotify":
@@ -1518,7 +1504,15 @@ class Settings:
             raise ConfigurationError("SSL_KEY is set, expected SSL_CERT beside it")
 
 
-SETTING_NAMES = [field.name for field in dataclasses.fields(Settings)]
+SETTINGS = {field.name: field for field in dataclasses.fields(Settings)}
+
+
+def check_setting(field: dataclasses.Field[Any], value: Any) -> None:
+    """Raise `ConfigurationError` for a value that the setting cannot have."""
+    kind, optional = field.metadata["kind"], field.default is None
+    if not kind.accepts(value) and not (optional and value is None):
+        expected = f"{'None or ' * optional}{kind.expected}"
+        raise ConfigurationError(f"{field.name} is {short_repr(value)}, expected {expected}")
 
 
 def read_configuration(filename: str) -> dict[str, Any]:
@@ -1576,18 +1570,18 @@ def configure(
     shared with a Flask application. Raises `ConfigurationError`, which says where the value is.
     """
     values = {} if filename is None else read_configuration(filename)
-    for name in values.keys() - SETTING_NAMES:
-        hint = did_you_mean(name, SETTING_NAMES)
+    for name in [name for name in values if name not in SETTINGS]:
+        hint = did_you_mean(name, SETTINGS)
         LOG.warning("%s: ignored: unknown setting %s%s", filename, name, hint)
         del values[name]
-    settings = Settings()
     environment = read_environment(variables)
-    for source, layer in ((f"{filename}: ", values), ("COARNOTIFY_", environment), ("", flags)):
-        try:
-            settings = dataclasses.replace(settings, **layer)
-        except ConfigurationError as error:
-            raise ConfigurationError(f"{source}{error}") from error
-    return settings
+    for source, layer in ((f"{filename}: ", values), ("COARNOTIFY_", environment)):
+        for name, value in layer.items():
+            try:
+                check_setting(SETTINGS[name], value)
+            except ConfigurationError as error:
+                raise ConfigurationError(f"{source}{error}") from error
+    return Settings(**{**values, **environment, **flags})
 
 
 def cors_origins(value: Any) -> frozenset[str]:
@@ -1828,10 +1822,6 @@ ABOUT = (
 ABOUT_PATHS = [(member, member.split(".")) for member in ABOUT]
 ABOUT_LENGTH = 1000  # characters kept of each
 MAX_LOGGED_HEADERS = 16384  # characters of a request's headers in a line of the log
-CONVERSATION = 50  # deliveries shown of one conversation, the newest
-BLOCK = 262144  # bytes of the log that are read at once
-MAX_LINE = 8388608  # bytes of a line of the log; a longer one is not looked at
-RECHECK = 1.0  # seconds after which those who follow the log look for changes by other processes
 
 
 def utc_now() -> str:
@@ -2155,11 +2145,17 @@ class Totals(NamedTuple):
 # Reading backwards yields None now and then: there, long reads take turns, or are given up.
 # Must not know: HTTP, the event loop.
 
+CONVERSATION = 50  # deliveries shown of one conversation, the newest
+BLOCK = 262144  # bytes of the log that are read at once
+MAX_LINE = 8388608  # bytes of a line of the log; a longer one is not looked at
+RECHECK = 1.0  # seconds after which those who follow the log look for changes by other processes
+
 
 class Place(NamedTuple):
     """A position in the log: which file it is, and the offset of what is to be read next."""
 
     inode: int = 0
+    era: int = 0  # how often the log had been cleared: the next file may have the same inode
     offset: int = 0
 
 
@@ -2173,6 +2169,7 @@ class DeliveryLog:
         self.path = path
         self.changed = threading.Condition()  # for `follow`, which waits in other threads
         self.size = 0  # of the log after our last line
+        self.era = 0
 
     def open(self) -> IO[bytes]:
         return open(self.path, "rb", opener=open_file)
@@ -2200,12 +2197,13 @@ class DeliveryLog:
         """Forget all deliveries."""
         with self.changed, contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
+        self.era += 1  # afterwards: a reader of the old file must not take it for the new one
 
     def end(self) -> Place:
         """Return the place after the last delivery so far."""
         with contextlib.suppress(FileNotFoundError):
-            status = os.stat(self.path)
-            return Place(status.st_ino, status.st_size)
+            era, status = self.era, os.stat(self.path)
+            return Place(status.st_ino, era, status.st_size)
         return START
 
     def read(self, place: Place) -> tuple[list[bytes], Place]:
@@ -2213,16 +2211,17 @@ class DeliveryLog:
 
         Begins anew at the start of the file if it has been replaced or cut since.
         """
+        era = self.era
         with contextlib.suppress(FileNotFoundError), self.open() as file:
             status = os.fstat(file.fileno())
-            same = place.inode == status.st_ino and place.offset <= status.st_size
+            same = place[:2] == (status.st_ino, era) and place.offset <= status.st_size
             offset = place.offset if same else 0
             file.seek(offset)
             data = file.read(BLOCK)
             if b"\n" not in data and len(data) == BLOCK:
                 data += file.readline(MAX_LINE)
             end = data.rfind(b"\n") + 1
-            return data[:end].split(b"\n")[:-1], Place(status.st_ino, offset + end)
+            return data[:end].split(b"\n")[:-1], Place(status.st_ino, era, offset + end)
         return [], START
 
     def follow(self, deadline: float) -> Iterator[Delivery]:
@@ -5228,7 +5227,9 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         """Send a delivery again, or a reply to it; answers with the delivery that this makes."""
         if not self.is_user:
             raise Problem(403, "only clients on this machine may send; others need a TOKEN")
-        is_form = self.request.headers.get("content-type", "").lower().startswith(FORM)
+        content_type = self.request.headers.get("content-type", "").lower()
+        # curl calls everything a form.
+        is_form = content_type.startswith(FORM) and not self.request.body.startswith(b"{")
         wanted = read_send(bytes(self.request.body), is_form)
         url = wanted["to"]
         original = yield from self.find_delivery(name)
@@ -6180,7 +6181,9 @@ class InboxServer(http.server.HTTPServer):
             self.closing = True
             waiting = len(list(filter(None, self.tasks.values())))
             if waiting:
-                LOG.warning("replies to %d Offers are dropped: the inbox stops", waiting)
+                LOG.info(
+                    "the inbox stops; replies that were to come are dropped for Offers: %d", waiting
+                )
             for sock in self.sockets:
                 sock.close()
             for connection in list(self.connections):
@@ -6430,8 +6433,8 @@ def running(**settings: Any) -> Iterator[Inbox]:
     The settings are those of a configuration file. Raises `ConfigurationError` if they cannot be
     used, and `RuntimeError` at the end of the block if the inbox itself has failed.
     """
-    for name in settings.keys() - SETTING_NAMES:
-        raise ConfigurationError(f"unknown setting {name}{did_you_mean(name, SETTING_NAMES)}")
+    for name in settings.keys() - SETTINGS:
+        raise ConfigurationError(f"unknown setting {name}{did_you_mean(name, SETTINGS)}")
     process = os.getpid()
     directory = tempfile.mkdtemp(prefix="coarinbox-")
     try:
@@ -6463,6 +6466,10 @@ MAX_WAITING = 10_000  # lines of the log that may wait for standard error
 # Seconds within which a second signal is the same one: `timeout`, for one, sends it to a process
 # and to its group.
 DOUBLE_SIGNAL = 0.5
+# Windows has no SIGHUP.
+STOP_SIGNALS = [
+    number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")
+]
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -6642,9 +6649,8 @@ def run(server: InboxServer) -> None:
             server.stop(within=0)
 
     with server:
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):  # Windows has no SIGHUP
-                signal.signal(getattr(signal, name), stop)
+        for number in STOP_SIGNALS:
+            signal.signal(number, stop)
         lines = [
             f"coarinbox {__version__}",
             "address     {} port {}".format(*server.server_address[:2]),
@@ -6653,6 +6659,8 @@ def run(server: InboxServer) -> None:
             f"store       {server.store.directory}",
             f"validation  {server.settings.VALIDATE_INCOMING}",
         ]
+        for handler in logging.getLogger().handlers:
+            handler.flush()  # what was logged before comes first
         print("\n".join(lines), file=sys.stderr)
         server.serve_forever()
 
@@ -6716,4 +6724,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    for number in STOP_SIGNALS:  # until `run` takes over, there is nothing to finish
+        signal.signal(number, lambda number, frame: os._exit(128 + number))
     sys.exit(main())

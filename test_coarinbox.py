@@ -2951,6 +2951,24 @@ class FramingTest(InboxTest):
             connection.sendall(BODY)
             self.assertEqual(answer_on(connection).status, 201)
 
+    def test_a_body_is_read_even_if_100_continue_waits_for_room(self) -> None:
+        send_bytes, tried, read = socket.socket.send, threading.Event(), threading.Event()
+
+        def send_later(sock: socket.socket, data: bytes) -> int:
+            if data.startswith(b"HTTP/1.1 100") and not read.is_set():
+                tried.set()
+                raise BlockingIOError
+            return send_bytes(sock, data)
+
+        head = post_head(f"Content-Length: {len(BODY)}", "Expect: 100-continue")
+        with unittest.mock.patch("socket.socket.send", send_later):
+            with connect(self.server, head) as connection:
+                self.assertTrue(tried.wait(10))
+                connection.sendall(BODY)
+                self.wait_until(lambda: self.stored() != [])
+                read.set()
+                self.assertEqual(connection.recv(12), b"HTTP/1.1 100")
+
     def test_100_continue_does_not_come_when_it_is_not(self) -> None:
         self.refuse(post_head("Content-Length: 5000", "Expect: 100-continue"), 413)
         head = post_head("Content-Length: 5", "Expect: 100-continue").replace(b"ld+json", b"xml")
@@ -5480,6 +5498,23 @@ class RunningTest(unittest.TestCase):
             self.assertEqual(inbox.deliveries[1].findings[0].code, "id-absolute-uri")
             inbox.clear()
             self.assertEqual((inbox.deliveries, inbox.notifications), ([], []))
+
+    def test_a_wait_goes_on_after_a_clear(self) -> None:
+        """The new log may have the inode of the one before, and be longer."""
+        with coarinbox.running() as inbox, concurrent.futures.ThreadPoolExecutor(1) as pool:
+            send(inbox.url, b"no")
+            (first,), seen, cleared = inbox.deliveries, threading.Event(), threading.Event()
+
+            def is_another(delivery: coarinbox.Delivery) -> bool:
+                seen.set()
+                return cleared.wait(10) and delivery.name != first.name
+
+            waiting = pool.submit(inbox.wait_for, is_another, status="", timeout=5)
+            self.assertTrue(seen.wait(10))
+            inbox.clear()
+            send(inbox.url, REFUSED)
+            cleared.set()
+            self.assertEqual(waiting.result().notification, REFUSED)
 
     def test_settings_are_arguments(self) -> None:
         with coarinbox.running(VALIDATE_INCOMING="strict", RESPONSE_STATUS=202) as inbox:
