@@ -542,12 +542,13 @@ VARIANTS = {
 
 def matches(form: str) -> Callable[[Any], bool]:
     """Accept strings that begin with a match of a regular expression."""
-    match = re.compile(form, re.ASCII).match
+    match = re.compile(form).match
     return lambda value: isinstance(value, str) and match(value) is not None
 
 
-is_media_type = matches(r"[\w!#$&^.+-]+/[\w!#$&^.+-]+ *(;|\Z)")
+is_media_type = matches(r"(?a)[\w!#$&^.+-]+/[\w!#$&^.+-]+ *(;|\Z)")
 is_uuid_urn = matches(r"urn:uuid:[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\Z")
+is_loose_uuid_urn = matches(r"urn:uuid:[0-9a-fA-F-]{32,36}\Z")  # with hyphens or without
 
 
 def in_order(value: Any) -> Any:
@@ -599,7 +600,7 @@ EMBED_OFFER = "write the complete Offer, without its `@context`"
 UNEXPECTED = Check("unexpected", "be left out", lambda value: False)
 OBJECT = Check("object", "be an object", lambda value: isinstance(value, dict), object_hint)
 STRING = Check("string", "be a string", lambda value: isinstance(value, str))
-TEXT = Check("text", "be a string that is not empty", matches(r"(?u:\s*\S)"))
+TEXT = Check("text", "be a string that is not empty", matches(r"\s*\S"))
 ABSOLUTE_URI = Check("absolute-uri", "be an absolute URI", is_uri,
                      lambda value: uri_hint(value, is_uri))
 HTTP_URI = Check("http-uri", "be an HTTP URI", is_http_uri,
@@ -812,7 +813,7 @@ RECEIVERS = (
     )),
     Receiver("Software Heritage", "https://docs.softwareheritage.org/user/coarnotify/", (
         Refusal("an id that is not urn:uuid: in lower case", ID_CODES,
-                lambda value: not matches(r"urn:uuid:[0-9a-fA-F-]{32,36}\Z")(value)),
+                lambda value: not is_loose_uuid_urn(value)),
         REPEATED_ID,
         Refusal("a target.inbox other than where it was posted", ("target.inbox-elsewhere",)),
         Refusal("types without a colon that are no ActivityStreams names",
@@ -906,17 +907,12 @@ def broken_rules(
             continue  # the rule for that object reports it
         for name, accepts, sibling, rule in tests:
             value = node.get(name)
-            if not value and counts_as_missing(value, rule.member):
+            # No types are missing types, but coarnotify refuses an actor that has none.
+            if value is None or (value == [] and name == "type" and parent != "actor"):
                 if rule.if_missing:
                     yield rule, None
             elif not (accepts(value, lookup(part, sibling)) if sibling else accepts(value)):
                 yield rule, value
-
-
-def counts_as_missing(value: Any, member: str) -> bool:
-    """Return whether a value is null, or an empty list of types, but for the actor's."""
-    is_type = member.endswith("type") and member != "actor.type"
-    return value is None or (is_type and value == [])
 
 
 def fix_of(rule: Rule, value: Any, part: Any, pattern: Pattern | None) -> str:
@@ -957,18 +953,16 @@ def describe(
 
 def report(rule: Rule, value: Any, part: Any, pattern: Pattern | None, prefix: str = "") -> Finding:
     """Describe a broken rule."""
-    level, need = (
-        (rule.if_missing, "required") if value is None else (rule.if_wrong, rule.check.name)
-    )
-    code, member = rule.code(need), prefix + rule.member
-    demand = f"{'should' if level == SHOULD else 'must'} {rule.check.demand}"
+    missing, member = value is None, prefix + rule.member
+    level, need = (rule.if_missing, "required") if missing else (rule.if_wrong, rule.check.name)
     where = member or "the notification"
-    fault = f"{where} is missing; it {demand}" if value is None else f"{where} {demand}"
+    demand = f"{'should' if level == SHOULD else 'must'} {rule.check.demand}"
+    fault = f"{where} is missing; it {demand}" if missing else f"{where} {demand}"
     if value == "":
         fault += "; it is empty"
     fix = fix_of(rule, value, part, pattern) if rule.member else ""
     spec = pattern.spec if pattern else SPECIFICATION
-    finding = describe(level, member, code, fault, fix, spec, value)
+    finding = describe(level, member, rule.code(need), fault, fix, spec, value)
     # Receivers look at the notification itself only.
     return finding._replace(refused_by=()) if prefix else finding
 
@@ -996,7 +990,7 @@ def validate(document: Any) -> list[Finding]:
     if not isinstance(document, dict):
         return [report(EVERY[0], document, document, None)]
     findings = []
-    refused = set()  # members that need no second finding
+    refused = set()  # members with an error; a second finding would be about the same fault
     for prefix, part, pattern in parts(document):
         for rule, value in broken_rules(part, pattern, prefix != ""):
             member = prefix + rule.member
@@ -1054,14 +1048,14 @@ def delivery_findings(document: Any, arrival: Arrival) -> list[Finding]:
     if arrival.known_as:
         found["id-repeated"] = None, f"it was delivered before, as {arrival.known_as}"
     inbox, here = lookup(document, "target.inbox"), list(arrival.posted_to)
-    if here and is_http_uri(inbox) and without_query(inbox) not in map(without_query, here):
+    elsewhere = here and inbox not in here and is_http_uri(inbox)
+    if elsewhere and without_query(inbox) not in map(without_query, here):
         found["target.inbox-elsewhere"] = inbox, f"write `{here[0]}`"
-    pattern = pattern_of(document)
-    findings = []
+    pattern, findings = pattern_of(document), []
+    page = pattern.spec if pattern else SPECIFICATION
     for code, (value, fix) in found.items():
         member, demand = DELIVERY_RULES[code]
-        fault = f"{member or 'the notification'} should {demand}"
-        spec = LDN if not member else pattern.spec if pattern else SPECIFICATION
+        fault, spec = f"{member or 'the notification'} should {demand}", page if member else LDN
         findings.append(describe(SHOULD, member, code, fault, fix, spec, value))
     return findings
 
@@ -1129,10 +1123,8 @@ MODES: Mapping[bool | str, tuple[str, ...]] = {
 
 def mode_of(value: Any) -> bool | str | None:
     """Return the mode of validation that a setting means, in its right case; None if none."""
-    if isinstance(value, str):
-        names = {name.lower(): name for name in MODES if isinstance(name, str)}
-        return names.get(value.lower())
-    return value if isinstance(value, bool) else None
+    names = {name.lower(): name for name in MODES if isinstance(name, str)}
+    return value if isinstance(value, bool) else names.get(str(value).lower())
 
 
 class Assessment(NamedTuple):
@@ -1611,7 +1603,7 @@ Outcome = Union[str, OSError]  # the name of what was stored, or why it was not
 
 
 def new_name() -> str:
-    return time.strftime("%Y%m%d_%H%M%S_", time.gmtime()) + uuid.uuid4().hex
+    return time.strftime("%Y%m%d_%H%M%S_", time.gmtime()) + os.urandom(16).hex()
 
 
 # Follow no symlink, which could lead anywhere, and do not wait at a FIFO.
@@ -2624,7 +2616,8 @@ class Request:
         self.fields: list[tuple[str, str]] = []  # the header lines, as they were sent
         self.headers: dict[str, str] = {}  # by their names in lower case, repeated ones joined
         self.body = bytearray()
-        self.chunked, self.length = False, 0
+        self.chunked = False
+        self.length: int | None = 0  # of the body; None if it is missing, but there must be one
         self.approved = False  # whether host, token and site are right: only then is it logged
         self.unread = True  # whether more of it may come, so that no other request can follow
         self.problem: Problem | None = None
@@ -2781,26 +2774,24 @@ def check_framing(request: Request) -> None:
     if length is not None and not re.fullmatch("[0-9]+", length):
         raise Problem(400, "Content-Length is not one number of bytes")
     request.chunked = coding is not None
-    # Look at 20 digits at most: they exceed any limit, and converting thousands is slow.
-    request.length = int((length or "0").lstrip("0")[:20] or "0")
+    if length is not None:
+        # Look at 20 digits at most: they exceed any limit, and converting thousands is slow.
+        request.length = int(length.lstrip("0")[:20] or "0")
+    elif request.method in ("POST", "PUT") and not request.chunked:
+        request.length = None
     # What follows a POST without a length is a body all the same, and no request.
-    request.unread = request.chunked or request.length > 0 or needs_length(request)
-
-
-def needs_length(request: Request) -> bool:
-    framed = {"transfer-encoding", "content-length"} & request.headers.keys()
-    return request.method in ("POST", "PUT") and not framed
+    request.unread = request.chunked or request.length != 0
 
 
 def read_body(incoming: Incoming, request: Request, max_body: int) -> Reading:
     too_large = Problem(413, f"the body is larger than {max_body} bytes (MAX_CONTENT_LENGTH)")
-    if needs_length(request):
-        raise Problem(411, "the request has neither Content-Length nor a chunked body")
-    if request.length > max_body:
-        raise too_large
     if request.chunked:
         yield from read_chunks(incoming, request, max_body, too_large)
-    elif request.length:
+    elif request.length is None:
+        raise Problem(411, "the request has neither Content-Length nor a chunked body")
+    elif request.length > max_body:
+        raise too_large
+    else:
         yield from incoming.move(request.length, request.body)
     request.unread = False
 
@@ -2838,11 +2829,7 @@ class Verdict(NamedTuple):
 
     problem: Problem | None = None  # why it is refused
     failure: Failure | None = None  # a simulated failure that is due
-    pattern: str | None = None
-    about: Mapping[str, str] = {}  # see `summary`
-    findings: Sequence[Finding] = ()
-    errors: int = 0  # how many of the findings it is refused for: the first ones
-    omitted: int = 0  # findings beyond the hundred that are kept
+    known: Delivery = Delivery()  # what the document tells: its pattern, its findings and so on
 
 
 def check_content(request: Request) -> None:
@@ -2892,7 +2879,7 @@ def judge(
     errors, omitted = most_important(assessment.errors)
     warnings, more = most_important(assessment.warnings, 100 - len(errors))
     pattern = pattern_of(document)
-    verdict = Verdict(
+    known = Delivery(
         pattern=pattern and pattern.name,
         about=summary(document),
         findings=[*errors, *warnings],
@@ -2903,21 +2890,20 @@ def judge(
         count = f"{len(assessment.errors):,} error{'s' * (len(assessment.errors) > 1)}"
         detail = f"not a valid notification: {count}"
         headers = {"Accept-Post": JSON_LD} if assessment.status == 415 else {}
-        refusal = Problem(assessment.status, detail, headers, **receipt(verdict))
-        return verdict._replace(problem=refusal)
+        return Verdict(Problem(assessment.status, detail, headers, **receipt(known)), None, known)
     identity = id_.encode("utf-8", "replace") if isinstance(id_, str) else body
-    return verdict._replace(failure=failures(identity))
+    return Verdict(None, failures(identity), known)
 
 
-def receipt(known: Verdict | Delivery) -> dict[str, Any]:
-    """What an answer tells the client about its notification."""
-    members: dict[str, Any] = {"pattern": known.pattern}
-    findings = [finding.as_json() for finding in known.findings]
-    if known.errors:
-        members["errors"] = findings[: known.errors]
-    members["warnings"] = findings[known.errors :]
-    if known.omitted:
-        members["omitted"] = f"and {known.omitted:,} more"
+def receipt(delivery: Delivery) -> dict[str, Any]:
+    """Return what an answer tells the client about its notification."""
+    members: dict[str, Any] = {"pattern": delivery.pattern}
+    findings = [finding.as_json() for finding in delivery.findings]
+    if delivery.errors:
+        members["errors"] = findings[: delivery.errors]
+    members["warnings"] = findings[delivery.errors :]
+    if delivery.omitted:
+        members["omitted"] = f"and {delivery.omitted:,} more"
     return members
 
 
@@ -2935,10 +2921,10 @@ def store_problem(error: OSError) -> Problem:
     return Problem(507 if full else 500, f"the store failed: {error.strerror or error}")
 
 
-def accepted(known: Verdict | Delivery, location: str, status: int) -> Response:
+def accepted(delivery: Delivery, location: str, status: int) -> Response:
     """Acknowledge a notification that has been stored (LDN section 3.3.2)."""
     headers = {"Location": location} if status == 201 else {}
-    document = {"location": location, **receipt(known)}
+    document = {"location": location, **receipt(delivery)}
     return json_response(status, document, headers=headers, indent=None)
 
 
@@ -2946,7 +2932,7 @@ def conclude(
     request: Request, verdict: Verdict, client: str, name: str, response: Response
 ) -> Delivery:
     """Describe the delivery that a request was; `name` is empty if nothing was stored."""
-    return Delivery(
+    return verdict.known._replace(
         name=name or new_name(),
         client=client,
         method=request.method,
@@ -2955,11 +2941,6 @@ def conclude(
         status=response.status,
         answer_headers=dict(response.headers),
         detail=verdict.problem.detail if verdict.problem else "",
-        pattern=verdict.pattern,
-        about=verdict.about,
-        findings=verdict.findings,
-        errors=verdict.errors,
-        omitted=verdict.omitted,
         body=bytes(request.body) if request.approved and not name else None,
         simulated=verdict.failure is not None,
         seconds=round(time.monotonic() - request.arrived, 4) if request.arrived else 0.0,
@@ -4673,12 +4654,20 @@ def html_response(page: Html, headers: Mapping[str, str] = {}, status: int = 200
 # --- Access --------------------------------------------------------------------------------------
 #
 # Who may ask: `check_head` refuses a request, before its body is read, by its host, its token, or
-# the site of the page that sent it; `allowed_origin` says what CORS_ORIGINS allow; `quality` weighs
-# what the client would like to get.
+# the site of the page that sent it; `allowed_origin` says what CORS_ORIGINS allow, `is_loopback`
+# which hosts are this machine; `quality` weighs what the client would like to get.
 # Must not know: resources, bodies.
 
 CORS_RESOURCES = re.compile(rf"/inbox(/({NAME})?)?")  # what pages of CORS_ORIGINS may use
 CORS_METHODS = "GET, HEAD, POST, OPTIONS"
+
+
+@functools.lru_cache(maxsize=256)
+def is_loopback(host: str) -> bool:
+    """Whether a host, by its name or IP address, can only be this machine."""
+    name = host.lower().rstrip(".")
+    ip = ip_address(name) or ip_address(f"[{name}]")
+    return ip.is_loopback if ip else name in ("", "localhost") or name.endswith(".localhost")
 
 
 def authority(url: str) -> str:
@@ -4973,7 +4962,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         problem = self.request.problem = verdict.problem
         if problem is None:
             status = self.server.settings.RESPONSE_STATUS
-            self.answer(accepted(verdict, f"{self.inbox}/{name}", status))
+            self.answer(accepted(verdict.known, f"{self.inbox}/{name}", status))
         elif problem.status:
             self.send_error(problem.status, problem.detail)
         else:
@@ -5073,7 +5062,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
                 verdict = verdict._replace(problem=store_problem(error))
         delivery = self.deliver(verdict, name)
         if name:
-            self.server.on_stored(delivery, self.request)
+            self.reply(delivery)
 
     def simulate(self, verdict: Verdict, failure: Failure) -> Generator[Pause, None, Verdict]:
         """Wait as long as a simulated failure says; returns the verdict with its problem."""
@@ -5083,6 +5072,16 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             return verdict._replace(problem=simulated(failure, self.inbox))
         except ConnectionAbortedError:
             return verdict._replace(problem=Problem(0, "the client left during a simulated delay"))
+
+    def reply(self, delivery: Delivery) -> None:
+        """Answer an Offer as REPLIES says; Undo Offer stops what is still to come."""
+        server, offered = self.server, (delivery.pattern or "").startswith("Request ")
+        if delivery.pattern == "Undo Offer" and delivery.about.get("inReplyTo"):
+            server.cancel(delivery.about["inReplyTo"])
+        if server.settings.REPLIES and offered:
+            offer = parse(bytes(self.request.body))
+            steps = answer_offer(offer, delivery, self.is_proxied, server.settings, server.record)
+            server.start(steps, delivery.about.get("id", ""))
 
     @route("GET", INBOX, FAILURE_PARAMETERS)
     def get_inbox(self, values: Mapping[str, str]) -> Steps:
@@ -5254,8 +5253,14 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     @property
     def is_user(self) -> bool:
         """Whether the client may send: this inbox is nobody's proxy. A TOKEN was checked before."""
-        proxied, client = self.server.is_proxied(self.request), str(self.client_address[0])
-        return self.server.settings.TOKEN is not None or (is_loopback(client) and not proxied)
+        is_here = is_loopback(self.client_address[0]) and not self.is_proxied
+        return self.server.settings.TOKEN is not None or is_here
+
+    @property
+    def is_proxied(self) -> bool:
+        """Whether strangers may look like loopback, because a proxy or tunnel stands before us."""
+        headers = self.request.headers.keys()
+        return bool(self.server.settings.BASE_URL) or not headers.isdisjoint(FORWARDED)
 
     # The rest
 
@@ -5371,6 +5376,7 @@ class Connection:
             return
         self.state, self.since = state, time.monotonic()
         self.deadline, self.overdue = self.since + seconds, overdue or self.close
+        self.server.next_deadline = min(self.server.next_deadline, self.deadline)
 
     # Bytes in
 
@@ -5467,7 +5473,7 @@ class Connection:
                 break
         if self.state in ATTENTIVE and len(self.incoming.data) >= CHUNK:
             self.close()  # there is no room to read on, so its leaving would go unnoticed
-        self.server.watch(self)
+        self.watch()
 
     def resume(self, result: Any) -> None:
         """Give the handler the result that it waits for, and see what it wants next."""
@@ -5544,7 +5550,7 @@ class Connection:
         """Send what a turn has made of the body."""
         if self.state is State.CLOSED:
             return
-        if isinstance(turn, OSError):
+        if isinstance(turn, (OSError, Problem)):
             LOG.error("the store failed: %s", turn)
         elif isinstance(turn, Exception):
             self.server.report_bug(turn)
@@ -5566,7 +5572,7 @@ class Connection:
         if data:
             chunk = b"%x\r\n%b\r\n" % (len(data), data)
             self.send(data if self.handler.request.is_http10 else chunk)
-            self.server.watch(self)
+            self.watch()
 
     def end_chunks(self) -> None:
         self.stream = None
@@ -5596,7 +5602,9 @@ class Connection:
         if self.state is State.CLOSED:
             return
         paused, self.state = self.state is State.PAUSING, State.CLOSED
-        self.server.forget(self)
+        self.watch()
+        self.server.listeners.remove(self)
+        self.server.connections.pop(self, None)
         self.socket.close()
         if paused:
             self.resume(ConnectionAbortedError())
@@ -5637,12 +5645,19 @@ class Connection:
             self.handler.close_connection = True
             self.on_result(None)
 
-    def interest(self) -> int:
-        """Return the events that the selector has to look for."""
-        if self.state is State.CLOSED:
-            return 0
-        reads = not self.eof and len(self.incoming.data) < CHUNK
-        return selectors.EVENT_READ * reads | selectors.EVENT_WRITE * bool(self.output)
+    def watch(self) -> None:
+        """Tell the selector what to look for."""
+        is_open, selector = self.state is not State.CLOSED, self.server.selector
+        reads = is_open and not self.eof and len(self.incoming.data) < CHUNK
+        writes = is_open and bool(self.output)
+        events = selectors.EVENT_READ * reads | selectors.EVENT_WRITE * writes
+        if events and not self.events:
+            selector.register(self.socket, events, self.on_ready)
+        elif events and events != self.events:
+            selector.modify(self.socket, events, self.on_ready)
+        elif self.events and not events:
+            selector.unregister(self.socket)
+        self.events = events
 
 
 class Listeners:
@@ -5740,14 +5755,6 @@ STOP_WITHIN = 2.0  # seconds after `stop` in which clients may still take their 
 PAUSE = 0.05  # seconds before looking for new connections again when there is no room
 
 
-@functools.lru_cache(maxsize=256)
-def is_loopback(host: str) -> bool:
-    """Whether a host, by its name or IP address, can only be this machine."""
-    name = host.lower().rstrip(".")
-    ip = ip_address(name) or ip_address(f"[{name}]")
-    return ip.is_loopback if ip else name in ("", "localhost") or name.endswith(".localhost")
-
-
 @contextlib.contextmanager
 def as_configuration_error(what: str, expected: str) -> Iterator[None]:
     """Turn errors of the operating system into errors of the settings that led to them."""
@@ -5791,6 +5798,7 @@ class InboxServer(http.server.HTTPServer):
         # wait longer for the GIL.
         self.pool, self.senders, self.scans = Pool(16), Pool(8), Pool(1)
         self.connections: dict[Connection, None] = {}
+        self.next_deadline = NEVER  # of a connection; no later, but it may have moved meanwhile
         self.listeners = Listeners(self)
         self.timers: list[tuple[float, int, Callable[[], None]]] = []
         self.numbers = itertools.count()
@@ -5819,7 +5827,7 @@ class InboxServer(http.server.HTTPServer):
         self.selector.register(self.bell, selectors.EVENT_READ, lambda events: self.bell.recv(4096))
         self.listen(True)
 
-    def server_bind(self) -> None:
+    def server_bind(self, attempts: int = 10) -> None:
         """Bind the sockets. `localhost` means both loopbacks: clients may try either first."""
         if self.settings.HOST == "::":
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -5828,11 +5836,19 @@ class InboxServer(http.server.HTTPServer):
         # HTTPServer would also look up a name for the address, and may wait long for it.
         socketserver.TCPServer.server_bind(self)
         self.sockets = [self.socket]
-        if self.settings.HOST == "localhost" and self.has_ipv6_loopback():
-            other = ("::1", self.server_address[1])
-            backlog = self.request_queue_size
+        if self.settings.HOST != "localhost" or not self.has_ipv6_loopback():
+            return
+        other, backlog = ("::1", self.server_address[1]), self.request_queue_size
+        try:
             sock = socket.create_server(other, family=socket.AF_INET6, backlog=backlog)
             self.sockets.append(sock)
+        except OSError:
+            if self.settings.PORT or not attempts:
+                raise
+            self.socket.close()  # its port was free on this loopback only
+            self.socket = socket.socket(self.address_family, self.socket_type)
+            self.server_address = (self.settings.HOST, 0)
+            self.server_bind(attempts - 1)
 
     def has_ipv6_loopback(self) -> bool:
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as sock:
@@ -5882,19 +5898,6 @@ class InboxServer(http.server.HTTPServer):
         self.listeners.on_change()
         return delivery
 
-    def on_stored(self, delivery: Delivery, request: Request) -> None:
-        """Answer an Offer as REPLIES says; Undo Offer stops what is still to come."""
-        if delivery.pattern == "Undo Offer" and delivery.about.get("inReplyTo"):
-            self.cancel(delivery.about["inReplyTo"])
-        if self.settings.REPLIES and (delivery.pattern or "").startswith("Request "):
-            offer, proxied = parse(bytes(request.body)), self.is_proxied(request)
-            steps = answer_offer(offer, delivery, proxied, self.settings, self.record)
-            self.start(steps, delivery.about.get("id", ""))
-
-    def is_proxied(self, request: Request) -> bool:
-        """Whether strangers may look like loopback, because a proxy or tunnel stands before us."""
-        return bool(self.settings.BASE_URL) or not request.headers.keys().isdisjoint(FORWARDED)
-
     def take_stock(self) -> Steps:
         """Learn in the background what the directory held at the start."""
         tally = self.ledger.tally
@@ -5926,8 +5929,8 @@ class InboxServer(http.server.HTTPServer):
         for key, events in ready:
             self.guard(functools.partial(key.data, events))
         now = time.monotonic()
-        for connection in [each for each in self.connections if each.deadline <= now]:
-            self.guard(connection.overdue)
+        if self.next_deadline <= now:
+            self.call_overdue(now)
         while self.timers and self.timers[0][0] <= now:
             self.guard(heapq.heappop(self.timers)[2])
         for _ in range(len(self.mailbox)):
@@ -5941,10 +5944,13 @@ class InboxServer(http.server.HTTPServer):
     def seconds_to_wait(self) -> float | None:
         if self.mailbox or (self.arrived and not self.committing):
             return 0
-        soonest = min((each.deadline for each in self.connections), default=NEVER)
-        if self.timers:
-            soonest = min(soonest, self.timers[0][0])
+        soonest = min(self.next_deadline, self.timers[0][0] if self.timers else NEVER)
         return max(0, soonest - time.monotonic()) if soonest < NEVER else None
+
+    def call_overdue(self, now: float) -> None:
+        for connection in [each for each in self.connections if each.deadline <= now]:
+            self.guard(connection.overdue)
+        self.next_deadline = min((each.deadline for each in self.connections), default=NEVER)
 
     def guard(self, task: Callable[[], object]) -> None:
         """Run a task; a bug in it ends the connection that it is for, but not the loop."""
@@ -6078,19 +6084,6 @@ class InboxServer(http.server.HTTPServer):
 
     # The connections
 
-    def watch(self, connection: Connection) -> None:
-        """Tell the selector what a connection waits for."""
-        events, known = connection.interest(), connection.events
-        if events == known:
-            return
-        connection.events = events
-        if not known:
-            self.selector.register(connection.socket, events, connection.on_ready)
-        elif events:
-            self.selector.modify(connection.socket, events, connection.on_ready)
-        else:
-            self.selector.unregister(connection.socket)
-
     def listen(self, wanted: bool) -> None:
         """Look for new connections, or leave them alone."""
         self.paused = not wanted
@@ -6158,13 +6151,8 @@ class InboxServer(http.server.HTTPServer):
             self.call_later(PAUSE, self.on_unpause)
 
     def on_unpause(self) -> None:
-        if self.paused and not self.closing:
+        if not self.closing:
             self.listen(True)
-
-    def forget(self, connection: Connection) -> None:
-        self.watch(connection)
-        self.listeners.remove(connection)
-        self.connections.pop(connection, None)
 
     # The end
 

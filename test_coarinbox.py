@@ -3129,9 +3129,9 @@ class StorageTest(InboxTest):
 
     def test_it_never_overwrites(self) -> None:
         self.errors_expected = True
-        now, number = time.gmtime(0), uuid.UUID(int=0)  # so that the same name comes again
+        now, number = time.gmtime(0), bytes(16)  # so that the same name comes again
         with unittest.mock.patch("time.gmtime", return_value=now):
-            with unittest.mock.patch("uuid.uuid4", return_value=number):
+            with unittest.mock.patch("os.urandom", return_value=number):
                 location = self.post().headers["Location"]
                 self.assert_problem(self.post(OFFER), 500)
         self.assertEqual(self.ask("GET", path_of(location)).body, BODY)
@@ -8717,6 +8717,20 @@ class AddressTest(unittest.TestCase):
                 connection = http.client.HTTPConnection(host, port, timeout=10)
                 with contextlib.closing(connection):
                     self.assertEqual(ask_on(connection, "POST", "/inbox", ACCEPT).status, 201)
+
+    def test_a_port_that_is_free_on_one_loopback_only_is_passed_over(self) -> None:
+        """Clients have ports, too: of many inboxes that start, one met the port of a client."""
+        in_use = OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        create, taken = socket.create_server, [in_use, in_use]
+
+        def create_later(*arguments: Any, **more: Any) -> socket.socket:
+            if taken:
+                raise taken.pop()
+            return create(*arguments, **more)
+
+        with unittest.mock.patch("socket.create_server", create_later):
+            with serving(HOST="localhost") as server:
+                self.assertEqual(ask(server, "POST", "/inbox", ACCEPT).status, 201)
 
     @unittest.skipUnless(hasattr(os, "fork"), "this system has no fork")
     def test_a_child_leaves_the_inbox_of_its_parent_alone(self) -> None:
