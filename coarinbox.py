@@ -4833,7 +4833,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
                 raise request.problem
             if self.server.settings.DEBUG:
                 self.log_exchange()
-            method = getattr(self, f"do_{self.command}", self.do_other)
+            method = getattr(self, f"do_{self.command}", self.do_GET)
             yield from method() or ()
         except ConnectionAbortedError:
             self.log_message("the client has left")
@@ -4852,13 +4852,12 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         methods, parts = self.find_resource()
         entry = methods.get("GET" if self.command == "HEAD" else self.command)
         if not entry:
-            raise self.wrong_method(methods)
+            works, advice = allow(methods), f"POST notifications to {self.inbox}"
+            detail = advice if self.command in ("POST", "PUT") else f"{works} do"
+            raise Problem(405, f"{self.command} does not work here; {detail}", {"Allow": works})
         return entry.function(self, self.parameters(entry.parameters), **parts)
 
     do_HEAD = do_POST = do_DELETE = do_GET
-
-    def do_other(self) -> None:
-        raise self.wrong_method(self.find_resource()[0])
 
     def do_OPTIONS(self) -> None:
         """Say what works here (RFC 9110 section 9.3.7), also to a browser's preflight."""
@@ -4887,12 +4886,6 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         if self.command == "POST":
             detail = f"no inbox is here; POST notifications to {self.inbox}"
         raise Problem(404, detail)
-
-    def wrong_method(self, methods: Mapping[str, Route]) -> Problem:
-        detail = f"{self.command} does not work here; {allow(methods)} do"
-        if self.command in ("POST", "PUT"):
-            detail = f"{self.command} does not work here; POST notifications to {self.inbox}"
-        return Problem(405, detail, {"Allow": allow(methods)})
 
     def parameters(self, known: Parameters) -> dict[str, str]:
         """Read the query of the URL. Raises `Problem` for what the resource does not know."""
@@ -5267,7 +5260,6 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     @route("GET", "/constraints", {"pattern": QUERY_PARAMETERS["pattern"]})
     def get_constraints(self, values: Mapping[str, str]) -> None:
         """List the rules, for people those of one pattern."""
-        refused = MODES[self.server.settings.VALIDATE_INCOMING]
         if self.prefers("text/html"):
             pattern = find_pattern(values.get("pattern") or REQUEST_REVIEW.name)
             self.answer(html_response(constraints_page(self.context(), pattern)))
@@ -5275,7 +5267,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         document = {
             "specification": SPECIFICATION,
             "levels": {name: level._asdict() for name, level in LEVELS.items()},
-            "refused": refused,
+            "refused": MODES[self.server.settings.VALIDATE_INCOMING],
             "receivers": receivers(),
             "constraints": constraints(),
         }
@@ -5517,7 +5509,7 @@ class Connection:
     def flush(self) -> None:
         """Send what fits; the selector reports when more does."""
         try:
-            if self.output:
+            if self.output and self.state is not State.CLOSED:
                 del self.output[: self.socket.send(self.output)]
                 self.since = time.monotonic()
         except WOULD_BLOCK:
@@ -5741,12 +5733,11 @@ def as_event(delivery: Delivery) -> bytes:
 
 # --- Server --------------------------------------------------------------------------------------
 #
-# One thread runs the event loop, `InboxServer.serve_forever`: it owns the selector, all connections
-# and all timers, and it alone reads and writes sockets. A handler that has to wait is a generator
-# and yields what it waits for; the loop resumes it with the result. Whatever may block runs in a
-# pool of daemon threads, which hand their results back through `post`. Notifications that must
-# reach the disk are stored in groups: while one batch is being synced, those that arrive form the
-# next. Other threads may call `post`, `stop`, `shutdown` and what touches only files.
+# One thread runs the event loop, `InboxServer.serve_forever`: it owns the selector, the connections
+# and the timers, and alone touches sockets; other threads hand it tasks through `post`. A handler
+# that has to wait is a generator and yields what it waits for; the loop resumes it with the result.
+# Whatever may block runs in a pool of daemon threads, whose results come back through `post`. While
+# one batch of notifications is being synced to the disk, those that arrive form the next one.
 # Must not know: rules, pages.
 
 Then = Callable[[Any], None]  # takes the result of a function; an exception is a result too
@@ -5775,6 +5766,14 @@ def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | No
     # An empty password, or an encrypted key would be asked about on the terminal.
     context.load_cert_chain(certificate, key, password="")
     return context
+
+
+def result_of(function: Callable[[], Any]) -> Any:
+    """Call a function; returns the exception if it raises one."""
+    try:
+        return function()
+    except Exception as error:
+        return error
 
 
 class InboxServer(http.server.HTTPServer):
@@ -6043,16 +6042,8 @@ class InboxServer(http.server.HTTPServer):
 
     def run_in(self, pool: Pool, function: Callable[[], Any], then: Then) -> None:
         """Run a function in a pool; the loop passes what it returns, or raises, to `then`."""
-
-        def work() -> None:
-            try:
-                result = function()
-            except Exception as error:
-                result = error
-            self.post(functools.partial(then, result))
-
         try:
-            pool.submit(work)
+            pool.submit(lambda: self.post(functools.partial(then, result_of(function))))
         except RuntimeError:
             LOG.error("no thread can be started")
             problem = Problem(503, "no thread can be started", {"Retry-After": "1"})
@@ -6073,7 +6064,7 @@ class InboxServer(http.server.HTTPServer):
             self.committing = True
             self.run_in(self.pool, add, then)
         else:
-            then(add())
+            then(result_of(add))
 
     def on_committed(self, batch: list[tuple[bytes, Then]], outcomes: Any) -> None:
         self.committing = False
@@ -6647,7 +6638,7 @@ def run(server: InboxServer) -> None:
             f"store       {server.store.directory}",
             f"validation  {server.settings.VALIDATE_INCOMING}",
         ]
-        for handler in logging.getLogger().handlers:
+        for handler in LOG.handlers:
             handler.flush()  # what was logged before comes first
         print("\n".join(lines), file=sys.stderr)
         server.serve_forever()
@@ -6658,7 +6649,8 @@ class StderrHandler(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.lines: queue.Queue[str] = queue.Queue(MAX_WAITING)
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        self.lines: queue.Queue[str | None] = queue.Queue(MAX_WAITING)
         self.dropped = 0
         threading.Thread(target=self.write_lines, daemon=True).start()
 
@@ -6670,19 +6662,20 @@ class StderrHandler(logging.Handler):
             self.dropped += 1
 
     def write_lines(self) -> None:
-        while True:
-            lines = [self.lines.get()]
+        while (line := self.lines.get()) is not None:
             time.sleep(0.01)  # waking up for every line would slow down the loop
-            lines += [self.lines.get() for _ in range(self.lines.qsize())]
+            waiting = [self.lines.get() for _ in range(self.lines.qsize())]
             dropped, self.dropped = self.dropped, 0
-            text = "".join(f"{line}\n" for line in lines)
+            text = "".join(f"{each}\n" for each in (line, *waiting) if each is not None)
             if dropped:
                 text += f"{dropped} lines were dropped: nobody read standard error\n"
             with contextlib.suppress(OSError, ValueError):
                 sys.stderr.write(text)
                 sys.stderr.flush()
-            for _ in lines:
+            for _ in (line, *waiting):
                 self.lines.task_done()
+            if None in waiting:
+                return
 
     def flush(self) -> None:
         """Wait until everything is written, but not long."""
@@ -6690,25 +6683,44 @@ class StderrHandler(logging.Handler):
         while self.lines.unfinished_tasks and time.monotonic() < end:
             time.sleep(0.01)
 
+    def close(self) -> None:
+        """Write what is left, and end the thread."""
+        self.flush()
+        with contextlib.suppress(queue.Full):
+            self.lines.put_nowait(None)
+        super().close()
+
+
+@contextlib.contextmanager
+def log_to_stderr() -> Iterator[None]:
+    """Have the log written to standard error while a block lasts."""
+    handler, level = StderrHandler(), LOG.level
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # it is quicker
+    LOG.addHandler(handler)
+    LOG.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        LOG.setLevel(level)
+        LOG.removeHandler(handler)
+        handler.close()
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    if not logging.getLogger().handlers:
-        logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-        form, handlers = "%(asctime)s %(message)s", [StderrHandler()]
-        logging.basicConfig(format=form, level=logging.INFO, handlers=handlers)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     options = parse_arguments(arguments)
-    try:
-        if options.send is not None:
-            return send_files(options)
-        if options.sample is not None:
-            return print_sample(options)
-        return check_files(options) if options.check else serve(options)
-    except (ConfigurationError, UnknownPatternError) as error:
-        complain(error)
-        return 2
+    with log_to_stderr():
+        try:
+            if options.send is not None:
+                return send_files(options)
+            if options.sample is not None:
+                return print_sample(options)
+            return check_files(options) if options.check else serve(options)
+        except (ConfigurationError, UnknownPatternError) as error:
+            complain(error)
+            return 2
 
 
 if __name__ == "__main__":
