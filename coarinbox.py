@@ -1591,7 +1591,7 @@ def cors_origins(value: Any) -> frozenset[str]:
 # `Store` keeps notifications in a directory, one file each. The directory is the only truth about
 # them: files that people, or other processes, add or remove count. `Store.add` stores a batch: it
 # writes and syncs the files side by side in a `Pool`, links them under their names, and syncs the
-# directory once. What goes wrong with the directory is raised as `OSError`.
+# directory once. What goes wrong with a file is returned, with the directory raised, as `OSError`.
 # Must not know: JSON, HTTP, the event loop.
 
 NAME = "[0-9]{8}_[0-9]{6}_[0-9a-f]{32}"
@@ -2332,11 +2332,10 @@ class DeliveryLog:
         for line in self.lines() if query.since else ():
             delivery = Delivery.from_json(line) if line else None
             if delivery and query.ends_at(delivery):
-                yield place
-                return
+                break
             place = place._replace(offset=place.offset - (0 if line is None else len(line) + 1))
             yield None
-        yield place._replace(offset=max(0, place.offset)) if query.since else place
+        yield place._replace(offset=max(0, place.offset))
 
 
 # --- Ledger --------------------------------------------------------------------------------------
@@ -2949,9 +2948,11 @@ def conclude(
 
 # --- Waiting -------------------------------------------------------------------------------------
 #
-# What a generator can wait for: it yields one of these values, and the event loop resumes it with
-# the result. So `name = yield Commit(body)` reads like a call that blocks, and holds no thread.
-# Must not know: who waits, and how the loop does it.
+# What a generator can wait for, and the event loop that waits in its place. The generator yields
+# one of the values `Commit`, `Pause`, `Blocking`, `Sending`, `Scan` or `Turn`, and is resumed with
+# the result: `name = yield Commit(body)` reads like a call that blocks, and holds no thread. `Loop`
+# has the sockets, the timers and the pools; `post` is how other threads reach it.
+# Must not know: connections, resources.
 
 
 class Commit(NamedTuple):
@@ -2987,6 +2988,12 @@ class Scan(NamedTuple):
     items: Iterator[Any]
 
 
+class Turn(NamedTuple):
+    """Advance such an iterator for one turn; gives the items, and whether it has ended."""
+
+    items: Iterator[Any]
+
+
 TURN = 0.02  # seconds that a scan may take before the next one has its turn
 
 
@@ -3002,13 +3009,171 @@ def take_turn(items: Iterator[Any]) -> tuple[list[Any], bool]:
     return found, True
 
 
-Step = Union[Commit, Pause, Blocking, Sending, Scan]
+Step = Union[Commit, Pause, Blocking, Sending, Scan, Turn]
 Steps = Generator[Step, Any, None]
 
 
 def advance(steps: Steps, result: Any) -> Step:
     """Give a generator the result that it waits for, or raise it there; returns the next step."""
     return steps.throw(result) if isinstance(result, Exception) else steps.send(result)
+
+
+Then = Callable[[Any], None]  # takes the result of a function; an exception is a result too
+NEVER = math.inf
+
+
+def result_of(function: Callable[[], Any]) -> Any:
+    """Call a function; returns the exception if it raises one."""
+    try:
+        return function()
+    except Exception as error:
+        return error
+
+
+class Loop:
+    """An event loop: sockets, timers, generators, and pools for what would block it."""
+
+    def __init__(self) -> None:
+        self.bugs: list[BaseException] = []  # there should be none
+        self.closing = False
+        self.tasks: dict[Steps, str | None] = {}  # without a client, with a key; None: cancelled
+        # Long reads take turns in one thread. More threads would be no faster, and make the loop
+        # wait longer for the GIL.
+        self.pool, self.senders, self.scans = Pool(16), Pool(8), Pool(1)
+        self.timers: list[tuple[float, int, Callable[[], None]]] = []
+        self.numbers = itertools.count()
+        self.mailbox: collections.deque[Callable[[], object]] = collections.deque()
+        self.selector = selectors.DefaultSelector()
+        self.bell, self.ringer = socket.socketpair()
+        for sock in (self.bell, self.ringer):
+            sock.setblocking(False)
+        self.selector.register(self.bell, selectors.EVENT_READ, lambda events: self.bell.recv(4096))
+
+    def close_loop(self) -> None:
+        """Give back what the loop holds."""
+        for sock in (self.bell, self.ringer):
+            sock.close()
+        self.selector.close()
+        for pool in (self.pool, self.senders, self.scans):
+            pool.close()
+
+    def turn(self, deadline: float) -> bool:
+        """Do what there is to do, or wait for it, but not beyond a deadline.
+
+        Returns whether a socket was ready; then more may follow at once.
+        """
+        soonest = min(deadline, self.timers[0][0] if self.timers else NEVER)
+        seconds = max(0, soonest - time.monotonic()) if soonest < NEVER else None
+        ready = self.selector.select(0 if self.mailbox else seconds)
+        for key, events in ready:
+            self.guard(functools.partial(key.data, events))
+        now = time.monotonic()
+        while self.timers and self.timers[0][0] <= now:
+            self.guard(heapq.heappop(self.timers)[2])
+        for _ in range(len(self.mailbox)):
+            self.guard(self.mailbox.popleft())
+        return bool(ready)
+
+    def guard(self, task: Callable[[], object]) -> None:
+        """Run a task; a bug in it ends the connection that it is for, but not the loop."""
+        try:
+            task()
+        except Exception as error:
+            self.report_bug(error)
+            while isinstance(task, functools.partial):
+                task = task.func
+            close = getattr(getattr(task, "__self__", None), "close", None)
+            if close:
+                close()
+
+    def report_bug(self, error: BaseException) -> None:
+        LOG.error("a bug of the inbox", exc_info=error)
+        self.bugs.append(error)
+
+    def post(self, task: Callable[[], object]) -> None:
+        """Have the loop run a task; for other threads and signal handlers."""
+        self.mailbox.append(task)
+        with contextlib.suppress(OSError):  # if the buffer is full, the loop will wake up anyway
+            self.ringer.send(b"!")
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Run a function in the loop, and wait for what it returns; for other threads.
+
+        Raises `queue.Empty` if the loop does not get to it within ten seconds.
+        """
+        results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.post(lambda: results.put(function()))
+        return results.get(timeout=10)
+
+    def call_later(self, seconds: float, task: Callable[[], None]) -> None:
+        heapq.heappush(self.timers, (time.monotonic() + seconds, next(self.numbers), task))
+
+    def perform(self, step: Any, then: Then, wanted: Callable[[], bool]) -> None:
+        """Do what a generator waits for; the loop passes the result, or an exception, to `then`."""
+        if isinstance(step, Pause):
+            self.call_later(step.seconds, functools.partial(then, None))
+        elif isinstance(step, Scan):
+            self.scan(step.items, [], then, wanted)
+        elif isinstance(step, Turn):
+            self.run_in(self.scans, functools.partial(take_turn, step.items), then)
+        else:
+            pool = self.senders if isinstance(step, Sending) else self.pool
+            self.run_in(pool, step.function, then)
+
+    def scan(
+        self, items: Iterator[Any], found: list[Any], then: Then, wanted: Callable[[], bool]
+    ) -> None:
+        """Take turns with other scans, as long as somebody wants the result."""
+
+        def on_turn(turn: Any) -> None:
+            if isinstance(turn, Exception):
+                then(turn)
+                return
+            found.extend(turn[0])
+            if turn[1]:
+                then(found)
+            elif self.closing:
+                then(Problem(503, "the inbox stops"))
+            elif wanted():
+                self.scan(items, found, then, wanted)
+            else:
+                then(ConnectionAbortedError())
+
+        self.run_in(self.scans, functools.partial(take_turn, items), on_turn)
+
+    def run_in(self, pool: Pool, function: Callable[[], Any], then: Then) -> None:
+        """Run a function in a pool; the loop passes what it returns, or raises, to `then`."""
+        try:
+            pool.submit(lambda: self.post(functools.partial(then, result_of(function))))
+        except RuntimeError:
+            LOG.error("no thread can be started")
+            problem = Problem(503, "no thread can be started", {"Retry-After": "1"})
+            self.post(functools.partial(then, problem))
+
+    def start(self, steps: Steps, key: str = "") -> None:
+        """Run a generator of steps that no client waits for; `key` is to cancel it by."""
+        self.tasks[steps] = key
+        self.resume(steps, None)
+
+    def resume(self, steps: Steps, result: Any) -> None:
+        if result is None and self.tasks[steps] is None:  # cancelled while it paused
+            steps.close()
+            del self.tasks[steps]
+            return
+        try:
+            step = advance(steps, result)
+        except Exception as error:
+            del self.tasks[steps]
+            if not isinstance(error, StopIteration):
+                raise
+        else:
+            self.perform(step, functools.partial(self.resume, steps), lambda: True)
+
+    def cancel(self, key: str = "") -> None:
+        """Have the generators with a key, or with this one, end at their next pause."""
+        for steps, each in self.tasks.items():
+            if each and key in ("", each):
+                self.tasks[steps] = None
 
 
 # --- Sending -------------------------------------------------------------------------------------
@@ -4695,9 +4860,20 @@ def check_host(request: Request, server: InboxServer) -> None:
     match = HOST.fullmatch(request.host)
     if not match or not HOST.fullmatch(request.headers.get("host", "")):
         raise Problem(400, "the Host header is malformed")
-    if not server.answers_to(match[1]):
+    if not answers_to(match[1], str(server.server_address[0]), server.settings.BASE_URL):
         detail = f"an inbox on loopback does not answer to {request.host}; set BASE_URL to its URL"
         raise Problem(421, detail)
+
+
+def answers_to(host: str, address: str, base_url: str | None) -> bool:
+    """Whether a request may be for `host`: on loopback, only for a loopback name or BASE_URL.
+
+    Otherwise a web page could have its own host name resolve to loopback (DNS rebinding).
+    """
+    if is_loopback(host) or not is_loopback(address):
+        return True
+    known = urlsplit(base_url or "").hostname or ""
+    return host.lower().rstrip(".").strip("[]") == known.rstrip(".")
 
 
 # Two lines, because some clients read only the first challenge of a line.
@@ -4822,6 +4998,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         self.close_connection = request.unread or not request.keeps_alive or server.closing
         self.wfile = self.output = io.BytesIO()
         self.answered: Response | None = None
+        self.rest: Iterator[bytes] | Events | None = None  # of the answer, if it is not in `wfile`
 
     # How every request is answered
 
@@ -4904,9 +5081,12 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         for name, value in response.headers.items():
             self.send_header(name, value)
         self.end_headers()
-        bodiless = self.command == "HEAD" or response.status in BODILESS
-        if isinstance(response.body, bytes) and not bodiless:
+        if self.command == "HEAD" or response.status in BODILESS:
+            return
+        if isinstance(response.body, bytes):
             self.wfile.write(response.body)
+        else:
+            self.rest = response.body
 
     def all_headers(self, response: Response) -> dict[str, str]:
         """Complete the headers of an answer."""
@@ -5090,7 +5270,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     def stream(self, pieces: Iterator[bytes], kind: str) -> Steps:
         """Answer with a long body. Its beginning is made before the head: that can still fail."""
-        first, ended = yield Blocking(lambda: take_turn(pieces))
+        first, ended = yield Turn(pieces)
         body = b"".join(first)
         whole = body if ended else itertools.chain([body], pieces)
         self.answer(Response(200, whole, {"Content-Type": kind}))
@@ -5236,12 +5416,9 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         attempt = functools.partial(send, document, url)
         delivery = yield Sending(lambda: outgoing(document, url, "page", attempt))
         delivery = self.server.record(delivery)
-        location = f"{self.base}/deliveries/{delivery.name}"
-        if is_form:
-            self.answer(Response(303, headers={"Location": location}))
-        else:
-            headers = {"Location": location}
-            self.answer(json_response(201, delivery.as_json(), headers=headers))
+        headers = {"Location": f"{self.base}/deliveries/{delivery.name}"}
+        created = json_response(201, delivery.as_json(), headers=headers)
+        self.answer(Response(303, headers=headers) if is_form else created)
 
     @property
     def is_user(self) -> bool:
@@ -5314,7 +5491,7 @@ def missing_is_404() -> Iterator[None]:
 # A `Connection` is one client and at most one request of its own: pipelined requests wait in
 # `Incoming` until the answer before has been sent. The event loop calls its methods `on_…`; each
 # ends in `proceed`, which does all that can be done without waiting. `Listeners` are connections
-# that wait for events. Everything here runs in the thread of the event loop.
+# that wait for events. Everything but `read_news` runs in the thread of the event loop.
 # Must not know: rules, pages, how a notification is stored.
 
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -5326,7 +5503,6 @@ GRACE = 0.5  # seconds before a slow client may be disconnected to make room for
 LINGER = 2.0
 GATHER = 0.05  # seconds in which events are gathered, so that listeners cost less than deliveries
 HEARTBEAT = 15.0  # seconds between comments in an event stream: sending shows who has left
-NEVER = math.inf
 
 
 class State(enum.Enum):
@@ -5357,7 +5533,6 @@ class Connection:
         self.incoming, self.output = Incoming(), bytearray()
         self.state, self.eof, self.used = State.IDLE, False, False
         self.events = 0  # what the selector looks for
-        self.stream: Iterator[bytes] | Events | None = None  # the rest of an answer
         self.expect_request()
 
     def enter(
@@ -5396,18 +5571,15 @@ class Connection:
             self.lose(error)
             return
         if not data:
-            self.on_end_of_input()
+            self.eof = True
+            if self.state in ATTENTIVE:
+                self.close()
+            ended = Problem(400, "the connection ended before the request did")
+            self.incoming.ended = self.incoming.ended or ended
         elif self.state is not State.LINGERING:
             self.incoming.data += data
             if self.state is State.IDLE:
                 self.expect_request()
-
-    def on_end_of_input(self) -> None:
-        self.eof = True
-        if self.state in ATTENTIVE:
-            self.close()
-        ended = Problem(400, "the connection ended before the request did")
-        self.incoming.ended = self.incoming.ended or ended
 
     def expect_request(self) -> None:
         """Begin to read a request."""
@@ -5478,8 +5650,11 @@ class Connection:
             self.resume(ConnectionAbortedError())
         elif isinstance(step, Pause):
             self.enter(State.PAUSING, step.seconds, functools.partial(self.on_result, None))
+        elif isinstance(step, Commit):
+            self.enter(State.COMMITTING, NEVER)
+            self.server.commit(step.body, self.on_result)
         else:
-            self.enter(State.COMMITTING if isinstance(step, Commit) else State.WORKING, NEVER)
+            self.enter(State.WORKING, NEVER)
             self.server.perform(step, self.on_result, self.is_wanted)
 
     def on_result(self, result: Any) -> None:
@@ -5494,11 +5669,6 @@ class Connection:
 
     def send_answer(self) -> None:
         """Send what the handler has written; the rest of the body may follow in chunks."""
-        if self.state is State.CLOSED:
-            return
-        answer, self.stream = self.handler.answered, None
-        if answer and self.handler.command != "HEAD" and not isinstance(answer.body, bytes):
-            self.stream = answer.body
         self.enter(State.WRITING, self.server.settings.REQUEST_TIMEOUT, self.on_stalled)
         self.send(self.handler.output.getvalue())
 
@@ -5519,12 +5689,13 @@ class Connection:
 
     def write_on(self) -> None:
         """Continue, after all output is sent, with the rest of the answer or the next request."""
-        if isinstance(self.stream, Events):
+        rest = self.handler.rest
+        if isinstance(rest, Events):
             self.enter(State.LISTENING, NEVER)
-            self.server.listeners.add(self, self.stream)
-        elif self.stream is not None:
+            self.server.listeners.add(self, rest)
+        elif rest is not None:
             self.enter(State.WORKING, NEVER)
-            turn = functools.partial(take_turn, self.stream)
+            turn = functools.partial(take_turn, rest)
             self.server.run_in(self.server.scans, turn, self.on_pieces)
         elif self.handler.close_connection or self.server.closing:
             self.end()
@@ -5567,7 +5738,7 @@ class Connection:
             self.watch()
 
     def end_chunks(self) -> None:
-        self.stream = None
+        self.handler.rest = None
         self.send(b"" if self.handler.request.is_http10 else b"0\r\n\r\n")
 
     # The end
@@ -5659,6 +5830,7 @@ class Listeners:
         self.server = server
         self.streams: dict[Connection, Events] = {}
         self.scheduled = self.rechecking = False
+        self.changed = False  # since the last reading began
         self.heartbeat = 0.0
 
     def add(self, connection: Connection, events: Events) -> None:
@@ -5673,6 +5845,7 @@ class Listeners:
 
     def on_change(self) -> None:
         """Read what is new, a little later: more may follow."""
+        self.changed = True
         if self.streams and not self.scheduled:
             self.scheduled = True
             self.server.call_later(GATHER, self.read)
@@ -5695,6 +5868,7 @@ class Listeners:
         return [connection for connection in self.streams if not connection.output]
 
     def read(self) -> None:
+        self.changed = False
         wanted = {self.streams[connection] for connection in self.ready()}
         news = functools.partial(read_news, self.server.deliveries, wanted)
         self.server.run_in(self.server.scans, news, self.on_news)
@@ -5711,8 +5885,9 @@ class Listeners:
                 data, place = news[events]
                 self.streams[connection] = events._replace(place=place)
                 connection.send_chunk(data)
-        if any(place != events.place for events, (_, place) in news.items()):
-            self.on_change()  # a listener that began in the past may have more to read
+        # A listener that began in the past may have more to read.
+        if self.changed or any(place != events.place for events, (_, place) in news.items()):
+            self.on_change()
 
 
 def read_news(log: DeliveryLog, wanted: Collection[Events]) -> dict[Events, tuple[bytes, Place]]:
@@ -5740,7 +5915,6 @@ def as_event(delivery: Delivery) -> bytes:
 # one batch of notifications is being synced to the disk, those that arrive form the next one.
 # Must not know: rules, pages.
 
-Then = Callable[[Any], None]  # takes the result of a function; an exception is a result too
 MAX_GATHER = 0.005  # seconds that a notification waits for others while the loop is busy
 STOP_WITHIN = 2.0  # seconds after `stop` in which clients may still take their answers
 PAUSE = 0.05  # seconds before looking for new connections again when there is no room
@@ -5768,15 +5942,7 @@ def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | No
     return context
 
 
-def result_of(function: Callable[[], Any]) -> Any:
-    """Call a function; returns the exception if it raises one."""
-    try:
-        return function()
-    except Exception as error:
-        return error
-
-
-class InboxServer(http.server.HTTPServer):
+class InboxServer(Loop, http.server.HTTPServer):
     """An inbox that listens as soon as it is made, and serves from `serve_forever` to `shutdown`.
 
     `server_close`, or the end of a `with` block, shuts it down and waits for the requests in
@@ -5791,18 +5957,10 @@ class InboxServer(http.server.HTTPServer):
         self.settings = settings
         self.allowed_origins = cors_origins(settings.CORS_ORIGINS)
         self.failures = Failures()
-        self.bugs: list[BaseException] = []  # there should be none
-        self.tasks: dict[Steps, str | None] = {}  # without a client, with a key; None: cancelled
-        # Long reads take turns in one thread. More threads would be no faster, and make the loop
-        # wait longer for the GIL.
-        self.pool, self.senders, self.scans = Pool(16), Pool(8), Pool(1)
         self.connections: dict[Connection, None] = {}
         self.next_deadline = NEVER  # of a connection; no later, but it may have moved meanwhile
         self.listeners = Listeners(self)
-        self.timers: list[tuple[float, int, Callable[[], None]]] = []
-        self.numbers = itertools.count()
-        self.mailbox: collections.deque[Callable[[], object]] = collections.deque()
-        self.closing = self.paused = False
+        self.paused = False
         self.arrived: list[tuple[bytes, Then]] = []  # to be stored by the next batch
         self.committing, self.commit_by = False, NEVER
         self.stopped = threading.Event()
@@ -5815,15 +5973,13 @@ class InboxServer(http.server.HTTPServer):
         with as_configuration_error(f"STORE_DIR {settings.STORE_DIR!r}", "a directory to write to"):
             self.ledger = Ledger(settings.STORE_DIR, settings.FSYNC)
         self.store, self.deliveries = self.ledger.store, self.ledger.log
-        self.selector = selectors.DefaultSelector()
-        self.bell, self.ringer = socket.socketpair()
+        Loop.__init__(self)
         address = f"HOST {settings.HOST!r}, PORT {settings.PORT}"
         with as_configuration_error(address, "an address of this machine and a port that is free"):
             # If it fails, it calls `server_close`, which needs all of the above.
-            super().__init__((settings.HOST, settings.PORT), InboxHandler)
-        for sock in (self.bell, self.ringer, *self.sockets):
+            http.server.HTTPServer.__init__(self, (settings.HOST, settings.PORT), InboxHandler)
+        for sock in self.sockets:
             sock.setblocking(False)
-        self.selector.register(self.bell, selectors.EVENT_READ, lambda events: self.bell.recv(4096))
         self.listen(True)
 
     def server_bind(self, attempts: int = 10) -> None:
@@ -5872,18 +6028,8 @@ class InboxServer(http.server.HTTPServer):
     def scheme(self) -> str:
         return "https" if self.tls else "http"
 
-    def answers_to(self, host: str) -> bool:
-        """Whether a request may be for `host`: on loopback, only for a loopback name or BASE_URL.
-
-        Otherwise a web page could have its own host name resolve to loopback (DNS rebinding).
-        """
-        if is_loopback(host) or not is_loopback(str(self.server_address[0])):
-            return True
-        known = urlsplit(self.settings.BASE_URL or "").hostname or ""
-        return host.lower().rstrip(".").strip("[]") == known.rstrip(".")
-
     def clear(self) -> None:
-        """Forget all deliveries, notifications, replies and simulated failures to come."""
+        """Forget all deliveries, notifications, replies and failures to come; in any thread."""
         self.post(self.cancel)
         self.ledger.clear()
         self.failures.clear()
@@ -5913,141 +6059,31 @@ class InboxServer(http.server.HTTPServer):
     # The loop
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Serve until `stop` or `shutdown`. Nothing is polled."""
+        """Serve until `stop` or `shutdown`. Nothing is polled, whatever `poll_interval` is."""
         self.stopped.clear()
         try:
             self.start(self.take_stock())
             while not self.closing or self.connections:
-                self.turn()
+                is_due = self.arrived and not self.committing
+                self.finish_turn(self.turn(0 if is_due else self.next_deadline))
         finally:
             self.drop_all()
             self.stopped.set()
 
-    def turn(self) -> None:
-        ready = self.selector.select(self.seconds_to_wait())
-        for key, events in ready:
-            self.guard(functools.partial(key.data, events))
+    def finish_turn(self, is_busy: bool) -> None:
+        """See to the connections whose time is over, and store what has gathered."""
         now = time.monotonic()
         if self.next_deadline <= now:
-            self.call_overdue(now)
-        while self.timers and self.timers[0][0] <= now:
-            self.guard(heapq.heappop(self.timers)[2])
-        for _ in range(len(self.mailbox)):
-            self.guard(self.mailbox.popleft())
+            for connection in [each for each in self.connections if each.deadline <= now]:
+                self.guard(connection.overdue)
+            self.next_deadline = min((each.deadline for each in self.connections), default=NEVER)
         # Clients that were just answered send their next notification at once. A turn that finds
         # nothing new shows that all have arrived; otherwise batches of one and of many alternate.
-        gathered = not ready or not self.store.fsync or now >= self.commit_by
+        gathered = not is_busy or not self.store.fsync or now >= self.commit_by
         if self.arrived and not self.committing and gathered:
             self.guard(self.commit_arrived)
 
-    def seconds_to_wait(self) -> float | None:
-        if self.mailbox or (self.arrived and not self.committing):
-            return 0
-        soonest = min(self.next_deadline, self.timers[0][0] if self.timers else NEVER)
-        return max(0, soonest - time.monotonic()) if soonest < NEVER else None
-
-    def call_overdue(self, now: float) -> None:
-        for connection in [each for each in self.connections if each.deadline <= now]:
-            self.guard(connection.overdue)
-        self.next_deadline = min((each.deadline for each in self.connections), default=NEVER)
-
-    def guard(self, task: Callable[[], object]) -> None:
-        """Run a task; a bug in it ends the connection that it is for, but not the loop."""
-        try:
-            task()
-        except Exception as error:
-            self.report_bug(error)
-            while isinstance(task, functools.partial):
-                task = task.func
-            connection = getattr(task, "__self__", None)
-            if isinstance(connection, Connection):
-                connection.close()
-
-    def report_bug(self, error: BaseException) -> None:
-        LOG.error("a bug of the inbox", exc_info=error)
-        self.bugs.append(error)
-
-    def post(self, task: Callable[[], object]) -> None:
-        """Have the loop run a task; for other threads and signal handlers."""
-        self.mailbox.append(task)
-        with contextlib.suppress(OSError):  # if the buffer is full, the loop will wake up anyway
-            self.ringer.send(b"!")
-
-    def call(self, function: Callable[[], Any]) -> Any:
-        """Run a function in the loop, and wait for what it returns; for other threads."""
-        results: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.post(lambda: results.put(function()))
-        return results.get(timeout=10)
-
-    def call_later(self, seconds: float, task: Callable[[], None]) -> None:
-        heapq.heappush(self.timers, (time.monotonic() + seconds, next(self.numbers), task))
-
-    # Work for other threads, and for later
-
-    def perform(self, step: Step, then: Then, wanted: Callable[[], bool]) -> None:
-        """Do what a generator waits for; the loop passes the result, or an exception, to `then`."""
-        if isinstance(step, Pause):
-            self.call_later(step.seconds, functools.partial(then, None))
-        elif isinstance(step, Commit):
-            self.commit(step.body, then)
-        elif isinstance(step, Scan):
-            self.scan(step.items, [], then, wanted)
-        else:
-            pool = self.senders if isinstance(step, Sending) else self.pool
-            self.run_in(pool, step.function, then)
-
-    def scan(
-        self, items: Iterator[Any], found: list[Any], then: Then, wanted: Callable[[], bool]
-    ) -> None:
-        """Take turns with other scans, as long as somebody wants the result."""
-
-        def on_turn(turn: Any) -> None:
-            if isinstance(turn, Exception):
-                then(turn)
-                return
-            found.extend(turn[0])
-            if turn[1]:
-                then(found)
-            elif self.closing:
-                then(Problem(503, "the inbox stops"))
-            elif wanted():
-                self.scan(items, found, then, wanted)
-            else:
-                then(ConnectionAbortedError())
-
-        self.run_in(self.scans, functools.partial(take_turn, items), on_turn)
-
-    def start(self, steps: Steps, key: str = "") -> None:
-        """Run a generator of steps that no client waits for; `key` is to cancel it by."""
-        self.tasks[steps] = key
-        self.resume(steps, None)
-
-    def resume(self, steps: Steps, result: Any) -> None:
-        if result is None and self.tasks[steps] is None:  # cancelled while it paused
-            steps.close()
-            del self.tasks[steps]
-            return
-        try:
-            step = advance(steps, result)
-        except StopIteration:
-            del self.tasks[steps]
-        else:
-            self.perform(step, functools.partial(self.resume, steps), lambda: True)
-
-    def cancel(self, key: str = "") -> None:
-        """Have the generators with a key, or with this one, end at their next pause."""
-        for steps, each in self.tasks.items():
-            if each and key in ("", each):
-                self.tasks[steps] = None
-
-    def run_in(self, pool: Pool, function: Callable[[], Any], then: Then) -> None:
-        """Run a function in a pool; the loop passes what it returns, or raises, to `then`."""
-        try:
-            pool.submit(lambda: self.post(functools.partial(then, result_of(function))))
-        except RuntimeError:
-            LOG.error("no thread can be started")
-            problem = Problem(503, "no thread can be started", {"Retry-After": "1"})
-            self.post(functools.partial(then, problem))
+    # Storing
 
     def commit(self, body: bytes, then: Then) -> None:
         """Store a body with the next batch."""
@@ -6148,7 +6184,10 @@ class InboxServer(http.server.HTTPServer):
     # The end
 
     def stop(self, within: float = STOP_WITHIN) -> None:
-        """Have `serve_forever` end: requests in flight have some seconds, all else ends at once."""
+        """Have `serve_forever` end: requests in flight have so many seconds, all else ends at once.
+
+        May be called by any thread, and again with less time. Does not wait.
+        """
         self.post(functools.partial(self.on_stop, within))
 
     def on_stop(self, within: float) -> None:
@@ -6166,7 +6205,7 @@ class InboxServer(http.server.HTTPServer):
             for sock in self.sockets:
                 sock.close()
             for connection in list(self.connections):
-                connection.on_stop()
+                self.guard(connection.on_stop)
         # A notification on its way to the disk still gets its answer, unless there is no time.
         spared = State.COMMITTING if within else None
         self.call_later(within, functools.partial(self.drop_all, spared))
@@ -6186,11 +6225,10 @@ class InboxServer(http.server.HTTPServer):
 
     def server_close(self) -> None:
         self.shutdown()
-        for sock in (self.socket, *self.sockets, self.bell, self.ringer):
+        for sock in (self.socket, *self.sockets):
             sock.close()
-        self.selector.close()
-        for pool in (self.pool, self.senders, self.scans, self.store.syncers):
-            pool.close()
+        self.close_loop()
+        self.store.syncers.close()
 
 
 # --- Test double ---------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ import operator
 import os
 import pathlib
 import re
+import runpy
 import select
 import shutil
 import signal
@@ -2044,6 +2045,12 @@ class SampleTest(unittest.TestCase):
                 self.assertEqual((document["origin"], document["target"]), (JOURNAL, REPOSITORY))
                 self.assertEqual(findings_of(document), [])
 
+    def test_the_service_that_answers_acts_for_itself(self) -> None:
+        other = {**JOURNAL, "id": "https://reviews.example.net/"}
+        document = coarinbox.sample("Accept", origin=other, in_reply_to=OFFER)
+        self.assertEqual((document["origin"], document["actor"]["id"]), (other, other["id"]))
+        self.assertEqual(findings_of(document), [])
+
     def test_an_answer_embeds_an_offer_between_the_same_services(self) -> None:
         for name in ("Accept", "Undo Offer"):
             document = coarinbox.sample(name, origin=JOURNAL, target=REPOSITORY)
@@ -3208,6 +3215,19 @@ class SyncTest(InboxTest):
         self.assertEqual(self.ask("GET", path_of(location)).body, BODY)
         self.assertEqual(len(files_in(self.server.store.directory)), 1)
 
+    def test_what_is_on_its_way_to_the_disk_at_the_end_is_still_answered(self) -> None:
+        released = threading.Event()
+        with unittest.mock.patch("os.fsync", lambda _: released.wait(10)):
+            with connect(self.server, post_to()) as syncing:
+                self.wait_until(lambda: bool(files_in(self.server.store.directory)))
+                head = post_head("Content-Length: 9", "Expect: 100-continue")
+                with connect(self.server, head) as begun:
+                    self.assertIn(b" 100 ", begun.recv(99))
+                    self.server.stop(within=0.01)
+                    self.assert_problem(answer_on(begun), 503)  # its time is over
+                released.set()
+                self.assertEqual(answer_on(syncing).status, 201)
+
     def test_others_are_served_while_a_file_is_synced(self) -> None:
         released = threading.Event()
         with unittest.mock.patch("os.fsync", lambda _: released.wait(10)):
@@ -3559,6 +3579,21 @@ class DeliveryLogTest(DeliveriesTest):
         with Listener(self.server, f"/deliveries?since={newest}"):
             self.assertLess(tracemalloc.get_traced_memory()[1], 100_000_000)
 
+    def test_a_body_that_was_removed_is_missing(self) -> None:
+        path = path_of(self.post().headers["Location"])
+        body = path.replace("/inbox/", "/deliveries/") + "/body"
+        self.assertEqual(self.ask("GET", body).body, BODY)
+        self.assertEqual(self.ask("DELETE", path).status, 204)
+        problem = self.assert_problem(self.ask("GET", body), 404)
+        self.assertIn("no longer stored", problem["detail"])
+
+    def test_of_a_long_conversation_the_newest_are_shown_and_what_they_answer(self) -> None:
+        for document in (OFFER, *[ACCEPT] * 60):
+            self.post(document)
+        names = self.names()
+        page = self.ask("GET", f"/deliveries/{names[0]}", headers=HTML).body.decode()
+        self.assertEqual([name for name in names if name in page], [*names[:50], names[-1]])
+
 
 class DeliveryLogFaultTest(DeliveriesTest):
     errors_expected = True
@@ -3574,6 +3609,16 @@ class DeliveryLogFaultTest(DeliveriesTest):
         self.path.rmdir()
         self.assert_serves()
         self.assertEqual(self.statuses(), [201])
+
+    def test_listeners_outlast_a_log_that_cannot_be_read(self) -> None:
+        with unittest.mock.patch.multiple("coarinbox", RECHECK=0.02, GATHER=0):
+            with Listener(self.server) as listener:
+                self.path.mkdir()
+                reported = "the log of deliveries cannot be read"
+                self.wait_until(lambda: reported in "".join(self.log_lines()))
+                self.path.rmdir()
+                self.assert_serves()
+                self.assertEqual(listener.event().data["status"], 201)
 
     @unittest.skipUnless(hasattr(os, "mkfifo"), "this system has no named pipes")
     def test_what_is_planted_in_its_place_leads_nowhere(self) -> None:
@@ -3797,6 +3842,52 @@ class EventsTest(DeliveriesTest):
                 self.post(REFUSED)
                 expected.insert(0, self.names()[0])
             self.assertEqual([listener.event().id for _ in range(5)], expected[::-1])
+
+    def test_what_comes_while_the_log_is_read_comes_at_once(self) -> None:
+        read_news, begun, posted = coarinbox.read_news, threading.Event(), threading.Event()
+
+        def read_slowly(*arguments: Any) -> Any:
+            news = read_news(*arguments)
+            begun.set()
+            self.assertTrue(posted.wait(10))
+            return news
+
+        with unittest.mock.patch.multiple("coarinbox", RECHECK=60, read_news=read_slowly):
+            listener = self.listen()
+            self.assertTrue(begun.wait(10))
+            self.post()
+            posted.set()
+            self.assertEqual(listener.event().data["status"], 201)
+
+    def test_one_that_comes_while_the_log_is_read_misses_nothing(self) -> None:
+        """Its beginning is sought before the log is read for others, and known afterwards."""
+        self.post()
+        read_news, log = coarinbox.read_news, self.server.deliveries
+        place_after = log.place_after
+        begun, others, joined = threading.Event(), threading.Event(), threading.Event()
+
+        def place_later(query: coarinbox.Query) -> Iterator[Any]:
+            begun.set()
+            self.assertTrue(others.wait(10))
+            yield from place_after(query)
+
+        def read_slowly(*arguments: Any) -> Any:
+            if others.is_set():
+                self.assertTrue(joined.wait(10))
+            return read_news(*arguments)
+
+        self.listen()
+        with unittest.mock.patch("coarinbox.read_news", read_slowly):
+            with unittest.mock.patch.object(log, "place_after", place_later):
+                with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                    late = pool.submit(self.listen, "/deliveries?since=2020-01-01")
+                    self.assertTrue(begun.wait(10))
+                    self.post(REFUSED)
+                    others.set()
+                    listener = late.result()
+            self.ask("GET", "/health")  # by now it is among the listeners
+            joined.set()
+            self.assertEqual([listener.event().id for _ in range(2)], self.names()[::-1])
 
     def test_what_another_inbox_on_the_same_store_gets_comes_too(self) -> None:
         listener = self.listen()
@@ -7178,6 +7269,24 @@ class AutoReplyTest(unittest.TestCase):
             late = [each.pattern for each in sent if each.target.endswith("/late")]
             self.assertEqual((late, len(partner.received)), (["Accept"], 3))
 
+    def test_undo_offer_leaves_the_replies_to_other_offers_alone(self) -> None:
+        arrived, undone = threading.Semaphore(0), threading.Event()
+
+        def answer_late() -> Iterator[bytes]:
+            arrived.release()
+            undone.wait(10)
+            yield CREATED
+
+        with receiving(answer_late) as partner, replying("Accept", "Reject") as inbox:
+            offer, other = (offer_between(partner.url, inbox.url) for _ in range(2))
+            for document in (offer, other):
+                coarinbox.send(document, inbox.url)
+                self.assertTrue(arrived.acquire(timeout=10))
+            coarinbox.send(coarinbox.reply(offer, "Undo Offer"), inbox.url)
+            undone.set()
+            counts = collections.Counter(each.about["inReplyTo"] for each in sent_by(inbox, 3))
+            self.assertEqual(counts, {offer["id"]: 1, other["id"]: 2})
+
     def test_without_a_thread_no_reply_is_sent(self) -> None:
         with replying("Accept") as inbox, receiving(CREATED) as receiver:
             offer = offer_between(receiver.url, inbox.url)
@@ -7267,7 +7376,7 @@ class SendAgainTest(DeliveriesTest):
             ({"to": "ftp://a.example/"}, "", 400), ({"to": "/inbox"}, "", 400),
             ({"to": "file:///etc/passwd"}, "", 400), ({"to": [self.url]}, "", 400),
             ({"to": self.url.replace("//", "//user:secret@")}, "", 400),
-            ({"to": self.url, "two": 2}, "", 400),
+            ({"to": self.url, "two": 2}, "", 400), ({"to": self.url, "pattern": 5}, "", 400),
             ({"to": self.url}, missing, 404), ({"to": self.url}, "x", 404),
             ({"to": self.url, "pattern": "Accept"}, accept, 409),
             ({"to": self.url, "pattern": "Accept"}, broken, 409),
@@ -7286,6 +7395,14 @@ class SendAgainTest(DeliveriesTest):
         self.assertEqual(self.receiver.received, [])
         self.assertEqual(len(self.deliveries()), 3)  # no attempt is a delivery itself
         self.assertNotIn(b"secret", self.path.read_bytes())
+
+    def test_a_reply_to_a_service_that_is_only_named(self) -> None:
+        offer = changed(OFFER, "origin", REPOSITORY["id"])
+        self.assertEqual(self.post(offer).status, 400)
+        answer = self.send({"to": self.url, "pattern": "Accept"}, self.names()[0])
+        self.assertEqual(answer.json()["status"], 201)
+        replied = json.loads(self.receiver.received.pop().body)
+        self.assertEqual(replied["target"], REPOSITORY["id"])
 
     def test_whatever_became_of_it_is_the_answer(self) -> None:
         nobody = self.send({"to": f"http://127.0.0.1:{free_port()}/"}).json()
@@ -7664,6 +7781,30 @@ class ScarcityTest(InboxTest):
             deaf.recv(1)  # the answer has begun
         self.assert_serves()
 
+    def test_clients_in_a_simulated_delay_make_room(self) -> None:
+        self.grant(0.05)
+        first, second = (self.connect(post_to("?delay=60")) for _ in range(2))
+        self.assert_serves()
+        answer = answer_on(first)
+        self.assertIn("MAX_CONNECTIONS", self.assert_problem(answer, 503)["detail"])
+        self.assertEqual(answer.headers["Connection"], "close")
+        second.setblocking(False)
+        with self.assertRaises(BlockingIOError):  # one was enough
+            second.recv(1)
+
+    def test_the_end_may_come_while_there_is_no_room(self) -> None:
+        self.grant(60)
+        head = post_head(f"Content-Length: {len(BODY)}", "Expect: 100-continue")
+        begun = [self.connect(head) for _ in range(2)]
+        for connection in begun:
+            self.assertIn(b" 100 ", connection.recv(99))
+        with unittest.mock.patch("coarinbox.PAUSE", 0):
+            self.server.stop()
+            self.wait_until(lambda: not can_connect(address(self.server)))
+            for connection in begun:
+                connection.sendall(BODY)
+                self.assertEqual(answer_on(connection).status, 201)
+
     def test_requests_that_have_just_begun_do_not(self) -> None:
         self.grant(60)
         head = post_head(f"Content-Length: {len(BODY)}", "Expect: 100-continue")
@@ -7821,11 +7962,41 @@ class BugTest(InboxTest):
         self.assert_serves()
         self.assertIsInstance(self.server.bugs[0], ZeroDivisionError)
 
+    def test_a_line_break_in_a_header_does_not_split_the_answer(self) -> None:
+        for line_break in ("\r\n", "\n", "\r"):
+            with unittest.mock.patch("coarinbox.ACCEPT_POST", f"x{line_break}Set-Cookie: y"):
+                answer = self.ask("OPTIONS", "/inbox")
+            self.assert_problem(answer, 500)
+            self.assertNotIn("Set-Cookie", answer.headers)
+            self.assertIsInstance(self.server.bugs.pop(), ValueError)
+
+    def test_a_bug_in_the_middle_of_an_answer_cuts_it_off(self) -> None:
+        def select(*_: object) -> Iterator[tuple[coarinbox.Delivery, bytes]]:
+            yield coarinbox.Delivery(), b"{}"
+            raise ZeroDivisionError
+
+        with unittest.mock.patch.object(self.server.deliveries, "select_lines", select):
+            with unittest.mock.patch("coarinbox.TURN", 0):  # the beginning is sent by itself
+                with self.assertRaises(http.client.IncompleteRead):
+                    self.ask("GET", "/deliveries")
+        self.assertIsInstance(self.server.bugs[0], ZeroDivisionError)
+        self.assert_serves()
+
     def test_a_bug_outside_of_requests_ends_the_connection(self) -> None:
         with unittest.mock.patch("coarinbox.InboxHandler.respond", side_effect=ValueError("odd")):
             self.assertEqual(raw(self.server, get_head()), [])
         self.assertEqual([str(bug) for bug in self.server.bugs], ["odd"])
         self.assert_serves()
+
+    def test_a_bug_at_the_end_does_not_prevent_it(self) -> None:
+        def on_stop(connection: Any) -> None:
+            raise ValueError("odd")
+
+        with unittest.mock.patch("coarinbox.Connection.on_stop", on_stop):
+            with connect(self.server) as idle:
+                self.assert_serves()  # the idle connection has been accepted, too
+                self.server.stop()
+                self.assertEqual(idle.recv(1), b"")
 
 
 class DepartureTest(InboxTest):
@@ -7843,6 +8014,21 @@ class DepartureTest(InboxTest):
         (delivery,) = self.ask("GET", "/deliveries").json()["deliveries"]
         self.assertEqual((delivery["status"], delivery["simulated"]), (0, True))
         self.assertEqual(self.stored(), [])
+
+    def test_a_search_for_a_client_that_has_left_ends(self) -> None:
+        def find_nothing(*_: object) -> Iterator[None]:
+            return itertools.repeat(None)
+
+        endless: Any = {"select": find_nothing, "select_lines": find_nothing}
+        with unittest.mock.patch.multiple(self.server.deliveries, **endless):
+            for kind in ("text/html", "application/json"):
+                head = get_head(f"Accept: {kind}", target="/deliveries?q=x")
+                with connect(self.server, head) as connection:
+                    connection.shutdown(socket.SHUT_WR)
+                    while connection.recv(65536):
+                        pass
+        self.assertIn("the client has left", "".join(self.log_lines()))
+        self.assert_serves()
 
     def test_a_client_that_sends_on_during_a_delay_is_disconnected(self) -> None:
         """Nobody reads what it sends, so that its leaving would go unnoticed."""
@@ -7885,6 +8071,14 @@ class ShortWriteTest(InboxTest):
         name = path_of(self.post().headers["Location"])[7:]
         listed = self.ask("GET", "/deliveries").json()["deliveries"]
         self.assertEqual([each["name"] for each in listed], [name])
+
+    def test_what_cannot_be_logged_is_adopted_once(self) -> None:
+        name = coarinbox.new_name()
+        pathlib.Path(self.server.store.directory, f"{name}.json").write_bytes(BODY)
+        with self.disk_that_cuts(b'{"name"'):
+            first, second = (self.ask("GET", f"/deliveries/{name}").json() for _ in range(2))
+        self.assertEqual((first["name"], first), (name, second))
+        self.assertEqual("".join(self.log_lines()).count("not be logged"), 1)
 
     @contextlib.contextmanager
     def disk_that_cuts(self, start: bytes) -> Iterator[None]:
@@ -7942,6 +8136,19 @@ class ManyTest(InboxTest):
             self.assertEqual(answer.headers["Transfer-Encoding"], "chunked")
             self.assertEqual(answer.headers["Connection"], "keep-alive")
             self.assertEqual(ask_on(connection, "POST", "/inbox", ACCEPT).status, 201)
+
+    def test_one_thread_reads_them_all(self) -> None:
+        """Several would make the loop wait for the interpreter's lock."""
+        take_turn, threads = coarinbox.take_turn, set()
+
+        def take_turn_here(items: Any) -> Any:
+            threads.add(threading.get_ident())
+            return take_turn(items)
+
+        with unittest.mock.patch("coarinbox.take_turn", take_turn_here):
+            for path in ("/inbox", "/deliveries", "/deliveries?q=x", "/"):
+                self.assertEqual(self.ask("GET", path).status, 200)
+        self.assertEqual(len(threads), 1)
 
     def test_a_long_list_for_clients_that_know_no_chunks(self) -> None:
         with connect(self.server, b"GET /inbox HTTP/1.0\r\nConnection: keep-alive\r\n\r\n") as old:
@@ -8091,6 +8298,40 @@ class TlsTest(ProgramTest):
                     with secure.makefile("rb") as stream:
                         for _ in range(2):
                             self.assertEqual(read_answer(stream.readline(), stream).status, 400)
+
+    def test_a_client_that_breaks_the_encryption_is_disconnected(self) -> None:
+        """Even while a thread works for it, which then works for nobody."""
+        name, open_file = coarinbox.new_name(), os.open
+        begun, gone = threading.Event(), threading.Event()
+
+        def open_later(path: Any, *arguments: Any, **more: Any) -> int:
+            if str(path).endswith(f"{name}.json"):
+                begun.set()
+                self.assertTrue(gone.wait(10))
+            return open_file(path, *arguments, **more)
+
+        def wait_for(text: str) -> None:
+            deadline = time.monotonic() + 10
+            while text not in "".join(log):
+                self.assertLess(time.monotonic(), deadline, log)
+                time.sleep(0)
+
+        context = ssl.create_default_context(cafile=self.certificate)
+        with contextlib.ExitStack() as stack:
+            server = stack.enter_context(serving(SSL_CERT=self.certificate, SSL_KEY=self.key))
+            pathlib.Path(server.store.directory, f"{name}.json").write_bytes(BODY)
+            stack.enter_context(unittest.mock.patch("os.open", open_later))
+            log = stack.enter_context(self.assertLogs("coarinbox", "INFO")).output
+            connection = stack.enter_context(socket.create_connection(address(server), timeout=10))
+            secure = context.wrap_socket(connection, server_hostname="localhost")
+            stack.enter_context(secure)
+            secure.sendall(get_head("Accept: text/html", target=f"/inbox/{name}"))
+            self.assertTrue(begun.wait(10))
+            socket.socket.send(secure, b"not encrypted")
+            wait_for("connection lost")
+            gone.set()
+            wait_for(f"GET /inbox/{name}")
+            self.assertEqual("".join(log).count("connection lost"), 1)
 
     def test_old_versions_of_the_protocol_are_refused(self) -> None:
         hello = b"\x03\x02" + bytes(32) + b"\x00" + b"\x00\x02\x00\x2f" + b"\x01\x00"  # TLS 1.1
@@ -8525,6 +8766,31 @@ class StandardErrorTest(ProgramTest):
             process.terminate()
             self.assertEqual(process.wait(6), 0)
 
+    def test_what_is_written_late_is_written_whole(self) -> None:
+        """Standard error takes nothing until the log has ended, which does not wait for it."""
+        begun, released, before = threading.Event(), threading.Event(), threading.active_count()
+
+        class Slow(io.StringIO):
+            def write(self, text: str) -> int:
+                begun.set()
+                released.wait(10)
+                return super().write(text)
+
+        logger = logging.getLogger("coarinbox")
+        with unittest.mock.patch("sys.stderr", Slow()) as stderr:
+            with unittest.mock.patch("time.monotonic", itertools.count().__next__):
+                with coarinbox.log_to_stderr():
+                    logger.info("first")
+                    self.assertTrue(begun.wait(10))
+                    logger.info("second")
+            released.set()
+            deadline = time.monotonic() + 10
+            while threading.active_count() > before:
+                self.assertLess(time.monotonic(), deadline)
+                time.sleep(0)
+        lines = [line.split()[-1] for line in stderr.getvalue().splitlines()]
+        self.assertEqual(lines, ["first", "second"])
+
     def counts_the_dropped(self, log: bytes) -> bool:
         lines = (line for line in log.splitlines() if b"dropped" in line)
         return any(
@@ -8556,6 +8822,27 @@ class FullHouseTest(InboxTest):
                     self.assertTrue(answer.headers["Retry-After"].isdecimal())
         self.assert_serves()
         self.assertEqual(self.ask("GET", "/inbox").status, 200)
+
+    def test_requests_wait_for_the_threads_that_there_are(self) -> None:
+        name, open_file = coarinbox.new_name(), os.open
+        pathlib.Path(self.server.store.directory, f"{name}.json").write_bytes(BODY)
+        begun, released = threading.Event(), threading.Event()
+
+        def open_later(path: Any, *arguments: Any, **more: Any) -> int:
+            if str(path).endswith(f"{name}.json"):
+                begun.set()
+                self.assertTrue(released.wait(10))
+            return open_file(path, *arguments, **more)
+
+        error, head = RuntimeError("can't start new thread"), get_head(target=f"/inbox/{name}")
+        with unittest.mock.patch("os.open", open_later), connect(self.server, head) as first:
+            self.assertTrue(begun.wait(10))
+            with unittest.mock.patch("threading.Thread.start", side_effect=error) as start:
+                with connect(self.server, head) as second:
+                    self.wait_until(lambda: start.called)
+                    released.set()
+                    for connection in (first, second):
+                        self.assertEqual(answer_on(connection).body, BODY)
 
 
 class OtherSitesTest(InboxTest):
@@ -8675,10 +8962,11 @@ class SharedStoreTest(DeliveriesTest):
         return list(ask(server, "GET", "/deliveries").json()["deliveries"])
 
     def test_one_that_was_added_later_is_adopted_when_somebody_asks_for_it(self) -> None:
-        (self.path.parent / f"{self.name}.json").write_bytes(BODY)
+        name = coarinbox.new_name()
+        (self.path.parent / f"{name}.json").write_bytes(BODY)
         for _ in range(2):
-            self.assertTrue(self.ask("GET", f"/deliveries/{self.name}").json()["time"])
-        self.assertEqual([line["name"] for line in self.lines()], [self.name])
+            self.assertTrue(self.ask("GET", f"/deliveries/{name}").json()["time"])
+        self.assertEqual([line["name"] for line in self.lines()], [name])
 
     def test_followers_of_a_log_that_is_replaced_or_cut_begin_anew(self) -> None:
         for _ in range(3):
@@ -8733,6 +9021,44 @@ class AddressTest(unittest.TestCase):
         with unittest.mock.patch("socket.create_server", create_later):
             with serving(HOST="localhost") as server:
                 self.assertEqual(ask(server, "POST", "/inbox", ACCEPT).status, 201)
+
+    @unittest.skipUnless(has_ipv6(), "there is no IPv6")
+    def test_a_port_that_was_asked_for_must_be_free_on_both_loopbacks(self) -> None:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as other:
+            port = other.getsockname()[1]
+            with self.assertRaisesRegex(coarinbox.ConfigurationError, f"PORT {port}: .* is free"):
+                with serving(HOST="localhost", PORT=port):
+                    self.fail("it runs")
+
+    def test_without_ipv6_localhost_is_one_loopback(self) -> None:
+        bind = socket.socket.bind
+
+        def bind_ipv4(sock: socket.socket, where: Any) -> None:
+            if sock.family == socket.AF_INET6:
+                raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+            bind(sock, where)
+
+        with unittest.mock.patch("socket.socket.bind", bind_ipv4):
+            with serving(HOST="localhost") as server:
+                self.assertEqual(ask(server, "POST", "/inbox", ACCEPT).status, 201)
+
+    def test_no_other_program_may_take_the_port(self) -> None:
+        """Windows would let it, but for an option; here, another one stands for it."""
+        option, create = socket.SO_KEEPALIVE, not hasattr(socket, "SO_EXCLUSIVEADDRUSE")
+        with unittest.mock.patch("socket.SO_EXCLUSIVEADDRUSE", option, create=create):
+            with serving() as server:
+                self.assertTrue(server.socket.getsockopt(socket.SOL_SOCKET, option))
+
+    def test_only_the_process_that_runs_an_inbox_ends_it(self) -> None:
+        context = coarinbox.running()
+        inbox = context.__enter__()
+        directory = inbox.server.store.directory
+        self.addCleanup(shutil.rmtree, directory)
+        self.addCleanup(inbox.server.server_close)
+        with unittest.mock.patch("os.getpid", return_value=0):
+            context.__exit__(None, None, None)
+        self.assertEqual(send(inbox.server.base + "/inbox").status, 201)
+        self.assertEqual(len(files_in(directory)), 1)
 
     @unittest.skipUnless(hasattr(os, "fork"), "this system has no fork")
     def test_a_child_leaves_the_inbox_of_its_parent_alone(self) -> None:
@@ -8923,6 +9249,20 @@ class CommitTest(InboxTest):
             self.assertEqual(self.post_together(*range(8)), [500] * 8)
         self.assert_serves()
 
+    def test_without_another_thread_one_syncs_them_all(self) -> None:
+        self.assertEqual(self.ask("GET", "/inbox").status, 200)  # which starts one
+        start = threading.Thread.start
+
+        def start_others(thread: threading.Thread) -> None:
+            if thread.daemon:  # it is one of the inbox
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        with unittest.mock.patch("threading.Thread.start", start_others):
+            with self.disk(lambda _: 0) as synced:
+                self.assertEqual(self.post_together(*range(8)), [201] * 8)
+        self.assertLess(synced.count(stat.S_IFDIR), 8)
+
     @unittest.skipUnless(shutil.which("nsenter"), "making a small disk needs util-linux")
     def test_a_small_disk_takes_what_it_can(self) -> None:
         with tempfile.TemporaryDirectory() as directory:
@@ -8997,6 +9337,13 @@ class StartAndEndTest(ProgramTest):
                 commands.append(["--port", "0", "--config", path.name])
         for done in self.run_all(*commands):
             self.assertNotIn("Traceback", done.stderr, done.args[-1])
+
+    def test_the_oldest_python_is_named(self) -> None:
+        with unittest.mock.patch("sys.version_info", (3, 8, 20)):
+            with self.assertRaises(SystemExit) as caught:
+                runpy.run_path(str(MODULE))
+        expected = "coarinbox needs Python 3.9 or later, and this is 3.8"
+        self.assertEqual(caught.exception.code, expected)
 
     def test_a_python_that_is_too_old_is_told_so(self) -> None:
         """Before 3.8, that is with the line that such a Python cannot read."""
