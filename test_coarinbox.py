@@ -8299,39 +8299,50 @@ class TlsTest(ProgramTest):
                         for _ in range(2):
                             self.assertEqual(read_answer(stream.readline(), stream).status, 400)
 
+    def test_a_body_of_many_records(self) -> None:
+        """TLS sends 16 KiB at most at once."""
+        document = changed(ACCEPT, "summary", "x" * 900_000)
+        context = ssl.create_default_context(cafile=self.certificate)
+        with coarinbox.running(SSL_CERT=self.certificate, SSL_KEY=self.key) as inbox:
+            where = address(inbox.server)
+            connection = http.client.HTTPSConnection(*where, timeout=10, context=context)
+            with contextlib.closing(connection):
+                self.assertEqual(ask_on(connection, "POST", "/inbox", document).status, 201)
+            self.assertEqual(inbox.notifications, [document])
+
     def test_a_client_that_breaks_the_encryption_is_disconnected(self) -> None:
         """Even while a thread works for it, which then works for nobody."""
-        name, open_file = coarinbox.new_name(), os.open
-        begun, gone = threading.Event(), threading.Event()
+        begun, gone = threading.Semaphore(0), threading.Semaphore(0)
 
-        def open_later(path: Any, *arguments: Any, **more: Any) -> int:
-            if str(path).endswith(f"{name}.json"):
-                begun.set()
-                self.assertTrue(gone.wait(10))
-            return open_file(path, *arguments, **more)
-
-        def wait_for(text: str) -> None:
-            deadline = time.monotonic() + 10
-            while text not in "".join(log):
-                self.assertLess(time.monotonic(), deadline, log)
-                time.sleep(0)
+        def search(*_: object) -> Iterator[None]:
+            yield None
+            begun.release()
+            self.assertTrue(gone.acquire(timeout=10))
 
         context = ssl.create_default_context(cafile=self.certificate)
         with contextlib.ExitStack() as stack:
             server = stack.enter_context(serving(SSL_CERT=self.certificate, SSL_KEY=self.key))
-            pathlib.Path(server.store.directory, f"{name}.json").write_bytes(BODY)
-            stack.enter_context(unittest.mock.patch("os.open", open_later))
+            stack.enter_context(unittest.mock.patch("coarinbox.TURN", 0))
+            slow: Any = {"select": search, "select_lines": search}
+            stack.enter_context(unittest.mock.patch.multiple(server.deliveries, **slow))
             log = stack.enter_context(self.assertLogs("coarinbox", "INFO")).output
-            connection = stack.enter_context(socket.create_connection(address(server), timeout=10))
-            secure = context.wrap_socket(connection, server_hostname="localhost")
-            stack.enter_context(secure)
-            secure.sendall(get_head("Accept: text/html", target=f"/inbox/{name}"))
-            self.assertTrue(begun.wait(10))
-            socket.socket.send(secure, b"not encrypted")
-            wait_for("connection lost")
-            gone.set()
-            wait_for(f"GET /inbox/{name}")
-            self.assertEqual("".join(log).count("connection lost"), 1)
+            for number, kind in enumerate(("text/html", "application/json"), 1):
+                connection = socket.create_connection(address(server), timeout=10)
+                secure = context.wrap_socket(connection, server_hostname="localhost")
+                stack.enter_context(secure)
+                secure.sendall(get_head(f"Accept: {kind}", target="/deliveries"))
+                self.assertTrue(begun.acquire(timeout=10))
+                socket.socket.send(secure, b"not encrypted")
+                deadline = time.monotonic() + 10
+                while "".join(log).count("connection lost") < number:
+                    self.assertLess(time.monotonic(), deadline, log)
+                    time.sleep(0)
+                gone.release(2)
+                other = http.client.HTTPSConnection(*address(server), timeout=10, context=context)
+                stack.callback(other.close)
+                self.assertEqual(ask_on(other, "GET", "/", headers=HTML).status, 200)
+                self.assertTrue(begun.acquire(timeout=10))
+            self.assertEqual("".join(log).count("connection lost"), 2, log)
 
     def test_old_versions_of_the_protocol_are_refused(self) -> None:
         hello = b"\x03\x02" + bytes(32) + b"\x00" + b"\x00\x02\x00\x2f" + b"\x01\x00"  # TLS 1.1
@@ -9052,13 +9063,14 @@ class AddressTest(unittest.TestCase):
     def test_only_the_process_that_runs_an_inbox_ends_it(self) -> None:
         context = coarinbox.running()
         inbox = context.__enter__()
-        directory = inbox.server.store.directory
+        url, directory = inbox.url, inbox.server.store.directory
         self.addCleanup(shutil.rmtree, directory)
         self.addCleanup(inbox.server.server_close)
+        self.assertEqual(send(url).status, 201)
         with unittest.mock.patch("os.getpid", return_value=0):
             context.__exit__(None, None, None)
-        self.assertEqual(send(inbox.server.base + "/inbox").status, 201)
-        self.assertEqual(len(files_in(directory)), 1)
+        self.assertEqual(send(url).status, 201)
+        self.assertEqual(len(files_in(directory)), 2)
 
     @unittest.skipUnless(hasattr(os, "fork"), "this system has no fork")
     def test_a_child_leaves_the_inbox_of_its_parent_alone(self) -> None:
