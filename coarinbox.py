@@ -3358,14 +3358,14 @@ def exchange(
 def open_socket(url: str, addresses: Sequence[str], deadline: float) -> socket.socket:
     """Connect to the host of a URL; another look-up of its addresses could lead elsewhere."""
     scheme, host, port = origin_of(url)
-    for left, address in zip(range(len(addresses), 0, -1), addresses):
-        try:
-            # Share the time, or one dead address would use up all of it.
-            sock = socket.create_connection((address, port), remaining(deadline) / left)
-            break
-        except OSError:
-            if left == 1:
-                raise
+    address, *others = addresses
+    try:
+        # Share the time, or one dead address would use up all of it.
+        sock = socket.create_connection((address, port), remaining(deadline) / len(addresses))
+    except OSError:
+        if others:
+            return open_socket(url, others, deadline)
+        raise
     # Otherwise the body waits until the receiver acknowledges the head.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.settimeout(remaining(deadline))
@@ -3569,16 +3569,16 @@ def answer_offer(
         client = delivery.client
         addresses = yield Sending(lambda: reply_addresses(url, client, proxied, settings))
         for pattern in settings.REPLIES:
-            yield Pause(settings.REPLY_DELAY)
             document = yield Sending(functools.partial(reply_to, offer, pattern, url))
             post_it = functools.partial(post, document, url, addresses)
             attempt = functools.partial(outgoing, document, url, "REPLIES", post_it)
-            for tries in itertools.count(1):
-                sent = record((yield Sending(attempt)))
-                seconds = retry_delay(tries, sent.status or None, sent.answer_headers)
-                if seconds is None:
-                    break
+            tries = 0
+            seconds: float | None = settings.REPLY_DELAY
+            while seconds is not None:
                 yield Pause(seconds)
+                sent = record((yield Sending(attempt)))
+                tries += 1
+                seconds = retry_delay(tries, sent.status or None, sent.answer_headers)
     except (SendError, ValueError, Problem) as error:
         about = {"inReplyTo": delivery.about.get("id", "")}
         record(Delivery(new_name(), direction="out", detail=str(error), about=about, via="REPLIES"))
@@ -5563,8 +5563,6 @@ class Connection:
     def receive(self) -> None:
         try:
             data = self.socket.recv(CHUNK)
-            while isinstance(self.socket, ssl.SSLSocket) and self.socket.pending():
-                data += self.socket.recv(CHUNK)  # the selector does not know of these bytes
         except WOULD_BLOCK:
             return
         except ConnectionError:
@@ -5648,9 +5646,7 @@ class Connection:
         except StopIteration:
             self.send_answer()
             return
-        if isinstance(step, Pause) and self.state is State.CLOSED:
-            self.resume(ConnectionAbortedError())
-        elif isinstance(step, Pause):
+        if isinstance(step, Pause):
             self.enter(State.PAUSING, step.seconds, functools.partial(self.on_result, None))
         elif isinstance(step, Commit):
             self.enter(State.COMMITTING, NEVER)
@@ -5713,8 +5709,6 @@ class Connection:
 
     def on_pieces(self, turn: Any) -> None:
         """Send what a turn has made of the body."""
-        if self.state is State.CLOSED:
-            return
         if isinstance(turn, (OSError, Problem)):
             LOG.error("the store failed: %s", turn)
         elif isinstance(turn, Exception):

@@ -3895,6 +3895,15 @@ class EventsTest(DeliveriesTest):
             ask(other, "POST", "/inbox", ACCEPT)
         self.assertEqual(listener.event().data["status"], 201)
 
+    def test_between_heartbeats_only_what_is_new_is_sent(self) -> None:
+        with unittest.mock.patch("coarinbox.HEARTBEAT", 60):
+            listener = self.listen()
+            listener.comment()
+            with serving(STORE_DIR=self.server.store.directory) as other:
+                ask(other, "POST", "/inbox", ACCEPT)
+            self.assertEqual(listener.stream.readline(), b"\n")  # the end of the comment
+            self.assertRegex(listener.stream.readline(), b"^id: ")
+
     def test_one_that_stops_reading_costs_nobody_anything(self) -> None:
         deaf = [self.listen() for _ in range(5)]
         large = changed(REFUSED, "summary", "x" * 900_000)
@@ -7298,6 +7307,15 @@ class AutoReplyTest(unittest.TestCase):
             self.assertEqual((out.status, receiver.received), (0, []))
             self.assertIn("no thread", out.detail)
             self.assertEqual(out.about["inReplyTo"], offer["id"])
+
+    def test_a_bug_surfaces_and_ends_the_replies_to_its_offer(self) -> None:
+        with self.assertLogs("coarinbox") as logged, self.assertRaises(RuntimeError) as caught:
+            with replying("Accept", "Reject") as inbox, receiving(CREATED) as receiver:
+                with unittest.mock.patch("coarinbox.retry_delay", side_effect=ZeroDivisionError):
+                    send(inbox.url, offer_between(receiver.url, inbox.url))
+                    self.assertEqual(sent_by(inbox, 1)[0].pattern, "Accept")
+        self.assertIsInstance(caught.exception.__cause__, ZeroDivisionError)
+        self.assertNotIn("dropped", "".join(logged.output))  # nothing was to come
 
     def test_the_inbox_forgets_what_is_still_to_come(self) -> None:
         with replying("Accept", REPLY_DELAY=0.02) as inbox, receiving(CREATED) as receiver:
