@@ -2149,7 +2149,7 @@ class Place(NamedTuple):
     """A position in the log: which file it is, and the offset of what is to be read next."""
 
     inode: int = 0
-    era: int = 0  # how often the log had been cleared: the next file may have the same inode
+    era: int = 0  # how often it was seen to begin anew: the next file may have the same inode
     offset: int = 0
 
 
@@ -2176,6 +2176,8 @@ class DeliveryLog:
             file = create_file(self.path, os.O_RDWR | os.O_APPEND)
             try:
                 size = os.fstat(file).st_size
+                if size < self.size:  # somebody has cut it, or removed it
+                    self.era += 1
                 if size != self.size and size:  # another process, or a torn line, was the last
                     os.lseek(file, -1, os.SEEK_END)
                     if os.read(file, 1) != b"\n":
@@ -2191,6 +2193,7 @@ class DeliveryLog:
         """Forget all deliveries."""
         with self.changed, contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
+        self.size = 0
         self.era += 1  # afterwards: a reader of the old file must not take it for the new one
 
     def end(self) -> Place:
