@@ -2146,14 +2146,14 @@ RECHECK = 1.0  # seconds after which those who follow the log look for changes b
 
 
 class Place(NamedTuple):
-    """A position in the log: which file it is, and the offset of what is to be read next."""
+    """A position in the log: how the file begins, and the offset of what is to be read next."""
 
-    inode: int = 0
-    era: int = 0  # how often it was seen to begin anew: the next file may have the same inode
+    beginning: bytes = b""  # with the name of a delivery; the next file may have the same inode
     offset: int = 0
 
 
 START = Place()
+BEGINNING = 64  # bytes of the log that tell it from another one
 
 
 class DeliveryLog:
@@ -2163,7 +2163,6 @@ class DeliveryLog:
         self.path = path
         self.changed = threading.Condition()  # for `follow`, which waits in other threads
         self.size = 0  # of the log after our last line
-        self.era = 0
 
     def open(self) -> IO[bytes]:
         return open(self.path, "rb", opener=open_file)
@@ -2176,8 +2175,6 @@ class DeliveryLog:
             file = create_file(self.path, os.O_RDWR | os.O_APPEND)
             try:
                 size = os.fstat(file).st_size
-                if size < self.size:  # somebody has cut it, or removed it
-                    self.era += 1
                 if size != self.size and size:  # another process, or a torn line, was the last
                     os.lseek(file, -1, os.SEEK_END)
                     if os.read(file, 1) != b"\n":
@@ -2193,14 +2190,11 @@ class DeliveryLog:
         """Forget all deliveries."""
         with self.changed, contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
-        self.size = 0
-        self.era += 1  # afterwards: a reader of the old file must not take it for the new one
 
     def end(self) -> Place:
         """Return the place after the last delivery so far."""
-        with contextlib.suppress(FileNotFoundError):
-            era, status = self.era, os.stat(self.path)
-            return Place(status.st_ino, era, status.st_size)
+        with contextlib.suppress(FileNotFoundError), self.open() as file:
+            return Place(file.read(BEGINNING), file.seek(0, os.SEEK_END))
         return START
 
     def read(self, place: Place) -> tuple[list[bytes], Place]:
@@ -2208,17 +2202,15 @@ class DeliveryLog:
 
         Begins anew at the start of the file if it has been replaced or cut since.
         """
-        era = self.era
         with contextlib.suppress(FileNotFoundError), self.open() as file:
-            status = os.fstat(file.fileno())
-            same = place[:2] == (status.st_ino, era) and place.offset <= status.st_size
-            offset = place.offset if same else 0
-            file.seek(offset)
+            beginning, size = file.read(BEGINNING), file.seek(0, os.SEEK_END)
+            same = place.beginning == beginning and place.offset <= size
+            offset = file.seek(place.offset if same else 0)
             data = file.read(BLOCK)
             if b"\n" not in data and len(data) == BLOCK:
                 data += file.readline(MAX_LINE)
             end = data.rfind(b"\n") + 1
-            return data[:end].split(b"\n")[:-1], Place(status.st_ino, era, offset + end)
+            return data[:end].split(b"\n")[:-1], Place(beginning, offset + end)
         return [], START
 
     def follow(self, deadline: float) -> Iterator[Delivery]:
@@ -5761,8 +5753,6 @@ class Connection:
         self.close()
 
     def close(self) -> None:
-        if self.state is State.CLOSED:
-            return
         paused, self.state = self.state is State.PAUSING, State.CLOSED
         self.watch()
         self.server.listeners.remove(self)

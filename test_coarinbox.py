@@ -8990,6 +8990,27 @@ class SharedStoreTest(DeliveriesTest):
     def listed_by(self, server: Any) -> list[Any]:
         return list(ask(server, "GET", "/deliveries").json()["deliveries"])
 
+    def test_an_inbox_that_is_emptied_while_it_looks_around_adopts_nothing(self) -> None:
+        names, looking, emptied = coarinbox.Store.names, threading.Event(), threading.Event()
+
+        def names_later(store: coarinbox.Store) -> list[str]:
+            found = names(store)
+            if not looking.is_set():  # at the start
+                looking.set()
+                self.assertTrue(emptied.wait(10))
+            return found
+
+        with tempfile.TemporaryDirectory() as store, contextlib.ExitStack() as stack:
+            (pathlib.Path(store) / f"{self.name}.json").write_bytes(BODY)
+            stack.enter_context(unittest.mock.patch.object(coarinbox.Store, "names", names_later))
+            server = stack.enter_context(serving(STORE_DIR=store))
+            self.assertTrue(looking.wait(10))
+            self.assertEqual(ask(server, "DELETE", "/inbox").status, 204)
+            emptied.set()
+            # This scan has its turn after the one that was delayed.
+            self.assertEqual(self.listed_by(server), [])
+            self.assertEqual(files_in(store), [])
+
     def test_one_that_was_added_later_is_adopted_when_somebody_asks_for_it(self) -> None:
         name = coarinbox.new_name()
         (self.path.parent / f"{name}.json").write_bytes(BODY)
