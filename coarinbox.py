@@ -30,7 +30,7 @@ Four words mean different things. A *finding* is something wrong with a notifica
 that could be better. A *problem* is an answer with an HTTP error (RFC 9457). A *simulated failure*
 is an error that a test asked for. A *bug* is a fault of this program.
 
-Each section uses only those above it. The exception is `InboxHandler`, which calls its server.
+Each section uses only those above it, but `InboxHandler` and `Connection` call their server.
 
     notifications   JSON and URIs, Patterns and hints, Rules, Validation, Samples and replies
     configuration   Settings
@@ -6658,6 +6658,8 @@ def run(server: InboxServer) -> None:
     with server:
         for number in STOP_SIGNALS:
             signal.signal(number, stop)
+        # A signal may reach another thread; this wakes up the loop, and Python calls `stop` there.
+        signal.set_wakeup_fd(server.ringer.fileno(), warn_on_full_buffer=False)
         lines = [
             f"coarinbox {__version__}",
             "address     {} port {}".format(*server.server_address[:2]),
@@ -6670,6 +6672,7 @@ def run(server: InboxServer) -> None:
             handler.flush()  # what was logged before comes first
         print("\n".join(lines), file=sys.stderr)
         server.serve_forever()
+        signal.set_wakeup_fd(-1)
 
 
 class StderrHandler(logging.Handler):
