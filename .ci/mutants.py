@@ -40,7 +40,7 @@ DATA = ROOT / ".ci/work/coverage"
 MODULE = "coarinbox.py"
 NEEDED = 0.8
 LEFT_OUT = "BrowserTest"  # takes half a minute for each mutant
-TEST_LIMIT = "10"  # seconds for one test of a mutant,
+TEST_LIMIT = "20"  # seconds for one test of a mutant,
 LIMIT = 90  # and for all of them
 WORKERS = os.cpu_count() or 1
 UNITTESTS = (sys.executable, str(ROOT / ".ci/unittests.py"))
@@ -162,7 +162,8 @@ def try_mutants(queue: Queue, tests: dict[int, list[str]], end: float) -> dict[M
         while queue and time.monotonic() < end:
             mutant = queue.popleft()
             (copy / MODULE).write_bytes(mutant.apply(source))
-            names = tests.get(mutant.line, tests[0])
+            # All tests have just passed in another session; here, some show that the copy works.
+            names = tests[0][:150] if mutant is UNCHANGED else tests.get(mutant.line, tests[0])
             passed[mutant], _ = run([*UNITTESTS, "--failfast", *names], LIMIT, copy)
             if passed[mutant] and mutant is not UNCHANGED:
                 sys.stdout.write(mutant.describe(source) + "\n")
