@@ -6671,8 +6671,10 @@ def run(server: InboxServer) -> None:
         for handler in LOG.handlers:
             handler.flush()  # what was logged before comes first
         print("\n".join(lines), file=sys.stderr)
-        server.serve_forever()
-        signal.set_wakeup_fd(-1)
+        try:
+            server.serve_forever()
+        finally:
+            signal.set_wakeup_fd(-1)  # before its number is that of another file
 
 
 class StderrHandler(logging.Handler):
