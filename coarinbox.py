@@ -6695,20 +6695,20 @@ class StderrHandler(logging.Handler):
             self.dropped += 1
 
     def write_lines(self) -> None:
-        while (line := self.lines.get()) is not None:
+        lines: list[str | None] = []
+        while None not in lines:
+            lines = [self.lines.get()]
             time.sleep(0.01)  # waking up for every line would slow down the loop
-            waiting = [self.lines.get() for _ in range(self.lines.qsize())]
+            lines += [self.lines.get() for _ in range(self.lines.qsize())]
             dropped, self.dropped = self.dropped, 0
-            text = "".join(f"{each}\n" for each in (line, *waiting) if each is not None)
+            text = "".join(f"{line}\n" for line in lines if line is not None)
             if dropped:
                 text += f"{dropped} lines were dropped: nobody read standard error\n"
             with contextlib.suppress(OSError, ValueError):
                 sys.stderr.write(text)
                 sys.stderr.flush()
-            for _ in (line, *waiting):
+            for _ in lines:
                 self.lines.task_done()
-            if None in waiting:
-                return
 
     def flush(self) -> None:
         """Wait until everything is written, but not long."""
