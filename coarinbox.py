@@ -215,22 +215,14 @@ def ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | Non
         return None
 
 
-@functools.lru_cache(maxsize=1024)
-def read_scheme(uri: str) -> str:
-    match = URI.fullmatch(uri)
+def scheme_of(value: Any) -> str:
+    """Return the scheme of an absolute URI, in lower case; empty for anything else."""
+    match = URI.fullmatch(value) if isinstance(value, str) else None
     if not match:
         return ""
     scheme, host = match["scheme"].lower(), match["host"] or ""
     usable = ip_address(host) if host.startswith("[") else host or scheme not in ("http", "https")
     return scheme if usable else ""
-
-
-def scheme_of(value: Any) -> str:
-    """Return the scheme of an absolute URI, in lower case; empty for anything else."""
-    if not isinstance(value, str):
-        return ""
-    # Only short ones are remembered, so that the cache stays small.
-    return read_scheme(value) if len(value) <= 200 else read_scheme.__wrapped__(value)
 
 
 def is_uri(value: Any) -> bool:
@@ -330,7 +322,10 @@ MOST_SPECIFIC_FIRST = [
 def fitting(value: Any) -> Pattern | None:
     """Return the most specific pattern that the value of a `type` member fits."""
     types = types_of(value)
-    return next((pattern for wanted, pattern in MOST_SPECIFIC_FIRST if wanted <= types), None)
+    for wanted, pattern in MOST_SPECIFIC_FIRST:
+        if wanted <= types:
+            return pattern
+    return None
 
 
 def pattern_of(document: Any) -> Pattern | None:
@@ -881,9 +876,15 @@ def rules_for(pattern: Pattern | None) -> tuple[Rule, ...]:
     return RULES[pattern.name] if pattern else EVERY
 
 
+# A member: its name, the rules for when it is missing, those for its value, and values that are known
+# to break none of them: most notifications share services, types and namespaces with others.
+Tests = tuple[str, list[Rule], list[Rule], set[object]]
+MAX_KNOWN = 1000  # values of a member
+
+
 @functools.cache
-def tests_for(pattern: Pattern | None, embedded: bool) -> list[tuple[str, list[Any]]]:
-    """Unpack the rules once, by the object they look into: most notifications are clean."""
+def tests_for(pattern: Pattern | None, embedded: bool) -> list[tuple[list[str], list[Tests]]]:
+    """Group the rules once by the object that they look into, and by the member."""
     rules = rules_for(pattern)[1:]  # without the one for the whole notification
     if embedded:  # the specification's own examples break M rules there
         rules = tuple(
@@ -891,30 +892,65 @@ def tests_for(pattern: Pattern | None, embedded: bool) -> list[tuple[str, list[A
             for member, missing, wrong, check in rules
             if member != "@context"
         )
-    tests = [
-        (*rule.member.rpartition("."), rule.check.accepts, rule.check.sibling, rule)
-        for rule in rules
-    ]
-    groups = itertools.groupby(tests, key=operator.itemgetter(0))
-    return [(parent, [test[2:] for test in group]) for parent, group in groups]
+    objects: list[tuple[list[str], list[Tests]]] = []
+    groups = itertools.groupby(rules, lambda rule: (rule.member, rule.check.sibling))
+    for (member, _), group in groups:
+        *path, name = member.split(".")
+        if not objects or objects[-1][0] != path:
+            objects.append((path, []))
+        together = list(group)
+        missing = [rule for rule in together if rule.if_missing]
+        objects[-1][1].append((name, missing, together, set()))
+    return objects
 
 
 def broken_rules(
     part: dict[str, Any], pattern: Pattern | None, embedded: bool
 ) -> Iterator[tuple[Rule, Any]]:
     """Apply the rules; yields those that are broken, with the value or None if it is missing."""
-    for parent, tests in tests_for(pattern, embedded):
-        node = lookup(part, parent) if parent else part
+    for path, members in tests_for(pattern, embedded):
+        node: Any = part
+        for name in path:
+            node = node.get(name) if isinstance(node, dict) else None
         if not isinstance(node, dict):
             continue  # the rule for that object reports it
-        for name, accepts, sibling, rule in tests:
+        for name, missing, rules, known in members:
             value = node.get(name)
             # No types are missing types, but coarnotify refuses an actor that has none.
-            if value is None or (value == [] and name == "type" and parent != "actor"):
-                if rule.if_missing:
+            if not value and (
+                value is None or (value == [] and name == "type" and path != ["actor"])
+            ):
+                for rule in missing:
                     yield rule, None
-            elif not (accepts(value, lookup(part, sibling)) if sibling else accepts(value)):
-                yield rule, value
+            elif (value if isinstance(value, str) else form_of(value)) not in known:
+                yield from broken_by(value, part, rules, known)
+
+
+def form_of(value: Any) -> object:
+    """Return something hashable, the same for values that no check can tell apart; or None."""
+    if isinstance(value, list):
+        value = tuple(value)
+        try:
+            hash(value)
+        except TypeError:  # it holds objects or lists
+            return None
+    return dict if isinstance(value, dict) else value  # no check looks into an object
+
+
+def broken_by(
+    value: Any, part: dict[str, Any], rules: list[Rule], known: set[object]
+) -> Iterator[tuple[Rule, Any]]:
+    """Yield the rules that a value breaks; if there are none, it is known from then on."""
+    sibling = rules[0].check.sibling
+    values = [value, lookup(part, sibling)] if sibling else [value]
+    broken = [rule for rule in rules if not rule.check.accepts(*values)]
+    for rule in broken:
+        yield rule, value
+    form = form_of(value)
+    if not broken and not sibling and len(repr(form)) <= 200:
+        if len(known) == MAX_KNOWN:
+            known.clear()
+        known.add(form)
 
 
 def fix_of(rule: Rule, value: Any, part: Any, pattern: Pattern | None) -> str:
