@@ -365,11 +365,11 @@ def simplify(name: str) -> str:
     return re.sub("[^a-z0-9]", "", last.lower())
 
 
-def close_to(name: str, wanted: Iterable[str]) -> str:
+def close_to(name: str, wanted: Iterable[str], cutoff: float = 0.85) -> str:
     """Return the wanted name that is spelt like another one, or nearly so; or nothing."""
     import difflib
 
-    return next(iter(difflib.get_close_matches(name, wanted, n=1, cutoff=0.85)), "")
+    return next(iter(difflib.get_close_matches(name, wanted, n=1, cutoff=cutoff)), "")
 
 
 def misspelt(given: Any, wanted: Iterable[str]) -> str:
@@ -1207,7 +1207,6 @@ REPOSITORY, REVIEWS = (
     {"id": url, "inbox": f"{url}inbox", "type": "Service"}
     for url in ("https://repository.example.org/", "https://reviews.example.net/")
 )
-LOCAL_INBOX = "http://localhost:5005/inbox"
 AUTHOR = {"id": "https://orcid.org/0000-0002-1825-0097", "name": "J. Carberry", "type": "Person"}
 PREPRINT = {
     "id": "https://repository.example.org/preprint/421",
@@ -1219,11 +1218,11 @@ PREPRINT = {
     },
     "type": ["Page", "sorg:AboutPage"],
 }
-# The id, the citation and the types of what the service announces.
+# What the service announces: how its URL and its DOI end, and its types.
 RESULTS = {
-    "Announce Endorsement": ("endorsement/7", "10.5555/98766", ["Page", "sorg:WebPage"]),
-    "Announce Review": ("review/7", "10.5555/98765", ["Document", "sorg:Review"]),
-    "Announce Service Result": ("report/7", "10.5555/98767", ["Document", "sorg:Report"]),
+    "Announce Endorsement": ("endorsement/7", ["Page", "sorg:WebPage"]),
+    "Announce Review": ("review/7", ["Document", "sorg:Review"]),
+    "Announce Service Result": ("report/7", ["Document", "sorg:Report"]),
 }
 REPLY_PATTERNS = tuple(
     pattern for pattern in PATTERNS if pattern.family not in ("relationship", "request")
@@ -1236,23 +1235,19 @@ class UnknownPatternError(ValueError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a suggestion to end a message with, or nothing unless a known name is really close."""
-    import difflib
-
     spelt = {each.lower(): each for each in known}
-    near = difflib.get_close_matches(name.lower(), spelt, n=1, cutoff=0.64)
-    return f"; did you mean {spelt[near[0]]}?" if near else ""
+    near = close_to(name.lower(), spelt, cutoff=0.64)
+    return f"; did you mean {spelt[near]}?" if near else ""
 
 
 def find_pattern(name: str) -> Pattern:
     """Return the pattern that has a name, in any case. Raises `UnknownPatternError`."""
-    patterns = {pattern.name: pattern for pattern in PATTERNS}
-    for known, pattern in patterns.items():
-        if known.lower() == name.lower():
+    for pattern in PATTERNS:
+        if pattern.name.lower() == name.lower():
             return pattern
-    given = escape_controls(clip(name, 80))
-    hint = did_you_mean(name, patterns)
-    expected = f"one of {', '.join(patterns)}{hint}"
-    raise UnknownPatternError(f'unknown pattern "{given}", expected {expected}')
+    given, expected = escape_controls(clip(name, 80)), f"one of {', '.join(RULES)}"
+    hint = did_you_mean(name, RULES)
+    raise UnknownPatternError(f'unknown pattern "{given}", expected {expected}{hint}')
 
 
 def sample(
@@ -1272,13 +1267,13 @@ def sample(
     chosen = find_pattern(pattern)
     if in_reply_to is not None:
         return answer(in_reply_to, chosen, origin, target)
-    is_offer, is_undo = chosen.family == "request", chosen.name == "Undo Offer"
-    services = (REPOSITORY, REVIEWS) if is_offer or is_undo else (REVIEWS, REPOSITORY)
-    ends = origin or services[0], target or {**services[1], "inbox": LOCAL_INBOX}
-    if is_offer:
-        return notification(chosen, AUTHOR, *ends, object=PREPRINT)
-    offered = ends if is_undo else ends[::-1]
-    return answer(notification(REQUEST_REVIEW, AUTHOR, *offered, object=PREPRINT), chosen)
+    is_offer = chosen.family == "request"
+    from_repository = is_offer or chosen.name == "Undo Offer"
+    here, there = (REPOSITORY, REVIEWS) if from_repository else (REVIEWS, REPOSITORY)
+    ends = origin or here, target or {**there, "inbox": "http://localhost:5005/inbox"}
+    offered = ends if from_repository else ends[::-1]
+    offer = notification(chosen if is_offer else REQUEST_REVIEW, AUTHOR, *offered, object=PREPRINT)
+    return offer if is_offer else answer(offer, chosen)
 
 
 def reply(offer: Any, pattern: str = "Accept") -> dict[str, Any]:
@@ -1304,14 +1299,13 @@ def answer(offer: Any, pattern: Pattern, origin: Any = None, target: Any = None)
         raise ValueError("only an Offer can be answered: an object whose type includes Offer")
     if not is_uri(offer.get("id")):
         raise ValueError("the Offer cannot be answered: its id is not an absolute URI")
-    sender, receiver = offer.get("target"), offer.get("origin")
-    actor = {"id": lookup(offer, "target.id"), "name": "Example Reviews", "type": "Service"}
-    if pattern.name == "Undo Offer":
-        sender, receiver, actor = receiver, sender, offer.get("actor")
-    elif origin:
-        actor["id"] = origin.get("id")
+    is_undo = pattern.name == "Undo Offer"
+    ends = ("origin", "target") if is_undo else ("target", "origin")
+    sender, receiver = origin or offer.get(ends[0]), target or offer.get(ends[1])
+    service = {"id": lookup(sender, "id"), "name": "Example Reviews", "type": "Service"}
+    actor = offer.get("actor") if is_undo else service
     members = {"inReplyTo": offer["id"], **about(offer, pattern)}
-    return notification(pattern, actor, origin or sender, target or receiver, **members)
+    return notification(pattern, actor, sender, receiver, **members)
 
 
 def about(offer: Any, pattern: Pattern) -> dict[str, Any]:
@@ -1321,23 +1315,23 @@ def about(offer: Any, pattern: Pattern) -> dict[str, Any]:
     if pattern.types[0] != "Announce":
         return {"object": {name: offer[name] for name in offer if name != "@context"}}
     if pattern.name in RESULTS:
-        path, doi, types = RESULTS[pattern.name]
-        cited = f"https://doi.org/{doi}"
-        result: Any = {"id": f"{REVIEWS['id']}{path}", "ietf:cite-as": cited, "type": types}
-    else:
-        result = {
-            "id": uuid.uuid4().urn,
-            "type": "Relationship",
-            "as:subject": f"{REVIEWS['id']}dataset/7",
-            "as:relationship": "http://purl.org/vocab/frbr/core#supplement",
-            "as:object": lookup(offer, "object.id"),
-        }
-    return {"object": result, "context": offer.get("object")}
+        path, types = RESULTS[pattern.name]
+        urls = {"id": REVIEWS["id"] + path, "ietf:cite-as": f"https://doi.org/10.5555/{path}"}
+        return {"object": {**urls, "type": types}, "context": offer.get("object")}
+    relationship = {
+        "id": uuid.uuid4().urn,
+        "type": "Relationship",
+        "as:subject": f"{REVIEWS['id']}dataset/7",
+        "as:relationship": "http://purl.org/vocab/frbr/core#supplement",
+        "as:object": lookup(offer, "object.id"),
+    }
+    return {"object": relationship, "context": offer.get("object")}
 
 
 def notification(
     pattern: Pattern, actor: Any, origin: Any, target: Any, **members: Any
 ) -> dict[str, Any]:
+    """Put a notification together, with a new id; members that are None are left out."""
     document = {
         "@context": [ACTIVITY_STREAMS, COAR_NOTIFY],
         "id": uuid.uuid4().urn,
