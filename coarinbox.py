@@ -1364,11 +1364,8 @@ class Kind(NamedTuple):
 
 
 def is_path(value: Any) -> bool:
-    try:
-        path = os.fspath(value)
-    except Exception:  # whatever a configuration file has defined
-        return False
-    return isinstance(path, str) and path != "" and "\0" not in path
+    """Return whether a value can name a file or a directory."""
+    return isinstance(value, (str, os.PathLike)) and str(value) != "" and "\0" not in str(value)
 
 
 def is_line(value: Any) -> bool:
@@ -1379,35 +1376,33 @@ def is_line(value: Any) -> bool:
 def is_inbox_url(value: Any) -> bool:
     """Return whether notifications can be sent to a URL."""
     try:
-        return isinstance(value, str) and bool(origin_of(value))
+        return bool(origin_of(value))
     except ValueError:
         return False
 
 
 def origin_of(url: str) -> tuple[str, str, int]:
     """Return scheme, host and port of the URL of an inbox. Raises `ValueError` for another one."""
-    parts = urlsplit(url)
-    port = (443 if parts.scheme == "https" else 80) if parts.port is None else parts.port
     if not is_http_uri(url):
         raise ValueError("expected http://HOST/… or https://HOST/…")
+    parts = urlsplit(url)
     if "@" in parts.netloc:  # it would end up in the log
         raise ValueError("a user name or a password in a URL is not sent; use a token")
+    port = (443 if parts.scheme == "https" else 80) if parts.port is None else parts.port
     return parts.scheme, parts.hostname or "", port
 
 
 def reply_patterns(value: Any) -> tuple[str, ...] | None:
     """Return names of patterns that answer an Offer, in their right case; None if one does not."""
-    try:
-        names = value if isinstance(value, (list, tuple)) else [value]
-        found = [find_pattern(str(name)) for name in names]
-    except ValueError:
-        return None
-    return tuple(each.name for each in found) if {*found} <= {*REPLY_PATTERNS} else None
+    known = {pattern.name.lower(): pattern.name for pattern in REPLY_PATTERNS}
+    names = value if isinstance(value, (list, tuple)) else [value]
+    found = tuple(known.get(str(name).lower(), "") for name in names)
+    return found if all(found) else None
 
 
-def in_range(low: float, high: float, kinds: Sequence[type] = (int,)) -> Callable[[Any], bool]:
-    # Not `isinstance`, to which True is a number.
-    return lambda value: type(value) in kinds and low <= value <= high
+def in_range(low: float, high: float, *types: type) -> Callable[[Any], bool]:
+    """Make a predicate for numbers; `isinstance` would take True for one."""
+    return lambda value: type(value) in types and low <= value <= high
 
 
 A_FLAG = Kind("True or False", lambda value: type(value) is bool)
@@ -1415,12 +1410,12 @@ A_MODE = Kind(
     'True, False, "strict", "coarnotify" or a receiver such as "DSpace"',
     lambda value: mode_of(value) is not None,
 )
-A_STATUS = Kind("201 or 202", in_range(201, 202))
-A_COUNT = Kind("a whole number from 1 to 2147483647", in_range(1, 2147483647))
-A_PORT = Kind("a port, 0 to 65535", in_range(0, 65535))
+A_STATUS = Kind("201 or 202", in_range(201, 202, int))
+A_COUNT = Kind("a whole number from 1 to 2147483647", in_range(1, 2147483647, int))
+A_PORT = Kind("a port, 0 to 65535", in_range(0, 65535, int))
 # Sockets refuse what the platform's clock cannot hold.
-A_TIMEOUT = Kind("a number of seconds, 0.001 to 86400", in_range(0.001, 86400, (int, float)))
-A_DELAY = Kind("a number of seconds, 0 to 86400", in_range(0, 86400, (int, float)))
+A_TIMEOUT = Kind("a number of seconds, 0.001 to 86400", in_range(0.001, 86400, int, float))
+A_DELAY = Kind("a number of seconds, 0 to 86400", in_range(0, 86400, int, float))
 SOME_PATTERNS = Kind(
     "a list of " + ", ".join(pattern.name for pattern in REPLY_PATTERNS),
     lambda value: reply_patterns(value) is not None,
@@ -1438,14 +1433,8 @@ ANYTHING = Kind("anything", lambda value: True)
 
 
 def setting(default: Any, kind: Kind) -> Any:
+    """Declare a field of `Settings`."""
     return dataclasses.field(default=default, metadata={"kind": kind})
-
-
-def short_repr(value: Any) -> str:
-    try:
-        return " ".join(repr(value).split())[:80]
-    except ValueError:  # Python does not print numbers of more than 4300 digits
-        return "a number of thousands of digits"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1478,8 +1467,8 @@ class Settings:
     SSL_KEY: str | None = setting(None, A_FILE)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            check_setting(field, getattr(self, field.name))
+        for name in SETTINGS:
+            check_setting(name, getattr(self, name))
         object.__setattr__(self, "VALIDATE_INCOMING", mode_of(self.VALIDATE_INCOMING))
         object.__setattr__(self, "REPLIES", reply_patterns(self.REPLIES))
         if self.VALIDATE_INCOMING == "coarnotify":
@@ -1495,12 +1484,20 @@ class Settings:
 SETTINGS = {field.name: field for field in dataclasses.fields(Settings)}
 
 
-def check_setting(field: dataclasses.Field[Any], value: Any) -> None:
-    """Raise `ConfigurationError` for a value that the setting cannot have."""
-    kind, optional = field.metadata["kind"], field.default is None
+def check_setting(name: str, value: Any, source: str = "") -> None:
+    """Raise `ConfigurationError` for a value that a setting cannot have."""
+    kind, optional = SETTINGS[name].metadata["kind"], SETTINGS[name].default is None
     if not kind.accepts(value) and not (optional and value is None):
         expected = f"{'None or ' * optional}{kind.expected}"
-        raise ConfigurationError(f"{field.name} is {short_repr(value)}, expected {expected}")
+        raise ConfigurationError(f"{source}{name} is {short_repr(value)}, expected {expected}")
+
+
+def short_repr(value: Any) -> str:
+    """Show a value in a message: on one line, at most 80 characters."""
+    try:
+        return " ".join(repr(value).split())[:80]
+    except ValueError:  # Python does not print numbers of more than 4300 digits
+        return "a number of thousands of digits"
 
 
 def read_configuration(filename: str) -> dict[str, Any]:
@@ -1509,12 +1506,10 @@ def read_configuration(filename: str) -> dict[str, Any]:
     Returns every UPPERCASE name it leaves behind. Raises `ConfigurationError` naming the file, and
     the line where there is one, when it cannot be read, is not Python or fails.
     """
-    module = types.ModuleType("config")
-    module.__file__ = filename
+    names: dict[str, Any] = {"__name__": "config", "__file__": filename}
     try:
         with open(filename, "rb") as file:
-            code = compile(file.read(), filename, "exec", dont_inherit=True)
-        exec(code, module.__dict__)
+            exec(compile(file.read(), filename, "exec", dont_inherit=True), names)
     except BaseException as error:  # a KeyboardInterrupt of the file's own included
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == filename]
@@ -1523,8 +1518,7 @@ def read_configuration(filename: str) -> dict[str, Any]:
         where = f"{filename}, line {lines[-1]}" if lines else filename
         reason = f"{where}: {type(error).__name__}: {getattr(error, 'msg', error)}"
         raise ConfigurationError(" ".join(reason.split())) from error
-    names = [name for name in vars(module) if str(name).isupper()]
-    return {name: vars(module)[name] for name in names}
+    return {name: value for name, value in names.items() if name.isupper()}
 
 
 def read_value(text: str) -> Any:
@@ -1539,14 +1533,15 @@ def read_environment(variables: Mapping[str, str]) -> dict[str, Any]:
 
     Settings that are texts stay texts: a TOKEN may be a number.
     """
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(Settings):
-        text = variables.get(f"COARNOTIFY_{field.name}")
-        # Kubernetes sets COARNOTIFY_PORT=tcp://… where a service is called coarnotify.
-        if text is not None and not (field.name == "PORT" and text.startswith("tcp://")):
-            is_text = field.type in ("str", "str | None")
-            values[field.name] = text if is_text else read_value(text)
-    return values
+    given = {name: variables.get(f"COARNOTIFY_{name}") for name in SETTINGS}
+    # Kubernetes sets COARNOTIFY_PORT=tcp://… where a service is called coarnotify.
+    if (given["PORT"] or "").startswith("tcp://"):
+        del given["PORT"]
+    return {
+        name: text if SETTINGS[name].type in ("str", "str | None") else read_value(text)
+        for name, text in given.items()
+        if text is not None
+    }
 
 
 def configure(
@@ -1558,17 +1553,14 @@ def configure(
     shared with a Flask application. Raises `ConfigurationError`, which says where the value is.
     """
     values = {} if filename is None else read_configuration(filename)
-    for name in [name for name in values if name not in SETTINGS]:
+    for name in values.keys() - SETTINGS:
         hint = did_you_mean(name, SETTINGS)
         LOG.warning("%s: ignored: unknown setting %s%s", filename, name, hint)
         del values[name]
     environment = read_environment(variables)
     for source, layer in ((f"{filename}: ", values), ("COARNOTIFY_", environment)):
         for name, value in layer.items():
-            try:
-                check_setting(SETTINGS[name], value)
-            except ConfigurationError as error:
-                raise ConfigurationError(f"{source}{error}") from error
+            check_setting(name, value, source)
     return Settings(**{**values, **environment, **flags})
 
 
