@@ -3218,6 +3218,8 @@ def send(document: Any, url: str, *, token: str | None = None, timeout: float = 
     `SendError` if there is no answer.
     """
     deadline, body = time.monotonic() + timeout, encode(document)
+    if token is not None and not is_line(token):  # a line break would add headers
+        raise SendError("the token must be a text without line breaks, or spaces around it")
 
     def request(target: str, body: bytes | None) -> Answer:
         followed = (307, 308) if body is not None else (301, 302, 303, 307, 308)
@@ -3233,10 +3235,13 @@ def send(document: Any, url: str, *, token: str | None = None, timeout: float = 
     # POST before discovery: the URL is nearly always that of the inbox, where a page must not
     # divert the notification, and a receiver under test should see one request.
     answer = request(url, body)
-    inbox = ""
-    if answer.status in NOT_AN_INBOX:
-        with contextlib.suppress(SendError):  # the first answer says more
-            inbox = advertised_inbox(request(answer.url, None))
+    if answer.status not in NOT_AN_INBOX:
+        return answer
+    try:
+        page = request(answer.url, None)
+    except SendError:  # the first answer says more
+        return answer
+    inbox = resolve(page.url, advertised_inbox(page)) if page.status == 200 else ""
     return request(inbox, body) if inbox not in ("", answer.url) else answer
 
 
@@ -3294,6 +3299,7 @@ def retry_delay(
 
 
 def encode(document: Any) -> bytes:
+    """Write a notification as JSON; bytes stay as they are."""
     return document if isinstance(document, bytes) else json.dumps(document).encode()
 
 
@@ -3309,23 +3315,21 @@ def exchange(
     if body is not None:
         headers["Content-Type"] = JSON_LD
     if token is not None:
-        if not is_line(token):  # a line break would add headers
-            raise SendError("the token must be a text without line breaks, or spaces around it")
         headers["Authorization"] = f"Bearer {token}".encode()
-    parts = urlsplit(url)
+    parts, method, data = urlsplit(url), "GET" if body is None else "POST", bytearray()
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    data = bytearray()
     try:
         scheme, host, port = origin_of(url)
         connection = http.client.HTTPConnection(host, port)
         connection.default_port = 443 if scheme == "https" else 80  # the header Host omits it
         with open_socket(url, addresses, deadline) as sock:
-            connection.sock = TimedSocket(sock, deadline)
+            connection.sock = sock
             # A receiver may refuse a notification before it has read all of it.
             with contextlib.suppress(ConnectionError):
-                method = "GET" if body is None else "POST"
                 connection.request(method, quote(target, URL_CHARACTERS), body, headers)
-            response = connection.getresponse()
+            reader: Any = TimedReader(sock, deadline)
+            response = http.client.HTTPResponse(reader, method=method)
+            response.begin()
             # The status counts, even if the end of the body is missing.
             with contextlib.suppress(OSError, http.client.HTTPException):
                 while piece := response.read1(MAX_ANSWER):
@@ -3339,24 +3343,24 @@ def exchange(
 def open_socket(url: str, addresses: Sequence[str], deadline: float) -> socket.socket:
     """Connect to the host of a URL; another look-up of its addresses could lead elsewhere."""
     scheme, host, port = origin_of(url)
-    address, *others = addresses
     try:
         # Share the time, or one dead address would use up all of it.
-        sock = socket.create_connection((address, port), remaining(deadline) / len(addresses))
+        seconds = remaining(deadline) / len(addresses)
+        sock = socket.create_connection((addresses[0], port), seconds)
     except OSError:
-        if others:
-            return open_socket(url, others, deadline)
-        raise
+        if len(addresses) == 1:
+            raise
+        return open_socket(url, addresses[1:], deadline)
     # Otherwise the body waits until the receiver acknowledges the head.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.settimeout(remaining(deadline))
     if scheme == "https":
-        return ssl.create_default_context().wrap_socket(sock, server_hostname=host)
+        sock = ssl.create_default_context().wrap_socket(sock, server_hostname=host)
     return sock
 
 
-class TimedSocket(io.RawIOBase):
-    """What `http.client` needs of a socket, with one deadline and at most MAX_ANSWER bytes to read.
+class TimedReader(io.RawIOBase):
+    """Reads an answer from a socket until a deadline, and at most MAX_ANSWER bytes of it.
 
     The time-out of a socket starts anew with each byte, so it is set to what the deadline leaves.
     """
@@ -3364,13 +3368,8 @@ class TimedSocket(io.RawIOBase):
     def __init__(self, sock: socket.socket, deadline: float) -> None:
         self.sock, self.deadline, self.left = sock, deadline, MAX_ANSWER
 
-    def sendall(self, data: Any) -> None:
-        left = memoryview(data)
-        while left:
-            self.sock.settimeout(remaining(self.deadline))
-            left = left[self.sock.send(left) :]
-
     def makefile(self, mode: str) -> io.BufferedReader:
+        """Stand in for a socket, which `http.client` expects."""
         return io.BufferedReader(self)
 
     def readable(self) -> bool:
@@ -3382,9 +3381,6 @@ class TimedSocket(io.RawIOBase):
         count = self.sock.recv_into(view) if view else 0
         self.left -= count
         return count
-
-    def close(self) -> None:
-        """Leave the socket open: `http.client` closes it before the body of the answer is read."""
 
 
 def remaining(deadline: float) -> float:
@@ -3425,25 +3421,27 @@ def explain(error: Exception) -> str:
     return "TLS failed: " + re.sub(r"^\[.*?\] | \(_ssl\.c:\d+\)$", "", text) + hint
 
 
-def advertised_inbox(answer: Answer) -> str:
-    """Find the URL of the inbox that a resource advertises (LDN section 3.1); empty if none."""
-    if answer.status != 200:
-        return ""
-    for header in answer.headers.get_all("Link", []):
-        for link, parameters in re.findall("<([^<>]*)>([^<]*)", header):
-            relation = re.search(r'\brel *= *"?([^";,]*)', parameters, re.IGNORECASE)
-            if relation and names_inbox(relation[1]):
-                return resolve(answer.url, link)
-    if "html" in answer.headers.get_content_type():
-        finder = InboxFinder(answer.url)
-        finder.feed(answer.body.decode("utf-8", "replace"))
+def advertised_inbox(page: Answer) -> str:
+    """Return the reference to an inbox that a resource advertises (LDN section 3.1), or nothing."""
+    links = ", ".join(page.headers.get_all("Link", []))
+    for link, parameters in re.findall("<([^<>]*)>([^<]*)", links):
+        relation = re.search(r'\brel *= *"?([^";,]*)', parameters, re.IGNORECASE)
+        if relation and names_inbox(relation[1]):
+            return str(link)
+    if "html" in page.headers.get_content_type():
+        finder = InboxFinder()
+        # The parser gives up at some odd declarations.
+        with contextlib.suppress(AssertionError, NotImplementedError):
+            finder.feed(page.body.decode("utf-8", "replace"))
         return finder.inbox
-    with contextlib.suppress(ValueError):
-        return described_inbox(parse(answer.body), answer.url)
-    return ""
+    try:
+        return described_inbox(parse(page.body), page.url)
+    except ValueError:
+        return ""
 
 
 def names_inbox(relations: str) -> bool:
+    """Return whether one of the relations of a link is that of an inbox."""
     return not {*LDP_INBOX}.isdisjoint(relations.lower().split())
 
 
@@ -3452,26 +3450,24 @@ def described_inbox(document: Any, url: str) -> str:
     parts = [document, lookup(document, "@graph")]
     lists = [part if isinstance(part, list) else [part] for part in parts]
     nodes = [node for part in lists for node in part if isinstance(node, dict)]
-    nodes.sort(key=lambda node: resolve(url, str(node.get("@id", node.get("id", "")))) != url)
+    nodes.sort(key=lambda node: resolve(url, str(node.get("@id", node.get("id")))) != url)
     for value in (node.get(name) for node in nodes for name in (*LDP_INBOX, "inbox")):
         first = value[0] if isinstance(value, list) and value else value
-        link = first.get("@id", first.get("id")) if isinstance(first, dict) else first
+        link = lookup(first, "@id") or lookup(first, "id") or first
         if link and isinstance(link, str):
-            return resolve(url, link)
+            return link
     return ""
 
 
 class InboxFinder(HTMLParser):
     """Finds the inbox in the links and the RDFa of an HTML page."""
 
-    def __init__(self, url: str) -> None:
-        super().__init__()
-        self.base, self.inbox = url, ""
+    base, inbox = "", ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = {name: value or "" for name, value in attrs}
         if tag == "base":
-            self.base = resolve(self.base, given.get("href", "")) or self.base
+            self.base = given.get("href", "")
         if not self.inbox and names_inbox(f"{given.get('rel')} {given.get('property')}"):
             self.inbox = resolve(self.base, given.get("resource") or given.get("href", ""))
 
