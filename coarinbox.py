@@ -3082,11 +3082,14 @@ class Loop:
     def call(self, function: Callable[[], Any]) -> Any:
         """Run a function in the loop, and wait for what it returns; for other threads.
 
-        Raises `queue.Empty` if the loop does not get to it within ten seconds.
+        Raises what it raises, or `queue.Empty` if the loop does not get to it within ten seconds.
         """
         results: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.post(lambda: results.put(function()))
-        return results.get(timeout=10)
+        self.post(lambda: results.put(result_of(function)))
+        result = results.get(timeout=10)
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def call_later(self, seconds: float, task: Callable[[], None]) -> None:
         heapq.heappush(self.timers, (time.monotonic() + seconds, next(self.numbers), task))
@@ -3481,8 +3484,11 @@ class InboxFinder(HTMLParser):
 FORWARDED = ("forwarded", "x-forwarded-for")  # headers of a request that came through a proxy
 
 
-def outgoing(document: Any, url: str, via: str, exchange: Callable[[], Answer]) -> Delivery:
-    """Make an attempt to send a notification, and describe it, whatever became of it."""
+def outgoing(document: Any, url: str, via: str, addresses: Sequence[str] = ()) -> Delivery:
+    """Make an attempt to send a notification, and describe it, whatever became of it.
+
+    It goes to one of the addresses, see `post`; if there are none, as `send` finds the way.
+    """
     body = encode(document)
     parsed = Delivery(body=body).notification
     pattern = pattern_of(parsed)
@@ -3501,7 +3507,7 @@ def outgoing(document: Any, url: str, via: str, exchange: Callable[[], Answer]) 
     )
     started = time.monotonic()
     try:
-        answer = exchange()
+        answer = post(body, url, addresses) if addresses else send(body, url)
     except SendError as error:
         return delivery._replace(detail=str(error))
     return delivery._replace(
@@ -3547,8 +3553,7 @@ def answer_offer(
         addresses = yield Sending(lambda: reply_addresses(url, client, proxied, settings))
         for pattern in settings.REPLIES:
             document = yield Sending(functools.partial(reply_to, offer, pattern, url))
-            post_it = functools.partial(post, document, url, addresses)
-            attempt = functools.partial(outgoing, document, url, "REPLIES", post_it)
+            attempt = functools.partial(outgoing, document, url, "REPLIES", addresses)
             tries = 0
             seconds: float | None = settings.REPLY_DELAY
             while seconds is not None:
@@ -3588,14 +3593,6 @@ def read_send(body: bytes, is_form: bool) -> dict[str, Any]:
     if is_form and "document" in wanted:
         wanted["document"] = wanted["document"].encode()
     return wanted
-
-
-def replying(offer: bytes, pattern: str, url: str) -> dict[str, Any]:
-    """Build a reply to what was delivered. Raises `Problem` if it cannot be answered so."""
-    try:
-        return reply_to(parse(offer), pattern, url)
-    except ValueError as error:
-        raise Problem(409, str(error)) from error
 
 
 # --- Templates -----------------------------------------------------------------------------------
@@ -5391,9 +5388,11 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             raise Problem(404, "it is no longer stored")
         elif "pattern" in wanted:
             offer, pattern = document, wanted["pattern"]
-            document = yield Blocking(lambda: replying(offer, pattern, url))
-        attempt = functools.partial(send, document, url)
-        delivery = yield Sending(lambda: outgoing(document, url, "page", attempt))
+            try:
+                document = yield Blocking(lambda: reply_to(parse(offer), pattern, url))
+            except ValueError as error:
+                raise Problem(409, str(error)) from error
+        delivery = yield Sending(lambda: outgoing(document, url, "page"))
         delivery = self.server.record(delivery)
         headers = {"Location": f"{self.base}/deliveries/{delivery.name}"}
         created = json_response(201, delivery.as_json(), headers=headers)
@@ -6210,7 +6209,7 @@ class InboxServer(Loop, http.server.HTTPServer):
 
 
 class Wanted(NamedTuple):
-    """What a test looks for among the deliveries."""
+    """What a test looks for among the deliveries, see `Inbox.wait_for`."""
 
     predicate: Callable[[Delivery], object] | None
     type: str
@@ -6218,9 +6217,9 @@ class Wanted(NamedTuple):
     in_reply_to: str
     status: str
     direction: str
-    clean: bool = False  # of findings
+    clean: bool = False
 
-    def check(self) -> Wanted:
+    def check(self) -> None:
         """Reject criteria that can never match, so that a typo fails at once, not by a timeout.
 
         In `assert_none` it would even pass. Raises `AssertionError`, and `TypeError` for a
@@ -6236,7 +6235,7 @@ class Wanted(NamedTuple):
             raise AssertionError(f"unknown type {self.type}; did you mean {near}?")
         try:
             check_parameters({"status": self.status, "direction": self.direction}, QUERY_PARAMETERS)
-            return self._replace(pattern=self.pattern and find_pattern(self.pattern).name)
+            find_pattern(self.pattern or REQUEST_REVIEW.name)
         except ValueError as error:
             raise AssertionError(str(error)) from None
 
@@ -6249,13 +6248,12 @@ class Wanted(NamedTuple):
         listed = "; ".join(f"{each.level} {each.message}" for each in by_level(delivery.findings))
         if not delivery.has_status(self.status):
             refused = delivery.verdict == "refused" and not delivery.simulated
-            reason = listed if refused else ""
-            return reason or delivery.detail or f"its status is not {self.status}"
+            return (refused and listed) or delivery.detail or f"its status is not {self.status}"
         document = delivery.notification
         types, in_reply_to = lookup(document, "type"), lookup(document, "inReplyTo")
         if self.type and self.type not in types_of(types):
             return f"its type is {short_repr(types)}"
-        if self.pattern not in ("", delivery.pattern):
+        if self.pattern and self.pattern.lower() != (delivery.pattern or "").lower():
             return f"its pattern is {delivery.pattern}"
         if self.in_reply_to not in ("", in_reply_to):
             return f"its inReplyTo is {short_repr(in_reply_to)}"
@@ -6277,6 +6275,7 @@ class Inbox:
 
     @property
     def open_server(self) -> InboxServer:
+        """The server. Raises `RuntimeError` after the `with` block."""
         if self.server.closing:
             raise RuntimeError("the inbox is closed; look at it inside the `with` block")
         return self.server
@@ -6284,20 +6283,25 @@ class Inbox:
     @property
     def deliveries(self) -> list[Delivery]:
         """Every attempt so far, the first one first; see `Delivery`."""
-        logged = filter(None, self.open_server.deliveries.newest_first())
-        return [self.complete(delivery) for delivery in logged][::-1]
+        return list(self.arriving(0))
 
     @property
     def notifications(self) -> list[Any]:
         """The documents of the notifications that were stored, the first one first."""
-        stored = (each for each in self.deliveries if each.is_stored and each.direction == "in")
+        stored = (each for each in self.arriving(0, "in") if each.is_stored)
         return [each.notification for each in stored if each.body is not None]
 
-    def complete(self, delivery: Delivery) -> Delivery:
-        """Add the body of what was stored."""
-        with contextlib.suppress(KeyError):
-            return delivery._replace(body=delivery.body or self.server.store.read(delivery.name))
-        return delivery
+    def arriving(self, seconds: float | None, direction: str = "") -> Iterator[Delivery]:
+        """Yield the deliveries so far, and those that arrive in time; None is for ever."""
+        server, deadline = self.open_server, NEVER
+        if seconds is not None:
+            deadline = time.monotonic() + seconds
+        for delivery in server.deliveries.follow(deadline):
+            if direction in ("", delivery.direction):
+                body = delivery.body
+                with contextlib.suppress(KeyError):  # it was not stored, or has been removed
+                    body = body or server.store.read(delivery.name)
+                yield delivery._replace(body=body)
 
     def wait_for(
         self,
@@ -6320,9 +6324,8 @@ class Inbox:
         Raises `AssertionError`, saying what did arrive, when the time is over, and at once when
         nothing can ever meet the criteria.
         """
-        wanted = Wanted(
-            predicate, type, pattern, in_reply_to, str(status), direction, clean
-        ).check()
+        wanted = Wanted(predicate, type, pattern, in_reply_to, str(status), direction, clean)
+        wanted.check()
         arrived = ""
         for delivery in self.arriving(timeout, direction):
             try:
@@ -6350,16 +6353,11 @@ class Inbox:
 
         `within` is in seconds, None for ever. What the predicate raises is raised.
         """
-        wanted = Wanted(predicate, type, pattern, in_reply_to, str(status), direction).check()
+        wanted = Wanted(predicate, type, pattern, in_reply_to, str(status), direction)
+        wanted.check()
         for delivery in self.arriving(within, direction):
             if not wanted.mismatch(delivery):
                 raise AssertionError(f"an unexpected delivery: {delivery}")
-
-    def arriving(self, seconds: float | None, direction: str) -> Iterator[Delivery]:
-        """Yield the deliveries so far, and those that arrive in time; None is for ever."""
-        deadline = math.inf if seconds is None else time.monotonic() + seconds
-        followed = self.open_server.deliveries.follow(deadline)
-        return (self.complete(each) for each in followed if direction in ("", each.direction))
 
     def send(self, document: Any, url: str) -> Delivery:
         """Send a notification to another inbox; returns the outgoing delivery.
@@ -6367,7 +6365,7 @@ class Inbox:
         `document` is sent as JSON, or as it is if it is bytes. See `coarinbox.send`.
         """
         server = self.open_server
-        delivery = outgoing(document, url, "test", functools.partial(send, document, url))
+        delivery = outgoing(document, url, "test")
         recorded: Delivery = server.call(lambda: server.record(delivery))
         return recorded
 
@@ -6425,22 +6423,21 @@ def running(**settings: Any) -> Iterator[Inbox]:
     for name in settings.keys() - SETTINGS:
         raise ConfigurationError(f"unknown setting {name}{did_you_mean(name, SETTINGS)}")
     process = os.getpid()
-    directory = tempfile.mkdtemp(prefix="coarinbox-")
-    try:
+    with contextlib.ExitStack() as at_the_end:
+        directory = tempfile.mkdtemp(prefix="coarinbox-")
+        at_the_end.callback(shutil.rmtree, directory, ignore_errors=True)
         defaults = {"PORT": 0, "STORE_DIR": directory, "FSYNC": False}
         server = InboxServer(Settings(**{**defaults, **settings}))
+        at_the_end.callback(server.server_close)
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
+        at_the_end.callback(thread.join)
+        at_the_end.callback(server.stop, within=0)
         try:
             yield Inbox(server)
         finally:
-            if os.getpid() == process:  # a child that was forked leaves its parent's inbox alone
-                server.stop(within=0)
-                thread.join()
-                server.server_close()
-    finally:
-        if os.getpid() == process:
-            shutil.rmtree(directory, ignore_errors=True)
+            if os.getpid() != process:  # a child that was forked leaves its parent's inbox alone
+                at_the_end.pop_all()
     if server.bugs:
         raise RuntimeError("the inbox itself has failed") from server.bugs[0]
 
