@@ -6211,15 +6211,15 @@ class InboxServer(Loop, http.server.HTTPServer):
 class Wanted(NamedTuple):
     """What a test looks for among the deliveries, see `Inbox.wait_for`."""
 
-    predicate: Callable[[Delivery], object] | None
-    type: str
-    pattern: str
-    in_reply_to: str
-    status: str
-    direction: str
+    predicate: Callable[[Delivery], object] | None = None
+    type: str = ""
+    pattern: str = ""
+    in_reply_to: str = ""
+    status: str | int = ""
+    direction: str = "in"
     clean: bool = False
 
-    def check(self) -> None:
+    def checked(self) -> Wanted:
         """Reject criteria that can never match, so that a typo fails at once, not by a timeout.
 
         In `assert_none` it would even pass. Raises `AssertionError`, and `TypeError` for a
@@ -6233,9 +6233,11 @@ class Wanted(NamedTuple):
         near = close_to(self.type, known) or close_to(f"coar-notify:{self.type}", known)
         if near and self.type not in known:
             raise AssertionError(f"unknown type {self.type}; did you mean {near}?")
+        status, direction = str(self.status), self.direction
         try:
-            check_parameters({"status": self.status, "direction": self.direction}, QUERY_PARAMETERS)
-            find_pattern(self.pattern or REQUEST_REVIEW.name)
+            check_parameters({"status": status, "direction": direction}, QUERY_PARAMETERS)
+            pattern_name = self.pattern and find_pattern(self.pattern).name
+            return self._replace(status=status, pattern=pattern_name)
         except ValueError as error:
             raise AssertionError(str(error)) from None
 
@@ -6246,14 +6248,14 @@ class Wanted(NamedTuple):
     def mismatch(self, delivery: Delivery) -> str:
         """Return the first reason why a delivery is not wanted; empty if it is."""
         listed = "; ".join(f"{each.level} {each.message}" for each in by_level(delivery.findings))
-        if not delivery.has_status(self.status):
+        if not delivery.has_status(str(self.status)):
             refused = delivery.verdict == "refused" and not delivery.simulated
             return (refused and listed) or delivery.detail or f"its status is not {self.status}"
         document = delivery.notification
         types, in_reply_to = lookup(document, "type"), lookup(document, "inReplyTo")
         if self.type and self.type not in types_of(types):
             return f"its type is {short_repr(types)}"
-        if self.pattern and self.pattern.lower() != (delivery.pattern or "").lower():
+        if self.pattern not in ("", delivery.pattern):
             return f"its pattern is {delivery.pattern}"
         if self.in_reply_to not in ("", in_reply_to):
             return f"its inReplyTo is {short_repr(in_reply_to)}"
@@ -6324,9 +6326,8 @@ class Inbox:
         Raises `AssertionError`, saying what did arrive, when the time is over, and at once when
         nothing can ever meet the criteria.
         """
-        wanted = Wanted(predicate, type, pattern, in_reply_to, str(status), direction, clean)
-        wanted.check()
-        arrived = ""
+        criteria = Wanted(predicate, type, pattern, in_reply_to, status, direction, clean)
+        wanted, arrived = criteria.checked(), ""
         for delivery in self.arriving(timeout, direction):
             try:
                 reason = wanted.mismatch(delivery)
@@ -6342,20 +6343,16 @@ class Inbox:
         self,
         predicate: Callable[[Delivery], object] | None = None,
         *,
-        type: str = "",
-        pattern: str = "",
-        in_reply_to: str = "",
-        status: str | int = "",
-        direction: str = "in",
         within: float | None = 0,
+        **criteria: Any,
     ) -> None:
-        """Raise `AssertionError` if such a delivery, accepted or not, has arrived, or does in time.
+        """Raise `AssertionError` if such a delivery has arrived, or does within some seconds.
 
-        `within` is in seconds, None for ever. What the predicate raises is raised.
+        The criteria are those of `wait_for`, but unless a status is given, refused deliveries count
+        too. `within` may be None, for ever. What the predicate raises is raised.
         """
-        wanted = Wanted(predicate, type, pattern, in_reply_to, str(status), direction)
-        wanted.check()
-        for delivery in self.arriving(within, direction):
+        wanted = Wanted(predicate, **criteria).checked()
+        for delivery in self.arriving(within, wanted.direction):
             if not wanted.mismatch(delivery):
                 raise AssertionError(f"an unexpected delivery: {delivery}")
 
