@@ -6441,10 +6441,9 @@ def running(**settings: Any) -> Iterator[Inbox]:
 
 # --- Command line --------------------------------------------------------------------------------
 #
-# `main` chooses what to do: `check_files`, `send_files`, `print_sample` or `serve`, each of which
-# takes the options and returns the exit status.
+# `main` chooses what to do: `check_files`, `send_files` or `serve`, each of which takes the options
+# and returns the exit status, or to print a sample.
 
-MAX_FILE = 67108864  # bytes of a file to send
 MAX_WAITING = 10_000  # lines of the log that may wait for standard error
 # Seconds within which a second signal is the same one: `timeout`, for one, sends it to a process
 # and to its group.
@@ -6490,11 +6489,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
+    """Combine the options that are settings with the file and the environment."""
     flags = {name: value for name, value in vars(options).items() if name.isupper()}
     return configure(options.config, flags, os.environ)
 
 
 def complain(text: object) -> None:
+    """Print a line to standard error."""
     print(escape_controls(f"coarinbox: {text}"), file=sys.stderr)
 
 
@@ -6504,19 +6505,18 @@ def files_below(path: str, onerror: Callable[[OSError], object]) -> list[str]:
         return [path]
     tree = os.walk(path, onerror=onerror)
     files = (os.path.join(folder, name) for folder, _, names in tree for name in names)
-    return sorted(
-        file for file in files if file.endswith((".json", ".jsonld")) and os.path.isfile(file)
-    )
+    named = sorted(file for file in files if file.endswith((".json", ".jsonld")))
+    return [file for file in named if os.path.isfile(file)]
 
 
-def read_file(path: str, limit: int) -> bytes:
-    """Read a file, or standard input for `-`, no further than is needed to see it is too large."""
+def read_file(path: str) -> bytes:
+    """Read a file, or standard input for `-`."""
     if path == "-":
-        return sys.stdin.buffer.read(limit + 1)
+        return sys.stdin.buffer.read()
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "not a regular file", path)  # a FIFO would block
     with open(path, "rb") as file:
-        return file.read(limit + 1)
+        return file.read()
 
 
 def assess_file(data: bytes, settings: Settings) -> Assessment:
@@ -6536,31 +6536,23 @@ def check_files(options: argparse.Namespace) -> int:
     """Validate files; returns the exit status: 1 if one is refused, 2 if one is unreadable."""
     settings = settings_of(options)
     unreadable: list[OSError] = []
-    checked = refused = warned = 0
+    verdicts: collections.Counter[str] = collections.Counter()
     for file in (file for path in options.check for file in files_below(path, unreadable.append)):
         try:
-            data = read_file(file, settings.MAX_CONTENT_LENGTH)
+            errors, warnings = assess_file(read_file(file), settings)
         except OSError as error:
             unreadable.append(error)
             continue
-        errors, warnings = assess_file(data, settings)
-        checked += 1
-        refused += bool(errors)
-        warned += bool(warnings and not errors)
+        verdicts["refused" if errors else "warned" if warnings else "clean"] += 1
         found = errors + warnings
         lines = [f"{each.level} {each.pointer or '-'} {each.code} {each}" for each in found]
         for line in lines or ["ok"]:
             print(escape_controls(f"{file}: {line}"))
     for failed in unreadable:
         complain(f"{failed.filename}: {failed.strerror}")
+    checked, refused, warned = sum(verdicts.values()), verdicts["refused"], verdicts["warned"]
     complain(f"{checked} checked, {refused} refused, {warned} with warnings")
     return 2 if unreadable or not checked else int(refused > 0)
-
-
-def print_sample(options: argparse.Namespace) -> int:
-    """Print a valid notification; returns the exit status."""
-    print(json.dumps(sample(options.sample), indent=2))
-    return 0
 
 
 def send_files(options: argparse.Namespace) -> int:
@@ -6573,10 +6565,9 @@ def send_files(options: argparse.Namespace) -> int:
     status = 0
     for name, document in documents:
         try:
-            body = document or read_file(name, MAX_FILE)
-            answer = send(body, options.send, token=options.token)
+            answer = send(document or read_file(name), options.send, token=options.token)
         except OSError as error:
-            complain(f"{name}: {error if isinstance(error, SendError) else error.strerror}")
+            complain(f"{name}: {error.strerror or error}")
             status = 2
         else:
             print_answer(name, answer)
@@ -6725,7 +6716,8 @@ def main(arguments: list[str] | None = None) -> int:
             if options.send is not None:
                 return send_files(options)
             if options.sample is not None:
-                return print_sample(options)
+                print(json.dumps(sample(options.sample), indent=2))
+                return 0
             return check_files(options) if options.check else serve(options)
         except (ConfigurationError, UnknownPatternError) as error:
             complain(error)
