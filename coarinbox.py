@@ -1370,7 +1370,7 @@ def is_path(value: Any) -> bool:
 
 def is_line(value: Any) -> bool:
     """Return whether a value is a text on one line, without spaces around it."""
-    return isinstance(value, str) and value.isprintable() and "" != value == value.strip()
+    return isinstance(value, str) and value.isprintable() and value != "" and value == value.strip()
 
 
 def is_inbox_url(value: Any) -> bool:
@@ -1533,15 +1533,13 @@ def read_environment(variables: Mapping[str, str]) -> dict[str, Any]:
 
     Settings that are texts stay texts: a TOKEN may be a number.
     """
-    given = {name: variables.get(f"COARNOTIFY_{name}") for name in SETTINGS}
-    # Kubernetes sets COARNOTIFY_PORT=tcp://… where a service is called coarnotify.
-    if (given["PORT"] or "").startswith("tcp://"):
-        del given["PORT"]
-    return {
-        name: text if SETTINGS[name].type in ("str", "str | None") else read_value(text)
-        for name, text in given.items()
-        if text is not None
-    }
+    values: dict[str, Any] = {}
+    for name, field in SETTINGS.items():
+        text = variables.get(f"COARNOTIFY_{name}")
+        # Kubernetes sets COARNOTIFY_PORT=tcp://… where a service is called coarnotify.
+        if text is not None and not text.startswith("tcp://"):
+            values[name] = text if field.type in ("str", "str | None") else read_value(text)
+    return values
 
 
 def configure(
@@ -3273,9 +3271,8 @@ def addresses_of_client(addresses: Iterable[str], client: str) -> list[str]:
     """
 
     def normal(text: str) -> str:
-        address = ipaddress.ip_address(text)
-        address = getattr(address, "ipv4_mapped", None) or address
-        return "127.0.0.1" if str(address) == "::1" else str(address)
+        address = str(ip_address(text) or ip_address(f"[{text}]"))
+        return "127.0.0.1" if address == "::1" else address
 
     return [address for address in addresses if normal(address) == normal(client)]
 
