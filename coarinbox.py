@@ -3307,27 +3307,24 @@ def exchange(
     url: str, addresses: Sequence[str], deadline: float, body: bytes | None, token: str | None
 ) -> Answer:
     """POST a body to one of the addresses, or GET. Raises `SendError` if there is no answer."""
+    parts, method, data = urlsplit(url), "GET" if body is None else "POST", bytearray()
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     headers: dict[str, Any] = {
         "Accept": "application/ld+json, application/json, text/html;q=0.5, */*;q=0.1",
         "Connection": "close",
+        "Host": parts.netloc.encode("idna"),
         "User-Agent": f"coarinbox/{__version__}",
     }
     if body is not None:
         headers["Content-Type"] = JSON_LD
     if token is not None:
         headers["Authorization"] = f"Bearer {token}".encode()
-    parts, method, data = urlsplit(url), "GET" if body is None else "POST", bytearray()
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     try:
-        scheme, host, port = origin_of(url)
-        connection = http.client.HTTPConnection(host, port)
-        connection.default_port = 443 if scheme == "https" else 80  # the header Host omits it
-        with open_socket(url, addresses, deadline) as sock:
-            connection.sock = sock
+        with contextlib.closing(connect(url, addresses, deadline)) as connection:
             # A receiver may refuse a notification before it has read all of it.
             with contextlib.suppress(ConnectionError):
                 connection.request(method, quote(target, URL_CHARACTERS), body, headers)
-            reader: Any = TimedReader(sock, deadline)
+            reader: Any = TimedReader(connection.sock, deadline)
             response = http.client.HTTPResponse(reader, method=method)
             response.begin()
             # The status counts, even if the end of the body is missing.
@@ -3340,23 +3337,23 @@ def exchange(
     return Answer(url, response.status, response.headers, bytes(data), location)
 
 
-def open_socket(url: str, addresses: Sequence[str], deadline: float) -> socket.socket:
+def connect(url: str, addresses: Sequence[str], deadline: float) -> http.client.HTTPConnection:
     """Connect to the host of a URL; another look-up of its addresses could lead elsewhere."""
     scheme, host, port = origin_of(url)
+    # Share the time, or one dead address would use up all of it.
+    seconds = remaining(deadline) / len(addresses)
+    connection = http.client.HTTPConnection(addresses[0], port, timeout=seconds)
     try:
-        # Share the time, or one dead address would use up all of it.
-        seconds = remaining(deadline) / len(addresses)
-        sock = socket.create_connection((addresses[0], port), seconds)
+        connection.connect()
     except OSError:
         if len(addresses) == 1:
             raise
-        return open_socket(url, addresses[1:], deadline)
-    # Otherwise the body waits until the receiver acknowledges the head.
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.settimeout(remaining(deadline))
+        return connect(url, addresses[1:], deadline)
+    connection.sock.settimeout(remaining(deadline))
     if scheme == "https":
-        sock = ssl.create_default_context().wrap_socket(sock, server_hostname=host)
-    return sock
+        context = ssl.create_default_context()
+        connection.sock = context.wrap_socket(connection.sock, server_hostname=host)
+    return connection
 
 
 class TimedReader(io.RawIOBase):
