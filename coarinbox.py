@@ -1506,10 +1506,10 @@ def read_configuration(filename: str) -> dict[str, Any]:
     Returns every UPPERCASE name it leaves behind. Raises `ConfigurationError` naming the file, and
     the line where there is one, when it cannot be read, is not Python or fails.
     """
-    names: dict[str, Any] = {"__name__": "config", "__file__": filename}
+    import runpy
+
     try:
-        with open(filename, "rb") as file:
-            exec(compile(file.read(), filename, "exec", dont_inherit=True), names)
+        names = runpy.run_path(filename, run_name="config")
     except BaseException as error:  # a KeyboardInterrupt of the file's own included
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == filename]
@@ -3325,12 +3325,12 @@ def exchange(
             with contextlib.suppress(ConnectionError):
                 connection.request(method, quote(target, URL_CHARACTERS), body, headers)
             reader: Any = TimedReader(connection.sock, deadline)
-            response = http.client.HTTPResponse(reader, method=method)
-            response.begin()
-            # The status counts, even if the end of the body is missing.
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                while piece := response.read1(MAX_ANSWER):
-                    data += piece
+            with http.client.HTTPResponse(reader, method=method) as response:
+                response.begin()
+                # The status counts, even if the end of the body is missing.
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    while piece := response.read1(MAX_ANSWER):
+                        data += piece
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise send_error(url, explain(error)) from error
     location = resolve(url, response.headers.get("Location") or "")
@@ -3384,7 +3384,7 @@ def remaining(deadline: float) -> float:
     """Return the seconds until the deadline. Raises `TimeoutError` if it has passed."""
     seconds = deadline - time.monotonic()
     if seconds <= 0:
-        raise TimeoutError
+        raise TimeoutError("timed out")
     return seconds
 
 
@@ -3404,8 +3404,6 @@ def send_error(url: str, reason: str) -> SendError:
 
 def explain(error: Exception) -> str:
     """Say in a few words why there is no answer."""
-    if isinstance(error, (TimeoutError, socket.timeout)):
-        return "timed out"
     if isinstance(error, ConnectionResetError):  # RemoteDisconnected is one, too
         return "the receiver closed the connection without an answer"
     text = getattr(error, "strerror", None) or str(error)
