@@ -6287,9 +6287,8 @@ class Inbox:
 
     def arriving(self, seconds: float | None, direction: str = "") -> Iterator[Delivery]:
         """Yield the deliveries so far, and those that arrive in time; None is for ever."""
-        server, deadline = self.open_server, NEVER
-        if seconds is not None:
-            deadline = time.monotonic() + seconds
+        server = self.open_server
+        deadline = NEVER if seconds is None else time.monotonic() + seconds
         for delivery in server.deliveries.follow(deadline):
             if direction in ("", delivery.direction):
                 body = delivery.body
