@@ -3312,7 +3312,6 @@ def exchange(
     headers: dict[str, Any] = {
         "Accept": "application/ld+json, application/json, text/html;q=0.5, */*;q=0.1",
         "Connection": "close",
-        "Host": parts.netloc.encode("idna"),
         "User-Agent": f"coarinbox/{__version__}",
     }
     if body is not None:
@@ -3349,6 +3348,8 @@ def connect(url: str, addresses: Sequence[str], deadline: float) -> http.client.
         if len(addresses) == 1:
             raise
         return connect(url, addresses[1:], deadline)
+    # The header Host names the host, not the address, and omits the usual port.
+    connection.host, connection.default_port = host, 443 if scheme == "https" else 80
     connection.sock.settimeout(remaining(deadline))
     if scheme == "https":
         context = ssl.create_default_context()
