@@ -1202,6 +1202,8 @@ def receivers() -> list[dict[str, Any]]:
 # one that answers an Offer, `find_pattern` finds a pattern by its name. All three are pure, except
 # that each notification gets a new id. Must not know HTTP, the store or the settings.
 
+Document = dict[str, Any]  # a notification
+
 # RFC 2606 reserves these hosts for examples.
 REPOSITORY, REVIEWS = (
     {"id": url, "inbox": f"{url}inbox", "type": "Service"}
@@ -1256,7 +1258,7 @@ def sample(
     origin: Mapping[str, Any] | None = None,
     target: Mapping[str, Any] | None = None,
     in_reply_to: Any = None,
-) -> dict[str, Any]:
+) -> Document:
     """Return a new notification of a pattern, without any finding.
 
     `origin` and `target` are service objects, with `id`, `inbox` and `type`. Without `target` it
@@ -1266,17 +1268,17 @@ def sample(
     """
     chosen = find_pattern(pattern)
     if in_reply_to is not None:
-        return answer(in_reply_to, chosen, origin, target)
+        return build_answer(in_reply_to, chosen, origin, target)
     is_offer = chosen.family == "request"
     from_repository = is_offer or chosen.name == "Undo Offer"
     here, there = (REPOSITORY, REVIEWS) if from_repository else (REVIEWS, REPOSITORY)
     ends = origin or here, target or {**there, "inbox": "http://localhost:5005/inbox"}
     offered = ends if from_repository else ends[::-1]
-    offer = notification(chosen if is_offer else REQUEST_REVIEW, AUTHOR, *offered, object=PREPRINT)
-    return offer if is_offer else answer(offer, chosen)
+    offer = build(chosen if is_offer else REQUEST_REVIEW, AUTHOR, *offered, object=PREPRINT)
+    return offer if is_offer else build_answer(offer, chosen)
 
 
-def reply(offer: Any, pattern: str = "Accept") -> dict[str, Any]:
+def reply(offer: Any, pattern: str = "Accept") -> Document:
     """Return a new notification that answers an Offer, which is not changed.
 
     Every pattern but the requests and Announce Relationship answers an Offer. The reply goes from
@@ -1288,10 +1290,10 @@ def reply(offer: Any, pattern: str = "Accept") -> dict[str, Any]:
     if chosen not in REPLY_PATTERNS:
         listed = ", ".join(pattern.name for pattern in REPLY_PATTERNS)
         raise ValueError(f"{chosen.name} answers no Offer. These do: {listed}")
-    return answer(offer, chosen)
+    return build_answer(offer, chosen)
 
 
-def answer(offer: Any, pattern: Pattern, origin: Any = None, target: Any = None) -> dict[str, Any]:
+def build_answer(offer: Any, pattern: Pattern, origin: Any = None, target: Any = None) -> Document:
     """Build what `reply` returns, for any pattern but requests, and between other services."""
     if pattern.family == "request":
         raise ValueError(f"{pattern.name} starts a conversation and answers no Offer")
@@ -1304,11 +1306,11 @@ def answer(offer: Any, pattern: Pattern, origin: Any = None, target: Any = None)
     sender, receiver = origin or offer.get(ends[0]), target or offer.get(ends[1])
     service = {"id": lookup(sender, "id"), "name": "Example Reviews", "type": "Service"}
     actor = offer.get("actor") if is_undo else service
-    members = {"inReplyTo": offer["id"], **about(offer, pattern)}
-    return notification(pattern, actor, sender, receiver, **members)
+    members = {"inReplyTo": offer["id"], **answer_members(offer, pattern)}
+    return build(pattern, actor, sender, receiver, **members)
 
 
-def about(offer: Any, pattern: Pattern) -> dict[str, Any]:
+def answer_members(offer: Any, pattern: Pattern) -> dict[str, Any]:
     """Return the members that say what an answer to an Offer is about."""
     if pattern.types[0] == "Flag":
         return {"object": {"id": offer["id"]}, "summary": "The preprint answers with status 404."}
@@ -1328,9 +1330,7 @@ def about(offer: Any, pattern: Pattern) -> dict[str, Any]:
     return {"object": relationship, "context": offer.get("object")}
 
 
-def notification(
-    pattern: Pattern, actor: Any, origin: Any, target: Any, **members: Any
-) -> dict[str, Any]:
+def build(pattern: Pattern, actor: Any, origin: Any, target: Any, **members: Any) -> Document:
     """Put a notification together, with a new id; members that are None are left out."""
     document = {
         "@context": [ACTIVITY_STREAMS, COAR_NOTIFY],
@@ -3559,7 +3559,7 @@ def answer_offer(
         record(Delivery(new_name(), direction="out", detail=str(error), about=about, via="REPLIES"))
 
 
-def reply_to(offer: Any, pattern: str, url: str) -> dict[str, Any]:
+def reply_to(offer: Any, pattern: str, url: str) -> Document:
     """Build a reply that is addressed to the inbox that it goes to. Raises `ValueError`."""
     document = reply(offer, pattern)
     if isinstance(document.get("target"), dict):
