@@ -1518,7 +1518,7 @@ def read_configuration(filename: str) -> dict[str, Any]:
         where = f"{filename}, line {lines[-1]}" if lines else filename
         reason = f"{where}: {type(error).__name__}: {getattr(error, 'msg', error)}"
         raise ConfigurationError(" ".join(reason.split())) from error
-    return {name: value for name, value in names.items() if name.isupper()}
+    return {name: value for name, value in names.items() if str(name).isupper()}
 
 
 def read_value(text: str) -> Any:
@@ -3196,17 +3196,21 @@ class Answer(NamedTuple):
         return self.status in (201, 202)
 
     def reasons(self) -> list[str]:
-        """List what a problem document (RFC 9457) or the like says: its detail, its findings."""
-        try:
-            problem = parse(self.body)
-        except ValueError:
-            return []
+        """Say why it was not accepted, and what a problem document (RFC 9457) or the like says.
+
+        Its detail comes first, then its findings, which an answer that accepts may have too.
+        """
+        problem = Delivery(body=self.body).notification  # None if it is not JSON
         details = [lookup(problem, member) for member in ("detail", "message", "error")]
         texts = [detail for detail in details if isinstance(detail, str)][:1]
         for found in (lookup(problem, "errors"), lookup(problem, "warnings")):
             for each in found if isinstance(found, list) else []:
                 words = (lookup(each, name) or "-" for name in ("level", "pointer", "message"))
                 texts.append(" ".join(map(str, words)))
+        if self.status in NOT_AN_INBOX and not texts:
+            return ["this is no inbox, and no page there advertises one"]
+        if 200 <= self.status < 300 and not self.accepted:
+            return ["an inbox that accepts a notification answers 201 or 202", *texts]
         return texts
 
 
@@ -6561,23 +6565,14 @@ def send_files(options: argparse.Namespace) -> int:
         except OSError as error:
             complain(f"{name}: {error.strerror or error}")
             status = 2
-        else:
-            print_answer(name, answer)
-            status = max(status, int(not answer.accepted))
+            continue
+        phrase = http.client.responses.get(answer.status, "")
+        words = f"{name}: {answer.status} {phrase} {answer.location}".split()
+        print(escape_controls(" ".join(words)))
+        for reason in answer.reasons():
+            print(escape_controls(f"  {clip(reason, 300)}"))
+        status = max(status, int(not answer.accepted))
     return status
-
-
-def print_answer(name: str, answer: Answer) -> None:
-    """Print a line for the answer to a notification, and one for each reason in it."""
-    phrase = http.client.responses.get(answer.status, "")
-    print(escape_controls(" ".join(f"{name}: {answer.status} {phrase} {answer.location}".split())))
-    reasons = answer.reasons()
-    if answer.status in NOT_AN_INBOX and not reasons:
-        reasons = ["this is no inbox, and no page there advertises one"]
-    elif 200 <= answer.status < 300 and not answer.accepted:
-        reasons = ["an inbox that accepts a notification answers 201 or 202", *reasons]
-    for reason in reasons:
-        print(escape_controls(f"  {clip(reason, 300)}"))
 
 
 def serve(options: argparse.Namespace) -> int:
