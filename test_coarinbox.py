@@ -9359,7 +9359,6 @@ class StartAndEndTest(ProgramTest):
         for name, text in {
             "interrupt": "raise KeyboardInterrupt",
             "number": "globals()[5] = 1; PORT = 'x'",
-            "path": "class path:\n def __fspath__(self): return 1 / 0\nSTORE_DIR = path()",
             "user": "BASE_URL = 'https://user@inbox.example.org'",
             "password": "BASE_URL = 'https://user:secret@inbox.example.org/'",
         }.items():
