@@ -6390,14 +6390,12 @@ class Inbox:
         Attempts that are refused anyway do not count. `retry_after` is seconds or an HTTP date,
         `delay` seconds. Raises `ValueError` when a value is unusable.
         """
-        given = {
-            "status": status,
-            "times": str(times),
-            "retry-after": retry_after,
-            "delay": f"{delay:.9f}" if delay else None,
-            "close": 1 if close else None,
-        }
+        given = {"status": status, "retry-after": retry_after, "times": str(times)}
         texts = {name: str(value) for name, value in given.items() if value is not None}
+        if delay:
+            texts["delay"] = f"{delay:.9f}"
+        if close:
+            texts["close"] = "1"
         check_parameters(texts, FAILURE_PARAMETERS)
         self.open_server.failures.push(Failure.from_values(texts))
 
@@ -6533,7 +6531,8 @@ def check_files(options: argparse.Namespace) -> int:
     settings = settings_of(options)
     unreadable: list[OSError] = []
     verdicts: collections.Counter[str] = collections.Counter()
-    for file in (file for path in options.check for file in files_below(path, unreadable.append)):
+    files = [file for path in options.check for file in files_below(path, unreadable.append)]
+    for file in files:
         try:
             errors, warnings = assess_file(read_file(file), settings)
         except OSError as error:
