@@ -1506,10 +1506,10 @@ def read_configuration(filename: str) -> dict[str, Any]:
     Returns every UPPERCASE name it leaves behind. Raises `ConfigurationError` naming the file, and
     the line where there is one, when it cannot be read, is not Python or fails.
     """
-    import runpy
-
+    names: dict[str, Any] = {"__name__": "config", "__file__": filename}
     try:
-        names = runpy.run_path(filename, run_name="config")
+        with open(filename, "rb") as file:  # once: it may be a pipe, which runpy would read twice
+            exec(compile(file.read(), filename, "exec", dont_inherit=True), names)
     except BaseException as error:  # a KeyboardInterrupt of the file's own included
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == filename]
