@@ -1247,9 +1247,9 @@ def find_pattern(name: str) -> Pattern:
     for pattern in PATTERNS:
         if pattern.name.lower() == name.lower():
             return pattern
-    given, expected = escape_controls(clip(name, 80)), f"one of {', '.join(RULES)}"
-    hint = did_you_mean(name, RULES)
-    raise UnknownPatternError(f'unknown pattern "{given}", expected {expected}{hint}')
+    given = escape_controls(clip(name, 80))
+    expected = f"one of {', '.join(RULES)}{did_you_mean(name, RULES)}"
+    raise UnknownPatternError(f'unknown pattern "{given}", expected {expected}')
 
 
 def sample(
@@ -1486,7 +1486,8 @@ SETTINGS = {field.name: field for field in dataclasses.fields(Settings)}
 
 def check_setting(name: str, value: Any, source: str = "") -> None:
     """Raise `ConfigurationError` for a value that a setting cannot have."""
-    kind, optional = SETTINGS[name].metadata["kind"], SETTINGS[name].default is None
+    field = SETTINGS[name]
+    kind, optional = field.metadata["kind"], field.default is None
     if not kind.accepts(value) and not (optional and value is None):
         expected = f"{'None or ' * optional}{kind.expected}"
         raise ConfigurationError(f"{source}{name} is {short_repr(value)}, expected {expected}")
@@ -3311,7 +3312,8 @@ def exchange(
     url: str, addresses: Sequence[str], deadline: float, body: bytes | None, token: str | None
 ) -> Answer:
     """POST a body to one of the addresses, or GET. Raises `SendError` if there is no answer."""
-    parts, method, data = urlsplit(url), "GET" if body is None else "POST", bytearray()
+    method = "GET" if body is None else "POST"
+    parts = urlsplit(url)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     headers: dict[str, Any] = {
         "Accept": "application/ld+json, application/json, text/html;q=0.5, */*;q=0.1",
@@ -3330,6 +3332,7 @@ def exchange(
             reader: Any = TimedReader(connection.sock, deadline)
             with http.client.HTTPResponse(reader, method=method) as response:
                 response.begin()
+                data = bytearray()
                 # The status counts, even if the end of the body is missing.
                 with contextlib.suppress(OSError, http.client.HTTPException):
                     while piece := response.read1(MAX_ANSWER):
@@ -3352,8 +3355,8 @@ def connect(url: str, addresses: Sequence[str], deadline: float) -> http.client.
         if len(addresses) == 1:
             raise
         return connect(url, addresses[1:], deadline)
-    # The header Host names the host, not the address, and omits the usual port.
-    connection.host, connection.default_port = host, 443 if scheme == "https" else 80
+    connection.host = host  # for the header Host, which omits the usual port
+    connection.default_port = 443 if scheme == "https" else 80
     connection.sock.settimeout(remaining(deadline))
     if scheme == "https":
         context = ssl.create_default_context()
@@ -6322,8 +6325,9 @@ class Inbox:
         Raises `AssertionError`, saying what did arrive, when the time is over, and at once when
         nothing can ever meet the criteria.
         """
-        criteria = Wanted(predicate, type, pattern, in_reply_to, status, direction, clean)
-        wanted, arrived = criteria.checked(), ""
+        wanted = Wanted(predicate, type, pattern, in_reply_to, status, direction, clean)
+        wanted = wanted.checked()
+        arrived = ""
         for delivery in self.arriving(timeout, direction):
             try:
                 reason = wanted.mismatch(delivery)
