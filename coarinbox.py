@@ -360,11 +360,11 @@ def simplify(name: str) -> str:
     return re.sub("[^a-z0-9]", "", last.lower())
 
 
-def close_to(name: str, wanted: Iterable[str]) -> str:
+def close_to(name: str, wanted: Iterable[str], cutoff: float = 0.85) -> str:
     """Return the wanted name that is spelt like another one, or nearly so; or nothing."""
     import difflib
 
-    return next(iter(difflib.get_close_matches(name, wanted, n=1, cutoff=0.85)), "")
+    return next(iter(difflib.get_close_matches(name, wanted, n=1, cutoff=cutoff)), "")
 
 
 def misspelt(given: Any, wanted: Iterable[str]) -> str:
@@ -1238,12 +1238,13 @@ def receivers() -> list[dict[str, Any]]:
 # one that answers an Offer, `find_pattern` finds a pattern by its name. All three are pure, except
 # that each notification gets a new id. Must not know HTTP, the store or the settings.
 
+Document = dict[str, Any]  # a notification
+
 # RFC 2606 reserves these hosts for examples.
 REPOSITORY, REVIEWS = (
     {"id": url, "inbox": f"{url}inbox", "type": "Service"}
     for url in ("https://repository.example.org/", "https://reviews.example.net/")
 )
-LOCAL_INBOX = "http://localhost:5005/inbox"
 AUTHOR = {"id": "https://orcid.org/0000-0002-1825-0097", "name": "J. Carberry", "type": "Person"}
 PREPRINT = {
     "id": "https://repository.example.org/preprint/421",
@@ -1255,11 +1256,11 @@ PREPRINT = {
     },
     "type": ["Page", "sorg:AboutPage"],
 }
-# The id, the citation and the types of what the service announces.
+# What the service announces: how its URL and its DOI end, and its types.
 RESULTS = {
-    "Announce Endorsement": ("endorsement/7", "10.5555/98766", ["Page", "sorg:WebPage"]),
-    "Announce Review": ("review/7", "10.5555/98765", ["Document", "sorg:Review"]),
-    "Announce Service Result": ("report/7", "10.5555/98767", ["Document", "sorg:Report"]),
+    "Announce Endorsement": ("endorsement/7", ["Page", "sorg:WebPage"]),
+    "Announce Review": ("review/7", ["Document", "sorg:Review"]),
+    "Announce Service Result": ("report/7", ["Document", "sorg:Report"]),
 }
 REPLY_PATTERNS = tuple(
     pattern for pattern in PATTERNS if pattern.family not in ("relationship", "request")
@@ -1272,22 +1273,18 @@ class UnknownPatternError(ValueError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a suggestion to end a message with, or nothing unless a known name is really close."""
-    import difflib
-
     spelt = {each.lower(): each for each in known}
-    near = difflib.get_close_matches(name.lower(), spelt, n=1, cutoff=0.64)
-    return f"; did you mean {spelt[near[0]]}?" if near else ""
+    near = close_to(name.lower(), spelt, cutoff=0.64)
+    return f"; did you mean {spelt[near]}?" if near else ""
 
 
 def find_pattern(name: str) -> Pattern:
     """Return the pattern that has a name, in any case. Raises `UnknownPatternError`."""
-    patterns = {pattern.name: pattern for pattern in PATTERNS}
-    for known, pattern in patterns.items():
-        if known.lower() == name.lower():
+    for pattern in PATTERNS:
+        if pattern.name.lower() == name.lower():
             return pattern
     given = escape_controls(clip(name, 80))
-    hint = did_you_mean(name, patterns)
-    expected = f"one of {', '.join(patterns)}{hint}"
+    expected = f"one of {', '.join(RULES)}{did_you_mean(name, RULES)}"
     raise UnknownPatternError(f'unknown pattern "{given}", expected {expected}')
 
 
@@ -1297,7 +1294,7 @@ def sample(
     origin: Mapping[str, Any] | None = None,
     target: Mapping[str, Any] | None = None,
     in_reply_to: Any = None,
-) -> dict[str, Any]:
+) -> Document:
     """Return a new notification of a pattern, without any finding.
 
     `origin` and `target` are service objects, with `id`, `inbox` and `type`. Without `target` it
@@ -1307,17 +1304,17 @@ def sample(
     """
     chosen = find_pattern(pattern)
     if in_reply_to is not None:
-        return answer(in_reply_to, chosen, origin, target)
-    is_offer, is_undo = chosen.family == "request", chosen.name == "Undo Offer"
-    services = (REPOSITORY, REVIEWS) if is_offer or is_undo else (REVIEWS, REPOSITORY)
-    ends = origin or services[0], target or {**services[1], "inbox": LOCAL_INBOX}
-    if is_offer:
-        return notification(chosen, AUTHOR, *ends, object=PREPRINT)
-    offered = ends if is_undo else ends[::-1]
-    return answer(notification(REQUEST_REVIEW, AUTHOR, *offered, object=PREPRINT), chosen)
+        return build_answer(in_reply_to, chosen, origin, target)
+    is_offer = chosen.family == "request"
+    from_repository = is_offer or chosen.name == "Undo Offer"
+    here, there = (REPOSITORY, REVIEWS) if from_repository else (REVIEWS, REPOSITORY)
+    ends = origin or here, target or {**there, "inbox": "http://localhost:5005/inbox"}
+    offered = ends if from_repository else ends[::-1]
+    offer = build(chosen if is_offer else REQUEST_REVIEW, AUTHOR, *offered, object=PREPRINT)
+    return offer if is_offer else build_answer(offer, chosen)
 
 
-def reply(offer: Any, pattern: str = "Accept") -> dict[str, Any]:
+def reply(offer: Any, pattern: str = "Accept") -> Document:
     """Return a new notification that answers an Offer, which is not changed.
 
     Every pattern but the requests and Announce Relationship answers an Offer. The reply goes from
@@ -1329,10 +1326,10 @@ def reply(offer: Any, pattern: str = "Accept") -> dict[str, Any]:
     if chosen not in REPLY_PATTERNS:
         listed = ", ".join(pattern.name for pattern in REPLY_PATTERNS)
         raise ValueError(f"{chosen.name} answers no Offer. These do: {listed}")
-    return answer(offer, chosen)
+    return build_answer(offer, chosen)
 
 
-def answer(offer: Any, pattern: Pattern, origin: Any = None, target: Any = None) -> dict[str, Any]:
+def build_answer(offer: Any, pattern: Pattern, origin: Any = None, target: Any = None) -> Document:
     """Build what `reply` returns, for any pattern but requests, and between other services."""
     if pattern.family == "request":
         raise ValueError(f"{pattern.name} starts a conversation and answers no Offer")
@@ -1340,40 +1337,37 @@ def answer(offer: Any, pattern: Pattern, origin: Any = None, target: Any = None)
         raise ValueError("only an Offer can be answered: an object whose type includes Offer")
     if not is_uri(offer.get("id")):
         raise ValueError("the Offer cannot be answered: its id is not an absolute URI")
-    sender, receiver = offer.get("target"), offer.get("origin")
-    actor = {"id": lookup(offer, "target.id"), "name": "Example Reviews", "type": "Service"}
-    if pattern.name == "Undo Offer":
-        sender, receiver, actor = receiver, sender, offer.get("actor")
-    elif origin:
-        actor["id"] = origin.get("id")
-    members = {"inReplyTo": offer["id"], **about(offer, pattern)}
-    return notification(pattern, actor, origin or sender, target or receiver, **members)
+    is_undo = pattern.name == "Undo Offer"
+    ends = ("origin", "target") if is_undo else ("target", "origin")
+    sender, receiver = origin or offer.get(ends[0]), target or offer.get(ends[1])
+    service = {"id": lookup(sender, "id"), "name": "Example Reviews", "type": "Service"}
+    actor = offer.get("actor") if is_undo else service
+    members = {"inReplyTo": offer["id"], **answer_members(offer, pattern)}
+    return build(pattern, actor, sender, receiver, **members)
 
 
-def about(offer: Any, pattern: Pattern) -> dict[str, Any]:
+def answer_members(offer: Any, pattern: Pattern) -> dict[str, Any]:
     """Return the members that say what an answer to an Offer is about."""
     if pattern.types[0] == "Flag":
         return {"object": {"id": offer["id"]}, "summary": "The preprint answers with status 404."}
     if pattern.types[0] != "Announce":
         return {"object": {name: offer[name] for name in offer if name != "@context"}}
     if pattern.name in RESULTS:
-        path, doi, types = RESULTS[pattern.name]
-        cited = f"https://doi.org/{doi}"
-        result: Any = {"id": f"{REVIEWS['id']}{path}", "ietf:cite-as": cited, "type": types}
-    else:
-        result = {
-            "id": uuid.uuid4().urn,
-            "type": "Relationship",
-            "as:subject": f"{REVIEWS['id']}dataset/7",
-            "as:relationship": "http://purl.org/vocab/frbr/core#supplement",
-            "as:object": lookup(offer, "object.id"),
-        }
-    return {"object": result, "context": offer.get("object")}
+        path, types = RESULTS[pattern.name]
+        urls = {"id": REVIEWS["id"] + path, "ietf:cite-as": f"https://doi.org/10.5555/{path}"}
+        return {"object": {**urls, "type": types}, "context": offer.get("object")}
+    relationship = {
+        "id": uuid.uuid4().urn,
+        "type": "Relationship",
+        "as:subject": f"{REVIEWS['id']}dataset/7",
+        "as:relationship": "http://purl.org/vocab/frbr/core#supplement",
+        "as:object": lookup(offer, "object.id"),
+    }
+    return {"object": relationship, "context": offer.get("object")}
 
 
-def notification(
-    pattern: Pattern, actor: Any, origin: Any, target: Any, **members: Any
-) -> dict[str, Any]:
+def build(pattern: Pattern, actor: Any, origin: Any, target: Any, **members: Any) -> Document:
+    """Put a notification together, with a new id; members that are None are left out."""
     document = {
         "@context": [ACTIVITY_STREAMS, COAR_NOTIFY],
         "id": uuid.uuid4().urn,
@@ -1406,50 +1400,45 @@ class Kind(NamedTuple):
 
 
 def is_path(value: Any) -> bool:
-    try:
-        path = os.fspath(value)
-    except Exception:  # whatever a configuration file has defined
-        return False
-    return isinstance(path, str) and path != "" and "\0" not in path
+    """Return whether a value can name a file or a directory."""
+    return isinstance(value, (str, os.PathLike)) and str(value) != "" and "\0" not in str(value)
 
 
 def is_line(value: Any) -> bool:
     """Return whether a value is a text on one line, without spaces around it."""
-    return isinstance(value, str) and value.isprintable() and "" != value == value.strip()
+    return isinstance(value, str) and value.isprintable() and value != "" and value == value.strip()
 
 
 def is_inbox_url(value: Any) -> bool:
     """Return whether notifications can be sent to a URL."""
     try:
-        return isinstance(value, str) and bool(origin_of(value))
+        return bool(origin_of(value))
     except ValueError:
         return False
 
 
 def origin_of(url: str) -> tuple[str, str, int]:
     """Return scheme, host and port of the URL of an inbox. Raises `ValueError` for another one."""
-    parts = urlsplit(url)
-    port = (443 if parts.scheme == "https" else 80) if parts.port is None else parts.port
     if not is_http_uri(url):
         raise ValueError("expected http://HOST/… or https://HOST/…")
+    parts = urlsplit(url)
     if "@" in parts.netloc:  # it would end up in the log
         raise ValueError("a user name or a password in a URL is not sent; use a token")
+    port = (443 if parts.scheme == "https" else 80) if parts.port is None else parts.port
     return parts.scheme, parts.hostname or "", port
 
 
 def reply_patterns(value: Any) -> tuple[str, ...] | None:
     """Return names of patterns that answer an Offer, in their right case; None if one does not."""
-    try:
-        names = value if isinstance(value, (list, tuple)) else [value]
-        found = [find_pattern(str(name)) for name in names]
-    except ValueError:
-        return None
-    return tuple(each.name for each in found) if {*found} <= {*REPLY_PATTERNS} else None
+    known = {pattern.name.lower(): pattern.name for pattern in REPLY_PATTERNS}
+    names = value if isinstance(value, (list, tuple)) else [value]
+    found = tuple(known.get(str(name).lower(), "") for name in names)
+    return found if all(found) else None
 
 
-def in_range(low: float, high: float, kinds: Sequence[type] = (int,)) -> Callable[[Any], bool]:
-    # Not `isinstance`, to which True is a number.
-    return lambda value: type(value) in kinds and low <= value <= high
+def in_range(low: float, high: float, *types: type) -> Callable[[Any], bool]:
+    """Make a predicate for numbers; `isinstance` would take True for one."""
+    return lambda value: type(value) in types and low <= value <= high
 
 
 A_FLAG = Kind("True or False", lambda value: type(value) is bool)
@@ -1457,12 +1446,12 @@ A_MODE = Kind(
     'True, False, "strict", "coarnotify" or a receiver such as "DSpace"',
     lambda value: mode_of(value) is not None,
 )
-A_STATUS = Kind("201 or 202", in_range(201, 202))
-A_COUNT = Kind("a whole number from 1 to 2147483647", in_range(1, 2147483647))
-A_PORT = Kind("a port, 0 to 65535", in_range(0, 65535))
+A_STATUS = Kind("201 or 202", in_range(201, 202, int))
+A_COUNT = Kind("a whole number from 1 to 2147483647", in_range(1, 2147483647, int))
+A_PORT = Kind("a port, 0 to 65535", in_range(0, 65535, int))
 # Sockets refuse what the platform's clock cannot hold.
-A_TIMEOUT = Kind("a number of seconds, 0.001 to 86400", in_range(0.001, 86400, (int, float)))
-A_DELAY = Kind("a number of seconds, 0 to 86400", in_range(0, 86400, (int, float)))
+A_TIMEOUT = Kind("a number of seconds, 0.001 to 86400", in_range(0.001, 86400, int, float))
+A_DELAY = Kind("a number of seconds, 0 to 86400", in_range(0, 86400, int, float))
 SOME_PATTERNS = Kind(
     "a list of " + ", ".join(pattern.name for pattern in REPLY_PATTERNS),
     lambda value: reply_patterns(value) is not None,
@@ -1480,14 +1469,8 @@ ANYTHING = Kind("anything", lambda value: True)
 
 
 def setting(default: Any, kind: Kind) -> Any:
+    """Declare a field of `Settings`."""
     return dataclasses.field(default=default, metadata={"kind": kind})
-
-
-def short_repr(value: Any) -> str:
-    try:
-        return " ".join(repr(value).split())[:80]
-    except ValueError:  # Python does not print numbers of more than 4300 digits
-        return "a number of thousands of digits"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1520,8 +1503,8 @@ class Settings:
     SSL_KEY: str | None = setting(None, A_FILE)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            check_setting(field, getattr(self, field.name))
+        for name in SETTINGS:
+            check_setting(name, getattr(self, name))
         object.__setattr__(self, "VALIDATE_INCOMING", mode_of(self.VALIDATE_INCOMING))
         object.__setattr__(self, "REPLIES", reply_patterns(self.REPLIES))
         if self.VALIDATE_INCOMING == "coarnotify":
@@ -1537,12 +1520,21 @@ class Settings:
 SETTINGS = {field.name: field for field in dataclasses.fields(Settings)}
 
 
-def check_setting(field: dataclasses.Field[Any], value: Any) -> None:
-    """Raise `ConfigurationError` for a value that the setting cannot have."""
+def check_setting(name: str, value: Any, source: str = "") -> None:
+    """Raise `ConfigurationError` for a value that a setting cannot have."""
+    field = SETTINGS[name]
     kind, optional = field.metadata["kind"], field.default is None
     if not kind.accepts(value) and not (optional and value is None):
         expected = f"{'None or ' * optional}{kind.expected}"
-        raise ConfigurationError(f"{field.name} is {short_repr(value)}, expected {expected}")
+        raise ConfigurationError(f"{source}{name} is {short_repr(value)}, expected {expected}")
+
+
+def short_repr(value: Any) -> str:
+    """Show a value in a message: on one line, at most 80 characters."""
+    try:
+        return " ".join(repr(value).split())[:80]
+    except ValueError:  # Python does not print numbers of more than 4300 digits
+        return "a number of thousands of digits"
 
 
 def read_configuration(filename: str) -> dict[str, Any]:
@@ -1551,12 +1543,10 @@ def read_configuration(filename: str) -> dict[str, Any]:
     Returns every UPPERCASE name it leaves behind. Raises `ConfigurationError` naming the file, and
     the line where there is one, when it cannot be read, is not Python or fails.
     """
-    module = types.ModuleType("config")
-    module.__file__ = filename
+    names: dict[str, Any] = {"__name__": "config", "__file__": filename}
     try:
-        with open(filename, "rb") as file:
-            code = compile(file.read(), filename, "exec", dont_inherit=True)
-        exec(code, module.__dict__)
+        with open(filename, "rb") as file:  # once: it may be a pipe, which runpy would read twice
+            exec(compile(file.read(), filename, "exec", dont_inherit=True), names)
     except BaseException as error:  # a KeyboardInterrupt of the file's own included
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == filename]
@@ -1565,8 +1555,7 @@ def read_configuration(filename: str) -> dict[str, Any]:
         where = f"{filename}, line {lines[-1]}" if lines else filename
         reason = f"{where}: {type(error).__name__}: {getattr(error, 'msg', error)}"
         raise ConfigurationError(" ".join(reason.split())) from error
-    names = [name for name in vars(module) if str(name).isupper()]
-    return {name: vars(module)[name] for name in names}
+    return {name: value for name, value in names.items() if str(name).isupper()}
 
 
 def read_value(text: str) -> Any:
@@ -1582,12 +1571,11 @@ def read_environment(variables: Mapping[str, str]) -> dict[str, Any]:
     Settings that are texts stay texts: a TOKEN may be a number.
     """
     values: dict[str, Any] = {}
-    for field in dataclasses.fields(Settings):
-        text = variables.get(f"COARNOTIFY_{field.name}")
+    for name, field in SETTINGS.items():
+        text = variables.get(f"COARNOTIFY_{name}")
         # Kubernetes sets COARNOTIFY_PORT=tcp://… where a service is called coarnotify.
-        if text is not None and not (field.name == "PORT" and text.startswith("tcp://")):
-            is_text = field.type in ("str", "str | None")
-            values[field.name] = text if is_text else read_value(text)
+        if text is not None and not text.startswith("tcp://"):
+            values[name] = text if field.type in ("str", "str | None") else read_value(text)
     return values
 
 
@@ -1600,17 +1588,14 @@ def configure(
     shared with a Flask application. Raises `ConfigurationError`, which says where the value is.
     """
     values = {} if filename is None else read_configuration(filename)
-    for name in [name for name in values if name not in SETTINGS]:
+    for name in values.keys() - SETTINGS:
         hint = did_you_mean(name, SETTINGS)
         LOG.warning("%s: ignored: unknown setting %s%s", filename, name, hint)
         del values[name]
     environment = read_environment(variables)
     for source, layer in ((f"{filename}: ", values), ("COARNOTIFY_", environment)):
         for name, value in layer.items():
-            try:
-                check_setting(SETTINGS[name], value)
-            except ConfigurationError as error:
-                raise ConfigurationError(f"{source}{error}") from error
+            check_setting(name, value, source)
     return Settings(**{**values, **environment, **flags})
 
 
@@ -3132,11 +3117,14 @@ class Loop:
     def call(self, function: Callable[[], Any]) -> Any:
         """Run a function in the loop, and wait for what it returns; for other threads.
 
-        Raises `queue.Empty` if the loop does not get to it within ten seconds.
+        Raises what it raises, or `queue.Empty` if the loop does not get to it within ten seconds.
         """
         results: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.post(lambda: results.put(function()))
-        return results.get(timeout=10)
+        self.post(lambda: results.put(result_of(function)))
+        result = results.get(timeout=10)
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def call_later(self, seconds: float, task: Callable[[], None]) -> None:
         heapq.heappush(self.timers, (time.monotonic() + seconds, next(self.numbers), task))
@@ -3245,17 +3233,21 @@ class Answer(NamedTuple):
         return self.status in (201, 202)
 
     def reasons(self) -> list[str]:
-        """List what a problem document (RFC 9457) or the like says: its detail, its findings."""
-        try:
-            problem = parse(self.body)
-        except ValueError:
-            return []
+        """Say why it was not accepted, and what a problem document (RFC 9457) or the like says.
+
+        Its detail comes first, then its findings, which an answer that accepts may have too.
+        """
+        problem = Delivery(body=self.body).notification  # None if it is not JSON
         details = [lookup(problem, member) for member in ("detail", "message", "error")]
         texts = [detail for detail in details if isinstance(detail, str)][:1]
         for found in (lookup(problem, "errors"), lookup(problem, "warnings")):
             for each in found if isinstance(found, list) else []:
                 words = (lookup(each, name) or "-" for name in ("level", "pointer", "message"))
                 texts.append(" ".join(map(str, words)))
+        if self.status in NOT_AN_INBOX and not texts:
+            return ["this is no inbox, and no page there advertises one"]
+        if 200 <= self.status < 300 and not self.accepted:
+            return ["an inbox that accepts a notification answers 201 or 202", *texts]
         return texts
 
 
@@ -3268,6 +3260,8 @@ def send(document: Any, url: str, *, token: str | None = None, timeout: float = 
     `SendError` if there is no answer.
     """
     deadline, body = time.monotonic() + timeout, encode(document)
+    if token is not None and not is_line(token):  # a line break would add headers
+        raise SendError("the token must be a text without line breaks, or spaces around it")
 
     def request(target: str, body: bytes | None) -> Answer:
         followed = (307, 308) if body is not None else (301, 302, 303, 307, 308)
@@ -3283,10 +3277,13 @@ def send(document: Any, url: str, *, token: str | None = None, timeout: float = 
     # POST before discovery: the URL is nearly always that of the inbox, where a page must not
     # divert the notification, and a receiver under test should see one request.
     answer = request(url, body)
-    inbox = ""
-    if answer.status in NOT_AN_INBOX:
-        with contextlib.suppress(SendError):  # the first answer says more
-            inbox = advertised_inbox(request(answer.url, None))
+    if answer.status not in NOT_AN_INBOX:
+        return answer
+    try:
+        page = request(answer.url, None)
+    except SendError:  # the first answer says more
+        return answer
+    inbox = resolve(page.url, advertised_inbox(page)) if page.status == 200 else ""
     return request(inbox, body) if inbox not in ("", answer.url) else answer
 
 
@@ -3315,9 +3312,8 @@ def addresses_of_client(addresses: Iterable[str], client: str) -> list[str]:
     """
 
     def normal(text: str) -> str:
-        address = ipaddress.ip_address(text)
-        address = getattr(address, "ipv4_mapped", None) or address
-        return "127.0.0.1" if str(address) == "::1" else str(address)
+        address = str(ip_address(text) or ip_address(f"[{text}]"))
+        return "127.0.0.1" if address == "::1" else address
 
     return [address for address in addresses if normal(address) == normal(client)]
 
@@ -3344,6 +3340,7 @@ def retry_delay(
 
 
 def encode(document: Any) -> bytes:
+    """Write a notification as JSON; bytes stay as they are."""
     return document if isinstance(document, bytes) else json.dumps(document).encode()
 
 
@@ -3351,6 +3348,9 @@ def exchange(
     url: str, addresses: Sequence[str], deadline: float, body: bytes | None, token: str | None
 ) -> Answer:
     """POST a body to one of the addresses, or GET. Raises `SendError` if there is no answer."""
+    method = "GET" if body is None else "POST"
+    parts = urlsplit(url)
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     headers: dict[str, Any] = {
         "Accept": "application/ld+json, application/json, text/html;q=0.5, */*;q=0.1",
         "Connection": "close",
@@ -3359,54 +3359,49 @@ def exchange(
     if body is not None:
         headers["Content-Type"] = JSON_LD
     if token is not None:
-        if not is_line(token):  # a line break would add headers
-            raise SendError("the token must be a text without line breaks, or spaces around it")
         headers["Authorization"] = f"Bearer {token}".encode()
-    parts = urlsplit(url)
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    data = bytearray()
     try:
-        scheme, host, port = origin_of(url)
-        connection = http.client.HTTPConnection(host, port)
-        connection.default_port = 443 if scheme == "https" else 80  # the header Host omits it
-        with open_socket(url, addresses, deadline) as sock:
-            connection.sock = TimedSocket(sock, deadline)
+        with contextlib.closing(connect(url, addresses, deadline)) as connection:
             # A receiver may refuse a notification before it has read all of it.
             with contextlib.suppress(ConnectionError):
-                method = "GET" if body is None else "POST"
                 connection.request(method, quote(target, URL_CHARACTERS), body, headers)
-            response = connection.getresponse()
-            # The status counts, even if the end of the body is missing.
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                while piece := response.read1(MAX_ANSWER):
-                    data += piece
+            reader: Any = TimedReader(connection.sock, deadline)
+            with http.client.HTTPResponse(reader, method=method) as response:
+                response.begin()
+                data = bytearray()
+                # The status counts, even if the end of the body is missing.
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    while piece := response.read1(MAX_ANSWER):
+                        data += piece
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise send_error(url, explain(error)) from error
     location = resolve(url, response.headers.get("Location") or "")
     return Answer(url, response.status, response.headers, bytes(data), location)
 
 
-def open_socket(url: str, addresses: Sequence[str], deadline: float) -> socket.socket:
+def connect(url: str, addresses: Sequence[str], deadline: float) -> http.client.HTTPConnection:
     """Connect to the host of a URL; another look-up of its addresses could lead elsewhere."""
     scheme, host, port = origin_of(url)
-    address, *others = addresses
+    # Share the time, or one dead address would use up all of it.
+    seconds = remaining(deadline) / len(addresses)
+    connection = http.client.HTTPConnection(addresses[0], port, timeout=seconds)
     try:
-        # Share the time, or one dead address would use up all of it.
-        sock = socket.create_connection((address, port), remaining(deadline) / len(addresses))
+        connection.connect()
     except OSError:
-        if others:
-            return open_socket(url, others, deadline)
-        raise
-    # Otherwise the body waits until the receiver acknowledges the head.
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.settimeout(remaining(deadline))
+        if len(addresses) == 1:
+            raise
+        return connect(url, addresses[1:], deadline)
+    connection.host = host  # for the header Host, which omits the usual port
+    connection.default_port = 443 if scheme == "https" else 80
+    connection.sock.settimeout(remaining(deadline))
     if scheme == "https":
-        return ssl.create_default_context().wrap_socket(sock, server_hostname=host)
-    return sock
+        context = ssl.create_default_context()
+        connection.sock = context.wrap_socket(connection.sock, server_hostname=host)
+    return connection
 
 
-class TimedSocket(io.RawIOBase):
-    """What `http.client` needs of a socket, with one deadline and at most MAX_ANSWER bytes to read.
+class TimedReader(io.RawIOBase):
+    """Reads an answer from a socket until a deadline, and at most MAX_ANSWER bytes of it.
 
     The time-out of a socket starts anew with each byte, so it is set to what the deadline leaves.
     """
@@ -3414,13 +3409,8 @@ class TimedSocket(io.RawIOBase):
     def __init__(self, sock: socket.socket, deadline: float) -> None:
         self.sock, self.deadline, self.left = sock, deadline, MAX_ANSWER
 
-    def sendall(self, data: Any) -> None:
-        left = memoryview(data)
-        while left:
-            self.sock.settimeout(remaining(self.deadline))
-            left = left[self.sock.send(left) :]
-
     def makefile(self, mode: str) -> io.BufferedReader:
+        """Stand in for a socket, which `http.client` expects."""
         return io.BufferedReader(self)
 
     def readable(self) -> bool:
@@ -3433,15 +3423,12 @@ class TimedSocket(io.RawIOBase):
         self.left -= count
         return count
 
-    def close(self) -> None:
-        """Leave the socket open: `http.client` closes it before the body of the answer is read."""
-
 
 def remaining(deadline: float) -> float:
     """Return the seconds until the deadline. Raises `TimeoutError` if it has passed."""
     seconds = deadline - time.monotonic()
     if seconds <= 0:
-        raise TimeoutError
+        raise TimeoutError("timed out")
     return seconds
 
 
@@ -3461,8 +3448,6 @@ def send_error(url: str, reason: str) -> SendError:
 
 def explain(error: Exception) -> str:
     """Say in a few words why there is no answer."""
-    if isinstance(error, (TimeoutError, socket.timeout)):
-        return "timed out"
     if isinstance(error, ConnectionResetError):  # RemoteDisconnected is one, too
         return "the receiver closed the connection without an answer"
     text = getattr(error, "strerror", None) or str(error)
@@ -3475,25 +3460,27 @@ def explain(error: Exception) -> str:
     return "TLS failed: " + re.sub(r"^\[.*?\] | \(_ssl\.c:\d+\)$", "", text) + hint
 
 
-def advertised_inbox(answer: Answer) -> str:
-    """Find the URL of the inbox that a resource advertises (LDN section 3.1); empty if none."""
-    if answer.status != 200:
-        return ""
-    for header in answer.headers.get_all("Link", []):
-        for link, parameters in re.findall("<([^<>]*)>([^<]*)", header):
-            relation = re.search(r'\brel *= *"?([^";,]*)', parameters, re.IGNORECASE)
-            if relation and names_inbox(relation[1]):
-                return resolve(answer.url, link)
-    if "html" in answer.headers.get_content_type():
-        finder = InboxFinder(answer.url)
-        finder.feed(answer.body.decode("utf-8", "replace"))
+def advertised_inbox(page: Answer) -> str:
+    """Return the reference to an inbox that a resource advertises (LDN section 3.1), or nothing."""
+    links = ", ".join(page.headers.get_all("Link", []))
+    for link, parameters in re.findall("<([^<>]*)>([^<]*)", links):
+        relation = re.search(r'\brel *= *"?([^";,]*)', parameters, re.IGNORECASE)
+        if relation and names_inbox(relation[1]):
+            return str(link)
+    if "html" in page.headers.get_content_type():
+        finder = InboxFinder()
+        # The parser gives up at some odd declarations.
+        with contextlib.suppress(AssertionError, NotImplementedError):
+            finder.feed(page.body.decode("utf-8", "replace"))
         return finder.inbox
-    with contextlib.suppress(ValueError):
-        return described_inbox(parse(answer.body), answer.url)
-    return ""
+    try:
+        return described_inbox(parse(page.body), page.url)
+    except ValueError:
+        return ""
 
 
 def names_inbox(relations: str) -> bool:
+    """Return whether one of the relations of a link is that of an inbox."""
     return not {*LDP_INBOX}.isdisjoint(relations.lower().split())
 
 
@@ -3502,26 +3489,24 @@ def described_inbox(document: Any, url: str) -> str:
     parts = [document, lookup(document, "@graph")]
     lists = [part if isinstance(part, list) else [part] for part in parts]
     nodes = [node for part in lists for node in part if isinstance(node, dict)]
-    nodes.sort(key=lambda node: resolve(url, str(node.get("@id", node.get("id", "")))) != url)
+    nodes.sort(key=lambda node: resolve(url, str(node.get("@id", node.get("id")))) != url)
     for value in (node.get(name) for node in nodes for name in (*LDP_INBOX, "inbox")):
         first = value[0] if isinstance(value, list) and value else value
-        link = first.get("@id", first.get("id")) if isinstance(first, dict) else first
+        link = lookup(first, "@id") or lookup(first, "id") or first
         if link and isinstance(link, str):
-            return resolve(url, link)
+            return link
     return ""
 
 
 class InboxFinder(HTMLParser):
     """Finds the inbox in the links and the RDFa of an HTML page."""
 
-    def __init__(self, url: str) -> None:
-        super().__init__()
-        self.base, self.inbox = url, ""
+    base, inbox = "", ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = {name: value or "" for name, value in attrs}
         if tag == "base":
-            self.base = resolve(self.base, given.get("href", "")) or self.base
+            self.base = given.get("href", "")
         if not self.inbox and names_inbox(f"{given.get('rel')} {given.get('property')}"):
             self.inbox = resolve(self.base, given.get("resource") or given.get("href", ""))
 
@@ -3535,8 +3520,11 @@ class InboxFinder(HTMLParser):
 FORWARDED = ("forwarded", "x-forwarded-for")  # headers of a request that came through a proxy
 
 
-def outgoing(document: Any, url: str, via: str, exchange: Callable[[], Answer]) -> Delivery:
-    """Make an attempt to send a notification, and describe it, whatever became of it."""
+def outgoing(document: Any, url: str, via: str, addresses: Sequence[str] = ()) -> Delivery:
+    """Make an attempt to send a notification, and describe it, whatever became of it.
+
+    It goes to one of the addresses, see `post`; if there are none, as `send` finds the way.
+    """
     body = encode(document)
     parsed = Delivery(body=body).notification
     pattern = pattern_of(parsed)
@@ -3555,7 +3543,7 @@ def outgoing(document: Any, url: str, via: str, exchange: Callable[[], Answer]) 
     )
     started = time.monotonic()
     try:
-        answer = exchange()
+        answer = post(body, url, addresses) if addresses else send(body, url)
     except SendError as error:
         return delivery._replace(detail=str(error))
     return delivery._replace(
@@ -3601,8 +3589,7 @@ def answer_offer(
         addresses = yield Sending(lambda: reply_addresses(url, client, proxied, settings))
         for pattern in settings.REPLIES:
             document = yield Sending(functools.partial(reply_to, offer, pattern, url))
-            post_it = functools.partial(post, document, url, addresses)
-            attempt = functools.partial(outgoing, document, url, "REPLIES", post_it)
+            attempt = functools.partial(outgoing, document, url, "REPLIES", addresses)
             tries = 0
             seconds: float | None = settings.REPLY_DELAY
             while seconds is not None:
@@ -3615,7 +3602,7 @@ def answer_offer(
         record(Delivery(new_name(), direction="out", detail=str(error), about=about, via="REPLIES"))
 
 
-def reply_to(offer: Any, pattern: str, url: str) -> dict[str, Any]:
+def reply_to(offer: Any, pattern: str, url: str) -> Document:
     """Build a reply that is addressed to the inbox that it goes to. Raises `ValueError`."""
     document = reply(offer, pattern)
     if isinstance(document.get("target"), dict):
@@ -3642,14 +3629,6 @@ def read_send(body: bytes, is_form: bool) -> dict[str, Any]:
     if is_form and "document" in wanted:
         wanted["document"] = wanted["document"].encode()
     return wanted
-
-
-def replying(offer: bytes, pattern: str, url: str) -> dict[str, Any]:
-    """Build a reply to what was delivered. Raises `Problem` if it cannot be answered so."""
-    try:
-        return reply_to(parse(offer), pattern, url)
-    except ValueError as error:
-        raise Problem(409, str(error)) from error
 
 
 # --- Templates -----------------------------------------------------------------------------------
@@ -5445,9 +5424,11 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             raise Problem(404, "it is no longer stored")
         elif "pattern" in wanted:
             offer, pattern = document, wanted["pattern"]
-            document = yield Blocking(lambda: replying(offer, pattern, url))
-        attempt = functools.partial(send, document, url)
-        delivery = yield Sending(lambda: outgoing(document, url, "page", attempt))
+            try:
+                document = yield Blocking(lambda: reply_to(parse(offer), pattern, url))
+            except ValueError as error:
+                raise Problem(409, str(error)) from error
+        delivery = yield Sending(lambda: outgoing(document, url, "page"))
         delivery = self.server.record(delivery)
         headers = {"Location": f"{self.base}/deliveries/{delivery.name}"}
         created = json_response(201, delivery.as_json(), headers=headers)
@@ -6264,17 +6245,17 @@ class InboxServer(Loop, http.server.HTTPServer):
 
 
 class Wanted(NamedTuple):
-    """What a test looks for among the deliveries."""
+    """What a test looks for among the deliveries, see `Inbox.wait_for`."""
 
-    predicate: Callable[[Delivery], object] | None
-    type: str
-    pattern: str
-    in_reply_to: str
-    status: str
-    direction: str
-    clean: bool = False  # of findings
+    predicate: Callable[[Delivery], object] | None = None
+    type: str = ""
+    pattern: str = ""
+    in_reply_to: str = ""
+    status: str | int = ""
+    direction: str = "in"
+    clean: bool = False
 
-    def check(self) -> Wanted:
+    def checked(self) -> Wanted:
         """Reject criteria that can never match, so that a typo fails at once, not by a timeout.
 
         In `assert_none` it would even pass. Raises `AssertionError`, and `TypeError` for a
@@ -6288,9 +6269,11 @@ class Wanted(NamedTuple):
         near = close_to(self.type, known) or close_to(f"coar-notify:{self.type}", known)
         if near and self.type not in known:
             raise AssertionError(f"unknown type {self.type}; did you mean {near}?")
+        status, direction = str(self.status), self.direction
         try:
-            check_parameters({"status": self.status, "direction": self.direction}, QUERY_PARAMETERS)
-            return self._replace(pattern=self.pattern and find_pattern(self.pattern).name)
+            check_parameters({"status": status, "direction": direction}, QUERY_PARAMETERS)
+            pattern_name = self.pattern and find_pattern(self.pattern).name
+            return self._replace(status=status, pattern=pattern_name)
         except ValueError as error:
             raise AssertionError(str(error)) from None
 
@@ -6301,10 +6284,9 @@ class Wanted(NamedTuple):
     def mismatch(self, delivery: Delivery) -> str:
         """Return the first reason why a delivery is not wanted; empty if it is."""
         listed = "; ".join(f"{each.level} {each.message}" for each in by_level(delivery.findings))
-        if not delivery.has_status(self.status):
+        if not delivery.has_status(str(self.status)):
             refused = delivery.verdict == "refused" and not delivery.simulated
-            reason = listed if refused else ""
-            return reason or delivery.detail or f"its status is not {self.status}"
+            return (refused and listed) or delivery.detail or f"its status is not {self.status}"
         document = delivery.notification
         types, in_reply_to = lookup(document, "type"), lookup(document, "inReplyTo")
         if self.type and self.type not in types_of(types):
@@ -6331,6 +6313,7 @@ class Inbox:
 
     @property
     def open_server(self) -> InboxServer:
+        """The server. Raises `RuntimeError` after the `with` block."""
         if self.server.closing:
             raise RuntimeError("the inbox is closed; look at it inside the `with` block")
         return self.server
@@ -6338,20 +6321,24 @@ class Inbox:
     @property
     def deliveries(self) -> list[Delivery]:
         """Every attempt so far, the first one first; see `Delivery`."""
-        logged = filter(None, self.open_server.deliveries.newest_first())
-        return [self.complete(delivery) for delivery in logged][::-1]
+        return list(self.arriving(0))
 
     @property
     def notifications(self) -> list[Any]:
         """The documents of the notifications that were stored, the first one first."""
-        stored = (each for each in self.deliveries if each.is_stored and each.direction == "in")
+        stored = (each for each in self.arriving(0, "in") if each.is_stored)
         return [each.notification for each in stored if each.body is not None]
 
-    def complete(self, delivery: Delivery) -> Delivery:
-        """Add the body of what was stored."""
-        with contextlib.suppress(KeyError):
-            return delivery._replace(body=delivery.body or self.server.store.read(delivery.name))
-        return delivery
+    def arriving(self, seconds: float | None, direction: str = "") -> Iterator[Delivery]:
+        """Yield the deliveries so far, and those that arrive in time; None is for ever."""
+        server = self.open_server
+        deadline = NEVER if seconds is None else time.monotonic() + seconds
+        for delivery in server.deliveries.follow(deadline):
+            if direction in ("", delivery.direction):
+                body = delivery.body
+                with contextlib.suppress(KeyError):  # it was not stored, or has been removed
+                    body = body or server.store.read(delivery.name)
+                yield delivery._replace(body=body)
 
     def wait_for(
         self,
@@ -6374,9 +6361,8 @@ class Inbox:
         Raises `AssertionError`, saying what did arrive, when the time is over, and at once when
         nothing can ever meet the criteria.
         """
-        wanted = Wanted(
-            predicate, type, pattern, in_reply_to, str(status), direction, clean
-        ).check()
+        wanted = Wanted(predicate, type, pattern, in_reply_to, status, direction, clean)
+        wanted = wanted.checked()
         arrived = ""
         for delivery in self.arriving(timeout, direction):
             try:
@@ -6393,27 +6379,18 @@ class Inbox:
         self,
         predicate: Callable[[Delivery], object] | None = None,
         *,
-        type: str = "",
-        pattern: str = "",
-        in_reply_to: str = "",
-        status: str | int = "",
-        direction: str = "in",
         within: float | None = 0,
+        **criteria: Any,
     ) -> None:
-        """Raise `AssertionError` if such a delivery, accepted or not, has arrived, or does in time.
+        """Raise `AssertionError` if such a delivery has arrived, or does within some seconds.
 
-        `within` is in seconds, None for ever. What the predicate raises is raised.
+        The criteria are those of `wait_for`, but unless a status is given, refused deliveries count
+        too. `within` may be None, for ever. What the predicate raises is raised.
         """
-        wanted = Wanted(predicate, type, pattern, in_reply_to, str(status), direction).check()
-        for delivery in self.arriving(within, direction):
+        wanted = Wanted(predicate, **criteria).checked()
+        for delivery in self.arriving(within, wanted.direction):
             if not wanted.mismatch(delivery):
                 raise AssertionError(f"an unexpected delivery: {delivery}")
-
-    def arriving(self, seconds: float | None, direction: str) -> Iterator[Delivery]:
-        """Yield the deliveries so far, and those that arrive in time; None is for ever."""
-        deadline = math.inf if seconds is None else time.monotonic() + seconds
-        followed = self.open_server.deliveries.follow(deadline)
-        return (self.complete(each) for each in followed if direction in ("", each.direction))
 
     def send(self, document: Any, url: str) -> Delivery:
         """Send a notification to another inbox; returns the outgoing delivery.
@@ -6421,7 +6398,7 @@ class Inbox:
         `document` is sent as JSON, or as it is if it is bytes. See `coarinbox.send`.
         """
         server = self.open_server
-        delivery = outgoing(document, url, "test", functools.partial(send, document, url))
+        delivery = outgoing(document, url, "test")
         recorded: Delivery = server.call(lambda: server.record(delivery))
         return recorded
 
@@ -6453,14 +6430,12 @@ class Inbox:
         Attempts that are refused anyway do not count. `retry_after` is seconds or an HTTP date,
         `delay` seconds. Raises `ValueError` when a value is unusable.
         """
-        given = {
-            "status": status,
-            "times": str(times),
-            "retry-after": retry_after,
-            "delay": f"{delay:.9f}" if delay else None,
-            "close": 1 if close else None,
-        }
+        given = {"status": status, "retry-after": retry_after, "times": str(times)}
         texts = {name: str(value) for name, value in given.items() if value is not None}
+        if delay:
+            texts["delay"] = f"{delay:.9f}"
+        if close:
+            texts["close"] = "1"
         check_parameters(texts, FAILURE_PARAMETERS)
         self.open_server.failures.push(Failure.from_values(texts))
 
@@ -6479,32 +6454,30 @@ def running(**settings: Any) -> Iterator[Inbox]:
     for name in settings.keys() - SETTINGS:
         raise ConfigurationError(f"unknown setting {name}{did_you_mean(name, SETTINGS)}")
     process = os.getpid()
-    directory = tempfile.mkdtemp(prefix="coarinbox-")
-    try:
+    with contextlib.ExitStack() as at_the_end:
+        directory = tempfile.mkdtemp(prefix="coarinbox-")
+        at_the_end.callback(shutil.rmtree, directory, ignore_errors=True)
         defaults = {"PORT": 0, "STORE_DIR": directory, "FSYNC": False}
         server = InboxServer(Settings(**{**defaults, **settings}))
+        at_the_end.callback(server.server_close)
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
+        at_the_end.callback(thread.join)
+        at_the_end.callback(server.stop, within=0)
         try:
             yield Inbox(server)
         finally:
-            if os.getpid() == process:  # a child that was forked leaves its parent's inbox alone
-                server.stop(within=0)
-                thread.join()
-                server.server_close()
-    finally:
-        if os.getpid() == process:
-            shutil.rmtree(directory, ignore_errors=True)
+            if os.getpid() != process:  # a child that was forked leaves its parent's inbox alone
+                at_the_end.pop_all()
     if server.bugs:
         raise RuntimeError("the inbox itself has failed") from server.bugs[0]
 
 
 # --- Command line --------------------------------------------------------------------------------
 #
-# `main` chooses what to do: `check_files`, `send_files`, `print_sample` or `serve`, each of which
-# takes the options and returns the exit status.
+# `main` chooses what to do: `check_files`, `send_files` or `serve`, each of which takes the options
+# and returns the exit status, or to print a sample.
 
-MAX_FILE = 67108864  # bytes of a file to send
 MAX_WAITING = 10_000  # lines of the log that may wait for standard error
 # Seconds within which a second signal is the same one: `timeout`, for one, sends it to a process
 # and to its group.
@@ -6550,11 +6523,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
+    """Combine the options that are settings with the file and the environment."""
     flags = {name: value for name, value in vars(options).items() if name.isupper()}
     return configure(options.config, flags, os.environ)
 
 
 def complain(text: object) -> None:
+    """Print a line to standard error."""
     print(escape_controls(f"coarinbox: {text}"), file=sys.stderr)
 
 
@@ -6564,19 +6539,18 @@ def files_below(path: str, onerror: Callable[[OSError], object]) -> list[str]:
         return [path]
     tree = os.walk(path, onerror=onerror)
     files = (os.path.join(folder, name) for folder, _, names in tree for name in names)
-    return sorted(
-        file for file in files if file.endswith((".json", ".jsonld")) and os.path.isfile(file)
-    )
+    named = sorted(file for file in files if file.endswith((".json", ".jsonld")))
+    return [file for file in named if os.path.isfile(file)]
 
 
-def read_file(path: str, limit: int) -> bytes:
-    """Read a file, or standard input for `-`, no further than is needed to see it is too large."""
+def read_file(path: str) -> bytes:
+    """Read a file, or standard input for `-`."""
     if path == "-":
-        return sys.stdin.buffer.read(limit + 1)
+        return sys.stdin.buffer.read()
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "not a regular file", path)  # a FIFO would block
     with open(path, "rb") as file:
-        return file.read(limit + 1)
+        return file.read()
 
 
 def assess_file(data: bytes, settings: Settings) -> Assessment:
@@ -6596,31 +6570,24 @@ def check_files(options: argparse.Namespace) -> int:
     """Validate files; returns the exit status: 1 if one is refused, 2 if one is unreadable."""
     settings = settings_of(options)
     unreadable: list[OSError] = []
-    checked = refused = warned = 0
-    for file in (file for path in options.check for file in files_below(path, unreadable.append)):
+    verdicts: collections.Counter[str] = collections.Counter()
+    files = [file for path in options.check for file in files_below(path, unreadable.append)]
+    for file in files:
         try:
-            data = read_file(file, settings.MAX_CONTENT_LENGTH)
+            errors, warnings = assess_file(read_file(file), settings)
         except OSError as error:
             unreadable.append(error)
             continue
-        errors, warnings = assess_file(data, settings)
-        checked += 1
-        refused += bool(errors)
-        warned += bool(warnings and not errors)
+        verdicts["refused" if errors else "warned" if warnings else "clean"] += 1
         found = errors + warnings
         lines = [f"{each.level} {each.pointer or '-'} {each.code} {each}" for each in found]
         for line in lines or ["ok"]:
             print(escape_controls(f"{file}: {line}"))
     for failed in unreadable:
         complain(f"{failed.filename}: {failed.strerror}")
+    checked, refused, warned = sum(verdicts.values()), verdicts["refused"], verdicts["warned"]
     complain(f"{checked} checked, {refused} refused, {warned} with warnings")
     return 2 if unreadable or not checked else int(refused > 0)
-
-
-def print_sample(options: argparse.Namespace) -> int:
-    """Print a valid notification; returns the exit status."""
-    print(json.dumps(sample(options.sample), indent=2))
-    return 0
 
 
 def send_files(options: argparse.Namespace) -> int:
@@ -6633,28 +6600,18 @@ def send_files(options: argparse.Namespace) -> int:
     status = 0
     for name, document in documents:
         try:
-            body = document or read_file(name, MAX_FILE)
-            answer = send(body, options.send, token=options.token)
+            answer = send(document or read_file(name), options.send, token=options.token)
         except OSError as error:
-            complain(f"{name}: {error if isinstance(error, SendError) else error.strerror}")
+            complain(f"{name}: {error.strerror or error}")
             status = 2
-        else:
-            print_answer(name, answer)
-            status = max(status, int(not answer.accepted))
+            continue
+        phrase = http.client.responses.get(answer.status, "")
+        words = f"{name}: {answer.status} {phrase} {answer.location}".split()
+        print(escape_controls(" ".join(words)))
+        for reason in answer.reasons():
+            print(escape_controls(f"  {clip(reason, 300)}"))
+        status = max(status, int(not answer.accepted))
     return status
-
-
-def print_answer(name: str, answer: Answer) -> None:
-    """Print a line for the answer to a notification, and one for each reason in it."""
-    phrase = http.client.responses.get(answer.status, "")
-    print(escape_controls(" ".join(f"{name}: {answer.status} {phrase} {answer.location}".split())))
-    reasons = answer.reasons()
-    if answer.status in NOT_AN_INBOX and not reasons:
-        reasons = ["this is no inbox, and no page there advertises one"]
-    elif 200 <= answer.status < 300 and not answer.accepted:
-        reasons = ["an inbox that accepts a notification answers 201 or 202", *reasons]
-    for reason in reasons:
-        print(escape_controls(f"  {clip(reason, 300)}"))
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -6785,7 +6742,8 @@ def main(arguments: list[str] | None = None) -> int:
             if options.send is not None:
                 return send_files(options)
             if options.sample is not None:
-                return print_sample(options)
+                print(json.dumps(sample(options.sample), indent=2))
+                return 0
             return check_files(options) if options.check else serve(options)
         except (ConfigurationError, UnknownPatternError) as error:
             complain(error)

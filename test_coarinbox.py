@@ -6479,6 +6479,7 @@ SILENT: dict[str, tuple[str, str, str]] = {
     "a comment": ("text/html", '<!-- <link rel="ldp:inbox" href="/inbox"> -->', ""),
     "a script": ("text/html", """<script>'<link rel="ldp:inbox" href="/inbox">'</script>""", ""),
     "no URL": ("text/html", '<link rel="ldp:inbox">', ""),
+    "odd HTML": ("text/html", '<![odd[x]]><link rel="ldp:inbox" href="/inbox">', ""),
     "not JSON": (JSON_LD, "{", ""),
     "odd JSON": (JSON_LD, '[5, null, {"inbox": 5}, {"inbox": []}, {"inbox": {"@id": {}}}]', ""),
     "itself": ("", "", f"</a/page>; rel={LDP_INBOX}"),
@@ -7557,6 +7558,9 @@ class SendingDoubleTest(unittest.TestCase):
             for misuse in (inbox.wait_for, inbox.assert_none):
                 with self.assertRaises(AssertionError):
                     misuse(direction="outgoing")
+            with unittest.mock.patch.object(inbox.server, "record", side_effect=OSError("full")):
+                with self.assertRaisesRegex(OSError, "full"):
+                    inbox.send(ACCEPT, nobody)
 
 
 class TwoInboxesTest(ProgramTest):
@@ -9355,7 +9359,6 @@ class StartAndEndTest(ProgramTest):
         for name, text in {
             "interrupt": "raise KeyboardInterrupt",
             "number": "globals()[5] = 1; PORT = 'x'",
-            "path": "class path:\n def __fspath__(self): return 1 / 0\nSTORE_DIR = path()",
             "user": "BASE_URL = 'https://user@inbox.example.org'",
             "password": "BASE_URL = 'https://user:secret@inbox.example.org/'",
         }.items():
