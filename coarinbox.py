@@ -1079,16 +1079,18 @@ def without_query(url: str) -> str:
 def delivery_findings(document: Any, arrival: Arrival) -> list[Finding]:
     """Find what is wrong with a delivery, though the document does not show it."""
     found: dict[str, tuple[Any, str]] = {}  # by code: the value, and the rest of the message
-    content_type = clip(arrival.content_type, 100)
-    if media_type_of(content_type) != JSON_LD:
+    if arrival.content_type != JSON_LD and media_type_of(arrival.content_type) != JSON_LD:
+        content_type = clip(arrival.content_type, 100)
         fix = f"found `{content_type}`; send `Content-Type: {JSON_LD}`"
         found["content-type"] = content_type, fix
     if arrival.known_as:
         found["id-repeated"] = None, f"it was delivered before, as {arrival.known_as}"
     inbox, here = lookup(document, "target.inbox"), list(arrival.posted_to)
-    elsewhere = here and inbox not in here and is_http_uri(inbox)
-    if elsewhere and without_query(inbox) not in map(without_query, here):
-        found["target.inbox-elsewhere"] = inbox, f"write `{here[0]}`"
+    if here and inbox not in here and is_http_uri(inbox):
+        if without_query(inbox) not in map(without_query, here):
+            found["target.inbox-elsewhere"] = inbox, f"write `{here[0]}`"
+    if not found:
+        return []
     pattern, findings = pattern_of(document), []
     page = pattern.spec if pattern else SPECIFICATION
     for code, (value, fix) in found.items():
@@ -2485,7 +2487,9 @@ class Failure(NamedTuple):
     @classmethod
     def from_values(cls, values: Mapping[str, str]) -> Failure:
         """Read parameters that `parse_query` has checked. Raises `ValueError` if one is missing."""
-        if values and not values.keys() & {"status", "delay", "close"}:
+        if not values:
+            return NO_FAILURE
+        if not values.keys() & {"status", "delay", "close"}:
             raise ValueError("a failure needs a status, a delay or close")
         return cls(
             status=int(values.get("status", 0)),
@@ -2500,6 +2504,9 @@ class Failure(NamedTuple):
         location = {"Location": inbox} if self.status < 400 else {}
         retry_after = {"Retry-After": self.retry_after} if self.retry_after else {}
         return {**DEMANDED_HEADERS.get(self.status, {}), **location, **retry_after}
+
+
+NO_FAILURE = Failure()
 
 
 class Failures:
@@ -2520,7 +2527,7 @@ class Failures:
         """
         if self.next:
             return self.next.popleft()
-        if failure == Failure():
+        if failure == NO_FAILURE:
             return None
         key = failure, hashlib.sha256(identity).digest()  # ids may be as long as a body
         attempts = self.attempts.pop(key, 0)
@@ -2550,7 +2557,7 @@ MAX_FIELDS = 100  # header lines, as in `http.client`
 REQUEST_LINE = re.compile(
     r"([!-~]+) (?=[!-~])(?:(?i:https?)://([!-.0->@-~]*))?([!-~]*) (HTTP/[1-9]\.[0-9])\r\n"
 )
-FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n")
+FIELDS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+|(?!:))(?::[0-9]{1,5})?")
 TLS_HANDSHAKE = b"\x16\x03"  # how a client begins that speaks TLS
@@ -2626,19 +2633,20 @@ def json_list(
 class Request:
     """A request, as far as it was read; `problem` says why it is incomplete or refused."""
 
+    line = method = target = ""
+    version = "HTTP/1.1"
+    host = ""  # from the target, if that is a URL, else from the Host header
+    chunked = False
+    length: int | None = 0  # of the body; None if it is missing, but there must be one
+    approved = False  # whether host, token and site are right: only then is it logged
+    unread = True  # whether more of it may come, so that no other request can follow
+    problem: Problem | None = None
+    arrived = 0.0  # when it was complete, by `time.monotonic`
+
     def __init__(self) -> None:
-        self.line = self.method = self.target = ""
-        self.version = "HTTP/1.1"
-        self.host = ""  # from the target, if that is a URL, else from the Host header
         self.fields: list[tuple[str, str]] = []  # the header lines, as they were sent
         self.headers: dict[str, str] = {}  # by their names in lower case, repeated ones joined
         self.body = bytearray()
-        self.chunked = False
-        self.length: int | None = 0  # of the body; None if it is missing, but there must be one
-        self.approved = False  # whether host, token and site are right: only then is it logged
-        self.unread = True  # whether more of it may come, so that no other request can follow
-        self.problem: Problem | None = None
-        self.arrived = 0.0  # when it was complete, by `time.monotonic`
 
     @property
     def is_http10(self) -> bool:
@@ -2685,17 +2693,20 @@ class Incoming:
             raise self.ended
         yield None
 
-    def line(self, limit: int, too_long: Problem) -> Generator[Request | None, None, bytes]:
-        """Take a line, with its end; raise `too_long` if it has more than `limit` bytes."""
+    def line(self, limit: int) -> Generator[Request | None, None, bytes]:
+        """Take a line, with its end; nothing if it has more than `limit` bytes."""
         searched = 0
         while (end := self.data.find(b"\n", searched, limit) + 1) == 0:
             searched = len(self.data)
             if searched >= limit:
-                raise too_long
+                return b""
             yield from self.more()
-        line = bytes(self.data[:end])
-        del self.data[:end]
-        return line
+        return self.take(end)
+
+    def take(self, size: int) -> bytes:
+        taken = bytes(self.data[:size])
+        del self.data[:size]
+        return taken
 
     def move(self, size: int, body: bytearray) -> Reading:
         """Move `size` bytes to the end of `body` as they arrive."""
@@ -2717,7 +2728,7 @@ def read_request(
     Yields None while bytes are missing, and the request itself, once, when its head is complete:
     then the caller may refuse it by throwing a `Problem` in.
     """
-    while bytes(incoming.data[:1]) in (b"", b"\r", b"\n"):  # RFC 9112 section 2.2
+    while incoming.data[:1] in (b"", b"\r", b"\n"):  # RFC 9112 section 2.2
         if not incoming.data:
             if incoming.ended:
                 return None
@@ -2741,16 +2752,15 @@ def read_head(incoming: Incoming, request: Request) -> Reading:
         raise Problem(
             400, "the client speaks TLS, this port does not: use http://, or set SSL_CERT"
         )
-    too_long = Problem(414, f"the request line is longer than {MAX_HEAD} bytes")
+    line = b""
     try:
-        line = (yield from incoming.line(MAX_HEAD, too_long)).decode("latin-1")
-    except Problem:
-        line = incoming.data[:200].decode("latin-1")
-        raise
+        line = yield from incoming.line(MAX_HEAD)
     finally:  # a malformed one is still shown as what it was meant to be
-        request.line = line.rstrip("\r\n")
+        request.line = (line or incoming.data[:200]).decode("latin-1").rstrip("\r\n")
         request.method, request.target = [*request.line.split(" "), ""][:2]
-    match = REQUEST_LINE.fullmatch(line)
+    if not line:
+        raise Problem(414, f"the request line is longer than {MAX_HEAD} bytes")
+    match = REQUEST_LINE.fullmatch(line.decode("latin-1"))
     if not match:
         raise Problem(400, f"the request line is malformed: {request.line!r:.80}")
     request.method, host, request.target, request.version = match.groups()
@@ -2769,16 +2779,32 @@ def read_head(incoming: Incoming, request: Request) -> Reading:
 
 def read_fields(incoming: Incoming, limit: int, fields: list[tuple[str, str]]) -> Reading:
     """Read header lines, at most `limit` bytes, up to the empty line that ends them."""
-    too_long = Problem(431, f"the head is longer than {MAX_HEAD} bytes")
-    while (line := (yield from incoming.line(limit, too_long))) != b"\r\n":
-        limit -= len(line)
-        if len(fields) == MAX_FIELDS:
-            raise Problem(431, f"there are more than {MAX_FIELDS} header lines")
-        match = FIELD.fullmatch(line)
-        if not match:  # its value may be a secret, so do not quote that
-            name = line.partition(b":")[0][:80] if line[:1].strip() and b":" in line else b""
-            raise Problem(400, f"header line {len(fields) + 1} is malformed: {name!r}")
-        fields.append((match[1].decode("latin-1"), match[2].strip().decode("latin-1")))
+    data, end, searched = incoming.data, 0, 0
+    while True:
+        if data.find(b"\n", searched) >= 0:  # only then is there another whole line
+            end = check_fields(data, end)
+            if data.startswith(b"\r\n", end) and end + 2 <= limit:
+                break
+        searched = len(data)
+        if searched >= limit:
+            raise Problem(431, f"the head is longer than {MAX_HEAD} bytes")
+        yield from incoming.more()
+    for line in incoming.take(end + 2).decode("latin-1").split("\r\n")[:-2]:
+        name, _, value = line.partition(":")
+        fields.append((name, value.strip(" \t")))
+
+
+def check_fields(data: bytearray, start: int) -> int:
+    """Return where the first line begins that is no header line, but empty or not complete."""
+    end = FIELDS.match(data, start).end()  # type: ignore[union-attr]
+    number = data.count(b"\n", 0, end)
+    if number > MAX_FIELDS:
+        raise Problem(431, f"there are more than {MAX_FIELDS} header lines")
+    line = bytes(data[end : data.find(b"\n", end) + 1])
+    if line not in (b"", b"\r\n"):  # its value may be a secret, so do not quote that
+        name = line.partition(b":")[0][:80] if line[:1].strip() and b":" in line else b""
+        raise Problem(400, f"header line {number + 1} is malformed: {name!r}")
+    return end
 
 
 def check_framing(request: Request) -> None:
@@ -2788,7 +2814,7 @@ def check_framing(request: Request) -> None:
         raise Problem(400, "Transfer-Encoding needs HTTP/1.1 and excludes Content-Length")
     if coding is not None and coding.lower() != "chunked":
         raise Problem(400, "the only transfer coding that this server reads is chunked")
-    if length is not None and not re.fullmatch("[0-9]+", length):
+    if length is not None and not length.isdecimal():
         raise Problem(400, "Content-Length is not one number of bytes")
     request.chunked = coding is not None
     if length is not None:
@@ -2801,32 +2827,35 @@ def check_framing(request: Request) -> None:
 
 
 def read_body(incoming: Incoming, request: Request, max_body: int) -> Reading:
-    too_large = Problem(413, f"the body is larger than {max_body} bytes (MAX_CONTENT_LENGTH)")
     if request.chunked:
-        yield from read_chunks(incoming, request, max_body, too_large)
+        yield from read_chunks(incoming, request.body, max_body)
     elif request.length is None:
         raise Problem(411, "the request has neither Content-Length nor a chunked body")
-    elif request.length > max_body:
-        raise too_large
     else:
+        check_length(request.length, max_body)
         yield from incoming.move(request.length, request.body)
     request.unread = False
 
 
-def read_chunks(incoming: Incoming, request: Request, max_body: int, too_large: Problem) -> Reading:
-    malformed = Problem(400, "the chunks of the body are malformed")
+def check_length(length: int, max_body: int) -> None:
+    if length > max_body:
+        raise Problem(413, f"the body is larger than {max_body} bytes (MAX_CONTENT_LENGTH)")
+
+
+def read_chunks(incoming: Incoming, body: bytearray, max_body: int) -> Reading:
     while True:
-        match = CHUNK_SIZE.fullmatch((yield from incoming.line(1024, malformed)))
+        match = CHUNK_SIZE.fullmatch((yield from incoming.line(1024)))
         if not match:
-            raise malformed
+            raise Problem(400, "the chunks of the body are malformed: one has no size")
         size = int(match[1], 16)
         if size == 0:
             break
-        if len(request.body) + size > max_body:
-            raise too_large
-        yield from incoming.move(size, request.body)
-        if (yield from incoming.line(2, malformed)) != b"\r\n":
-            raise malformed
+        check_length(len(body) + size, max_body)
+        yield from incoming.move(size, body)
+        if (yield from incoming.line(2)) != b"\r\n":
+            raise Problem(
+                400, "the chunks of the body are malformed: one is not as long as it says"
+            )
     yield from read_fields(incoming, MAX_HEAD, [])  # the trailer, which nobody needs
 
 
@@ -4869,8 +4898,8 @@ def check_head(request: Request, server: InboxServer) -> None:
 def check_host(request: Request, server: InboxServer) -> None:
     if "host" not in request.headers and not request.is_http10:  # RFC 9112 section 3.2
         raise Problem(400, f"the Host header is missing; {request.version} requires it")
-    match = HOST.fullmatch(request.host)
-    if not match or not HOST.fullmatch(request.headers.get("host", "")):
+    header, match = request.headers.get("host", ""), HOST.fullmatch(request.host)
+    if not match or (header != request.host and not HOST.fullmatch(header)):
         raise Problem(400, "the Host header is malformed")
     if not answers_to(match[1], str(server.server_address[0]), server.settings.BASE_URL):
         detail = f"an inbox on loopback does not answer to {request.host}; set BASE_URL to its URL"
@@ -4927,8 +4956,8 @@ def check_site(request: Request, server: InboxServer) -> None:
     ):
         return
     site, origin = request.headers.get("sec-fetch-site", "none"), request.headers.get("origin")
-    ours = (authority(f"//{request.host}"), authority(server.base))
-    foreign = origin is not None and authority(origin) not in ours
+    ours = (f"//{request.host}", server.base)
+    foreign = origin is not None and authority(origin) not in map(authority, ours)
     if foreign or site not in ("same-origin", "none"):
         cause = f"pages of {origin or f'another site ({site})'} may not do this"
         raise Problem(403, f"{cause}; CORS_ORIGINS may allow them to POST, or set BASE_URL")
