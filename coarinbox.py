@@ -70,7 +70,6 @@ import itertools
 import json
 import logging
 import math
-import operator
 import os
 import queue
 import re
@@ -116,6 +115,10 @@ class NestedTooDeeplyError(ValueError):
 
 def clip(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[:length]}… ({len(text)} characters)"
+
+
+def counted(count: int, word: str) -> str:
+    return f"{count:,} {word}" + "s" * (count != 1 and word.islower())
 
 
 def parse_number(digits: str) -> int | float:
@@ -876,8 +879,8 @@ def rules_for(pattern: Pattern | None) -> tuple[Rule, ...]:
     return RULES[pattern.name] if pattern else EVERY
 
 
-# A member: its name, the rules for when it is missing, those for its value, and values that are known
-# to break none of them: most notifications share services, types and namespaces with others.
+# A member: its name, the rules for when it is missing, those for its value, and values that break
+# none of them. Most notifications share services, types and namespaces with others.
 Tests = tuple[str, list[Rule], list[Rule], set[object]]
 MAX_KNOWN = 1000  # values of a member
 
@@ -1086,9 +1089,9 @@ def delivery_findings(document: Any, arrival: Arrival) -> list[Finding]:
     if arrival.known_as:
         found["id-repeated"] = None, f"it was delivered before, as {arrival.known_as}"
     inbox, here = lookup(document, "target.inbox"), list(arrival.posted_to)
-    if here and inbox not in here and is_http_uri(inbox):
-        if without_query(inbox) not in map(without_query, here):
-            found["target.inbox-elsewhere"] = inbox, f"write `{here[0]}`"
+    elsewhere = here and inbox not in here and is_http_uri(inbox)
+    if elsewhere and without_query(inbox) not in map(without_query, here):
+        found["target.inbox-elsewhere"] = inbox, f"write `{here[0]}`"
     if not found:
         return []
     pattern, findings = pattern_of(document), []
@@ -1901,16 +1904,18 @@ class Delivery(NamedTuple):
 
     def __repr__(self) -> str:
         """Describe the delivery in one line, for the output of tests."""
+        status = f"{self.status} " if self.status else ""
+        id_ = self.about.get("id", "without an id")
+        text = clip(f"{status}{self.verdict} {self.summary} {id_}", 500)
+        return escape_controls(f"<Delivery {text}>")
+
+    @property
+    def summary(self) -> str:
+        """What came from whom, or went where: `Request Review from https://…`."""
         wrong_path = self.direction == "in" and not self.target.startswith("/inbox")
-        words = (
-            str(self.status or ""),
-            self.verdict,
-            f"{self.method} {self.target}" if wrong_path else "",
-            self.pattern or "no pattern",
-            self.peer and f"{'to' if self.direction == 'out' else 'from'} {self.peer}",
-            self.about.get("id", "without an id"),
-        )
-        return escape_controls(f"<Delivery {clip(' '.join(filter(None, words)), 500)}>")
+        what = f"{self.method} {self.target}" if wrong_path else self.pattern or "no pattern"
+        way = "to" if self.direction == "out" else "from"
+        return f"{what} {way} {self.peer or self.client}"
 
     @property
     def peer(self) -> str:
@@ -1988,6 +1993,33 @@ class Delivery(NamedTuple):
             about=summary(document),
             findings=validate(document),
         )
+
+
+class LogLine(NamedTuple):
+    """A line about a delivery: `400 Request Review from https://… 5 errors http://…`."""
+
+    delivery: Delivery
+    url: str  # of the page about it
+
+    def __str__(self) -> str:
+        delivery = self.delivery
+        warnings = len(delivery.findings) - delivery.errors + delivery.omitted
+        counts = [counted(delivery.errors, "error")] if delivery.errors else []
+        counts += [counted(warnings, "warning")] if warnings else []
+        words = [str(delivery.status or delivery.verdict), clip(delivery.summary, 300)]
+        return escape_controls(" ".join([*words, *[", ".join(counts)] * bool(counts), self.url]))
+
+
+def log_delivery(delivery: Delivery, url: str) -> None:
+    """Log what became of a delivery, and why, for those whose client hides the answer."""
+    LOG.info(LogLine(delivery, url))
+    reasons = [f"{finding.level} {finding}" for finding in delivery.findings]
+    if delivery.detail and not delivery.errors:
+        reasons.insert(0, clip(delivery.detail, 300))
+    if delivery.omitted:
+        reasons.append(f"and {delivery.omitted:,} more")
+    for reason in reasons:
+        LOG.info("  %s", escape_controls(reason))
 
 
 def body_as_json(member: str, data: bytes) -> dict[str, str]:
@@ -4256,10 +4288,6 @@ def by_level(findings: Iterable[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda finding: finding.level)  # E, M, S
 
 
-def counted(count: int, word: str) -> str:
-    return f"{count:,} {word}" + "s" * (count != 1 and word.islower())
-
-
 def chip_of(delivery: Delivery) -> tuple[str, str]:
     """Return the kind of a chip (E, M, S, ok or none), and its text."""
     levels, status = [finding.level for finding in delivery.findings], delivery.status
@@ -5037,7 +5065,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         self.headers = request.headers  # type: ignore[assignment]
         self.resource, _, self.query = request.target.partition("?")
         self.close_connection = request.unread or not request.keeps_alive or server.closing
-        self.wfile = self.output = io.BytesIO()
+        self.output = b""
         self.answered: Response | None = None
         self.rest: Iterator[bytes] | Events | None = None  # of the answer, if it is not in `wfile`
 
@@ -5062,7 +5090,6 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             self.fail(store_problem(error))
         except Exception as error:
             self.server.report_bug(error)
-            self.output.truncate(self.output.seek(0))
             self.fail(Problem(500, "a bug of the inbox; its log says more"))
 
     def do_GET(self) -> Steps | None:
@@ -5114,31 +5141,36 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     def answer(self, response: Response) -> None:
         """Write the head, and the body if it is bytes; any other body is left to the connection."""
-        self.answered = response = response._replace(headers=self.all_headers(response))
-        for name, value in response.headers.items():
-            if "\r" in value or "\n" in value:  # the base class would let a client split the answer
-                raise ValueError(f"a line break in {name}")
-        self.send_response(response.status)
-        for name, value in response.headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "HEAD" or response.status in BODILESS:
+        self.answered = response._replace(headers=self.all_headers(response))
+        status, headers = response.status, self.answered.headers
+        self.log_request(status)
+        lines = [
+            f"{self.protocol_version} {status} {http.client.responses.get(status, '')}",
+            f"Server: {self.server_version}",
+            f"Date: {http_date(int(time.time()))}",
+            *[f"{name}: {value}" for name, value in headers.items()],
+        ]
+        head = "\r\n".join([*lines, "", ""]).encode("latin-1")
+        # The base class would let a client split the answer.
+        if not head.count(b"\r") == head.count(b"\n") == len(lines) + 1:
+            raise ValueError("a line break in a header")
+        self.output = head
+        if self.command == "HEAD" or status in BODILESS:
             return
         if isinstance(response.body, bytes):
-            self.wfile.write(response.body)
+            self.output += response.body
         else:
             self.rest = response.body
 
     def all_headers(self, response: Response) -> dict[str, str]:
         """Complete the headers of an answer."""
-        headers = {
-            **response.headers,
-            "Vary": "Accept, Origin",
-            "X-Content-Type-Options": "nosniff",
-        }
+        fixed = {"Vary": "Accept, Origin", "X-Content-Type-Options": "nosniff"}
+        headers = {**response.headers, **fixed}
         if self.is_inbox:
             constrained = f'<{self.base}/constraints>; rel="http://www.w3.org/ns/ldp#constrainedBy"'
-            headers["Link"] = ", ".join(filter(None, [headers.get("Link"), constrained]))
+            headers["Link"] = (
+                f"{headers['Link']}, {constrained}" if "Link" in headers else constrained
+            )
         origin = allowed_origin(self.request, self.server.allowed_origins)
         if origin:
             headers["Access-Control-Allow-Origin"] = origin
@@ -5183,15 +5215,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         response = self.answered or Response(0)
         delivery = conclude(self.request, verdict, self.client_address[0], name, response)
-        delivery = self.server.record(delivery)
-        self.log_message('%s "%s" %d', delivery.name, self.requestline, delivery.status)
-        if delivery.detail:
-            self.log_message("%s %s", delivery.name, delivery.detail)
-        for finding in delivery.findings:
-            self.log_message("%s %s %s", delivery.name, finding.level, finding)
-        if delivery.omitted:
-            self.log_message("%s and %d more", delivery.name, delivery.omitted)
-        return delivery
+        return self.server.record(delivery)
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """Log a request, unless `deliver` does, or a page or a health check repeats it."""
@@ -5201,21 +5225,18 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             super().log_request(code, size)
 
     def log_exchange(self) -> None:
+        """Log a request as it came; its body indented, if it is JSON."""
         self.log_message("%s", self.requestline)
-        for name, value in self.request.shown_fields().items():
-            self.log_message("%s: %s", name, value)
-        if self.request.body:
-            self.log_message("%s", self.request.body.decode("utf-8", "backslashreplace"))
+        lines = [f"{name}: {value}" for name, value in self.request.shown_fields().items()]
+        text = self.request.body.decode("utf-8", "backslashreplace")
+        with contextlib.suppress(ValueError):
+            text = json.dumps(parse(bytes(self.request.body)), indent=2, ensure_ascii=False)
+        for line in [*lines, *text.split("\n")] if text else lines:
+            self.log_message("  %s", line)
 
     def log_message(self, format: str, *args: Any) -> None:
         # Escape control characters, so that a client cannot forge lines of the log.
         LOG.info("%s %s", self.client_address[0], escape_controls(format % args))
-
-    def version_string(self) -> str:
-        return self.server_version
-
-    def date_time_string(self, timestamp: float | None = None) -> str:
-        return http_date(int(time.time() if timestamp is None else timestamp))
 
     # What a request says
 
@@ -5709,7 +5730,7 @@ class Connection:
     def send_answer(self) -> None:
         """Send what the handler has written; the rest of the body may follow in chunks."""
         self.enter(State.WRITING, self.server.settings.REQUEST_TIMEOUT, self.on_stalled)
-        self.send(self.handler.output.getvalue())
+        self.send(self.handler.output)
 
     def send(self, data: bytes) -> None:
         self.output += data
@@ -6073,9 +6094,8 @@ class InboxServer(Loop, http.server.HTTPServer):
     def record(self, delivery: Delivery) -> Delivery:
         """Log a delivery, and tell those who listen."""
         delivery = self.ledger.record(delivery)
-        if delivery.direction == "out":
-            text = f"{delivery.name} sent {delivery.status or ''} {clip(delivery.target, 200)}"
-            LOG.info("%s", escape_controls(f"{text} {clip(delivery.detail, 300)}"))
+        if LOG.isEnabledFor(logging.INFO):
+            log_delivery(delivery, f"{self.base}/deliveries/{delivery.name}")
         self.listeners.on_change()
         return delivery
 
@@ -6699,50 +6719,83 @@ def run(server: InboxServer) -> None:
             signal.set_wakeup_fd(-1)  # before its number is that of another file
 
 
+COLORS = {"stored": 32, "queued": 32, "refused": 31, "failed": 31}  # green and red
+
+
+@functools.lru_cache(maxsize=2)  # most lines of a second need the same
+def local_time(second: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+
+
+class LineFormatter(logging.Formatter):
+    """Writes a line of the log with its time; the status of a delivery has a color."""
+
+    def __init__(self, is_colored: bool) -> None:
+        super().__init__("%(asctime)s %(message)s")
+        self.is_colored = is_colored
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        return local_time(int(record.created))
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        line = record.msg
+        if self.is_colored and isinstance(line, LogLine):
+            delivery = line.delivery
+            is_clean = not (delivery.is_stored and delivery.findings)
+            color = COLORS.get(delivery.verdict, 33) if is_clean else 33  # yellow
+            status, _, rest = record.message.partition(" ")
+            record.message = f"\x1b[{color}m{status}\x1b[0m {rest}"
+        return super().formatMessage(record)
+
+
 class StderrHandler(logging.Handler):
     """Writes log lines to standard error from a thread: a pipe that nobody reads would block."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        self.lines: queue.Queue[str | None] = queue.Queue(MAX_WAITING)
+        is_colored = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+        self.setFormatter(LineFormatter(is_colored))
+        # What waits to be written; an event is set when it is its turn, and None is the end.
+        self.lines: queue.SimpleQueue[str | threading.Event | None] = queue.SimpleQueue()
         self.dropped = 0
-        threading.Thread(target=self.write_lines, daemon=True).start()
+        self.writer = threading.Thread(target=self.write_lines, daemon=True)
+        self.writer.start()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Queue a line, or count it as dropped."""
-        try:
-            self.lines.put_nowait(self.format(record))
-        except queue.Full:
+        if self.lines.qsize() < MAX_WAITING:
+            self.lines.put(self.format(record))
+        else:
             self.dropped += 1
 
     def write_lines(self) -> None:
-        lines: list[str | None] = []
+        lines: list[str | threading.Event | None] = []
         while None not in lines:
             lines = [self.lines.get()]
             time.sleep(0.01)  # waking up for every line would slow down the loop
             lines += [self.lines.get() for _ in range(self.lines.qsize())]
             dropped, self.dropped = self.dropped, 0
-            text = "".join(f"{line}\n" for line in lines if line is not None)
+            text = "".join(f"{line}\n" for line in lines if isinstance(line, str))
             if dropped:
                 text += f"{dropped} lines were dropped: nobody read standard error\n"
             with contextlib.suppress(OSError, ValueError):
                 sys.stderr.write(text)
                 sys.stderr.flush()
-            for _ in lines:
-                self.lines.task_done()
+            for written in lines:
+                if isinstance(written, threading.Event):
+                    written.set()
 
     def flush(self) -> None:
         """Wait until everything is written, but not long."""
-        end = time.monotonic() + 0.5
-        while self.lines.unfinished_tasks and time.monotonic() < end:
-            time.sleep(0.01)
+        written = threading.Event()
+        self.lines.put(written)
+        if self.writer.is_alive():
+            written.wait(0.5)
 
     def close(self) -> None:
         """Write what is left, and end the thread."""
         self.flush()
-        with contextlib.suppress(queue.Full):
-            self.lines.put_nowait(None)
+        self.lines.put(None)
         super().close()
 
 
@@ -6750,7 +6803,8 @@ class StderrHandler(logging.Handler):
 def log_to_stderr() -> Iterator[None]:
     """Have the log written to standard error while a block lasts."""
     handler, level = StderrHandler(), LOG.level
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # it is quicker
+    # Nobody asks for these, and every line would pay for them.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)
     try:
