@@ -6484,9 +6484,11 @@ MAX_WAITING = 10_000  # lines of the log that may wait for standard error
 # Seconds within which a second signal is the same one: `timeout`, for one, sends it to a process
 # and to its group.
 DOUBLE_SIGNAL = 0.5
-# Windows has no SIGHUP.
+# Windows has no SIGHUP. Only Windows has SIGBREAK, with which other programs can end it there.
 STOP_SIGNALS = [
-    number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")
+    number
+    for number in signal.Signals
+    if number.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 ]
 
 
