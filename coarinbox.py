@@ -5115,7 +5115,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         origin = allowed_origin(self.request, self.server.allowed_origins)
         if origin:
             headers["Access-Control-Allow-Origin"] = origin
-            headers["Access-Control-Expose-Headers"] = "Location, Link"
+            headers["Access-Control-Expose-Headers"] = "Location, Link, Retry-After"
         if isinstance(response.body, bytes):
             if response.status not in BODILESS:
                 headers["Content-Length"] = str(len(response.body))
