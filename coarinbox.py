@@ -2508,6 +2508,10 @@ class Failures:
     """Simulated failures, waiting to be used up."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all of them; any thread may do so, while the loop still looks at the old ones."""
         self.next: collections.deque[Failure] = collections.deque()
         self.attempts: dict[tuple[Failure, bytes], int] = {}  # that failed, the latest last
 
@@ -2520,21 +2524,18 @@ class Failures:
 
         `failure` is the one that the URL asks for, `identity` tells notifications apart.
         """
-        if self.next:
-            return self.next.popleft()
+        waiting, attempts = self.next, self.attempts
+        if waiting:
+            return waiting.popleft()
         if failure == Failure():
             return None
         key = failure, hashlib.sha256(identity).digest()  # ids may be as long as a body
-        attempts = self.attempts.pop(key, 0)
+        number = attempts.pop(key, 0)
         if failure.times:
-            self.attempts[key] = attempts + 1
-        if len(self.attempts) > MAX_TRACKED:
-            del self.attempts[next(iter(self.attempts))]
-        return failure if attempts < (failure.times or 1) else None
-
-    def clear(self) -> None:
-        self.next.clear()
-        self.attempts.clear()
+            attempts[key] = number + 1
+        if len(attempts) > MAX_TRACKED:
+            del attempts[next(iter(attempts))]
+        return failure if number < (failure.times or 1) else None
 
 
 # --- Messages ------------------------------------------------------------------------------------
