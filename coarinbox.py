@@ -1708,9 +1708,11 @@ class Store:
         """Remove the drafts that a killed process has left behind."""
         with os.scandir(self.directory) as entries:
             for entry in entries:
+                if not DRAFT_NAME.fullmatch(entry.name):  # to look at every file takes seconds
+                    continue
                 with contextlib.suppress(OSError):
                     age = time.time() - entry.stat(follow_symlinks=False).st_mtime
-                    if DRAFT_NAME.fullmatch(entry.name) and age > DRAFT_LIFETIME:
+                    if age > DRAFT_LIFETIME:
                         os.unlink(entry.path)
 
     def path(self, name: str) -> str:
@@ -2545,6 +2547,10 @@ class Failures:
     """Simulated failures, waiting to be used up."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all of them; any thread may do so, while the loop still looks at the old ones."""
         self.next: collections.deque[Failure] = collections.deque()
         self.attempts: dict[tuple[Failure, bytes], int] = {}  # that failed, the latest last
 
@@ -2557,21 +2563,18 @@ class Failures:
 
         `failure` is the one that the URL asks for, `identity` tells notifications apart.
         """
-        if self.next:
-            return self.next.popleft()
+        waiting, attempts = self.next, self.attempts
+        if waiting:
+            return waiting.popleft()
         if failure == NO_FAILURE:
             return None
         key = failure, hashlib.sha256(identity).digest()  # ids may be as long as a body
-        attempts = self.attempts.pop(key, 0)
+        number = attempts.pop(key, 0)
         if failure.times:
-            self.attempts[key] = attempts + 1
-        if len(self.attempts) > MAX_TRACKED:
-            del self.attempts[next(iter(self.attempts))]
-        return failure if attempts < (failure.times or 1) else None
-
-    def clear(self) -> None:
-        self.next.clear()
-        self.attempts.clear()
+            attempts[key] = number + 1
+        if len(attempts) > MAX_TRACKED:
+            del attempts[next(iter(attempts))]
+        return failure if number < (failure.times or 1) else None
 
 
 # --- Messages ------------------------------------------------------------------------------------
@@ -2760,7 +2763,7 @@ def read_request(
     Yields None while bytes are missing, and the request itself, once, when its head is complete:
     then the caller may refuse it by throwing a `Problem` in.
     """
-    while incoming.data[:1] in (b"", b"\r", b"\n"):  # RFC 9112 section 2.2
+    while incoming.data[:1].strip(b"\r\n") == b"":  # RFC 9112 section 2.2
         if not incoming.data:
             if incoming.ended:
                 return None
@@ -5174,7 +5177,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         origin = allowed_origin(self.request, self.server.allowed_origins)
         if origin:
             headers["Access-Control-Allow-Origin"] = origin
-            headers["Access-Control-Expose-Headers"] = "Location, Link"
+            headers["Access-Control-Expose-Headers"] = "Location, Link, Retry-After"
         if isinstance(response.body, bytes):
             if response.status not in BODILESS:
                 headers["Content-Length"] = str(len(response.body))
@@ -6531,9 +6534,11 @@ MAX_WAITING = 10_000  # lines of the log that may wait for standard error
 # Seconds within which a second signal is the same one: `timeout`, for one, sends it to a process
 # and to its group.
 DOUBLE_SIGNAL = 0.5
-# Windows has no SIGHUP.
+# Windows has no SIGHUP. Only Windows has SIGBREAK, with which other programs can end it there.
 STOP_SIGNALS = [
-    number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")
+    number
+    for number in signal.Signals
+    if number.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 ]
 
 
