@@ -88,7 +88,7 @@ import traceback
 import types
 import uuid
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import datetime
 from email.utils import formatdate, parsedate_to_datetime
 from html.parser import HTMLParser
 from typing import IO, Any, NamedTuple, Optional, Union
@@ -1042,8 +1042,10 @@ def validate(document: Any) -> list[Finding]:
     return findings
 
 
-def most_important(findings: Iterable[Finding], limit: int = 100) -> tuple[list[Finding], int]:
+def most_important(findings: Sequence[Finding], limit: int = 100) -> tuple[list[Finding], int]:
     """Return the findings, errors first, and how many were left out to stay within the limit."""
+    if not findings:
+        return [], 0
     ordered = sorted(findings, key=lambda finding: finding.level)  # E, M, S
     return ordered[:limit], max(0, len(ordered) - limit)
 
@@ -1630,8 +1632,13 @@ DRAFT_LIFETIME = 3600  # seconds after which nobody can still be writing a draft
 Outcome = Union[str, OSError]  # the name of what was stored, or why it was not
 
 
+@functools.lru_cache(maxsize=8)  # most notifications of a second need the same
+def utc(second: int, form: str) -> str:
+    return time.strftime(form, time.gmtime(second))
+
+
 def new_name() -> str:
-    return time.strftime("%Y%m%d_%H%M%S_", time.gmtime()) + os.urandom(16).hex()
+    return utc(int(time.time()), "%Y%m%d_%H%M%S_") + os.urandom(16).hex()
 
 
 # Follow no symlink, which could lead anywhere, and do not wait at a FIFO.
@@ -1650,6 +1657,16 @@ def create_file(path: str, flags: int) -> int:
     except FileNotFoundError:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         return open_file(path, flags)
+
+
+def sync_file(file: int) -> None:
+    """Have the disk take what was written; on macOS, `os.fsync` leaves it in the drive's cache."""
+    try:
+        import fcntl
+
+        fcntl.fcntl(file, fcntl.F_FULLFSYNC)  # type: ignore[attr-defined,unused-ignore]
+    except (ImportError, AttributeError, OSError):  # another system, or disk
+        os.fsync(file)
 
 
 def write_all(file: int, data: bytes) -> None:
@@ -1716,10 +1733,10 @@ class Store:
                         os.unlink(entry.path)
 
     def path(self, name: str) -> str:
-        return os.path.join(self.directory, f"{name}.json")
+        return f"{self.directory}{os.sep}{name}.json"
 
     def draft(self, name: str) -> str:
-        return os.path.join(self.directory, f".{name}.part")
+        return f"{self.directory}{os.sep}.{name}.part"
 
     def names(self) -> list[str]:
         """List the names of the notifications in the order in which they arrived."""
@@ -1772,7 +1789,7 @@ class Store:
             try:
                 write_all(file, body)
                 if self.fsync:
-                    os.fsync(file)
+                    sync_file(file)
             finally:
                 os.close(file)
         except OSError as error:
@@ -1837,28 +1854,34 @@ class Store:
 # Must not know: HTTP, files, the event loop.
 
 # The members that say what a notification is about: who sent it, and its place in a conversation.
-ABOUT = (
-    "id", "inReplyTo", "origin", "origin.id", "origin.inbox", "target.id", "actor.name",
-    "actor.id", "context.id", "object.id", "object.object.id",
-)  # fmt: skip
-ABOUT_PATHS = [(member, member.split(".")) for member in ABOUT]
+ABOUT = {
+    "": ("id", "inReplyTo", "origin"), "origin": ("id", "inbox"), "target": ("id",),
+    "actor": ("name", "id"), "context": ("id",), "object": ("id",), "object.object": ("id",),
+}  # fmt: skip
+ABOUT_PATHS = [
+    (path.split(".") if path else [], [(name, f"{path}.{name}".lstrip(".")) for name in names])
+    for path, names in ABOUT.items()
+]
 ABOUT_LENGTH = 1000  # characters kept of each
 MAX_LOGGED_HEADERS = 16384  # characters of a request's headers in a line of the log
 
 
 def utc_now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")[:-6] + "Z"
+    now = time.time()
+    return f"{utc(int(now), '%Y-%m-%dT%H:%M:%S')}.{int(now % 1 * 1000):03}Z"
 
 
 def summary(document: Any) -> dict[str, str]:
     """Collect the members in `ABOUT`, by their dotted names, as far as they are strings."""
     found = {}
-    for member, path in ABOUT_PATHS:
-        value = document
-        for name in path:
-            value = value.get(name) if isinstance(value, dict) else None
-        if isinstance(value, str):
-            found[member] = value[:ABOUT_LENGTH]
+    for path, members in ABOUT_PATHS:
+        node = document
+        for step in path:
+            node = node.get(step) if isinstance(node, dict) else None
+        for name, member in members if isinstance(node, dict) else ():
+            value = node.get(name)
+            if isinstance(value, str):
+                found[member] = value[:ABOUT_LENGTH]
     return found
 
 
@@ -2690,7 +2713,8 @@ class Request:
 
     @property
     def keeps_alive(self) -> bool:
-        options = [each.strip() for each in self.headers.get("connection", "").lower().split(",")]
+        connection = self.headers.get("connection", "").lower()
+        options = [each.strip() for each in connection.split(",")] if connection else []
         return "close" not in options and (not self.is_http10 or "keep-alive" in options)
 
     @property
@@ -2916,7 +2940,7 @@ class Verdict(NamedTuple):
 def check_content(request: Request) -> None:
     """Raise `Problem` if the body cannot be JSON, by its headers."""
     given = request.headers.get("content-type", "missing")
-    if not JSON_TYPE.match(given):
+    if given != JSON_LD and not JSON_TYPE.match(given):
         detail = f"Content-Type is {given}, expected {ACCEPT_POST} or the like"
         raise Problem(415, detail, {"Accept-Post": ACCEPT_POST})
     coding = request.headers.get("content-encoding", "identity").lower()
@@ -3148,7 +3172,7 @@ class Loop:
         seconds = max(0, soonest - time.monotonic()) if soonest < NEVER else None
         ready = self.selector.select(0 if self.mailbox else seconds)
         for key, events in ready:
-            self.guard(functools.partial(key.data, events))
+            self.guard(key.data, events)
         now = time.monotonic()
         while self.timers and self.timers[0][0] <= now:
             self.guard(heapq.heappop(self.timers)[2])
@@ -3156,10 +3180,10 @@ class Loop:
             self.guard(self.mailbox.popleft())
         return bool(ready)
 
-    def guard(self, task: Callable[[], object]) -> None:
+    def guard(self, task: Callable[..., object], *arguments: Any) -> None:
         """Run a task; a bug in it ends the connection that it is for, but not the loop."""
         try:
-            task()
+            task(*arguments)
         except Exception as error:
             self.report_bug(error)
             while isinstance(task, functools.partial):
@@ -5589,7 +5613,7 @@ class State(enum.Enum):
 
 EVICTABLE = (State.IDLE, State.READING, State.WRITING, State.LISTENING, State.PAUSING)
 # Here the end of input means that the client has left; elsewhere it may half-close and wait.
-ATTENTIVE = (State.PAUSING, State.LISTENING, State.LINGERING)
+ATTENTIVE = (State.IDLE, State.PAUSING, State.LISTENING, State.LINGERING)
 
 
 class Connection:
@@ -5647,10 +5671,15 @@ class Connection:
                 self.expect_request()
 
     def expect_request(self) -> None:
-        """Begin to read a request."""
-        self.reader = read_request(self.incoming, self.server.settings.MAX_CONTENT_LENGTH)
-        state = State.READING if self.incoming.data else State.IDLE
-        self.enter(state, self.server.settings.REQUEST_TIMEOUT, self.on_timeout)
+        """Begin to read a request, or wait until one begins."""
+        settings = self.server.settings
+        if self.incoming.data:
+            self.reader = read_request(self.incoming, settings.MAX_CONTENT_LENGTH)
+            self.enter(State.READING, settings.REQUEST_TIMEOUT, self.on_timeout)
+        elif self.eof:
+            self.close()
+        else:
+            self.enter(State.IDLE, settings.REQUEST_TIMEOUT)
 
     def read(self) -> Request | None:
         """Return the next request; None if more bytes have to arrive, or no more will."""
@@ -5693,7 +5722,7 @@ class Connection:
         while True:
             if self.state is State.WRITING and not self.output:
                 self.write_on()
-            elif self.state in (State.IDLE, State.READING) and (request := self.read()):
+            elif self.state is State.READING and (request := self.read()):
                 request.arrived = time.monotonic()
                 self.handler = InboxHandler(request, self.address, self.server)
                 self.steps = self.handler.respond()
@@ -5844,7 +5873,7 @@ class Connection:
         if self.state is State.PAUSING:
             self.handler.close_connection = True
             self.on_result(problem)
-        elif self.state in (State.IDLE, State.READING):
+        elif self.state is State.READING:
             self.end_input(problem)
         else:
             if self.state is State.LISTENING:
@@ -6166,7 +6195,7 @@ class InboxServer(Loop, http.server.HTTPServer):
         if isinstance(outcomes, Exception):
             outcomes = [outcomes] * len(batch)
         for (_, then), outcome in zip(batch, outcomes):
-            self.guard(functools.partial(then, outcome))
+            self.guard(then, outcome)
 
     # The connections
 
@@ -6210,7 +6239,7 @@ class InboxServer(Loop, http.server.HTTPServer):
         connection = Connection(self, sock, address)
         self.connections[connection] = None
         # A request often comes with the connection.
-        self.guard(functools.partial(connection.on_ready, selectors.EVENT_READ))
+        self.guard(connection.on_ready, selectors.EVENT_READ)
 
     def has_room(self) -> bool:
         """Whether one more client can be served. Those that were answered do not count for long."""
