@@ -4101,8 +4101,8 @@ def list_page(*deliveries: Any, query: str = "", **totals: int) -> Page:
 def delivery_page(
     delivery: Any, conversation: Any = (), context: Any = CONTEXT, **more: Any
 ) -> Page:
-    body, answer = more.pop("body", delivery.body), more.pop("answer", b"{}")
-    page = coarinbox.delivery_page(context, delivery, body, answer, conversation, **more)
+    bodies = {"body": more.pop("body", delivery.body), "answer_body": more.pop("answer", b"{}")}
+    page = coarinbox.delivery_page(context, delivery._replace(**bodies), conversation, **more)
     return Page(page)
 
 
