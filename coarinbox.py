@@ -1994,6 +1994,7 @@ QUERY_PARAMETERS: Parameters = {
         "the name of a delivery, or a time in UTC such as 2026-01-31T12:00:00Z",
     ),
     "before": (f"|{NAME}", "the name of a delivery"),
+    "day": ("|[0-9]{4}-[0-9]{2}-[0-9]{2}", "a day in UTC such as 2026-01-31"),
     "q": ("(?s:.*)", "a text"),
 }
 
@@ -2040,6 +2041,7 @@ class Query(NamedTuple):
     origin: str = ""  # of or to a service whose URL holds this text
     direction: str = ""  # in or out
     warnings: str = ""  # 1: with findings
+    day: str = ""  # in UTC
 
     @property
     def page_length(self) -> int:
@@ -2058,6 +2060,7 @@ class Query(NamedTuple):
         text = self.q.casefold()
         return (
             self.direction in ("", delivery.direction)
+            and delivery.time.startswith(self.day)
             and self.pattern in ("", delivery.pattern)
             and bool(self.warnings) <= bool(delivery.findings)
             and (not self.status or delivery.has_status(self.status))
@@ -2085,6 +2088,7 @@ def needles(query: Query) -> tuple[list[re.Pattern[bytes]], list[bytes]]:
         '"direction": "%s"': query.direction if query.direction == "out" else "",
         '"status": %s,': query.status.replace("x", "[0-9]"),
         r'"findings": \[\{': query.warnings,
+        '"time": "%sT': query.day,
     }
     exact = [part.replace("%s", value) for part, value in parts.items() if value]
     texts = [text.lower() for text in (query.origin, query.q) if text]
@@ -3656,7 +3660,7 @@ small, .timeline time { font-weight: 400; } .open b { font-weight: 500; }
 small, .faint, .heads, .tag, #state, .facts dt, .timeline time, .rules a, .findings p:last-child,
 .rows :is(time, .about, .why) { color: var(--faint); }
 .tools > a:not(.main), .totals a, .active a, .open, .rail > nav a,
-.rows a.from:not(:hover) { color: inherit; text-decoration: none; }
+.rows a:is(.from, .day):not(:hover) { color: inherit; text-decoration: none; }
 .tools > .main, header nav a, .ref, .rules a:not(:hover) { text-decoration: none; }
 :focus-visible, :target:not(section, main), .json :has(> :target), mark:has(:target) {
   outline: 2px solid var(--accent); outline-offset: 2px; border-radius: .25rem; }
@@ -3710,7 +3714,7 @@ header nav [aria-current] { font-weight: 600; box-shadow: 0 2px var(--accent); }
 .open { grid-column: span 2; grid-template-columns: subgrid; }
 .open::after { content: ""; position: absolute; inset: 0; } .open:focus-visible { outline: none; }
 .open:focus-visible::after { outline: 2px solid var(--accent); outline-offset: -2px; }
-.rows .from { position: relative; z-index: 1; justify-self: start; max-width: 100%; }
+.rows :is(.from, .day) { position: relative; z-index: 1; justify-self: start; max-width: 100%; }
 .pages { margin-top: 1rem; padding-top: 1rem; } .pager { margin-bottom: .75rem; }
 .title .chip { font-size: .9375rem; line-height: 1.625rem; align-self: center; }
 .facts { grid-template-columns: max-content minmax(0, 1fr); gap: 0 1.25rem; margin: .75rem 0 1rem; }
@@ -3772,7 +3776,7 @@ pre + details, details > pre { margin-top: .5rem; }
   .address { margin-left: 0; } .heads, .keys, .rows .about:empty { display: none; }
   .rows li { display: flex; flex-wrap: wrap; gap: .125rem .625rem; padding: .5rem .75rem; }
   .rows .open { display: flex; gap: .625rem; order: -2; flex: 1 1 calc(100% - 7rem); }
-  .rows time { order: -1; margin-left: auto; } .totals a { padding: .125rem .5rem; }
+  .rows .day { order: -1; margin-left: auto; } .totals a { padding: .125rem .5rem; }
   .rows .from { max-width: 45%; } .rows .why, .about:has(+ .why:empty) { flex: 1 1 3rem; }
   .about:not(:has(+ .why:empty)) { max-width: 28%; }
   .filters :is([type=search], select, [list]) { flex: 1 1 40%; max-width: none; min-width: 0; }
@@ -3980,8 +3984,8 @@ placeholder="Any origin"><datalist id="origins">{#origins}<option>{origins}</opt
 <p id="newest" class="sr" role="status">{#newest}The newest: {chip}, {pattern}{/newest}</p>
 <div id="deliveries">{#newest}<p class="heads" aria-hidden="true"><span>Time</span>
 <span>Verdict</span><span>Pattern</span><span>Origin</span><span>About</span><span>Why</span></p>
-<ol class="rows">{#rows}<li id="row-{name}">
-<time datetime="{time}" title="{time}"><span>{minute}</span> <small></small></time>
+<ol class="rows">{#rows}<li id="row-{name}"><a class="day" href="{day_url}" title="Only this day">
+<time datetime="{time}" title="{time}"><span>{minute}</span> <small></small></time></a>
 <a class="open" href="{url}"><span>{>chip}</span> <b>{pattern}{^pattern}<span class="faint">no
 pattern</span>{/pattern}</b></a> {>peer} <span class="about" title="{subject}">{about}</span>
 <span class="why">{#why}<span>{why}</span>{#more} <b>+{more}</b>{/more}{/why}</span></li>
@@ -4329,6 +4333,7 @@ def view_delivery(context: PageContext, delivery: Delivery) -> Values:
         "minute": delivery.time[5:16].replace("T", " "),
         "url": context.url(f"deliveries/{delivery.name}"),
         "peer_url": delivery.peer and context.url(origin=host),
+        "day_url": context.url(day=delivery.time[:10]),
     }
 
 
@@ -4365,7 +4370,7 @@ def list_page(context: PageContext, deliveries: Sequence[Delivery], totals: Tota
         ],
         "menu": choices(dict.fromkeys(RULES, ""), query.pattern),
         "origins": sorted({host_of(each.peer) for each in shown if each.peer}),
-        "kept": filters(context, *OUTCOME, "since"),
+        "kept": filters(context, *OUTCOME, "since", "day"),
         "active": filters(context, *(name for name in Query._fields if name not in hidden)),
         "rows": rows,
         "newest": rows[:1],
