@@ -3842,7 +3842,9 @@ async function renew(marking) {
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
     localize(page);
     morph(query("main"), page.querySelector("main"), marking);
-    document.title = unseen ? `(${unseen}) ${title}` : title;
+    const rows = document.querySelectorAll(".rows li").length, older = query("[rel=next]");
+    const count = unseen >= rows && older ? `${rows}+` : unseen;  // more than the list shows
+    document.title = unseen ? `(${count}) ${title}` : title;
     const {dataset} = document.body, {stream} = page.body.dataset;
     if (dataset.stream === stream) return;
     dataset.stream = stream;
