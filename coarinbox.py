@@ -37,7 +37,7 @@ Each section uses only those above it, but `InboxHandler` and `Connection` call 
     what is kept    Store, Deliveries, Delivery log, Ledger, Simulated failures
     HTTP            Messages, Intake, Waiting
     other inboxes   Sending, Replies
-    this inbox      Templates, Pages, Access, Resources, Connections, Server
+    this inbox      Templates, Wording, Pages, Access, Resources, Connections, Server
     how to use it   Test double, Command line
 """
 
@@ -2074,6 +2074,7 @@ QUERY_PARAMETERS: Parameters = {
         "the name of a delivery, or a time in UTC such as 2026-01-31T12:00:00Z",
     ),
     "before": (f"|{NAME}", "the name of a delivery"),
+    "day": ("|[0-9]{4}-[0-9]{2}-[0-9]{2}", "a day in UTC such as 2026-01-31"),
     "q": ("(?s:.*)", "a text"),
 }
 
@@ -2120,6 +2121,7 @@ class Query(NamedTuple):
     origin: str = ""  # of or to a service whose URL holds this text
     direction: str = ""  # in or out
     warnings: str = ""  # 1: with findings
+    day: str = ""  # in UTC
 
     @property
     def page_length(self) -> int:
@@ -2138,6 +2140,7 @@ class Query(NamedTuple):
         text = self.q.casefold()
         return (
             self.direction in ("", delivery.direction)
+            and delivery.time.startswith(self.day)
             and self.pattern in ("", delivery.pattern)
             and bool(self.warnings) <= bool(delivery.findings)
             and (not self.status or delivery.has_status(self.status))
@@ -2165,6 +2168,7 @@ def needles(query: Query) -> tuple[list[re.Pattern[bytes]], list[bytes]]:
         '"direction": "%s"': query.direction if query.direction == "out" else "",
         '"status": %s,': query.status.replace("x", "[0-9]"),
         r'"findings": \[\{': query.warnings,
+        '"time": "%sT': query.day,
     }
     exact = [part.replace("%s", value) for part, value in parts.items() if value]
     texts = [text.lower() for text in (query.origin, query.q) if text]
@@ -3721,9 +3725,9 @@ def read_send(body: bytes, is_form: bool) -> dict[str, Any]:
 
 # --- Templates -----------------------------------------------------------------------------------
 #
-# How the pages look: the style, the script that keeps a page up to date, and the templates, whose
-# fields in braces `render` fills in. Nothing external is loaded.
-# Must not know: what is put into them.
+# How the pages look: the style, the script that keeps a page up to date, the templates, and `fill`,
+# which puts values into them. Nothing external is loaded.
+# Must not know: what is put in.
 
 STYLE = """
 :root { color-scheme: light dark; --paper: light-dark(#fff, #111317);
@@ -3733,212 +3737,168 @@ STYLE = """
   --accent-tint: light-dark(#eef2fe, #1d2440); --red: light-dark(#b01030, #ff9a97);
   --red-tint: light-dark(#ffe9ea, #3d161b); --amber: light-dark(#7a4b00, #f2bf5c);
   --amber-tint: light-dark(#fff1cc, #36270b); --green: light-dark(#176638, #5fd08c);
-  --code: light-dark(#eef0f3, #22262e);
+  --dim: light-dark(#eceef1, #252a32);
   --mono: ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, monospace; }
-* { box-sizing: border-box; }
+* { box-sizing: border-box; } time, .totals, .chip { font-variant-numeric: tabular-nums; }
 body { margin: 0 auto; max-width: 96rem; padding: 0 2rem 4rem; background: var(--paper);
   color: var(--ink); font: .875rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1, h2, h3, p, ol, ul, dl, dd { margin: 0; padding: 0; list-style: none; }
 h1 { font-size: 1.25rem; line-height: 1.75rem; } h2, h2 code { font-size: .9375rem; }
-h3, h2 button { font-size: .875rem; } h1, h2, h3, b { font-weight: 600; }
-.open b { font-weight: 500; } small { font-size: .8125rem; font-weight: 400; color: var(--faint); }
-code, pre, .json, textarea { font-family: var(--mono); font-size: .8125rem; }
-time, .totals, .chip { font-variant-numeric: tabular-nums; }
-.heads, .rows time, .timeline time { font-size: .8125rem; }
-a { color: var(--accent); text-underline-offset: .2em;
-  text-decoration-color: color-mix(in srgb, currentColor 40%, transparent); }
-a:hover { text-decoration-color: currentColor; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: .25rem; }
-main:focus { outline: none; } :root:not(.scripted) .script { display: none; }
+h3, h2 button { font-size: .875rem; } h1, h2, h3, b, .chip { font-weight: 600; }
+a { color: var(--accent); text-underline-offset: .2em; }
+a:not(:hover) { text-decoration-color: color-mix(in srgb, currentColor 40%, transparent); }
+button, input, select, textarea { font: inherit; color: inherit; background: var(--paper);
+  border: 1px solid var(--edge); min-height: 1.875rem; }
+button, input, select, textarea, .tools > a { border-radius: .375rem; padding: .1875rem .625rem; }
+button, .tools > a { font-weight: 500; background: var(--panel); border: 1px solid var(--line); }
+:is(button, .tools > a, .totals a, .active a):hover { border-color: var(--edge); }
+.tools > .main { background: var(--accent); border-color: var(--accent); color: var(--paper); }
+button, summary { cursor: pointer; } label { display: block; font-weight: 500; }
+textarea { width: 100%; padding: .5rem .75rem; resize: vertical; line-height: 1.5; }
+::placeholder { color: var(--faint); opacity: 1; }
+code, pre, .json, textarea { font-family: var(--mono); }
+code, pre, .json, textarea, small, .chip, .heads, .rows time, .timeline time, .rules :is(a, b),
+.findings p:last-child { font-size: .8125rem; }
+small, .timeline time { font-weight: 400; } .open b { font-weight: 500; }
+small, .faint, .heads, .tag, #state, .facts dt, .timeline time, .rules a, .findings p:last-child,
+.rows :is(time, .about, .why) { color: var(--faint); }
+.tools > a:not(.main), .totals a, .active a, .open, .rail > nav a,
+.rows a:is(.from, .day):not(:hover) { color: inherit; text-decoration: none; }
+.tools > .main, header nav a, .ref, .rules a:not(:hover) { text-decoration: none; }
+:focus-visible, :target:not(section, main), .json :has(> :target), mark:has(:target) {
+  outline: 2px solid var(--accent); outline-offset: 2px; border-radius: .25rem; }
+main:focus { outline: none; } :root:not(.scripted) .script, #state:empty { display: none; }
 .sr, .skip:not(:focus) { position: absolute; width: 1px; height: 1px; overflow: hidden;
   clip-path: inset(50%); white-space: nowrap; }
 .skip { position: absolute; top: .375rem; left: .75rem; padding: .375rem 1.25rem;
   background: var(--paper); z-index: 2; }
-.faint, #state, .facts dt { color: var(--faint); }
-button, input, select, textarea { font: inherit; color: inherit; background: var(--paper);
-  border: 1px solid var(--edge); border-radius: .375rem; padding: .1875rem .625rem;
-  min-height: 1.875rem; }
-::placeholder { color: var(--faint); opacity: 1; }
-button, .tools > a { cursor: pointer; font-weight: 500; border: 1px solid var(--line);
-  background: var(--panel); }
-button:hover, .tools > a:hover { border-color: var(--edge); }
-.tools > a { color: inherit; text-decoration: none; border-radius: .375rem;
-  padding: .1875rem .625rem; }
-button.main, .tools > a.main { background: var(--accent); border-color: var(--accent);
-  color: var(--paper); }
-textarea { width: 100%; font: .8125rem/1.5 var(--mono); padding: .5rem .75rem; resize: vertical; }
-label { display: block; font-weight: 500; }
-.tools { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; }
-.push, h3 time { margin-left: auto; } main > .tools { margin-top: 1rem; }
-body > header { display: flex; flex-wrap: wrap; gap: .25rem 1.5rem; align-items: center;
-  margin: 0 -2rem 1.5rem; padding: .625rem 2rem; border-bottom: 1px solid var(--line); }
-body > header nav { display: flex; gap: 1.25rem; }
-body > header nav a { color: var(--faint); text-decoration: none; padding: .25rem 0; }
-body > header nav :is(:hover, [aria-current]) { color: var(--ink); }
-body > header nav [aria-current] { font-weight: 600; box-shadow: 0 2px var(--accent); }
-.address { display: flex; gap: .5rem; align-items: center; margin-left: auto; }
+.tools, .address, .filters, .totals, .active, .title, .pager, .pages, .level, .attempts li,
+section > h2, .timeline h3, body > header, header nav { display: flex; flex-wrap: wrap;
+  gap: .25rem .75rem; align-items: center; }
+.title, .pages, .level, .attempts li, .timeline h3 { align-items: baseline; }
+.pager, .pages, header nav { gap: 1.25rem; } .pager :first-child { margin-right: auto; }
+.tools, .filters, .totals, .active { gap: .5rem; } .push, .address, h3 time { margin-left: auto; }
+body > header { margin: 0 -2rem 1.5rem; padding: .625rem 2rem; gap: .25rem 1.5rem;
+  border-bottom: 1px solid var(--line); }
+header nav a { color: var(--faint); padding: .25rem 0; }
+header nav :is(:hover, [aria-current]) { color: var(--ink); }
+header nav [aria-current] { font-weight: 600; box-shadow: 0 2px var(--accent); }
 #state::before { content: ""; display: inline-block; width: .5rem; height: .5rem;
   margin-right: .4rem; border-radius: 50%; background: var(--green); }
-#state:empty { display: none; }
 #state.off::before { background: none; border: 2px solid var(--red); }
 /* Chips: red is filled, amber is filled for a MUST and outlined for a SHOULD, green is plain */
-.chip { display: inline-block; justify-self: start; padding: 0 .5rem; font-size: .8125rem;
-  border: 1px solid transparent; border-radius: .375rem; font-weight: 600; line-height: 1.375rem;
-  white-space: nowrap; }
-.chip.E { color: var(--red); background: var(--red-tint);
-  border-color: color-mix(in srgb, var(--red) 35%, transparent); }
-.chip.M { color: var(--amber); background: var(--amber-tint); }
-.chip.S { color: var(--amber); border-color: color-mix(in srgb, var(--amber) 35%, transparent); }
-.chip.ok, .chip.none { padding: 0; color: var(--green); } .chip.none { color: var(--faint); }
-.tag { display: inline-block; padding: 0 .375rem; border: 1px solid var(--line);
-  border-radius: .25rem; font-size: .75rem; line-height: 1.125rem; font-weight: 400;
-  color: var(--faint); white-space: nowrap; }
-.totals, .active { display: flex; flex-wrap: wrap; gap: .375rem; }
+.E { --tone: var(--red); --tint: var(--red-tint); } .S { --tone: var(--faint); --tint: var(--dim); }
+.M { --tone: var(--amber); --tint: var(--amber-tint); }
+.chip, .tag, .ref { display: inline-block; border-radius: .25rem; text-align: center; }
+.chip { padding: 0 .5rem; border: 1px solid #0000; border-radius: .375rem; line-height: 1.375rem; }
+.chip:is(.E, .M) { color: var(--tone); background: var(--tint); } .chip.S { color: var(--amber); }
+.chip:is(.E, .S) { border-color: color-mix(in srgb, currentColor 35%, transparent); }
+.chip.ok { padding: 0; color: var(--green); } .chip.none { padding: 0; color: var(--faint); }
+.tag, .ref { padding: 0 .25rem; font: 600 .75rem/1.125rem system-ui, sans-serif; }
+.tag { padding: 0 .375rem; border: 1px solid var(--line); font-weight: 400; }
 .totals a, .active a { display: block; padding: .125rem .75rem; border: 1px solid var(--line);
-  border-radius: 1rem; color: inherit; text-decoration: none; }
-.totals a b { margin-left: .25rem; }
-.totals a:hover, .active a:hover { border-color: var(--edge); }
+  border-radius: 1rem; }
+.totals b { margin-left: .25rem; } .totals .refused b { color: var(--red); }
 .totals a[aria-current], .active a { background: var(--accent-tint); border-color: var(--accent); }
-.totals .bad b { color: var(--red); }
-.filters { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center;
-  margin: .875rem 0 1.25rem; }
-.filters form { display: contents; }
+.filters { margin: .875rem 0 1.25rem; } .filters form { display: contents; }
 .filters [type=search] { flex: 1 1 10rem; max-width: 18rem; } .filters select { max-width: 11rem; }
-.rows li, .heads { display: grid; align-items: baseline; gap: 0 1rem;
+.rows li, .heads, .open, .facts, .rules li, .beside, .rail, .card, .card form { display: grid;
+  align-items: baseline; }
+.rows li, .heads { gap: 0 1rem;
   grid-template-columns: 9.25rem 9.75rem 12.5rem 12.5rem minmax(0, 2fr) minmax(0, 3fr); }
-.rows li { position: relative; margin: 0 -.75rem; padding: .3125rem .75rem;
-  border-top: 1px solid var(--line); }
-.rows li:has(.chip.E) { box-shadow: inset 3px 0 var(--red); }
-.rows li.new { animation: new 6s ease-out; }
-@keyframes new { from { background: var(--accent-tint); } }
-.heads { color: var(--faint); padding-bottom: .25rem; }
-.rows li > *, .open b, .why span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
-  }
-.open { display: grid; grid-column: span 2; grid-template-columns: subgrid; align-items: baseline;
-  color: inherit; text-decoration: none; }
+.rows li { position: relative; margin: 0 -.75rem; padding: .3125rem .75rem; }
+.rows li, .findings li, .rules li, .pages { border-top: 1px solid var(--line); }
+.rows li:has(.chip.E) { box-shadow: inset 3px 0 var(--red); .why { color: var(--red); } }
+.rows li.new { background: var(--accent-tint); animation: new 6s ease-out forwards; }
+@keyframes new { to { background: none; } }
+.heads { padding-bottom: .25rem; } .rows .why { display: flex; gap: .375rem; }
+.rows li > *, .open b, .why span { overflow: hidden; text-overflow: ellipsis; }
+.chip, .tag, .sr, .rows li > *, .open b, .why span { white-space: nowrap; }
+.open { grid-column: span 2; grid-template-columns: subgrid; }
 .open::after { content: ""; position: absolute; inset: 0; } .open:focus-visible { outline: none; }
 .open:focus-visible::after { outline: 2px solid var(--accent); outline-offset: -2px; }
-.rows .from { position: relative; z-index: 1; justify-self: start; max-width: 100%; }
-.rows a.from:not(:hover) { color: inherit; text-decoration: none; }
-.rows .about, .rows time, .rows .why { color: var(--faint); }
-.rows .why { display: flex; gap: .375rem; } .rows li:has(.chip.E) .why { color: var(--red); }
-.pages { display: flex; gap: 1.5rem; margin-top: 1rem; padding-top: 1rem;
-  border-top: 1px solid var(--line); }
-.pager { display: flex; gap: 1.25rem; margin-bottom: .75rem; }
-.pager :first-child { margin-right: auto; }
-.title { display: flex; flex-wrap: wrap; gap: .25rem .75rem; align-items: baseline; }
+.rows :is(.from, .day) { position: relative; z-index: 1; justify-self: start; max-width: 100%; }
+.pages { margin-top: 1rem; padding-top: 1rem; } .pager { margin-bottom: .75rem; }
 .title .chip { font-size: .9375rem; line-height: 1.625rem; align-self: center; }
-.facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 0 1.25rem;
-  margin: .75rem 0 1rem; }
-.beside { display: grid; grid-template-columns: minmax(0, 7fr) minmax(0, 6fr); gap: 2rem;
-  margin-top: 1.75rem; align-items: start; }
-section > h2 { display: flex; flex-wrap: wrap; gap: 0 .75rem; align-items: center;
-  min-height: 1.875rem; margin-bottom: .375rem; }
-section + section { margin-top: 1.75rem; }
-pre, .json { margin: 0; padding: .75rem 1rem; line-height: 1.4375rem; background: var(--panel);
-  border: 1px solid var(--line); border-radius: .5rem; white-space: pre-wrap; overflow: clip; }
-.json { padding-left: 1.75rem; white-space: normal; } .json details > * { margin-left: 2ch; }
-.json details details details details details details details details details > * {
-  margin-left: 1px; }
-.json summary, .json details > .end { margin-left: 0; }
-.json summary { list-style: none; position: relative; }
-.json summary::before { content: "▾"; position: absolute; left: -1.75ch; color: var(--faint); }
-.json details:not([open]) > summary::before { content: "▸"; }
-.json details:not([open]) > summary::after { content: " …"; color: var(--faint); }
-.json details:not([open]):has(.ref) > summary::after { content: " … with findings";
-  color: var(--red); }
-.json .k { color: var(--accent); } .E { --tone: var(--red); --tint: var(--red-tint); }
-.M { --tone: var(--amber); --tint: var(--amber-tint); }
-.S { --tone: var(--faint); --tint: light-dark(#eceef1, #252a32); }
+.facts { grid-template-columns: max-content minmax(0, 1fr); gap: 0 1.25rem; margin: .75rem 0 1rem; }
+.beside, .rail { margin-top: 1.5rem; align-items: start; }
+.beside { grid-template-columns: minmax(0, 7fr) minmax(0, 6fr); gap: 2rem; }
+section > h2 { min-height: 1.875rem; margin-bottom: .375rem; gap: 0 .75rem; }
+section + section { margin-top: 1.75rem; } main > .tools { margin-top: 1rem; }
+pre, .json, .card { margin: 0; border: 1px solid var(--line); border-radius: .5rem; }
+pre, .json { padding: .75rem 1rem; line-height: 1.4375rem; background: var(--panel);
+  white-space: pre-wrap; overflow: clip; }
+.json { padding-left: 1.75rem; white-space: normal;
+  details > * { margin-left: 2ch; } :is(summary, details > .end) { margin-left: 0; }
+  details details details details details details details details details > * { margin-left: 1px; }
+  summary { list-style: none; position: relative; } .k { color: var(--accent); }
+  summary::before { content: "▾"; position: absolute; left: -1.75ch; color: var(--faint); }
+  details:not([open]) > summary::before { content: "▸"; }
+  details:not([open]) > summary::after { content: " …"; color: var(--faint); }
+  details:not([open]):has(.ref) > summary::after { content: " … with findings";
+    color: var(--red); }
+  .ghost { font-style: italic; user-select: none; }
+  .ghost::before { content: "+ "; color: var(--tone); font-weight: 700; margin-left: -2ch; } }
 .json :is(.E, .M, .S):not(.ref), pre mark { color: inherit; background: var(--tint);
   border-image: conic-gradient(var(--tint) 0 0) fill 0 / 0 / 0 100vw; }
-.json .ghost { font-style: italic; user-select: none; }
-.json .ghost::before { content: "+ "; color: var(--tone); font-weight: 700; margin-left: -2ch; }
-.ref { display: inline-block; min-width: 1.125rem; padding: 0 .25rem; border-radius: .25rem;
-  text-align: center; font: 600 .75rem/1.125rem system-ui, sans-serif; text-decoration: none;
-  color: var(--paper); background: var(--tone); }
-.level { display: flex; gap: .5rem; align-items: baseline; color: var(--tone); }
-.findings + .level { margin-top: 1rem; }
-.findings li { position: relative; padding: .5rem 0 .5rem 2rem; border-top: 1px solid var(--line);
-  }
+.ref { min-width: 1.125rem; color: var(--paper); background: var(--tone); }
+.level { color: var(--tone); gap: .5rem; } .findings + .level { margin-top: 1rem; }
+.findings li { position: relative; padding: .5rem 0 .5rem 2rem; }
 .findings .ref { position: absolute; left: 0; top: .6875rem; }
-.findings code, .rules code { background: var(--code); border-radius: .25rem;
-  padding: .0625rem .25rem; }
-.findings p:last-child { font-size: .8125rem; color: var(--faint); margin-top: .125rem; }
-:target:not(section, main), .json :has(> :target), mark:has(:target) {
-  outline: 2px solid var(--accent); outline-offset: 2px; border-radius: .25rem; }
-.timeline > li { position: relative; padding: 0 0 1.125rem 1.75rem; }
-.timeline > li::before { content: ""; position: absolute; left: .25rem; top: .375rem; z-index: 1;
-  width: .75rem; height: .75rem; border: 2px solid var(--dot, var(--edge)); border-radius: 50%;
-  background: var(--paper); }
-.timeline > li:not(:last-child)::after { content: ""; position: absolute; left: .5625rem;
-  top: .625rem; bottom: -.625rem; border-left: 2px solid var(--line); }
-.timeline .out { --dot: var(--accent); } .timeline .failed { --dot: var(--red); }
-.timeline > .out::before { background: var(--dot); }
-.timeline h3 { display: flex; flex-wrap: wrap; gap: 0 .625rem; align-items: baseline; }
-.timeline time { font-weight: 400; color: var(--faint); }
-.attempts li { display: flex; flex-wrap: wrap; gap: 0 .75rem; align-items: baseline; }
-summary { cursor: pointer; }
-.card, .card form { display: grid; gap: .5rem; grid-template-columns: minmax(0, 1fr); }
-.card { padding: 1rem; border: 1px solid var(--line); border-radius: .5rem; }
+:is(.findings, .rules) code { background: var(--dim); border-radius: .25rem; padding: 0 .25rem; }
+.timeline { > li { position: relative; padding: 0 0 1.125rem 1.75rem; }
+  > li::before { content: ""; position: absolute; left: .25rem; top: .375rem; z-index: 1;
+    width: .75rem; height: .75rem; border: 2px solid var(--dot, var(--edge)); border-radius: 50%;
+    background: var(--paper); }
+  > li:not(:last-child)::after { content: ""; position: absolute; left: .5625rem; top: .625rem;
+    bottom: -.625rem; border-left: 2px solid var(--line); }
+  .out { --dot: var(--accent); } .out::before { background: var(--dot); }
+  li:has(.chip.E) { --dot: var(--red); } h3 { gap: 0 .625rem; } }
+.card, .card form { gap: .5rem; grid-template-columns: minmax(0, 1fr); } .card { padding: 1rem; }
 .tools > :is(input, select) { flex: 1 1 12rem; min-width: 0; }
 pre + details, details > pre { margin-top: .5rem; }
-.rail { display: grid; grid-template-columns: 12.5rem minmax(0, 1fr) minmax(0, 1fr); gap: 2.25rem;
-  align-items: start; margin-top: 1.25rem; }
-.rail > nav, .rail > aside { position: sticky; top: 1rem; }
-.rail > aside { max-height: calc(100vh - 2rem); overflow-y: auto; }
-.rail > nav a { display: block; margin-left: -.75rem; padding: .25rem .75rem;
-  border-radius: .375rem; color: inherit; text-decoration: none; }
+.rail { grid-template-columns: 12.5rem minmax(0, 1fr) minmax(0, 1fr); gap: 2.25rem;
+  > nav, > aside { position: sticky; top: 1rem; }
+  > aside { max-height: calc(100vh - 2rem); overflow-y: auto; }
+  > nav a { display: block; margin-left: -.75rem; padding: .25rem .75rem; border-radius: .375rem; }
+  [aria-current] { background: var(--accent-tint); color: var(--accent); font-weight: 600; }
+  > .wide { grid-column: 2 / -1; max-width: 56rem; } }
 .rail > nav a:hover, .rows li:hover { background: var(--panel); }
-.rail > nav a[aria-current] { background: var(--accent-tint); color: var(--accent);
-  font-weight: 600; }
-.rail > .wide { grid-column: 2 / -1; max-width: 56rem; }
-.rules li { display: grid; grid-template-columns: 5rem minmax(0, 1fr) auto; gap: 0 .75rem;
-  align-items: baseline; padding: .25rem 0; border-top: 1px solid var(--line); }
-.rules b { color: var(--tone); font-size: .8125rem; }
-.rules a { color: var(--faint); font-size: .8125rem; text-decoration: none; }
-.rules a:hover { text-decoration: underline; }
-.rules code:empty, section > p:empty { display: none; }
+.rules li { grid-template-columns: 5rem minmax(0, 1fr) auto; gap: 0 .75rem; padding: .25rem 0; }
+.rules b { color: var(--tone); } .rules code:empty { display: none; }
 @media (max-width: 76rem) { /* the reason moves below */
   .rows li, .heads { grid-template-columns: 6rem 9.5rem 11rem minmax(0, 5fr) minmax(0, 4fr); }
-  .rows time span:has(+ small:not(:empty)), .rows .why:empty, .heads span:last-child {
-    display: none; }
-  .rows .why { grid-column: 2 / -1; }
+  .rows span:has(+ small:not(:empty)), .why:empty, .heads span:last-child { display: none; }
+  .rows .why { grid-column: 2 / -1; } .rail > .wide { grid-column: 1 / -1; }
   .rail { grid-template-columns: minmax(0, 5fr) minmax(0, 4fr); gap: 1.25rem 2rem; }
-  .rail > .wide { grid-column: 1 / -1; }
   .rail > nav { position: static; grid-column: 1 / -1; display: grid; padding-left: .75rem;
     grid-template-columns: repeat(auto-fill, minmax(10.75rem, 1fr)); }
-  .rules li { grid-template-columns: 4.5rem minmax(0, 1fr); } .rules a { grid-column: 2; }
-}
+  .rules li { grid-template-columns: 4.5rem minmax(0, 1fr); } .rules a { grid-column: 2; } }
 @media (max-width: 48rem) { /* two lines a row, one column */
   body { padding: 0 1rem 3rem; } body > header { margin: 0 -1rem 1rem; padding: .5rem 1rem; }
   .address { margin-left: 0; } .heads, .keys, .rows .about:empty { display: none; }
   .rows li { display: flex; flex-wrap: wrap; gap: .125rem .625rem; padding: .5rem .75rem; }
   .rows .open { display: flex; gap: .625rem; order: -2; flex: 1 1 calc(100% - 7rem); }
-  .rows time { order: -1; margin-left: auto; } .totals a { padding: .125rem .5rem; }
+  .rows .day { order: -1; margin-left: auto; } .totals a { padding: .125rem .5rem; }
   .rows .from { max-width: 45%; } .rows .why, .about:has(+ .why:empty) { flex: 1 1 3rem; }
   .about:not(:has(+ .why:empty)) { max-width: 28%; }
   .filters :is([type=search], select, [list]) { flex: 1 1 40%; max-width: none; min-width: 0; }
-  .rail { grid-template-columns: minmax(0, 1fr); }
-  .rail > aside { position: static; max-height: none; }
+  .rail { grid-template-columns: minmax(0, 1fr); > aside { position: static; max-height: none; } }
   .beside { display: flex; flex-direction: column; gap: 0; align-items: stretch; }
   .beside > div { display: contents; } .beside section { margin: 0 0 1.75rem; }
-  .beside .first { order: -1; }
-}
-@media (prefers-reduced-motion: reduce) {
-  * { animation: none !important; } .rows li.new { background: var(--accent-tint); }
-}
+  .beside .first { order: -1; } }
+@media (prefers-reduced-motion: reduce) { * { animation: none !important; } }
 """
 
 # The server renders everything. The script fetches the page again when a delivery comes, and
 # changes only what differs, so that focus, folding, scrolling and what was typed stay.
 SCRIPT = """
-const {root} = document.body.dataset, state = document.getElementById("state");
-const {title} = document, query = selector => document.querySelector(selector);
-let events, loading, typing, unseen = 0, wanted = false, busy = false;
+const {root} = document.body.dataset, {title} = document;
+const query = selector => document.querySelector(selector), state = query("#state");
+let events, loading, typing, unseen = 0, waiting = false, pause = Promise.resolve();
 function say(text) { [state.textContent, state.className] = [text, text === "live" ? "" : "off"]; }
 function localize(part) {
-  const now = new Date(), units = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
+  const now = new Date(), units = [[3600, "h"], [60, "min"], [1, "s"]];
   const day = {day: "numeric", month: "short", hour: "2-digit", minute: "2-digit"};
   for (const time of part.querySelectorAll("time")) {
     const then = new Date(time.dateTime), age = Math.max(1, (now - then) / 1000);
@@ -3968,8 +3928,7 @@ function morph(old, fresh, marking) {
   for (const node of [...fresh.childNodes]) {
     const twin = node.id ? document.getElementById(node.id) : next?.id ? null : next;
     const isNew = marking && !twin && node.id?.startsWith("row-");
-    if (isNew) node.className = "new";
-    unseen += isNew ? 1 : 0;
+    if (isNew) { node.className = "new"; unseen += 1; }
     if (!twin || twin !== next) old.insertBefore(twin ?? node, next);
     next = (twin ?? node).nextSibling;
     if (twin) morph(twin, node, marking);
@@ -3986,25 +3945,24 @@ async function renew(marking) {
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
     localize(page);
     morph(query("main"), page.querySelector("main"), marking);
-    document.title = unseen ? `(${unseen}) ${title}` : title;
-    if (document.body.dataset.stream !== page.body.dataset.stream) {
-      document.body.dataset.stream = page.body.dataset.stream;
-      listen();
-    }
+    const rows = document.querySelectorAll(".rows li").length, older = query("[rel=next]");
+    const count = unseen >= rows && older ? `${rows}+` : unseen;  // more than the list shows
+    document.title = unseen ? `(${count}) ${title}` : title;
+    const {dataset} = document.body, {stream} = page.body.dataset;
+    if (dataset.stream === stream) return;
+    dataset.stream = stream;
+    listen();
   } catch (error) {
     if (error.name !== "AbortError") say("not connected");
   }
 }
-async function refresh() {
-  wanted = true;
-  if (busy) return;
-  busy = true;
-  while (wanted && !document.hidden) {
-    wanted = false;
-    await renew(true);
-    await new Promise(done => setTimeout(done, 1000));
-  }
-  busy = false;
+async function refresh() {  // at most once a second
+  if (waiting) return;
+  waiting = true;
+  await pause;
+  waiting = false;
+  if (document.hidden) return;
+  pause = renew(true).then(() => new Promise(done => setTimeout(done, 1000)));
 }
 function listen() {
   events?.close();  // a browser has few connections for all the pages that are open
@@ -4022,11 +3980,10 @@ function search(form) {
 async function ask(path, options) {
   const answer = await fetch(root + path, options).catch(() => null);
   if (answer?.ok) return answer.text();
-  const problem = answer ? await answer.json() : {detail: "The inbox cannot be reached."};
-  throw alert(problem.detail);
+  throw alert(answer ? (await answer.json()).detail : "The inbox cannot be reached.");
 }
 const actions = {
-  async copy(button) {
+  copy(button) {
     const area = document.createElement("textarea"), label = button.textContent;
     area.value = button.dataset.copy;  // the clipboard of navigator needs HTTPS
     button.after(area);
@@ -4094,221 +4051,211 @@ CONTENT_SECURITY_POLICY = (
     " frame-ancestors 'none'"
 )
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8"><title>{title} · coarinbox</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,"><link rel="http://www.w3.org/ns/ldp#inbox" href="{inbox}">
-<style>{style}</style></head>
-<body data-root="{root}" data-stream="{stream}">
+# Much as in Mustache, `{name}` is a value, escaped, and `{>name}` another template. What stands in
+# `{#name}…{/name}` is shown for each item of a list, whose members are values there, and once for
+# any other value unless it is empty; `{^name}…{/name}` is for a value that is empty or missing.
+TEMPLATES = {
+    "page": """<!doctype html><html lang="en"><head><title>{title} · coarinbox</title>
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,"><link rel="http://www.w3.org/ns/ldp#inbox" href="{base}/inbox">
+<style>{style}</style></head><body data-root="{root}" data-stream="{stream}">
 <a class="skip" href="#main">Skip to content</a>
-<header><b>coarinbox</b> <nav aria-label="Pages">{tabs}</nav>
-<span class="address"><code>{inbox}</code> {copy}</span>
+<header><b>coarinbox</b> <nav aria-label="Pages">{#tabs}{>link} {/tabs}</nav>
+<span class="address"><code>{base}/inbox</code> {#address}{>copy}{/address}</span>
 <span id="state" role="status"></span></header>
-<main id="main" tabindex="-1">{content}</main>
-<script>{script}</script></body></html>
-"""
-LIST = """<h1 class="sr">Deliveries</h1>
-<nav id="totals" class="totals" aria-label="Outcome">{totals}</nav>
-<div class="filters"><form id="filter" role="search" action="{root}">
-<input type="search" name="q" value="{q}" aria-label="Text" autocomplete="off"
-placeholder="Text, id or finding  ( / )">
-<select name="pattern" aria-label="Pattern"><option value="">Any pattern</option>{patterns}</select>
+<main id="main" tabindex="-1">{content}</main><script>{script}</script></body></html>""",
+    "link": """<a href="{url}"{#chosen} aria-current="page"{/chosen}>{name}</a>""",
+    "copy": """<button type="button" class="script" data-copy="{copy}">{label}</button>""",
+    "menu": """{#menu}<option{#chosen} selected="selected"{/chosen}>{name}</option>{/menu}""",
+    "kept": """{#kept}<input type="hidden" name="{name}" value="{value}">{/kept}""",
+    "chip": """<span class="chip {kind}">{chip}</span>{#simulated}
+<span class="tag">simulated</span>{/simulated}""",
+    "peer": """{#peer_url}<a class="from" href="{peer_url}">{#sent}<span class="faint">to</span>
+{/sent}{host}</a>{/peer_url}{^peer_url}<span class="from faint">{host}</span>{/peer_url}""",
+    "time": """<time datetime="{time}" title="{time}"><span>{utc}</span> <small></small></time>""",
+    "list": """<h1 class="sr">Deliveries</h1><nav id="totals" class="totals" aria-label="Outcome">
+{#totals}<a class="{name}" href="{url}"{#chosen} aria-current="true"{/chosen}>{text}
+<b>{count}</b></a> {/totals}</nav>
+<div class="filters"><form id="filter" role="search" action="{root}"><input type="search" name="q"
+value="{q}" aria-label="Text" autocomplete="off" placeholder="Text, id or finding  ( / )">
+<select name="pattern" aria-label="Pattern"><option value="">Any pattern</option>{>menu}</select>
 <input name="origin" value="{origin}" list="origins" aria-label="Origin" autocomplete="off"
-placeholder="Any origin"><datalist id="origins">{origins}</datalist>
-{kept}<button>Filter</button></form>
-<ul id="active" class="active" aria-label="Active filters">{active}</ul>
+placeholder="Any origin"><datalist id="origins">{#origins}<option>{origins}</option>{/origins}
+</datalist>{>kept}<button>Filter</button></form>
+<ul id="active" class="active" aria-label="Active filters">{#active}<li><a href="{url}">{name}
+<b>{value}</b> <span aria-hidden="true">&times;</span><span class="sr">remove</span></a></li>
+{/active}</ul>
 <button class="push script" type="button" data-clear="">Empty the inbox</button></div>
-<p id="newest" class="sr" role="status">{newest}</p>
-<div id="deliveries">{deliveries}</div>
-<nav id="turn" class="pages" aria-label="More">{turn} <span class="faint push">{shown}</span>
-<span class="faint keys script"><kbd>j</kbd> <kbd>k</kbd> move · <kbd>Enter</kbd> opens ·
-<kbd>/</kbd> searches</span></nav>"""
-ACTIVE = """<li><a href="{url}">{name} <b>{value}</b> <span aria-hidden="true">&times;</span>
-<span class="sr">remove</span></a></li>"""
-KEPT = """<input type="hidden" name="{name}" value="{value}">"""
-ROWS = """<p class="heads" aria-hidden="true"><span>Time</span><span>Verdict</span>
-<span>Pattern</span><span>Origin</span><span>About</span><span>Why</span></p>
-<ol class="rows">{rows}</ol>"""
-ROW = """<li id="row-{name}">{time}
-<a class="open" href="{url}"><span>{chip}</span> <b>{pattern}</b></a>
-{peer} <span class="about" title="{subject}">{about}</span> <span class="why">{why}</span></li>"""
-TIME = """<time datetime="{time}" title="{utc} UTC"><span>{shown}</span> <small></small></time>"""
-EMPTY = """<h1>Nothing has been delivered yet</h1>
-<p class="faint">Whatever arrives at <code>{inbox}</code> shows up here at once, refused or not.</p>
-<div class="beside"><div>{first}{sample}</div><div>
-<section class="script" aria-labelledby="here"><h2 id="here">Or from here</h2>
-<div class="card"><label for="sample">A valid sample of each pattern</label>
-<p class="tools"><select id="sample">{patterns}</select>
+<p id="newest" class="sr" role="status">{#newest}The newest: {chip}, {pattern}{/newest}</p>
+<div id="deliveries">{#newest}<p class="heads" aria-hidden="true"><span>Time</span>
+<span>Verdict</span><span>Pattern</span><span>Origin</span><span>About</span><span>Why</span></p>
+<ol class="rows">{#rows}<li id="row-{name}"><a class="day" href="{day_url}" title="Only this day">
+<time datetime="{time}" title="{time}"><span>{minute}</span> <small></small></time></a>
+<a class="open" href="{url}"><span>{>chip}</span> <b>{pattern}{^pattern}<span class="faint">no
+pattern</span>{/pattern}</b></a> {>peer} <span class="about" title="{subject}">{about}</span>
+<span class="why">{#why}<span>{why}</span>{#more} <b>+{more}</b>{/more}{/why}</span></li>
+{/rows}</ol>{/newest}{^newest}No delivery matches. <a href="{root}">Show all</a>{/newest}</div>
+<nav id="turn" class="pages" aria-label="More">
+{#start}<a href="{start}">Newest deliveries</a>{/start}
+{#older}<a rel="next" href="{older}">Older deliveries</a>{/older}
+<span class="faint push">{shown}</span> <span class="faint keys script"><kbd>j</kbd>
+<kbd>k</kbd> move · <kbd>Enter</kbd> opens · <kbd>/</kbd> searches</span></nav>""",
+    "empty": """<h1>Nothing has been delivered yet</h1>
+<p class="faint">Whatever arrives at <code>{base}/inbox</code> shows up here at once, refused or
+not.</p><div class="beside"><div><section><h2>Send a first notification {#copies}{>copy}{/copies}
+</h2><pre>{command}</pre></section><section><h2>What it sends</h2>{document}</section></div>
+<div><section class="script"><h2>Or from here</h2><div class="card">
+<label for="sample">A valid sample of each pattern</label>
+<p class="tools"><select id="sample">{>menu}</select>
 <button class="main" type="button" data-send="">Send to this inbox</button></p></div></section>
-<section aria-labelledby="own"><h2 id="own">Or from your software</h2><dl class="facts">
-<dt>Without curl</dt>
-<dd><code>python coarinbox.py --send {inbox} --sample "Request Review"</code></dd>
-<dt>To fail</dt><dd><code>{inbox}?status=503&amp;times=2</code> refuses the first two attempts</dd>
-</dl></section></div></div>"""
-DELIVERY = """<nav class="pager" aria-label="Deliveries">{pager}</nav>
-<div class="title">{chip} <h1>{pattern}</h1> <span>{peer}{about}</span></div>
-<p>{reason}</p><dl class="facts">{facts}</dl><p class="tools">{tools}</p>
-<div class="beside"><div>{payload}{exchange}</div>
-<div>{findings}{conversation}{forms}</div></div>"""
-FACT = """<dt>{name}</dt><dd>{value}</dd>"""
-SECTION = """<section id="{id}" class="{kind}" aria-labelledby="{id}-title">
-<h2 id="{id}-title">{title}</h2>{content}</section>"""
-LINES = {  # of a document, by the kind of a `Line`
-    "leaf": """<p class="{level}">{key}{text}{refs}</p>\n""",
-    "open": """<details open><summary class="{level}">{key}{text}{refs}</summary>\n""",
+<section><h2>Or from your software</h2><dl class="facts"><dt>Without curl</dt>
+<dd><code>python coarinbox.py --send {base}/inbox --sample "Request Review"</code></dd>
+<dt>To fail</dt><dd><code>{base}/inbox?status=503&amp;times=2</code> refuses the first two attempts
+</dd></dl></section></div></div>""",
+    "delivery": """<nav class="pager" aria-label="Deliveries"><a href="{list_url}">← {list}</a>
+{#newer}<a rel="prev" href="{newer}">Newer</a>{/newer}
+{#older}<a rel="next" href="{older}">Older</a>{/older}</nav>
+<div class="title">{>chip} <h1>{pattern}{^pattern}No pattern{/pattern}</h1>
+<span>{^sent}from {/sent}{>peer}{#subject} about {#page}<a href="{page}">{about}</a>{/page}
+{^page}{about}{/page}{/subject}</span></div><p>{^levels}{detail}{/levels}</p>
+<dl class="facts"><dt>{how}</dt><dd>{>time}, {where}{#by}, by {by}{/by}</dd>
+{#stored}<dt>Stored</dt><dd>{stored}</dd>{/stored}{#id}<dt>id</dt><dd><code>{id}</code></dd>{/id}
+{#asked}<dt>Answers</dt><dd><code>{asked}</code></dd>{/asked}</dl>
+<p class="tools">{#reply}<a class="main" href="#reply">Reply</a> {/reply}
+{#again}<a href="#again">Send again</a> {/again}{#copies}{>copy} {/copies}
+{#raw}<a href="{raw}">Raw</a>{/raw}</p>
+<div class="beside"><div><section id="payload"><h2>Payload</h2>{payload}</section>
+{^adopted}<section id="request"><h2>What {#sent}we sent{/sent}{^sent}arrived{/sent}</h2>
+<pre>{request}</pre></section><section id="answer">
+<h2>What {#sent}they{/sent}{^sent}we{/sent} answered <small>{took}</small></h2>
+<pre>{answer}</pre>{#size}<details><summary>Body, {size} bytes</summary>{answered}</details>{/size}
+</section>{/adopted}</div><div>{>findings}{>conversation}{>reply}{>again}</div></div>""",
+    "findings": """<section id="findings" class="first"><h2>Findings {^clean}{#pattern}
+<small>compare with <a href="{rules}#example">a valid {pattern}</a></small>{/pattern}{/clean}</h2>
+{#levels}<h3 class="level {level}">{count} <small>{meaning}</small></h3><ol class="findings">
+{#items}<li id="finding-{number}" class="{level}">{#marked}<a class="ref" href="#at-{number}"
+aria-label="finding {number}, show where">{number}</a>{/marked}
+{^marked}<span class="ref">{number}</span>{/marked} <p><b>{fault}</b></p> <p>{advice}</p>
+<p>{#named}refused by {#refused_by}<span class="tag">{refused_by}</span> {/refused_by}· {/named}
+<a href="{rules}#{code}">rule</a> ·
+{#spec}<a href="{spec}">specification</a>{/spec}{^spec}specification{/spec}</p></li>{/items}</ol>
+{/levels}{#omitted}<p class="faint">and {omitted} more</p>{/omitted}
+{#clean}<p>{#pattern}None: this is <a href="{rules}#example">a valid {pattern}</a>.{/pattern}
+{^pattern}The document was not checked.{/pattern}</p>{/clean}</section>""",
+    "conversation": """<section id="conversation"><h2>Conversation <small>{summary}</small></h2>
+{#unknown}<p class="faint">It answers {asked}, which was never delivered here.</p>{/unknown}
+{^entries}<p class="faint">Nothing else has this id or answers it.</p>{/entries}
+<ol class="timeline">{#entries}<li class="{direction}"><h3>{>chip} {>linked} {>time}</h3>
+<p class="faint">{#later}{later}, {/later}{#sent}to{/sent}{^sent}from{/sent} {host}{#by}, by {by}
+{/by}{^by}{#about}, about {about}{/about}{/by}</p>
+{#count}<details><summary>{count} attempts</summary><ol class="attempts">
+{#attempts}<li>{>time} {>linked} <small>{later}</small></li> {/attempts}</ol></details>{/count}
+</li>{/entries}</ol></section>""",
+    "reply": """{#reply}<section id="reply"><h2>Reply</h2><div class="card">
+<form method="get" action="{root}deliveries/{name}#reply">{>kept}
+<label for="pattern">Pattern</label><p class="tools"><select id="pattern" name="reply">{>menu}
+</select> <button>Write it</button></p></form>
+<form method="post" action="{root}deliveries/{name}/send"><label for="document">Document
+<small>as it will be sent; edit it as you like</small></label>
+<textarea id="document" name="document" rows="12" spellcheck="false">{reply}</textarea>
+<label for="reply-to">To <small>the inbox of the Offer's origin</small></label>
+<p class="tools"><input id="reply-to" name="to" type="url" value="{inbox}" required>
+<button class="main">Send</button></p></form></div></section>{/reply}""",
+    "again": """{#again}<section id="again"><h2>Send again</h2><form class="card" method="post"
+action="{root}deliveries/{name}/send"><label for="to">To <small>the same bytes</small></label>
+<p class="tools"><input id="to" name="to" type="url" value="{again}" required>
+<button class="main">Send again</button></p></form></section>{/again}""",
+    "linked": """{#here}<span>{text}</span> <span class="tag">this page</span>{/here}
+{^here}<a href="{url}">{text}</a>{/here}""",
+    # The lines of a document, and of the head of a message
+    "leaf": """<p class="{level}">{>line}</p>\n""",
+    "open": """<details open><summary class="{level}">{>line}</summary>\n""",
     "close": """<p class="end">{text}</p></details>\n""",
-    "missing": """<p class="ghost {level}">{text}{refs}</p>\n""",
+    "missing": """<p class="ghost {level}">{>line}</p>\n""",
+    "field": """{#level}<mark class="{level}">{>line}</mark>{/level}{^level}{text}{/level}\n""",
+    "line": """{#key}<span class="k">{key}</span>: {/key}{text}{#refs} <a class="ref {level}"
+id="at-{number}" href="#finding-{number}" aria-label="finding {number}">{number}</a>{/refs}""",
+    "document": """<div class="json">{lines}</div>""",
+    "text": """{#text}<pre>{text}</pre>{/text}{^text}<p>{note}</p>{/text}""",
+    "constraints": """<h1>{title}</h1><p class="faint">{count} rules. This inbox refuses: {levels}.
+<a href="{spec}">Specification</a></p>
+<div class="rail"><nav aria-label="Patterns">{#patterns}{>link}{/patterns}</nav>
+<div>{#groups}<section><h2>{group}</h2><ul class="rules">
+{#rules}<li id="{code}" class="{level}"><b>{word}</b> <span><code>{below}</code> {demand}</span>
+<a href="#{code}">{code}</a></li>{/rules}</ul></section>{/groups}</div>
+<aside aria-label="Example"><section id="example"><h2>A valid example {#copies}{>copy}{/copies}</h2>
+{document}</section></aside></div>""",
+    "samples": """<h1>{title}</h1>
+<p class="faint">A valid notification of each pattern, addressed to this inbox.</p>
+<div class="rail"><nav aria-label="Patterns">{#patterns}{>link}{/patterns}</nav>
+<div class="wide">{#samples}<section id="{anchor}"><h2>{name} <span class="push tools">
+{#copies}{>copy}{/copies}
+<button type="button" class="script" data-send="{name}">Send to this inbox</button>
+<a href="{rules}#main">Rules</a></span></h2>{document}</section>{/samples}</div></div>""",
+    "error": """<h1>{title}</h1><p>{detail}</p>
+<p class="tools"><a class="main" href="{root}">All deliveries</a></p>""",
 }
-REF = """ <a class="ref {level}" id="at-{number}" href="#finding-{number}"
-aria-label="finding {number}">{number}</a>"""
-LEVEL = """<h3 class="level {level}">{count} <small>{meaning}</small></h3>
-<ol class="findings">{items}</ol>"""
-FINDING = """<li id="finding-{number}" class="{level}">{ref} <p><b>{fault}</b></p> <p>{fix}</p>
-<p>{by}{rule} · {specification}</p></li>"""
-ENTRY = """<li class="{kind}"><h3>{chip} {title} {time}</h3>
-<p class="faint">{text}</p> {attempts}</li>"""
-ATTEMPTS = """<details><summary>{count} attempts</summary>
-<ol class="attempts">{items}</ol></details>"""
-ATTEMPT = """<li>{time} <span>{title}</span> <small>{later}</small></li> """
-REPLY = """<div class="card"><form method="get" action="{url}#reply">{kept}
-<label for="pattern">Pattern</label><p class="tools"><select id="pattern" name="reply">{patterns}
-</select> <button>Write it</button></p></form>{form}</div>"""
-DOCUMENT = """<label for="document">Document <small>as it will be sent; edit it as you like</small>
-</label><textarea id="document" name="document" rows="12" spellcheck="false">{text}</textarea>"""
-SEND = """<form class="{kind}" method="post" action="{url}/send">{document}
-<label for="{id}">To <small>{hint}</small></label><p class="tools"><input id="{id}" name="to"
-type="url" value="{to}" required> <button class="main">{text}</button></p></form>"""
-RAIL = """<h1>{title}</h1><p class="faint">{lead}</p>
-<div class="rail"><nav aria-label="Patterns">{patterns}</nav>{content}</div>"""
-RULE = """<li id="{code}" class="{level}"><b>{word}</b> <span><code>{member}</code> {demand}</span>
-<a href="#{code}">{code}</a></li>"""
-SAMPLE = """{name} <span class="push tools">{copy} <button type="button" class="script"
-data-send="{name}">Send to this inbox</button> <a href="{rules}">Rules</a></span>"""
-ERROR = """<h1>{title}</h1><p>{detail}</p>
-<p class="tools"><a class="main" href="{root}">All deliveries</a></p>"""
+
+PART = re.compile(
+    r"\{(?P<sign>[#^])(?P<section>\w+)\}(?P<inside>.*?)\{/(?P=section)\}"
+    r"|\{(?P<partial>>?)(?P<name>\w+)\}",
+    re.DOTALL,
+)
+MAX_LENGTH = 2000  # characters of a value that are shown
 
 
-# --- Pages ---------------------------------------------------------------------------------------
+class Html(str):
+    """Markup that may be sent as it is."""
+
+
+def whole(text: str) -> Html:
+    """Escape a text; control characters in its lines become visible."""
+    return Html("\n".join(html.escape(escape_controls(line)) for line in text.split("\n")))
+
+
+def escape(value: Any) -> Html:
+    """Write any value as HTML, clipped unless it is markup."""
+    return value if isinstance(value, Html) else whole(clip(str(value), MAX_LENGTH))
+
+
+def fill(template: str, values: Mapping[str, Any]) -> Html:
+    """Put values into a template, escaped."""
+
+    def fill_part(match: re.Match[str]) -> str:
+        name = match["section"] or match["name"]
+        if match["partial"]:
+            return fill(TEMPLATES[name], values)
+        if match["name"]:
+            return escape("" if values[name] is None else values[name])
+        value, inside = values.get(name), match["inside"]
+        items = value if isinstance(value, list) else [value] if value else []
+        if match["sign"] == "^":
+            return "" if items else fill(inside, values)
+        members = (item if isinstance(item, dict) else {name: item} for item in items)
+        return "".join(fill(inside, {**values, **each}) for each in members)
+
+    return Html(PART.sub(fill_part, template))
+
+
+def render(template: str, /, **values: Any) -> Html:
+    return fill(TEMPLATES[template], values)
+
+
+# --- Wording -------------------------------------------------------------------------------------
 #
-# Renders the pages: `list_page`, `delivery_page`, `constraints_page`, `samples_page`, `error_page`,
-# each told a `PageContext`, and returning `Html`. They are pure functions, except that samples and
-# replies get new ids. Whatever arrived is escaped; links are relative, so that pages work behind
-# any reverse proxy. Everything can be read without the script, which keeps a page up to date. Must
-# not know requests, the store or the log.
+# Says in a few words what a delivery is, as plain text: its verdict (`chip_of`), what it is about
+# (`subject_of`), how long after another one it came (`between`), how to send it again
+# (`curl_command`). Must not know HTML.
 
-MAX_LINES = 2000  # of a payload that are shown
-MAX_LENGTH = 2000  # characters of a text that are shown
-MAX_COPY = 65536  # characters of a body that a button copies, or a form holds
-
-TABS = {"Deliveries": "", "Samples": "samples", "Constraints": "constraints"}
 WORDS = {REFUSED: "error", MUST: "MUST", SHOULD: "SHOULD"}  # for the levels of findings
-VIA = {"page": "hand"}  # how somebody would say by what it was sent
-OUTCOME = ("status", "direction", "warnings")  # the members of a query that `TOTALS` set
+MAX_COPY = 65536  # characters of a body that a button copies, or a form holds
 PLACE = re.compile(r"https?://(?:[^/?#]*@)?(?P<host>[^/?#]*)(?P<path>.*)", re.I | re.S)
+BEARER = '-H "Authorization: Bearer $TOKEN"'
 # Headers that a copied request does without: curl writes its own, or they are secret.
 NOT_COPIED = frozenset(
     "accept-encoding authorization connection content-length cookie expect host"
     " proxy-authorization transfer-encoding user-agent".split()
 )
-json_text = functools.partial(json.dumps, ensure_ascii=False)
-Numbered = Sequence[tuple[int, Finding]]  # findings, the gravest first
-Path = tuple[str, ...]  # the members and indexes that lead to a value
-# A line of a document: its kind, a key of `LINES`; the path of what begins on it; the name of the
-# member, None in a list; and the text.
-Line = tuple[str, Path, Optional[str], str]
-
-
-class Html(NamedTuple):
-    """Markup that may be sent as it is: made by `render` and `element`."""
-
-    text: str
-
-
-def escape(value: Any) -> str:
-    """Write a value as HTML: markup and lists of it as they are, anything else escaped."""
-    if isinstance(value, Html):
-        return value.text
-    if isinstance(value, list):
-        return "".join(map(escape, value))
-    return "" if value is None else html.escape(escape_controls(clip(str(value), MAX_LENGTH)))
-
-
-def render(template: str, **values: Any) -> Html:
-    """Put values into a template, escaped."""
-    return Html(re.sub(r"\{([a-z]+)\}", lambda match: escape(values[match[1]]), template))
-
-
-def element(tag: str, content: Any, **attributes: Any) -> Html:
-    """Make an element with the attributes that have a value; `class_` stands for `class`."""
-    given = {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items()}
-    written = [f' {name}="{escape(value)}"' for name, value in given.items() if value]
-    return Html(f"<{tag}{''.join(written)}>{escape(content)}</{tag}>")
-
-
-def link(url: str, text: Any, **attributes: Any) -> Html:
-    return element("a", text, href=url, **attributes)
-
-
-def external(url: str, text: str) -> Html | str:
-    """Link to an HTTP URI of somebody else; a link with another scheme could run a script."""
-    return link(url, text) if is_http_uri(url) else text
-
-
-def section(id: str, title: Any, content: Any, kind: str = "") -> Html:
-    return render(SECTION, id=id, title=title, content=content, kind=kind)
-
-
-def options(names: Iterable[str], chosen: str) -> list[Html]:
-    return [element("option", name, selected=name == chosen and "selected") for name in names]
-
-
-def whole_text(text: str) -> Html:
-    """Write a text without clipping it, and keep its lines."""
-    return Html("\n".join(html.escape(escape_controls(line)) for line in text.split("\n")))
-
-
-def copy_button(label: str, text: str) -> Html:
-    """Make a button that copies a text, unless that would double a large page."""
-    if len(text) > MAX_COPY:
-        return Html("")
-    return element("button", label, type="button", class_="script", data_copy=whole_text(text))
-
-
-class PageContext(NamedTuple):
-    """What a page needs to know about its inbox and its reader."""
-
-    root: str  # the relative URL of `/`
-    base: str  # the absolute URL of `/`, without the slash
-    query: Query = Query()  # the deliveries that the reader looks through
-    refused: Sequence[str] = ("E",)  # levels of findings that the inbox refuses
-    token: bool = False  # whether requests need a token
-    may_send: bool = True  # whether the reader may send from here
-
-    def url(self, path: str = "", **changes: str) -> str:
-        """Return the URL of a page, with the query of the reader, changed."""
-        query = self.query._replace(**{"before": "", **changes})._asdict()
-        values = {name: value for name, value in query.items() if value}
-        return self.root + path + ("?" + urlencode(values, errors="replace") if values else "")
-
-    def rules_url(self, pattern: str | None, fragment: str) -> str:
-        query = "?" + urlencode({"pattern": pattern}) if pattern else ""
-        return f"{self.root}constraints{query}#{fragment}"
-
-
-def render_page(context: PageContext, tab: str, title: str, content: Any, stream: str = "") -> Html:
-    """Make a page, which is renewed when a delivery comes from the URL `stream`."""
-    inbox = context.base + "/inbox"
-    tabs = [
-        link(context.root + path, name, aria_current=name == tab and "page")
-        for name, path in TABS.items()
-    ]
-    values = {"root": context.root, "inbox": inbox, "title": title, "stream": stream}
-    markup = {"tabs": tabs, "content": content, "style": Html(STYLE), "script": Html(SCRIPT)}
-    return render(PAGE, copy=copy_button("Copy", inbox), **values, **markup)
-
-
-# A delivery in a few words
 
 
 def by_level(findings: Iterable[Finding]) -> list[Finding]:
@@ -4317,8 +4264,8 @@ def by_level(findings: Iterable[Finding]) -> list[Finding]:
 
 def chip_of(delivery: Delivery) -> tuple[str, str]:
     """Return the kind of a chip (E, M, S, ok or none), and its text."""
-    levels, status = [finding.level for finding in delivery.findings], delivery.status
-    accepted = 200 <= status < 300 or delivery.via == "adopted"
+    status, accepted = delivery.status, delivery.is_stored
+    levels = [finding.level for finding in delivery.findings]
     text = str(status) if status else "found" if accepted else "dropped"
     if delivery.direction == "out":
         text = f"↗ sent {status}" if status else "↗ no answer"
@@ -4329,12 +4276,6 @@ def chip_of(delivery: Delivery) -> tuple[str, str]:
     if not accepted:
         return "none" if delivery.simulated else "E", text
     return "ok" if not levels else "S" if set(levels) == {"S"} else "M", text
-
-
-def render_chip(delivery: Delivery) -> list[Any]:
-    kind, text = chip_of(delivery)
-    tag = [" ", element("span", "simulated", class_="tag")] if delivery.simulated else []
-    return [element("span", text, class_=f"chip {kind}"), *tag]
 
 
 def host_of(url: str) -> str:
@@ -4360,12 +4301,6 @@ def subject_of(delivery: Delivery) -> tuple[str, str]:
     return subject, match["path"] if known else match["host"] + match["path"]
 
 
-def render_time(time: str, short: bool = False) -> Html:
-    """Write a time in UTC, which the script makes local."""
-    text = time[:23].rstrip("Z").replace("T", " ")
-    return render(TIME, time=time, utc=text, shown=text[5:16] if short else text[:19])
-
-
 def in_words(seconds: float) -> str:
     if seconds < 10:
         return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
@@ -4383,13 +4318,124 @@ def between(earlier: str, later: str) -> str:
         return ""
 
 
-def render_peer(context: PageContext, delivery: Delivery, kind: str = "") -> Html:
-    """Link the service at the other end to its deliveries; where none is named, show the client."""
-    if not delivery.peer:
-        return element("span", delivery.client, class_=f"faint {kind}")
-    to = element("span", "to ", class_="faint") if delivery.direction == "out" else ""
-    host = host_of(delivery.peer)
-    return link(context.url(origin=host), [to, clip(host, 100)], class_=kind)
+def curl_command(delivery: Delivery, base: str, needs_token: bool) -> str:
+    """Write a command that makes the same request; a secret in it is `$TOKEN`."""
+    body, names = delivery.body or b"", {name.lower() for name in delivery.headers}
+    url = delivery.target if delivery.direction == "out" else base + delivery.target
+    words = ["curl -i -X", shlex.quote(delivery.method), shlex.quote(escape_controls(url))]
+    for name, value in delivery.headers.items():
+        if name.lower() not in NOT_COPIED:
+            words.append("-H " + shlex.quote(escape_controls(f"{name}: {value}")))
+    words += [BEARER] if "authorization" in names else []
+    words += [] if "content-type" in names else ["-H 'Content-Type:'"]
+    text = body.decode("utf-8", "replace")
+    if text.encode() == body and len(body) < MAX_COPY and text.replace("\n", "").isprintable():
+        return " ".join([*words, "--data-raw", shlex.quote(text)])
+    # A terminal could take control characters for commands, so curl fetches such a body itself.
+    return piped_command(f"{base}/deliveries/{delivery.name}/body", words, needs_token)
+
+
+def piped_command(source: str, post: Sequence[str], needs_token: bool) -> str:
+    """Write a command that fetches what another one is to send."""
+    fetch = ["curl -s", shlex.quote(source), *([BEARER] if needs_token else []), "|\n "]
+    return " ".join([*fetch, *post, "--data-binary @-"])
+
+
+# --- Pages ---------------------------------------------------------------------------------------
+#
+# Computes what the templates show: `list_page`, `delivery_page`, `constraints_page`, `samples_page`
+# and `error_page` are told a `PageContext` and return `Html`. They are pure functions, except that
+# samples and replies get new ids. Links are relative, so that pages work behind any reverse proxy.
+# Must not know: requests, the store, the log.
+
+MAX_LINES = 2000  # of a payload that are shown
+OUTCOME = ("status", "direction", "warnings")  # the members of a query that `TOTALS` set
+json_text = functools.partial(json.dumps, ensure_ascii=False)
+Values = dict[str, Any]  # what a template shows
+
+
+class PageContext(NamedTuple):
+    """What a page needs to know about its inbox and its reader."""
+
+    root: str  # the relative URL of `/`
+    base: str  # the absolute URL of `/`, without the slash
+    query: Query = Query()  # the deliveries that the reader looks through
+    refused: Sequence[str] = ("E",)  # levels of findings that the inbox refuses
+    token: bool = False  # whether requests need a token
+    may_send: bool = True  # whether the reader may send from here
+
+    def url(self, path: str = "", **changes: str) -> str:
+        """Return the URL of a page, with the query of the reader, changed."""
+        query = self.query._replace(**{"before": "", **changes})._asdict()
+        values = {name: value for name, value in query.items() if value}
+        return self.root + path + ("?" + urlencode(values, errors="replace") if values else "")
+
+    def rules_url(self, pattern: str | None) -> str:
+        return f"{self.root}constraints?{urlencode({'pattern': pattern or ''})}"
+
+
+def render_page(
+    context: PageContext, template: str, values: Values, tab: str = "", stream: str = ""
+) -> Html:
+    """Make a page, which is renewed when a delivery comes from the URL `stream`."""
+    root, values = context.root, {**context._asdict(), **values}
+    tabs = {"Deliveries": root, "Samples": f"{root}samples", "Constraints": f"{root}constraints"}
+    values["content"] = render(template, **values)
+    values |= {"tabs": choices(tabs, tab), "address": copies({"Copy": f"{context.base}/inbox"})}
+    values |= {"style": Html(STYLE), "script": Html(SCRIPT), "stream": stream}
+    return render("page", **values)
+
+
+def choices(urls: Mapping[str, str], chosen: str) -> list[Values]:
+    return [{"name": name, "url": url, "chosen": name == chosen} for name, url in urls.items()]
+
+
+def copies(texts: Mapping[str, str]) -> list[Values]:
+    """Make buttons that copy texts, by their labels, unless that would double a large page."""
+    short = {label: text for label, text in texts.items() if len(text) <= MAX_COPY}
+    return [{"label": label, "copy": whole(text)} for label, text in short.items()]
+
+
+def filters(context: PageContext, *names: str) -> list[Values]:
+    """Return the members of the query that are set, each with a link to do without it."""
+    members = {name: value for name, value in context.query._asdict().items() if value}
+    return [
+        {"name": name, "value": members[name], "url": context.url(**{name: ""})}
+        for name in names
+        if name in members
+    ]
+
+
+def with_code(text: str) -> Html:
+    """Show as code what stands between backticks."""
+    return Html(re.sub("`([^`]*)`", r"<code>\1</code>", escape(text)))
+
+
+def view_delivery(context: PageContext, delivery: Delivery) -> Values:
+    """Return the members of a delivery, and what else the templates say about it."""
+    kind, chip = chip_of(delivery)
+    subject, about = subject_of(delivery)
+    host, sent = host_of(delivery.peer or delivery.client), delivery.direction == "out"
+    phrase = http.client.responses.get(delivery.status, "") if kind == "E" else ""
+    messages = [finding.message.replace("`", "") for finding in by_level(delivery.findings)]
+    return {
+        **delivery._asdict(),
+        "kind": kind,
+        "chip": chip,
+        "sent": sent,
+        "by": {"page": "hand"}.get(delivery.via, delivery.via) if sent else "",
+        "host": clip(host, 100),
+        "subject": subject,
+        "about": about,
+        "page": subject if is_http_uri(subject) else "",  # another scheme could run a script
+        "why": clip(messages[0] if messages else delivery.detail or phrase, 300),
+        "more": len(messages[1:]),
+        "utc": delivery.time[:19].replace("T", " "),
+        "minute": delivery.time[5:16].replace("T", " "),
+        "url": context.url(f"deliveries/{delivery.name}"),
+        "peer_url": delivery.peer and context.url(origin=host),
+        "day_url": context.url(day=delivery.time[:10]),
+    }
 
 
 # The list
@@ -4399,98 +4445,57 @@ def outcome_of(query: Query) -> dict[str, str]:
     return {name: getattr(query, name) for name in OUTCOME}
 
 
+def current_total(query: Query) -> str:
+    """Return the name in `TOTALS` of the outcome that a query selects; empty if it has none."""
+    names = [name for name, each in TOTALS.items() if outcome_of(each) == outcome_of(query)]
+    return names[0] if names else ""
+
+
 def list_page(context: PageContext, deliveries: Sequence[Delivery], totals: Totals) -> Html:
     """Show the deliveries that a query selects, newest first; while there are none, how to begin.
 
     One delivery more than the query's page length means that there are older ones.
     """
-    query, shown = context.query, deliveries[: context.query.page_length]
-    turn = [link(context.url(), "Newest deliveries")] if query.before else []
-    if len(deliveries) > len(shown):
-        turn.append(link(context.url(before=shown[-1].name), "Older deliveries", rel="next"))
-    rows = render(ROWS, rows=[render_row(context, each) for each in shown])
-    content = render(
-        LIST,
-        root=context.root,
-        totals=render_totals(context, totals),
-        q=query.q,
-        patterns=options(RULES, query.pattern),
-        origin=query.origin,
-        origins=options(sorted({host_of(each.peer) for each in shown if each.peer}), ""),
-        kept=render_kept(query, *OUTCOME, "since"),
-        active=render_active(context),
-        newest=f"The newest: {chip_of(shown[0])[1]}, {shown[0].pattern}" if shown else "",
-        deliveries=rows if shown else ["No delivery matches. ", link(context.root, "Show all")],
-        turn=turn,
-        shown=f"{len(shown)} of {totals.all:,}",
-    )
     if not totals.all:
-        content = render_empty(context)
+        return empty_page(context)
+    query, shown = context.query, deliveries[: context.query.page_length]
+    rows, current = [view_delivery(context, each) for each in shown], current_total(query)
+    hidden = ("limit", "before", *(OUTCOME if current else ()))
+    values = {
+        **query._asdict(),
+        "title": "Deliveries",
+        "totals": [
+            {"name": name, "text": name.replace("_", " ").capitalize(), "count": f"{count:,}"}
+            | {"chosen": name == current, "url": context.url(**outcome_of(TOTALS[name]))}
+            for name, count in totals._asdict().items()
+        ],
+        "menu": choices(dict.fromkeys(RULES, ""), query.pattern),
+        "origins": sorted({host_of(each.peer) for each in shown if each.peer}),
+        "kept": filters(context, *OUTCOME, "since", "day"),
+        "active": filters(context, *(name for name in Query._fields if name not in hidden)),
+        "rows": rows,
+        "newest": rows[:1],
+        "start": query.before and context.url(),
+        "older": deliveries[len(shown) :] and context.url(before=shown[-1].name),
+        "shown": f"{len(shown)} of {totals.all:,}",
+    }
     stream = context.url("deliveries", limit="", since="")
-    return render_page(context, "Deliveries", "Deliveries", content, stream)
+    return render_page(context, "list", values, "Deliveries", stream)
 
 
-def render_kept(query: Query, *names: str) -> list[Html]:
-    """Keep members of a query that a form has no field for."""
-    values = {name: getattr(query, name) for name in names}
-    return [render(KEPT, name=name, value=value) for name, value in values.items() if value]
-
-
-def render_totals(context: PageContext, totals: Totals) -> list[Html]:
-    chips, current = [], outcome_of(context.query)
-    for (name, query), count in zip(TOTALS.items(), totals):
-        wanted, kind = outcome_of(query), "bad" if name == "refused" else ""
-        label = [name.replace("_", " ").capitalize(), " ", element("b", f"{count:,}")]
-        mark = "true" if wanted == current else ""
-        chips.append(link(context.url(**wanted), label, aria_current=mark, class_=kind))
-    return chips
-
-
-def render_active(context: PageContext) -> list[Html]:
-    """Show the filters that are set and that no chip shows, each with a link to do without it."""
-    hidden = ["limit", "before"]
-    if outcome_of(context.query) in map(outcome_of, TOTALS.values()):
-        hidden += OUTCOME
-    return [
-        render(ACTIVE, url=context.url(**{name: ""}), name=name, value=value)
-        for name, value in context.query._asdict().items()
-        if value and name not in hidden
-    ]
-
-
-def render_row(context: PageContext, delivery: Delivery) -> Html:
-    phrase = http.client.responses.get(delivery.status, "")
-    reason = delivery.detail or (phrase if chip_of(delivery)[0] == "E" else "")
-    messages = [each.message.replace("`", "") for each in by_level(delivery.findings)] or [reason]
-    more = element("b", f"+{len(messages) - 1}") if messages[1:] else ""
-    subject, short = subject_of(delivery)
-    return render(
-        ROW,
-        name=delivery.name,
-        time=render_time(delivery.time, short=True),
-        url=context.url(f"deliveries/{delivery.name}"),
-        chip=render_chip(delivery),
-        pattern=delivery.pattern or element("span", "no pattern", class_="faint"),
-        peer=render_peer(context, delivery, "from"),
-        subject=subject,
-        about=short,
-        why=[element("span", clip(messages[0], 300)), " ", more] if messages[0] else "",
-    )
-
-
-def render_empty(context: PageContext) -> Html:
-    token = ' -H "Authorization: Bearer $TOKEN"' if context.token else ""
-    inbox, source = shlex.quote(f"{context.base}/inbox"), f"{context.base}/samples/Request%20Review"
-    post = f"curl -i {inbox}{token} --data-binary @- -H 'Content-Type: {JSON_LD}'"
-    command = f"curl -s {shlex.quote(source)}{token} |\n  {post}"
-    title = ["Send a first notification ", copy_button("Copy", command)]
-    return render(
-        EMPTY,
-        inbox=context.base + "/inbox",
-        first=section("first", title, element("pre", whole_text(command))),
-        sample=section("sends", "What it sends", render_document(sample_here(context.base), [])),
-        patterns=options(RULES, "Request Review"),
-    )
+def empty_page(context: PageContext) -> Html:
+    """Show how to send a first notification."""
+    post = [f"curl -i -H 'Content-Type: {JSON_LD}'", shlex.quote(f"{context.base}/inbox")]
+    post += [BEARER] if context.token else []
+    command = piped_command(f"{context.base}/samples/Request%20Review", post, context.token)
+    values = {
+        "title": "Deliveries",
+        "command": whole(command),
+        "copies": copies({"Copy": command}),
+        "document": render_document(sample_here(context.base)),
+        "menu": choices(dict.fromkeys(RULES, ""), "Request Review"),
+    }
+    return render_page(context, "empty", values, "Deliveries", context.url("deliveries"))
 
 
 # A delivery
@@ -4499,339 +4504,236 @@ def render_empty(context: PageContext) -> Html:
 def delivery_page(
     context: PageContext,
     delivery: Delivery,
-    body: bytes | None,
-    answer: bytes | None,
     conversation: Sequence[Delivery],
     beside: tuple[str, str] = ("", ""),
     reply_pattern: str = "Accept",
 ) -> Html:
     """Show what came, what is wrong with it, what was answered, and what belongs to it.
 
-    `body` is None if it was removed; `conversation` has the oldest delivery first; `beside` are
-    the names of the newer and the older delivery; `reply_pattern` is that of the reply to write.
+    The delivery has its body, unless that was removed, and the body of the answer. `conversation`
+    has the oldest delivery first; `beside` are the names of the newer and the older delivery;
+    `reply_pattern` is that of the reply to write.
     """
-    numbered = list(enumerate(by_level(delivery.findings), 1))
+    numbered = view_findings(delivery)
     typed = "content-type" in map(str.lower, delivery.headers)
-    head = [each for each in numbered if typed and each[1].code.startswith("content-type")]
-    document = delivery._replace(body=body).notification
+    head = [each for each in numbered if typed and each["code"].startswith("content-type")]
     rest = [each for each in numbered if each not in head]
-    payload = render_text(body) if document is None else render_document(document, rest)
-    subject, short = subject_of(delivery)
-    forms = render_forms(context, delivery, body, reply_pattern)
-    content = render(
-        DELIVERY,
-        pager=render_pager(context, *beside),
-        chip=render_chip(delivery),
-        pattern=delivery.pattern or "No pattern",
-        peer=["" if delivery.direction == "out" else "from ", render_peer(context, delivery)],
-        about=[" about ", external(subject, short)] if subject else "",
-        reason="" if numbered else delivery.detail,
-        facts=render_facts(delivery, body),
-        tools=render_tools(context, delivery, body, forms),
-        payload=section("payload", "Payload", payload),
-        exchange=render_exchange(delivery, answer, head),
-        findings=render_findings(context, delivery, numbered, document is not None),
-        conversation=render_conversation(context, delivery, conversation),
-        forms=[*forms.values()],
-    )
-    title = f"{chip_of(delivery)[1]} {delivery.pattern or ''}"
-    return render_page(context, "Deliveries", title, content, stream_of(context, delivery))
-
-
-def stream_of(context: PageContext, delivery: Delivery) -> str:
-    """Return the URL that tells what becomes of a conversation; empty where there can be none."""
+    document = delivery.notification
+    payload = render_text(delivery.body) if document is None else render_document(document, rest)
+    values = {
+        **view_delivery(context, delivery),
+        "title": f"{chip_of(delivery)[1]} {delivery.pattern or ''}",
+        "clean": not numbered,
+        "omitted": delivery.omitted and f"{delivery.omitted:,}",
+        "levels": group_by_level(context, numbered),
+        "rules": context.rules_url(delivery.pattern),
+        "marked": document is not None,
+        "payload": payload,
+        **view_beside(context, *beside),
+        **view_fate(delivery),
+        **view_exchange(delivery, head),
+        **view_conversation(context, delivery, conversation),
+        **view_forms(context, delivery, reply_pattern),
+    }
     related = delivery.about.get("inReplyTo") or delivery.about.get("id")
-    return context._replace(query=Query(q=related)).url("deliveries") if related else ""
+    stream = context._replace(query=Query(q=related)).url("deliveries") if related else ""
+    return render_page(context, "delivery", values, "Deliveries", stream)
 
 
-def render_pager(context: PageContext, newer: str, older: str) -> list[Html]:
-    outcomes = [name for name in TOTALS if outcome_of(TOTALS[name]) == outcome_of(context.query)]
-    back = (outcomes or ["deliveries"])[0].replace("_", " ").capitalize()
-    beside = [(newer, "Newer", "prev"), (older, "Older", "next")]
-    return [link(context.url(), f"← {back}")] + [
-        link(context.url(f"deliveries/{name}"), text, rel=rel) for name, text, rel in beside if name
-    ]
+def view_beside(context: PageContext, newer: str, older: str) -> Values:
+    """Name the list that the reader came from, and link to what is beside the delivery there."""
+    name = (current_total(context.query) or "deliveries").replace("_", " ").capitalize()
+    urls = [each and context.url(f"deliveries/{each}") for each in (newer, older)]
+    return {"list": name, "list_url": context.url(), "newer": urls[0], "older": urls[1]}
 
 
-def render_facts(delivery: Delivery, body: bytes | None) -> list[Html]:
-    when, via = render_time(delivery.time), VIA.get(delivery.via, delivery.via)
-    members = {"id": delivery.about.get("id"), "Answers": delivery.about.get("inReplyTo")}
-    facts: dict[str, Any] = {"Received": [when, f", from {delivery.client}"]}
-    if via == "adopted":
-        facts = {"Found": [when, ", in the store"]}
+def view_fate(delivery: Delivery) -> Values:
+    """Say how a delivery got here or where it went, and whether it is stored."""
     if delivery.direction == "out":
-        facts = {"Sent": [when, f", to {delivery.target}", f", by {via}" if via else ""]}
-    else:
-        stored = element("code", delivery.name) if body is not None else "no longer: it was removed"
-        not_stored = {"E": "no; correct it and send it again", "none": "no; send it again"}
-        facts["Stored"] = not_stored.get(chip_of(delivery)[0], stored)
-    facts |= {name: element("code", value) for name, value in members.items() if value}
-    return [render(FACT, name=name, value=value) for name, value in facts.items()]
+        return {"how": "Sent", "where": f"to {delivery.target}"}
+    not_stored = {"E": "no; correct it and send it again", "none": "no; send it again"}
+    stored = "no longer: it was removed" if delivery.body is None else f"`{delivery.name}`"
+    stored = with_code(not_stored.get(chip_of(delivery)[0], stored))
+    how, where = "Received", f"from {delivery.client}"
+    if delivery.via == "adopted":
+        how, where = "Found", "in the store"
+    return {"how": how, "where": where, "stored": stored}
 
 
-def render_tools(
-    context: PageContext, delivery: Delivery, body: bytes | None, forms: Collection[str]
-) -> list[Any]:
-    if body is None:
-        return []
-    stored = delivery.direction == "in" and chip_of(delivery)[0] in ("ok", "M", "S")
-    path = f"/{'inbox' if stored else 'deliveries'}/{delivery.name}"
-    return [
-        link("#reply", "Reply", class_="main") if "reply" in forms else "",
-        link("#again", "Send again") if "again" in forms else "",
-        copy_button("Copy as curl", curl_command(context, delivery, body)),
-        copy_button("Copy JSON", body.decode("utf-8", "backslashreplace")),
-        copy_button("Copy link", context.base + path),
-        link(f"{context.root}deliveries/{delivery.name}/body", "Raw"),
-    ]
+def view_findings(delivery: Delivery) -> list[Values]:
+    """Number the findings, the gravest first."""
+    shown = []
+    for number, finding in enumerate(by_level(delivery.findings), 1):
+        member = finding.pointer.rpartition("/")[2]
+        written = re.search(rf'"{re.escape(member)}": [^`]+', finding.fix)
+        view: Values = {
+            "number": number,
+            "fault": with_code(finding.fault),
+            "advice": with_code(finding.fix[:1].upper() + finding.fix[1:]),
+            "missing": written[0] if written else f"{json_text(member)}: …",
+            "named": bool(finding.refused_by),
+            "refused_by": list(finding.refused_by),
+            "spec": finding.spec if is_http_uri(finding.spec) else "",
+        }
+        shown.append({**finding._asdict(), **view})
+    return shown
 
 
-def curl_command(context: PageContext, delivery: Delivery, body: bytes) -> str:
-    """Write a command that makes the same request; a secret in it is `$TOKEN`."""
-    token, names = '-H "Authorization: Bearer $TOKEN"', {name.lower() for name in delivery.headers}
-    base = "" if delivery.direction == "out" else context.base
-    url = escape_controls(base + delivery.target)
-    words = ["curl -i -X", shlex.quote(delivery.method), shlex.quote(url)]
-    for name, value in delivery.headers.items():
-        if name.lower() not in NOT_COPIED:
-            words.append("-H " + shlex.quote(escape_controls(f"{name}: {value}")))
-    words += [token] if "authorization" in names else []
-    words += [] if "content-type" in names else ["-H 'Content-Type:'"]
-    text = body.decode("utf-8", "replace")
-    if text.encode() == body and len(body) < MAX_COPY and text.replace("\n", "").isprintable():
-        return " ".join([*words, "--data-raw", shlex.quote(text)])
-    # A terminal could take control characters for commands, so curl fetches such a body itself.
-    source = shlex.quote(f"{context.base}/deliveries/{delivery.name}/body")
-    fetch = ["curl -s", source, *([token] if context.token else []), "|"]
-    return " ".join([*fetch, *words, "--data-binary @-"])
-
-
-def render_findings(
-    context: PageContext, delivery: Delivery, numbered: Numbered, marked: bool
-) -> Html:
-    """Show the findings by level, and where they are if they are marked in what came."""
-    pattern, groups = delivery.pattern, []
-    for level, found in itertools.groupby(numbered, lambda each: each[1].level):
-        items = [render_finding(context, pattern, *each, marked) for each in found]
+def group_by_level(context: PageContext, numbered: Sequence[Values]) -> list[Values]:
+    groups = []
+    for level, found in itertools.groupby(numbered, operator.itemgetter("level")):
+        items = list(found)
         meaning = "refused here" if level in context.refused else "a warning here"
         count = counted(len(items), WORDS.get(level, level))
-        groups.append(render(LEVEL, level=level, count=count, meaning=meaning, items=items))
-    if delivery.omitted:
-        groups.append(element("p", f"and {delivery.omitted:,} more", class_="faint"))
-    example = link(context.rules_url(pattern, "example"), f"a valid {pattern}")
-    compare = element("small", ["compare with ", example]) if groups and pattern else ""
-    none = ["None: this is ", example, "."] if pattern else "The document was not checked."
-    return section("findings", ["Findings ", compare], groups or element("p", none), "first")
+        groups.append({"level": level, "count": count, "meaning": meaning, "items": items})
+    return groups
 
 
-def render_finding(
-    context: PageContext, pattern: str | None, number: int, finding: Finding, marked: bool
-) -> Html:
-    by = [[element("span", name, class_="tag"), " "] for name in finding.refused_by]
-    label = f"finding {number}, show where"
-    ref = link(f"#at-{number}", number, class_="ref", aria_label=label)
-    return render(
-        FINDING,
-        number=number,
-        level=finding.level,
-        ref=ref if marked else element("span", number, class_="ref"),
-        fault=with_code(finding.fault),
-        fix=with_code(finding.fix[:1].upper() + finding.fix[1:]),
-        by=["refused by ", *by, "· "] if by else "",
-        rule=link(context.rules_url(pattern, finding.code), "rule"),
-        specification=external(finding.spec, "specification"),
-    )
+def render_line(kind: str, text: str, found: Sequence[Values] = (), key: str = "") -> Html:
+    """Write a line of a document or of a head, with the numbers of what was found there."""
+    level = found[0]["level"] if found else ""
+    return render(kind, key=key, text=text, level=level, refs=list(found))
 
 
-def with_code(text: str) -> list[Any]:
-    """Show as code what stands between backticks."""
-    parts = enumerate(clip(text, MAX_LENGTH).split("`"))
-    return [element("code", part) if index % 2 else part for index, part in parts]
-
-
-def render_refs(found: Numbered) -> list[Html]:
-    return [render(REF, number=number, level=finding.level) for number, finding in found]
-
-
-def render_document(document: Any, numbered: Numbered) -> Html:
+def render_document(document: Any, numbered: Sequence[Values] = ()) -> Html:
     """Show a document as JSON that can be folded, marked with the numbers of the findings."""
-    placed = [(tuple(each[1].pointer.split("/")[1:]), each) for each in numbered]
-    missing: dict[Path, dict[str, str]] = {}
-    for path, (_, finding) in placed:
-        parent = lookup({"": document}, ".".join(["", *path[:-1]]))
-        if path and isinstance(parent, dict) and path[-1] not in parent:
-            written = re.search(rf'"{re.escape(path[-1])}": [^`]+', finding.fix)
-            text = written[0] if written else f"{json_text(path[-1])}: …"
-            missing.setdefault(path[:-1], {}).setdefault(path[-1], text)
-    lines = list(itertools.islice(outline(document, missing), MAX_LINES + 1))
-    shown = {path for _, path, _, _ in lines[:MAX_LINES]}
-    marks: dict[Path, list[tuple[int, Finding]]] = {}
-    for path, each in placed:
-        nearest = next(path[:end] for end in range(len(path), -1, -1) if path[:end] in shown)
-        marks.setdefault(nearest, []).append(each)
-    parts, depth = [], 0
-    for kind, path, key, text in lines[:MAX_LINES]:
-        found = marks.get(path, []) if kind != "close" else []
-        name: Any = "" if key is None else [element("span", json_text(key), class_="k"), ": "]
-        level, refs = found[0][1].level if found else "", render_refs(found)
-        parts.append(render(LINES[kind], key=name, text=text, level=level, refs=refs))
-        depth += {"open": 1, "close": -1}.get(kind, 0)
-    rest = element("p", f"… only {MAX_LINES} lines are shown") if depth else ""
-    return element("div", [*parts, rest, Html("</details>" * depth)], class_="json")
+    found = [(each["pointer"].split("/")[1:], each) for each in numbered]
+    lines = list(itertools.islice(outline(document, found), MAX_LINES + 1))
+    shown = "".join(lines[:MAX_LINES])
+    if len(lines) > MAX_LINES:
+        rest = [each for each in numbered if f'id="at-{each["number"]}"' not in shown]
+        shown += render_line("leaf", f"… only {MAX_LINES} lines are shown", rest)
+        shown += "</details>" * (shown.count("<details") - shown.count("</details"))
+    return render("document", lines=Html(shown))
 
 
 def outline(
-    value: Any,
-    missing: Mapping[Path, Mapping[str, str]],
-    path: Path = (),
-    key: str | None = None,
-    comma: str = "",
-) -> Iterator[Line]:
-    """Yield the lines of a document; missing members come before the first nested object."""
-    added = [((*path, name), text) for name, text in missing.get(path, {}).items()]
-    children: list[tuple[str, str | None, Any]] = []
-    if isinstance(value, dict):
-        children = [(name, name, child) for name, child in value.items()]
-    elif isinstance(value, list) and any(isinstance(child, (dict, list)) for child in value):
-        children = [(str(index), None, child) for index, child in enumerate(value)]
-    if not children and not added:
-        yield "leaf", path, key, json_text(value) + comma
+    value: Any, found: Sequence[tuple[list[str], Values]], key: str = "", comma: str = ""
+) -> Iterator[Html]:
+    """Yield the lines of a document; missing members come before the first nested object.
+
+    Findings come with the rest of the path to what they are about.
+    """
+    children: dict[str, Any] = value if isinstance(value, dict) else {}
+    if isinstance(value, list) and any(isinstance(each, (dict, list)) for each in value):
+        children = {str(index): each for index, each in enumerate(value)}
+    here: list[Values] = []
+    below: dict[str, list[tuple[list[str], Values]]] = {}
+    missing: dict[str, list[Values]] = {}
+    for path, finding in found:
+        if path and path[0] in children:
+            below.setdefault(path[0], []).append((path[1:], finding))
+        elif len(path) == 1 and isinstance(value, dict):
+            missing.setdefault(path[0], []).append(finding)
+        else:
+            here.append(finding)
+    if not children and not missing:
+        yield render_line("leaf", json_text(value) + comma, here, key)
         return
     opening, closing = "{}" if isinstance(value, dict) else "[]"
-    yield "open", path, key, opening
-    for number, (name, shown, child) in enumerate(children, 1):
+    yield render_line("open", opening, here, key)
+    for number, (name, child) in enumerate(children.items(), 1):
         if isinstance(child, dict):
-            yield from (("missing", place, None, text + ",") for place, text in added)
-            added = []
+            for each in missing.values():
+                yield render_line("missing", each[0]["missing"] + ",", each)
+            missing = {}
+        shown = json_text(name) if isinstance(value, dict) else ""
         after = "," if number < len(children) else ""
-        yield from outline(child, missing, (*path, name), shown, after)
-    yield from (("missing", place, None, text) for place, text in added)
-    yield "close", path, None, closing + comma
+        yield from outline(child, below.get(name, []), shown, after)
+    for each in missing.values():
+        yield render_line("missing", each[0]["missing"], each)
+    yield render_line("close", closing + comma)
 
 
 def render_text(body: bytes | None) -> Html:
     """Show any bytes as lines of text, as far as a page can hold them."""
-    if not body:
-        gone = "It is no longer stored: it was removed."
-        return element("p", gone if body is None else "Nothing of it was read.")
-    text = body.decode("utf-8", "backslashreplace")
-    lines = text.replace("\r\n", "\n").split("\n", MAX_LINES)
+    text = (body or b"").decode("utf-8", "backslashreplace").replace("\r\n", "\n")
+    lines = text.split("\n", MAX_LINES)
     if len(lines) > MAX_LINES:
         lines[MAX_LINES] = f"… only {MAX_LINES} lines are shown"
-    return element("pre", Html("\n".join(map(escape, lines))))
+    note = "It is no longer stored: it was removed." if body is None else "Nothing of it was read."
+    return render("text", text=Html("\n".join(map(escape, lines))), note=note)
 
 
-def render_exchange(delivery: Delivery, answer: bytes | None, head: Numbered) -> list[Html]:
+def view_exchange(delivery: Delivery, head: Sequence[Values]) -> Values:
     """Show the request, whose body is the payload, and its answer; an adopted file has neither."""
-    if delivery.via == "adopted":
-        return []
-    sent, phrase = delivery.direction == "out", http.client.responses.get(delivery.status, "")
+    phrase, answer = http.client.responses.get(delivery.status, ""), delivery.answer_body or b""
     status = f"{delivery.status} {phrase}" if delivery.status else "no answer"
-    size = element("summary", f"Body, {len(answer or b''):,} bytes")
+    size = answer and f"{len(answer):,}"
     with contextlib.suppress(ValueError):
-        answer = json_text(parse(answer or b""), indent=2).encode()
-    body = element("details", [size, render_text(answer)]) if answer else ""
-    after = f"after {in_words(delivery.seconds)}" if delivery.seconds else ""
-    title = ["What they answered " if sent else "What we answered ", element("small", after)]
-    request = render_head(f"{delivery.method} {delivery.target}", delivery.headers, head)
-    return [
-        section("request", "What we sent" if sent else "What arrived", request),
-        section("answer", title, [render_head(status, delivery.answer_headers, []), body]),
-    ]
+        answer = json_text(parse(answer), indent=2).encode()
+    return {
+        "adopted": delivery.via == "adopted",
+        "request": render_head(f"{delivery.method} {delivery.target}", delivery.headers, head),
+        "took": f"after {in_words(delivery.seconds)}" if delivery.seconds else "",
+        "answer": render_head(status, delivery.answer_headers),
+        "size": size,
+        "answered": render_text(answer),
+    }
 
 
-def render_head(start: str, headers: Mapping[str, Any], head: Numbered) -> Html:
+def render_head(start: str, headers: Mapping[str, Any], found: Sequence[Values] = ()) -> Html:
     """Show the head of a message; findings about its media type are marked."""
-    lines = [escape(start)]
+    lines = [render_line("field", start)]
     for name, value in headers.items():
-        line: list[Any] = [f"{name}: {value}"]
-        if head and name.lower() == "content-type":
-            line = [element("mark", [*line, *render_refs(head)], class_=head[0][1].level)]
-        lines.append(escape(line))
-    return element("pre", Html("\n".join(lines)))
+        marks = found if name.lower() == "content-type" else ()
+        lines.append(render_line("field", f"{name}: {value}", marks))
+    return Html("".join(lines))
 
 
-def render_conversation(
+def view_conversation(
     context: PageContext, delivery: Delivery, conversation: Sequence[Delivery]
-) -> Html:
-    """Show in order what came and what was sent; attempts that repeat one are folded into it."""
-    ids = {each.about.get("id") for each in conversation}
-    asked, notes = delivery.about.get("inReplyTo"), []
-    if asked and asked not in ids:
-        notes.append(f"It answers {clip(asked, 200)}, which was never delivered here.")
-    if len(conversation) < 2:
-        notes.append("Nothing else has this id or answers it.")
-        conversation = []
-    entries, before = [], ""
-    for _, attempts in itertools.groupby(
+) -> Values:
+    """Tell in order what came and what was sent; attempts that repeat one are folded into it."""
+    asked, ids = delivery.about.get("inReplyTo"), {each.about.get("id") for each in conversation}
+    entries: list[Values] = []
+    before = ""
+    for _, group in itertools.groupby(
         conversation, lambda each: (each.direction, each.pattern, each.about.get("id", each.name))
     ):
-        group = list(attempts)
-        entries.append(render_entry(context, delivery, group, before))
-        before = group[-1].time
-    sent, summary = sum(each.direction == "out" for each in conversation), ""
-    if conversation:
-        later = between(conversation[0].time, before)
-        summary = f"{len(conversation) - sent} received, {sent} sent, the last {later}"
-    content = [element("p", note, class_="faint") for note in notes]
-    content.append(element("ol", entries, class_="timeline"))
-    return section("conversation", ["Conversation ", element("small", summary)], content)
+        attempts: list[Values] = []
+        earlier = ""
+        for each in group:
+            shown = {**view_delivery(context, each), "here": each.name == delivery.name}
+            later = between(earlier, each.time)
+            attempts.append({**shown, "text": shown["chip"], "later": later})
+            earlier = each.time
+        last = {**attempts[-1], "text": each.pattern or "No pattern", "attempts": attempts}
+        count = len(attempts) if attempts[1:] else 0
+        entries.append({**last, "later": between(before, earlier), "count": count})
+        before = earlier
+    values = {"id": delivery.about.get("id"), "asked": asked, "unknown": asked and asked not in ids}
+    if len(conversation) < 2:
+        return {**values, "summary": "", "entries": []}
+    sent = sum(each.direction == "out" for each in conversation)
+    later = between(conversation[0].time, before)
+    summary = f"{len(conversation) - sent} received, {sent} sent, the last {later}"
+    return {**values, "summary": summary, "entries": entries}
 
 
-def render_entry(
-    context: PageContext, current: Delivery, group: Sequence[Delivery], before: str
-) -> Html:
-    last, about = group[-1], subject_of(group[-1])[1]
-    sent, host = last.direction == "out", host_of(last.peer) if last.peer else last.client
-    words = [between(before, last.time), f"{'to' if sent else 'from'} {clip(host, 100)}"]
-    via = VIA.get(last.via, last.via) if sent else ""
-    words += [f"by {via}" if via else f"about {about}" if about else ""]
-    items = []
-    for earlier, attempt in zip(["", *(each.time for each in group)], group):
-        title = render_title(context, current, attempt, chip_of(attempt)[1])
-        when, later = render_time(attempt.time), between(earlier, attempt.time)
-        items.append(render(ATTEMPT, time=when, title=title, later=later))
-    return render(
-        ENTRY,
-        kind=last.direction + (" failed" if chip_of(last)[0] == "E" else ""),
-        chip=render_chip(last),
-        title=render_title(context, current, last, last.pattern or "No pattern"),
-        time=render_time(last.time),
-        text=", ".join(filter(None, words)),
-        attempts=render(ATTEMPTS, count=len(items), items=items) if items[1:] else "",
-    )
-
-
-def render_title(
-    context: PageContext, current: Delivery, delivery: Delivery, text: str
-) -> list[Any]:
-    """Name a delivery, with a link to it unless the page is about it."""
-    if delivery.name != current.name:
-        return [link(context.url(f"deliveries/{delivery.name}"), text)]
-    return [element("span", text), " ", element("span", "this page", class_="tag")]
-
-
-def render_forms(
-    context: PageContext, delivery: Delivery, body: bytes | None, pattern: str
-) -> dict[str, Html]:
-    """Offer to answer an Offer that a form can hold, and to send the same bytes again."""
-    if not context.may_send or body is None:
+def view_forms(context: PageContext, delivery: Delivery, pattern: str) -> Values:
+    """Offer to copy what came, to answer an Offer that a form can hold, and to send it again."""
+    if delivery.body is None:
         return {}
-    forms, url = {}, f"{context.root}deliveries/{delivery.name}"
-    to = delivery.target if delivery.direction == "out" else context.base + "/inbox"
+    url, body = f"deliveries/{delivery.name}", delivery.body
+    texts = {
+        "Copy as curl": curl_command(delivery, context.base, context.token),
+        "Copy JSON": body.decode("utf-8", "backslashreplace"),
+        "Copy link": f"{context.base}/{url}",
+    }
+    values: Values = {"copies": copies(texts), "raw": f"{context.root}{url}/body"}
+    if not context.may_send:
+        return values
     with contextlib.suppress(ValueError):
         answer = reply(parse(body if len(body) <= MAX_COPY else b""), pattern)
-        texts = {"id": "reply-to", "hint": "the inbox of the Offer's origin", "text": "Send"}
-        document = render(DOCUMENT, text=whole_text(json_text(answer, indent=2)))
-        inbox = delivery.about.get("origin.inbox")
-        form = render(SEND, url=url, kind="", document=document, to=inbox, **texts)
-        patterns = options((each.name for each in REPLY_PATTERNS), pattern)
-        kept = render_kept(context.query, *Query._fields)
-        content = render(REPLY, url=url, kept=kept, patterns=patterns, form=form)
-        forms["reply"] = section("reply", "Reply", content)
-    texts = {"id": "to", "hint": "the same bytes", "text": "Send again", "document": ""}
-    again = render(SEND, url=url, kind="card", to=to, **texts)
-    return {**forms, "again": section("again", "Send again", again)}
+        values["reply"] = whole(json_text(answer, indent=2))
+    return {
+        **values,
+        "kept": filters(context, *Query._fields),
+        "menu": choices({each.name: "" for each in REPLY_PATTERNS}, pattern),
+        "inbox": delivery.about.get("origin.inbox"),
+        "again": delivery.target if delivery.direction == "out" else f"{context.base}/inbox",
+    }
 
 
 # Constraints, samples, errors
@@ -4842,61 +4744,56 @@ def sample_here(base: str, pattern: str = "Request Review") -> dict[str, Any]:
     return sample(pattern, target={"id": f"{base}/", "inbox": f"{base}/inbox", "type": "Service"})
 
 
+def view_sample(context: PageContext, pattern: str) -> Values:
+    document = sample_here(context.base, pattern)
+    return {
+        "name": pattern,
+        "anchor": pattern.lower().replace(" ", "-"),
+        "copies": copies({"Copy JSON": json.dumps(document, indent=2)}),
+        "document": render_document(document),
+        "rules": context.rules_url(pattern),
+    }
+
+
 def constraints_page(context: PageContext, pattern: Pattern) -> Html:
     """Show the rules of a pattern by member, with a valid notification beside them."""
-    rules, example = constraints_of(pattern), sample_here(context.base, pattern.name)
-    groups: dict[str, list[Html]] = {}
-    for rule in rules:
+    groups: dict[str, list[Values]] = {}
+    for rule in constraints_of(pattern):
         name, _, below = rule["member"].partition(".")
         verb, _, rest = rule["demand"].partition(" ")  # completes "the member must"
         verb = {"be": "is", "have": "has"}.get(verb, verb + "s")
-        demand = [verb, " ", *with_code(rest)]
-        item = {"code": rule["code"], "level": rule["level"], "word": WORDS[rule["level"]]}
-        groups.setdefault(name, []).append(render(RULE, member=below, demand=demand, **item))
-    sections = [
-        section(f"rules-{name}", name or "The notification", element("ul", items, class_="rules"))
-        for name, items in groups.items()
-    ]
-    refused = ", ".join(WORDS[level] for level in context.refused) or "none of them"
-    about = f"{len(rules)} rules. This inbox refuses: {refused}. "
-    title = ["A valid example ", copy_button("Copy JSON", json.dumps(example, indent=2))]
-    aside = section("example", title, render_document(example, []))
-    content = [element("div", sections), element("aside", aside, aria_label="Example")]
-    urls = {name: f"{context.root}constraints?{urlencode({'pattern': name})}" for name in RULES}
-    lead = [about, external(pattern.spec, "Specification")]
-    return render_rail(context, "Constraints", pattern.name, urls, lead, content)
+        shown = {
+            "below": below,
+            "word": WORDS[rule["level"]],
+            "demand": with_code(f"{verb} {rest}"),
+        }
+        groups.setdefault(name, []).append({**rule, **shown})
+    values = {
+        **view_sample(context, pattern.name),
+        "title": pattern.name,
+        "spec": pattern.spec,
+        "count": sum(map(len, groups.values())),
+        "levels": ", ".join(WORDS[level] for level in context.refused) or "none of them",
+        "patterns": choices({name: context.rules_url(name) for name in RULES}, pattern.name),
+        "groups": [
+            {"group": name or "The notification", "rules": rules} for name, rules in groups.items()
+        ],
+    }
+    return render_page(context, "constraints", values, "Constraints")
 
 
 def samples_page(context: PageContext) -> Html:
     """Show a valid notification of each pattern."""
-    urls = {name: "#" + name.lower().replace(" ", "-") for name in RULES}
-    sections = []
-    for name in RULES:
-        document = sample_here(context.base, name)
-        copy = copy_button("Copy JSON", json.dumps(document, indent=2))
-        title = render(SAMPLE, name=name, copy=copy, rules=context.rules_url(name, "main"))
-        sections.append(section(urls[name][1:], title, render_document(document, [])))
-    lead = "A valid notification of each pattern, addressed to this inbox."
-    content = element("div", sections, class_="wide")
-    return render_rail(context, "Samples", "Samples", urls, lead, content)
-
-
-def render_rail(
-    context: PageContext, tab: str, title: str, urls: Mapping[str, str], lead: Any, content: Any
-) -> Html:
-    """Make a page with the patterns at its side."""
-    patterns = [
-        link(url, name, aria_current=name == title and "page") for name, url in urls.items()
-    ]
-    page = render(RAIL, title=title, lead=lead, patterns=patterns, content=content)
-    return render_page(context, tab, title, page)
+    samples = [view_sample(context, name) for name in RULES]
+    patterns = choices({each["name"]: f"#{each['anchor']}" for each in samples}, "")
+    values = {"title": "Samples", "samples": samples, "patterns": patterns}
+    return render_page(context, "samples", values, "Samples")
 
 
 def error_page(context: PageContext, status: int, detail: str) -> Html:
     """Say what went wrong, and where to go from there."""
     title = f"{status} {http.client.responses.get(status, 'Error')}"
-    content = render(ERROR, title=title, detail=detail, root=context.root)
-    return render_page(context, "", title, content)
+    return render_page(context, "error", {"title": title, "detail": detail})
 
 
 PAGE_HEADERS = {
@@ -4909,7 +4806,7 @@ PAGE_HEADERS = {
 
 
 def html_response(page: Html, headers: Mapping[str, str] = {}, status: int = 200) -> Response:
-    return Response(status, page.text.encode(), {**PAGE_HEADERS, **headers})
+    return Response(status, page.encode(), {**PAGE_HEADERS, **headers})
 
 
 # --- Access --------------------------------------------------------------------------------------
@@ -5470,9 +5367,8 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         (beside,) = yield Scan(log.beside(delivery.name, query))
         body = yield from self.body_of(delivery)
         answer = delivery.answer_body if delivery.direction == "out" else self.our_answer(delivery)
-        page = yield Blocking(
-            lambda: delivery_page(context, delivery, body, answer, related, beside, reply_pattern)
-        )
+        full = delivery._replace(body=body, answer_body=answer)
+        page = yield Blocking(lambda: delivery_page(context, full, related, beside, reply_pattern))
         self.answer(html_response(page))
 
     def our_answer(self, delivery: Delivery) -> bytes:

@@ -3681,6 +3681,8 @@ class QueryTest(DeliveriesTest):
             ("2026-01-31T12:00:01Z", 0), ("2026-02-01", 0),
         ]:  # fmt: skip
             self.assertEqual(len(self.names(f"?since={since}")), count, since)
+        for day, count in [("2026-01-31", 3), ("2026-01-30", 0), ("", 3)]:
+            self.assertEqual(len(self.names(f"?day={day}")), count, day)
 
     def test_without_a_limit_all_of_them(self) -> None:
         self.path.write_bytes(self.path.read_bytes() * 251)
@@ -3694,7 +3696,7 @@ class QueryTest(DeliveriesTest):
             ("status=999", "a status"), ("pattern=Offer", "one of Accept, Announce"),
             ("since=yesterday", "a time in UTC such as"), ("since=2026-01-31T12:00%2B01:00", "UTC"),
             ("before=2026-01-31", "the name of a delivery"), ("limt=5", "limit"), ("limt", "limit"),
-            ("q=%FF", "utf-8"),
+            ("day=yesterday", "a day in UTC"), ("q=%FF", "utf-8"),
         ]:  # fmt: skip
             for path in ("/deliveries", "/"):
                 with self.subTest(query, path=path):
@@ -4100,8 +4102,8 @@ def list_page(*deliveries: Any, query: str = "", **totals: int) -> Page:
 def delivery_page(
     delivery: Any, conversation: Any = (), context: Any = CONTEXT, **more: Any
 ) -> Page:
-    body, answer = more.pop("body", delivery.body), more.pop("answer", b"{}")
-    page = coarinbox.delivery_page(context, delivery, body, answer, conversation, **more)
+    bodies = {"body": more.pop("body", delivery.body), "answer_body": more.pop("answer", b"{}")}
+    page = coarinbox.delivery_page(context, delivery._replace(**bodies), conversation, **more)
     return Page(page)
 
 
@@ -4165,6 +4167,15 @@ class ListPageTest(unittest.TestCase):
         self.assertTrue(query.matches(delivered(OFFER)))
         self.assertFalse(query.matches(delivered(ACCEPT)))
         self.assertEqual(page.texts("option", value=""), ["Any pattern"])
+
+    def test_a_click_on_a_time_filters_by_its_day(self) -> None:
+        page = list_page(delivered(REFUSED, 400), query="status=4xx&direction=in&origin=r.example")
+        url = "../?status=4xx&origin=r.example&direction=in&day=2026-01-31"
+        self.assertEqual(page.links("01-31 12:00"), [url])
+        page = list_page(delivered(REFUSED, 400), query=url.partition("?")[2])
+        without = "../?status=4xx&origin=r.example&direction=in"
+        self.assertEqual(page.links("day 2026-01-31"), [without])
+        self.assertEqual(page.one("input", name="day").attributes["value"], "2026-01-31")
 
     def test_totals_lead_to_the_deliveries_that_they_count(self) -> None:
         warned = changed(OFFER, "target.inbox", ABSENT)
@@ -5024,6 +5035,13 @@ class BrowserTest(DeliveriesTest):
                 self.assertLessEqual(self.run_script(OVERFLOW), 0, f"{path}, {width}")
         violations = [line for line in self.driver.get_log("browser") if "Security" in str(line)]
         self.assertEqual(violations, [])
+
+    def test_the_title_says_that_there_is_more_than_the_list_shows(self) -> None:
+        self.post()
+        self.open("/?limit=2")
+        for _ in range(3):
+            self.post()
+        self.wait_until(lambda: self.driver.title == "(2+) Deliveries · coarinbox")
 
     @unittest.skipUnless(AXE.exists(), "axe-core is not installed")
     def test_everybody_can_use_it(self) -> None:
