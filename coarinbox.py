@@ -70,6 +70,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import queue
 import re
@@ -2037,7 +2038,10 @@ class LogLine(NamedTuple):
 
 def log_delivery(delivery: Delivery, url: str) -> None:
     """Log what became of a delivery, and why, for those whose client hides the answer."""
-    LOG.info(LogLine(delivery, url))
+    # Not `info`, which would look for the caller; that takes longer than writing the line.
+    LOG.handle(
+        logging.LogRecord(LOG.name, logging.INFO, __file__, 0, LogLine(delivery, url), (), None)
+    )
     reasons = [f"{finding.level} {finding}" for finding in delivery.findings]
     if delivery.detail and not delivery.errors:
         reasons.insert(0, clip(delivery.detail, 300))
@@ -2728,15 +2732,15 @@ class Request:
 
     def shown_fields(self) -> dict[str, str]:
         """Return the headers as they were sent, up to a limit, without secrets."""
-        spelling = {name.lower(): name for name, _ in reversed(self.fields)}
         shown: dict[str, str] = {}
         room = MAX_LOGGED_HEADERS
-        for key, value in self.headers.items() if self.approved else ():
-            room -= len(key) + len(value)
+        for name, value in self.fields if self.approved else ():
+            room -= len(name) + len(value)
             if room < 0:
                 shown["…"] = f"more than {MAX_LOGGED_HEADERS} characters of headers"
                 break
-            shown[spelling[key]] = "(masked)" if key in SECRET_HEADERS else value
+            text = "(masked)" if name.lower() in SECRET_HEADERS else value
+            shown[name] = f"{shown[name]}, {text}" if name in shown else text
         return shown
 
 
@@ -4584,7 +4588,7 @@ def group_by_level(context: PageContext, numbered: Sequence[Values]) -> list[Val
     for level, found in itertools.groupby(numbered, operator.itemgetter("level")):
         items = list(found)
         meaning = "refused here" if level in context.refused else "a warning here"
-        count = counted(len(items), WORDS.get(level, level))
+        count = counted(len(items), WORDS[level])
         groups.append({"level": level, "count": count, "meaning": meaning, "items": items})
     return groups
 
@@ -5963,6 +5967,12 @@ class InboxServer(Loop, http.server.HTTPServer):
         with as_configuration_error(address, "an address of this machine and a port that is free"):
             # If it fails, it calls `server_close`, which needs all of the above.
             http.server.HTTPServer.__init__(self, (settings.HOST, settings.PORT), InboxHandler)
+        self.scheme = "https" if self.tls else "http"
+        host = "localhost" if settings.HOST in ("0.0.0.0", "::") else settings.HOST
+        host = f"[{host}]" if ":" in host else host
+        # The URL of the address that it listens on, and the one that it gives out; without a slash.
+        self.local = f"{self.scheme}://{host}:{self.server_address[1]}"
+        self.base = settings.BASE_URL.rstrip("/") if settings.BASE_URL else self.local
         for sock in self.sockets:
             sock.setblocking(False)
         self.listen(True)
@@ -5995,23 +6005,6 @@ class InboxServer(Loop, http.server.HTTPServer):
             sock.bind(("::1", 0))
             return True
         return False
-
-    # What the settings and the address mean
-
-    @property
-    def base(self) -> str:
-        """The base URL, without a trailing slash."""
-        return self.settings.BASE_URL.rstrip("/") if self.settings.BASE_URL else self.local
-
-    @property
-    def local(self) -> str:
-        """The URL of the address that the server listens on."""
-        host = self.settings.HOST if self.settings.HOST not in ("0.0.0.0", "::") else "localhost"
-        return f"{self.scheme}://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}"
-
-    @property
-    def scheme(self) -> str:
-        return "https" if self.tls else "http"
 
     def clear(self) -> None:
         """Forget all deliveries, notifications, replies and failures to come; in any thread."""
