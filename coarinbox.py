@@ -159,7 +159,7 @@ def parse(data: bytes) -> Any:
     if text.startswith("\ufeff"):
         raise ValueError("it starts with a byte order mark (RFC 8259 section 8.1)")
     # Most texts do not even have that many brackets.
-    if text.count("{") + text.count("[") > MAX_DEPTH and depth(text) > MAX_DEPTH:
+    if data.count(b"{") + data.count(b"[") > MAX_DEPTH and depth(text) > MAX_DEPTH:
         raise NestedTooDeeplyError(f"nested more than {MAX_DEPTH} levels deep")
     return DECODER.decode(text)
 
@@ -2132,13 +2132,17 @@ class Query(NamedTuple):
         return int(self.limit or 50)
 
     def may_match(self, line: bytes) -> bool:
-        """Look at the raw line first: parsing every line would be slow."""
+        """Look at the raw line, or at many, first: parsing every line would be slow."""
         exact, texts = needles(self)
         if not all(needle.search(line) for needle in exact):
             return False
         lower = line.lower() if texts else b""
         # What JSON escapes may be written in many ways.
         return b"\\u" in lower or all(text in lower for text in texts)
+
+    def may_concern(self, block: bytes, *names: str) -> bool:
+        """Look at many lines at once: for a match, or the line of one of these deliveries."""
+        return self.may_match(block) or any(line_start(name) in block for name in names if name)
 
     def matches(self, delivery: Delivery) -> bool:
         text = self.q.casefold()
@@ -2317,26 +2321,34 @@ class DeliveryLog:
                 if not lines and self.end() == place:
                     self.changed.wait(min(seconds, RECHECK))
 
-    def lines(self) -> Iterator[bytes | None]:
-        """Yield the lines of the log, the newest first, and None after each block that is read."""
+    def lines(self, worth: Callable[[bytes], bool] = bool) -> Iterator[bytes | None]:
+        """Yield the lines of the log, the newest first, and None after each block that is read.
+
+        The lines of a block are left out if it is not `worth` it: splitting all takes long.
+        """
         with contextlib.suppress(FileNotFoundError), self.open() as file:
             start = file.seek(0, os.SEEK_END)
             rest = b""  # the end of a line whose beginning is still to be read
             while start:
                 size = min(start, max(BLOCK, len(rest)))  # double for a long line: join it rarely
                 start = file.seek(start - size)
-                rest, *lines = (file.read(size) + rest).split(b"\n")
+                rest, _, block = (file.read(size) + rest).partition(b"\n")
                 rest = rest if len(rest) <= MAX_LINE else b""
-                yield from reversed(lines)
+                if worth(block):
+                    yield from reversed(block.split(b"\n"))
                 yield None
             yield rest
 
     def newest_first(self, *texts: bytes) -> Iterator[Delivery | None]:
         """Read the log from its end; where texts are given, only lines that hold one of them."""
-        for line in self.lines():
+
+        def is_wanted(lines: bytes) -> bool:
+            return not texts or any(text in lines for text in texts)
+
+        for line in self.lines(is_wanted):
             if line is None:
                 yield None
-            elif not texts or any(text in line for text in texts):
+            elif is_wanted(line):
                 yield Delivery.from_json(line)
 
     def find(self, name: str) -> Iterator[Delivery | None]:
@@ -2355,7 +2367,7 @@ class DeliveryLog:
     ) -> Iterator[tuple[Delivery, bytes] | None]:
         """Do as `select`, and yield each delivery with its line in the log."""
         found, skipping = 0, bool(query.before)
-        for line in self.lines():
+        for line in self.lines(lambda block: query.may_concern(block, query.since, query.before)):
             if line is None:
                 yield None
             elif query.since and line.startswith(line_start(query.since)):
@@ -2396,7 +2408,7 @@ class DeliveryLog:
         """Yield the names of the next newer and the next older delivery that a query selects."""
         likely: collections.deque[bytes] = collections.deque(maxlen=1000)  # parse few of them
         newer, passed = "", False
-        for line in self.lines():
+        for line in self.lines(lambda block: query.may_concern(block, name)):
             if line is None:
                 yield None
             elif line.startswith(line_start(name)):
