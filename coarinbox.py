@@ -2744,15 +2744,15 @@ class Request:
 
     def shown_fields(self) -> dict[str, str]:
         """Return the headers as they were sent, up to a limit, without secrets."""
+        spelling = {name.lower(): name for name, _ in reversed(self.fields)}
         shown: dict[str, str] = {}
         room = MAX_LOGGED_HEADERS
-        for name, value in self.fields if self.approved else ():
-            room -= len(name) + len(value)
+        for key, value in self.headers.items() if self.approved else ():
+            room -= len(key) + len(value)
             if room < 0:
                 shown["…"] = f"more than {MAX_LOGGED_HEADERS} characters of headers"
                 break
-            text = "(masked)" if name.lower() in SECRET_HEADERS else value
-            shown[name] = f"{shown[name]}, {text}" if name in shown else text
+            shown[spelling[key]] = "(masked)" if key in SECRET_HEADERS else value
         return shown
 
 
@@ -4600,7 +4600,7 @@ def group_by_level(context: PageContext, numbered: Sequence[Values]) -> list[Val
     for level, found in itertools.groupby(numbered, operator.itemgetter("level")):
         items = list(found)
         meaning = "refused here" if level in context.refused else "a warning here"
-        count = counted(len(items), WORDS[level])
+        count = counted(len(items), WORDS.get(level, str(level)))
         groups.append({"level": level, "count": count, "meaning": meaning, "items": items})
     return groups
 
