@@ -95,7 +95,7 @@ from html.parser import HTMLParser
 from typing import IO, Any, NamedTuple, Optional, Union
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 LOG = logging.getLogger("coarinbox")
 
@@ -2281,7 +2281,10 @@ class DeliveryLog:
     def clear(self) -> None:
         """Forget all deliveries."""
         with self.changed, contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)
+            try:
+                os.unlink(self.path)
+            except PermissionError:  # Windows does not remove what somebody reads
+                os.truncate(self.path, 0)
 
     def end(self) -> Place:
         """Return the place after the last delivery so far."""
@@ -2451,6 +2454,9 @@ class Survey(NamedTuple):
     unlogged: list[Delivery]
 
 
+MAX_IDS = 10_000  # of stored notifications that are known, the latest; all would need much memory
+
+
 class Ledger:
     """The notifications in a directory, and all deliveries. Raises `OSError` like `Store`."""
 
@@ -2461,7 +2467,9 @@ class Ledger:
 
     def forget(self) -> None:
         self.tally: collections.Counter[tuple[str, int, bool]] = collections.Counter()
-        self.ids: dict[int, str] = {}  # names by the hash of the id: ids may be long
+        self.ids: dict[
+            int, str
+        ] = {}  # names by the hash of the id: ids may be long; the latest last
         self.adopted: dict[str, Delivery] = {}
 
     def clear(self) -> None:
@@ -2481,6 +2489,8 @@ class Ledger:
         # The log does not hold longer ids as a whole.
         if delivery.direction == "in" and delivery.is_stored and 0 < len(id_) < ABOUT_LENGTH:
             self.ids[hash(id_)] = delivery.name
+            if len(self.ids) > MAX_IDS:
+                del self.ids[next(iter(self.ids))]
         self.tally[delivery.direction, delivery.status, bool(delivery.findings)] += 1
         return delivery
 
@@ -2507,7 +2517,8 @@ class Ledger:
                 known.add(name)
                 way = "out" if direction == b"out" else "in"
                 survey.tally[way, int(status), finding != b""] += 1
-                if way == "in" and id_ and status in (b"201", b"202"):
+                is_stored = way == "in" and status in (b"201", b"202")
+                if is_stored and id_ and len(survey.ids) < MAX_IDS:
                     survey.ids.setdefault(hash(json.loads(id_)), name.decode())
             yield None
         for missing in (name for name in names if name.encode() not in known):
@@ -2520,7 +2531,7 @@ class Ledger:
     def take_over(self, survey: Survey) -> None:
         """Count what was there at the start, and adopt what was only stored."""
         self.tally.update(survey.tally)
-        self.ids = {**survey.ids, **self.ids}
+        self.ids = {**dict(reversed(survey.ids.items())), **self.ids}
         for delivery in survey.unlogged:
             self.adopt(delivery)
 
@@ -5438,26 +5449,32 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     # The rest
 
     @route("GET", "/constraints", {"pattern": QUERY_PARAMETERS["pattern"]})
-    def get_constraints(self, values: Mapping[str, str]) -> None:
+    def get_constraints(self, values: Mapping[str, str]) -> Steps:
         """List the rules, for people those of one pattern."""
         if self.prefers("text/html"):
-            pattern = find_pattern(values.get("pattern") or REQUEST_REVIEW.name)
-            self.answer(html_response(constraints_page(self.context(), pattern)))
+            context, pattern = (
+                self.context(),
+                find_pattern(values.get("pattern") or "Request Review"),
+            )
+            page = yield Blocking(lambda: constraints_page(context, pattern))
+            self.answer(html_response(page))
             return
+        listed = yield Blocking(constraints)
         document = {
             "specification": SPECIFICATION,
             "levels": {name: level._asdict() for name, level in LEVELS.items()},
             "refused": MODES[self.server.settings.VALIDATE_INCOMING],
             "receivers": receivers(),
-            "constraints": constraints(),
+            "constraints": listed,
         }
-        self.answer(json_response(200, document))
+        self.answer((yield Blocking(lambda: json_response(200, document))))
 
     @route("GET", "/samples")
-    def get_samples(self, values: Mapping[str, str]) -> None:
+    def get_samples(self, values: Mapping[str, str]) -> Steps:
         """List the samples by pattern."""
         if self.prefers("text/html"):
-            self.answer(html_response(samples_page(self.context())))
+            context = self.context()
+            self.answer(html_response((yield Blocking(lambda: samples_page(context)))))
             return
         urls = {pattern.name: f"{self.base}/samples/{quote(pattern.name)}" for pattern in PATTERNS}
         self.answer(json_response(200, {"samples": urls}))
