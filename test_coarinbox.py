@@ -378,9 +378,8 @@ class InboxTest(unittest.TestCase):
         self.assertEqual(answer.status, status, answer)
         self.assertEqual(answer.headers["Content-Type"], "application/problem+json")
         problem = answer.json()
-        self.assertEqual(problem["status"], status)
+        self.assertEqual((problem["type"], problem["status"]), ("about:blank", status))
         self.assertTrue(problem["title"] and problem["detail"])
-        self.assertEqual(problem["type"], "about:blank")
         return problem
 
     def assert_serves(self) -> None:
@@ -852,7 +851,7 @@ class TextTest(unittest.TestCase):
                     self.assertEqual("origin.id-http-uri" not in found, http_uri)
 
     def test_a_long_uri_takes_no_longer_than_its_length(self) -> None:
-        for uri in ("http://" + "a@" * 10**6, "http://[" + ":" * 10**6, "a:" + "?" * 10**6 + " "):
+        for uri in ("http://" + "a@" * 10**5, "http://[" + ":" * 10**5, "a:" + "?" * 10**5 + " "):
             coarinbox.validate({"id": uri})
 
 
@@ -940,7 +939,8 @@ CASES = [
                  context={"id": "swh:1:dir:ec88e5b901c034d5a91aa133e824d65cff3788a3",
                           "type": ["sorg:SoftwareSourceCode"]}),
          [("/object/id", E, "missing"), ("/object/type", E, '"Relationship"'),
-          ("/context/id", E, "HTTP URI"), ("/context/type", M, "ActivityStreams")]),
+          ("/context/id", E, "HTTP URI"), ("/context/type", M, "ActivityStreams"),
+          ("/context/type", S, "sorg:AboutPage")]),
 ]
 # The examples of the specification 1.0.1: their structure, other values.
 ARTICLE = {**REVIEW, "type": ["Page", "sorg:WebPage"], "ietf:cite-as": REVIEW["id"]}
@@ -982,9 +982,8 @@ class FieldCasesTest(unittest.TestCase):
                 for pointer, level, text, *receivers in case.expect:
                     self.assertIn(text, found[pointer, level].message)
                     self.assertLessEqual(set(receivers), set(found[pointer, level].refused_by))
-                places = {pointer for pointer, _ in found}
                 if "@id" not in case.name:  # where everything is missing
-                    self.assertLessEqual(places, {pointer for pointer, *_ in case.expect})
+                    self.assertEqual(set(found), {(place[0], place[1]) for place in case.expect})
 
     def test_each_gets_its_status(self) -> None:
         for case in CASES:
@@ -1122,7 +1121,7 @@ class ModesTest(unittest.TestCase):
             (True, [ACCEPT], "E", ""), (True, "text", "E", ""), ("strict", ACCEPT, "", ""),
             ("strict", self.FAULTY, "M", "S"), ("strict", self.INVALID, "EM", "S"),
             (False, ACCEPT, "", ""), (False, self.INVALID, "", "EMS"), (False, [ACCEPT], "", "E"),
-            (False, [], "", "E"), (False, "text", "E", ""), (False, 5, "E", ""),
+            (False, [], "", "E"), (False, "text", "E", ""), ("PCI", 5, "E", ""),
         ]:  # fmt: skip
             with self.subTest(mode=mode, document=document):
                 with coarinbox.running(VALIDATE_INCOMING=mode) as inbox:
@@ -1132,13 +1131,6 @@ class ModesTest(unittest.TestCase):
                 for name, levels in (("errors", errors), ("warnings", warnings)):
                     found = sorted(each["level"] for each in answer.json().get(name, []))
                     self.assertEqual("".join(found), levels)
-
-    def test_anything_but_an_object_or_a_list_is_refused_in_every_mode(self) -> None:
-        for mode in coarinbox.MODES:
-            for document in (json.dumps(ACCEPT), "text", 5, None, True):
-                judgement = coarinbox.assess(document, mode, coarinbox.Arrival(JSON_LD))
-                self.assertEqual([each.pointer for each in judgement.errors], [""])
-                self.assertEqual(judgement.status, 400)
 
     def test_the_most_important_findings_come_first(self) -> None:
         found = coarinbox.validate({"id": 5, "actor": {}})
@@ -1253,10 +1245,6 @@ DIFFERENCES: list[tuple[str, str, Callable[[Change], bool]]] = [
 # fmt: on
 
 
-def accepted_by_coarinbox(document: Any) -> bool:
-    return all(found.level != E for found in coarinbox.validate(document))
-
-
 @functools.cache
 def coarnotify_server() -> Any:
     from coarnotify.server import COARNotifyReceipt, COARNotifyServer, COARNotifyServiceBinding
@@ -1283,7 +1271,8 @@ class CoarnotifyTest(unittest.TestCase):
     def test_it_agrees_about_thousands_of_faults_but_for_the_known_differences(self) -> None:
         seen: set[str] = set()
         for document, changes in mutations():
-            ours, theirs = accepted_by_coarinbox(document), accepted_by_coarnotify(document)
+            ours = not coarinbox.assess(document, True).errors
+            theirs = accepted_by_coarnotify(document)
             if ours != theirs:
                 accepted_by = "coarinbox" if ours else "coarnotify"
                 known = [
@@ -1304,7 +1293,7 @@ class CoarnotifyTest(unittest.TestCase):
 
     def test_differences_that_no_fault_shows(self) -> None:
         coarnotify_server().receive(json.dumps(ACCEPT))  # a text; raises what it refuses
-        self.assertFalse(accepted_by_coarinbox(json.dumps(ACCEPT)))
+        self.assertTrue(coarinbox.assess(json.dumps(ACCEPT), "coarnotify").errors)
         refused: list[Any] = [[], {"type": "Accept"}]
         for document in refused:
             with self.assertRaises(Exception):  # noqa: B017
@@ -1324,8 +1313,7 @@ class CoarnotifyTest(unittest.TestCase):
         self.assertIn("URL scheme must be http or https", str(errors))
 
     def test_its_mode_agrees_with_it(self) -> None:
-        for name, document in NOTIFICATIONS.items():
-            self.assertEqual(coarinbox.assess(document, "coarnotify"), ([], []), name)
+        self.assertEqual(coarinbox.assess(ACCEPT, "coarnotify"), ([], []))
         errors, warnings = coarinbox.assess(altered("Announce Review", origin=ABSENT), "coarnotify")
         self.assertEqual((errors, [each.level for each in warnings]), ([], [E]))
         for document, changes in itertools.islice(mutations(), 0, None, 25):
@@ -1336,7 +1324,7 @@ class CoarnotifyTest(unittest.TestCase):
         deep: Any = {}
         for _ in range(90):
             deep = {**ACCEPT, "object": deep}
-        documents: list[Any] = [{}, [], {"type": {}}, deep, {"type": "Nothing"}]
+        documents: list[Any] = ["text", {}, [], {"type": {}}, deep, {"type": "Nothing"}]
         for document in documents:
             errors, _ = coarinbox.assess(document, "coarnotify")
             self.assertEqual([each.level for each in errors], [E], str(document)[:80])
@@ -1344,30 +1332,35 @@ class CoarnotifyTest(unittest.TestCase):
         self.assertEqual(errors[0].pointer, "/type")
 
 
-class MutationTest(InboxTest):
-    def test_over_http_each_of_many_faults_gets_its_verdict_and_is_no_bug_of_ours(self) -> None:
-        documents = [document for document, _ in itertools.islice(mutations(), 0, None, 23)]
-        self.assertGreater(len(documents), 200)
-        for start in range(0, len(documents), 20):
-            some = documents[start : start + 20]
-            requests = (post_to(body=json.dumps(document).encode()) for document in some)
-            answers = raw(self.server, b"".join(requests), "half-close")
-            self.assertEqual(
-                [answer.status for answer in answers],
-                [201 if accepted_by_coarinbox(document) else 400 for document in some],
-            )
-
-
 # --- Properties ----------------------------------------------------------------------------------
 
 
-def for_any_document(check: Callable[[Any, Any, Any], None]) -> Callable[[Any], None]:
-    """Call a test with arbitrary JSON and with what is nearly a notification.
+@unittest.skipUnless(importlib.util.find_spec("hypothesis"), "hypothesis is not installed")
+class PropertiesTest(unittest.TestCase):
+    """What holds for any document, whether arbitrary JSON or nearly a notification."""
 
-    A source of random choices comes with each.
-    """
+    def check(self, document: Any, choice: Any) -> None:
+        before = copy.deepcopy(document)
+        findings = coarinbox.validate(document)
+        self.assertEqual(document, before)
+        shuffled = json.loads(
+            json.dumps(document),
+            object_pairs_hook=lambda members: dict(choice.sample(members, len(members))),
+        )
+        self.assertEqual(coarinbox.validate(shuffled), findings)
+        json.dumps([finding.as_json() for finding in findings], allow_nan=False)
+        arrival = coarinbox.Arrival(choice.choice([JSON_LD, "x/y"]), ["http://a.example/"], "x")
+        for mode in ("DSpace", "PREreview", "Software Heritage"):
+            errors, warnings = coarinbox.assess(document, mode, arrival)
+            for found in errors + warnings:
+                self.assertTrue(found.message.endswith(found.fix))
+                self.assertLess(len(found.message), 2000)
+                self.assertEqual(coarinbox.Finding.from_json(found.as_json()), found)
+            for found in warnings:
+                self.assertNotEqual(found.level, E)
+                self.assertNotIn(mode, found.refused_by)
 
-    def test(self: Any) -> None:
+    def test_it_is_judged_whatever_it_holds_in_any_order_and_is_not_changed(self) -> None:
         import hypothesis
         from hypothesis import strategies as some
 
@@ -1381,73 +1374,18 @@ def for_any_document(check: Callable[[Any, Any, Any], None]) -> Callable[[Any], 
         def nested(inner: Any) -> Any:
             return some.lists(inner, max_size=4) | some.dictionaries(keys, inner, max_size=6)
 
-        anything = some.recursive(scalars, nested, max_leaves=30)
-
         def altered(document: Any, changes: dict[str, Any]) -> Any:
             for member, value in changes.items():
                 with contextlib.suppress(KeyError, TypeError, AttributeError):  # its parent is gone
                     document = changed(document, member, value)
             return document
 
+        anything = some.recursive(scalars, nested, max_leaves=30)
         changes = some.dictionaries(some.sampled_from(paths), anything, max_size=4)
         nearly = some.builds(altered, some.sampled_from([*NOTIFICATIONS.values()]), changes)
-
-        @hypothesis.settings(max_examples=80, deadline=None, database=None, derandomize=True)
-        @hypothesis.given(anything | nearly, some.randoms(use_true_random=False))
-        def check_each(document: Any, order: Any) -> None:
-            check(self, document, order)
-
-        check_each()
-
-    return test
-
-
-@unittest.skipUnless(importlib.util.find_spec("hypothesis"), "hypothesis is not installed")
-class PropertiesTest(unittest.TestCase):
-    """What holds for any document."""
-
-    @for_any_document
-    def test_validate_neither_raises_nor_changes_it_nor_minds_the_order(
-        self, document: Any, order: Any
-    ) -> None:
-        before = copy.deepcopy(document)
-        findings = coarinbox.validate(document)
-        self.assertEqual(document, before)
-        shuffled = json.loads(
-            json.dumps(document),
-            object_pairs_hook=lambda members: dict(order.sample(members, len(members))),
-        )
-        self.assertEqual(coarinbox.validate(shuffled), findings)
-        json.dumps([finding.as_json() for finding in findings], allow_nan=False)
-
-    @for_any_document
-    def test_a_finding_says_where_what_and_who(self, document: Any, order: Any) -> None:
-        arrival = coarinbox.Arrival(order.choice([JSON_LD, "x/y"]), ["http://a.example/"], "x")
-        for mode in ("DSpace", "PREreview", "Software Heritage"):
-            errors, warnings = coarinbox.assess(document, mode, arrival)
-            for found in errors + warnings:
-                self.assertTrue(found.message.endswith(found.fix))
-                self.assertLess(len(found.message), 2000)
-                self.assertEqual(coarinbox.Finding.from_json(found.as_json()), found)
-            for found in warnings:
-                self.assertNotEqual(found.level, E)
-                self.assertNotIn(mode, found.refused_by)
-
-    def test_what_was_sent_is_what_comes_back(self) -> None:
-        @for_any_document
-        def check(self: Any, document: Any, order: Any) -> None:
-            form = {"ensure_ascii": order.random() < 0.5, "indent": order.choice([None, 0, 3])}
-            body = json.dumps([document], **form).encode("utf-8", "surrogatepass")
-            body = order.choice([b"", b" \r\n"]) + body + order.choice([b"", b"\t\n"])
-            answer = fetch(inbox.url, "POST", body)
-            if answer.status == 201:
-                self.assertEqual(fetch(answer.headers["Location"]).body, body)
-            else:  # half a surrogate pair is no UTF-8, and some numbers are too large
-                with self.assertRaises(ValueError):
-                    coarinbox.parse(body)
-
-        with coarinbox.running(VALIDATE_INCOMING=False) as inbox:
-            check(self)
+        check = hypothesis.given(anything | nearly, some.randoms(use_true_random=False))(self.check)
+        limits: dict[str, Any] = {"max_examples": 200, "deadline": None, "database": None}
+        hypothesis.settings(derandomize=True, **limits)(check)()
 
 
 # --- Samples and replies -------------------------------------------------------------------------
@@ -1458,48 +1396,35 @@ REPLIES = tuple(sorted((*ANSWERS, *ANNOUNCEMENTS, "Unprocessable Notification"))
 
 
 class SampleTest(unittest.TestCase):
-    def test_there_is_one_of_each_pattern_without_any_finding(self) -> None:
+    def test_each_is_new_and_clean_between_services_that_can_be_chosen(self) -> None:
         for name in NOTIFICATIONS:
-            for spelt in (name, name.lower(), name.upper()):
-                with self.subTest(spelt):
-                    document = coarinbox.sample(spelt)
-                    pattern = coarinbox.pattern_of(document)
-                    self.assertEqual(pattern and pattern.name, name)
-                    self.assertEqual(codes(document), set())
-                    self.assertEqual(document["target"]["inbox"], "http://localhost:5005/inbox")
-
-    def test_each_has_an_id_of_its_own_and_shares_nothing(self) -> None:
-        for name in NOTIFICATIONS:
-            first, second = coarinbox.sample(name), coarinbox.sample(name)
+            first, second = coarinbox.sample(name), coarinbox.sample(name.upper())
+            self.assertEqual((codes(first), codes(second)), (set(), set()))
             self.assertNotEqual(first["id"], second["id"])
             first["origin"]["id"] = first["object"]["id"] = "changed"
             self.assertNotIn("changed", json.dumps([second, coarinbox.sample(name)]))
-
-    def test_the_services_can_be_chosen(self) -> None:
-        for name in NOTIFICATIONS:
             document = coarinbox.sample(name, origin=JOURNAL, target=REPOSITORY)
             self.assertEqual((document["origin"], document["target"]), (JOURNAL, REPOSITORY))
             self.assertEqual(codes(document), set())
-            offered = document["object"]
+            pattern, offered = coarinbox.pattern_of(document), document["object"]
+            self.assertEqual(pattern and pattern.name, name)
             if name in ANSWERS:
                 ends = (JOURNAL, REPOSITORY) if name == "Undo Offer" else (REPOSITORY, JOURNAL)
                 self.assertEqual((offered["origin"], offered["target"]), ends)
 
     def test_it_can_answer_an_offer(self) -> None:
+        other = {**JOURNAL, "id": "https://reviews.example.net/"}
         for name in (*REPLIES, "Announce Relationship"):
             with self.subTest(name):
-                document = coarinbox.sample(name, in_reply_to=OFFER)
+                document = coarinbox.sample(name, in_reply_to=OFFER, origin=other, target=EDITORS)
                 self.assertEqual(document["inReplyTo"], OFFER["id"])
-                self.assertEqual(codes(document), set())
-                elsewhere = coarinbox.sample(name, in_reply_to=OFFER, target=EDITORS)
-                self.assertEqual(elsewhere["target"], EDITORS)
+                self.assertEqual((document["origin"], document["target"]), (other, EDITORS))
+                actor = AUTHOR if name == "Undo Offer" else other  # a service acts for itself
+                self.assertEqual(document["actor"]["id"], actor["id"])
+                self.assertEqual(codes(coarinbox.sample(name, in_reply_to=OFFER)), set())
         for name in REQUESTS:
             with self.assertRaisesRegex(ValueError, f"{name} .* answers no Offer"):
                 coarinbox.sample(name, in_reply_to=OFFER)
-        other = {**JOURNAL, "id": "https://reviews.example.net/"}
-        document = coarinbox.sample("Accept", origin=other, in_reply_to=OFFER)  # it acts for itself
-        self.assertEqual((document["origin"], document["actor"]["id"]), (other, other["id"]))
-        self.assertEqual(codes(document), set())
 
     def test_an_unknown_name_gets_the_list_and_a_suggestion_if_one_is_close(self) -> None:
         for name, suggestion in [
@@ -1626,13 +1551,10 @@ class LdnTest(InboxTest):
     def test_should_refuse_what_breaks_a_constraint_and_say_where_they_stand(self) -> None:
         answer = self.post({"@id": "", "http://www.w3.org/ns/ldp#contains": []})
         self.assert_problem(answer, 400)
-        link = answer.headers["Link"]
         constraints = self.here("/constraints")
-        self.assertEqual(link, f'<{constraints}>; rel="http://www.w3.org/ns/ldp#constrainedBy"')
+        link = f'<{constraints}>; rel="http://www.w3.org/ns/ldp#constrainedBy"'
+        self.assertEqual(answer.headers["Link"], link)
         self.assertEqual(fetch(constraints).status, 200)
-        self.assertEqual(self.post().headers["Link"], link)
-        for method in ("GET", "HEAD", "OPTIONS"):  # clients may look before they post
-            self.assertEqual(self.ask(method, "/inbox").headers["Link"], link)
 
     def test_is_discovered_through_a_link_or_json_ld_where_that_is_preferred(self) -> None:
         inbox = self.here("/inbox")
@@ -1765,9 +1687,6 @@ class ResourcesTest(InboxTest):
         self.assertEqual(listed["constraints"][1]["demand"], "be an object")
         page = self.ask("GET", "/constraints", headers={"Accept": "text/html"}).body.decode()
         self.assertIn("<title>Request Review · coarinbox</title>", page)
-        for constraint in listed["constraints"]:
-            if "Request Review" in constraint["levels"]:
-                self.assertIn(f'id="{constraint["code"]}"', page)
 
 
 class HostTest(InboxTest):
@@ -1875,7 +1794,7 @@ class BadBodyTest(InboxTest):
             "Infinity is not JSON": [b'{"id": Infinity}', b'{"id": -Infinity}'],
             "too large": [  # which receivers disagree about
                 b'{"id": %s}' % number
-                for number in (b"9" * 5000, b"-" + b"9" * 5000, b"1e400", b"9" * 10**6)
+                for number in (b"9" * 5000, b"-" + b"9" * 5000, b"1e400", b"9" * 10**5)
             ],
             "the document is nested more than 100 levels deep": [
                 start * depth + b"1" + end * depth
@@ -2075,19 +1994,18 @@ class ReadRequestTest(unittest.TestCase):
     def test_lengths_that_are_missing_or_wrong_or_contradict_each_other(self) -> None:
         self.assert_refused(post_head() + BODY, 411)
         self.assert_refused(post_head().replace(b"POST", b"PUT"), 411)
+        right, wrong = f"Content-Length: {len(BODY)}", f"Content-Length: {len(BODY) + 1}"
         for length in ("-1", "+5", "5.0", "0x5", "1e3", "five", "5, 5", "5 5", "²", "1_000", ""):
             self.assert_refused(post_head(f"Content-Length: {length}") + BODY, 400)
-        right, wrong = f"Content-Length: {len(BODY)}", f"Content-Length: {len(BODY) + 1}"
-        self.assert_refused(post_head(right, wrong) + BODY, 400)
-        self.assert_refused(post_head(right, right) + BODY, 400)  # RFC 9110 section 8.6
-        self.assert_refused(post_head(right, CHUNKED) + chunked(BODY, 100), 400)
-        for coding in (
-            "gzip, chunked", "identity", "\x0bchunked", "chunked\xa0", "chunked, chunked", "x", "",
+        for lines in ((right, wrong), (right, right)):  # RFC 9110 section 8.6
+            self.assert_refused(post_head(*lines) + BODY, 400)
+        for head in (
+            post_head(right, CHUNKED), post_head(CHUNKED).replace(b"HTTP/1.1", b"HTTP/1.0"),
+            *(post_head(f"Transfer-Encoding: {coding}") for coding in (
+                "gzip, chunked", "chunked, chunked", "identity", "\x0bchunked", "chunked\xa0", "",
+            )),
         ):  # fmt: skip
-            head = post_head(f"Transfer-Encoding: {coding}")
             self.assert_refused(head + chunked(BODY, 100), 400)
-        old = post_head(CHUNKED).replace(b"HTTP/1.1", b"HTTP/1.0")
-        self.assert_refused(old + chunked(BODY, 100), 400)
         smuggled = b"GET /constraints HTTP/1.1\r\nHost: localhost\r\n\r\n"
         for lengths in (("0", "43"), ("43", "0"), ("x", "0")):
             head = get_head(*(f"Content-Length: {length}" for length in lengths))
@@ -2095,11 +2013,12 @@ class ReadRequestTest(unittest.TestCase):
 
     def test_bodies_over_the_limit(self) -> None:
         large = b"x" * 4001
-        self.assert_refused(post_head("Content-Length: 4001"), 413)
-        self.assert_refused(post_to(body=large), 413)
-        self.assert_refused(post_head("Content-Length: " + "9" * 5000), 413)
-        self.assert_refused(post_head(CHUNKED) + chunked(large, 1000), 413)
-        self.assert_refused(post_head(CHUNKED) + b"fffffffffffffff\r\n", 413)
+        for data in (
+            post_head("Content-Length: 4001"), post_head("Content-Length: " + "9" * 5000),
+            post_to(body=large), post_head(CHUNKED) + chunked(large, 1000),
+            post_head(CHUNKED) + b"fffffffffffffff\r\n",
+        ):  # fmt: skip
+            self.assert_refused(data, 413)
 
     def test_broken_chunks(self) -> None:
         for chunks in [
