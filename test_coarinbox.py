@@ -510,7 +510,7 @@ WRONG: dict[str, list[Any]] = {
         ("type", "pattern", E, ["Offer", "coar-notify:IngestAction"], f"a pattern; {REMOVED}"),
         *(("type", "pattern", E, types, f"type must fit a pattern; did you mean {meant}?")
           for meant, given in MEANT.items() for types in given),
-        ("type", "pattern", E, "Flag", 'mean ["Flag", "coar-notify:UnprocessableNotification"] ('),
+        ("type", "pattern", E, "Flag", 'did you mean ["Flag", "coar-notify:UnprocessableNotif'),
         *(("type", "pattern", E, types, f"; write the types of one, such as {REVIEW_REQUEST}")
           for types in ("Create", ["Person"], {"@id": "Offer"})),
         ("type", "order", S, ["coar-notify:ReviewAction", "x:Y", "Offer"],
@@ -587,6 +587,7 @@ class RulesTest(unittest.TestCase):
                 expected = (fault.level, pointer, fault.code)
                 self.assertEqual((found.level, found.pointer, found.code), expected)
                 self.assertIn(fault.text, found.message)
+                self.assertEqual("did you mean" in found.message, "did you mean" in fault.text)
                 self.assertEqual(found.message, "; ".join(filter(None, [found.fault, found.fix])))
                 self.assertNotIn(found.fix or "write", found.fault)
                 self.assertEqual([each.code for each in others], ALONG.get(fault.code, []))
@@ -732,21 +733,6 @@ class RulesTest(unittest.TestCase):
             self.assertEqual(repr(document), before)
 
 
-# fmt: off
-# Other names under which a missing member is found: pattern, member, names.
-MISNAMED = [
-    ("Accept", "id", "@id Id"), ("Accept", "type", "@type"), ("Accept", "actor.name", "sorg:name"),
-    ("Accept", "inReplyTo", "inReplyto in_reply_to as:inReplyTo"),
-    ("Accept", "target.inbox", "ldp:inbox"),
-    ("Request Review", "object.ietf:cite-as", "ietf:citeAs cite-as"),
-    ("Request Review", "object.ietf:item", "url item"),
-    ("Request Review", "object.ietf:item.mediaType", "mediatype"),
-    ("Announce Relationship", "object.as:object", "object"),
-    ("Unprocessable Notification", "summary", "Summary"),
-]
-# fmt: on
-
-
 class HintsTest(unittest.TestCase):
     """A message says what to write."""
 
@@ -755,7 +741,16 @@ class HintsTest(unittest.TestCase):
         return "\n".join(each.message for each in found if each.pointer == pointer)
 
     def test_a_missing_member_is_found_under_a_similar_name(self) -> None:
-        for pattern, member, others in MISNAMED:
+        for pattern, member, others in [
+            ("Accept", "id", "@id Id"), ("Accept", "type", "@type"),
+            ("Accept", "inReplyTo", "inReplyto in_reply_to as:inReplyTo"),
+            ("Accept", "target.inbox", "ldp:inbox"), ("Accept", "actor.name", "sorg:name"),
+            ("Request Review", "object.ietf:cite-as", "ietf:citeAs cite-as"),
+            ("Request Review", "object.ietf:item", "url item"),
+            ("Request Review", "object.ietf:item.mediaType", "mediatype"),
+            ("Announce Relationship", "object.as:object", "object"),
+            ("Unprocessable Notification", "summary", "Summary"),
+        ]:  # fmt: skip
             value = coarinbox.lookup(NOTIFICATIONS[pattern], member)
             document = changed(NOTIFICATIONS[pattern], member, ABSENT)
             parent, dot, name = member.rpartition(".")
@@ -764,13 +759,9 @@ class HintsTest(unittest.TestCase):
                     message = self.message(changed(document, parent + dot + other, value), member)
                     self.assertIn(f"found `{other}`", message)
                     self.assertIn(f"write `{name}`", message)
-
-    def test_a_member_of_its_own_right_is_not_taken_for_another(self) -> None:
-        for member, other in [
-            ("id", "type"), ("@context", "context"), ("origin.id", "origin.name"),
-        ]:  # fmt: skip
+        for member, another in [("id", "type"), ("@context", "context"), ("origin.id", "origin.x")]:
             document = changed(NOTIFICATIONS["Announce Review"], member, ABSENT)
-            self.assertNotIn("found", self.message(changed(document, other, "x"), member))
+            self.assertNotIn("found", self.message(changed(document, another, "x"), member))
 
     def test_hostile_values_make_short_messages_in_short_time(self) -> None:
         # Each would take minutes if it were compared as a whole, or repeated in each finding.
@@ -942,7 +933,6 @@ DATASET = changed(PREPRINT, "ietf:item", {"id": "https://repository.example.org/
 # On all pages, the object of the embedded Offer has no ActivityStreams type.
 EMBEDDED_OFFER = changed(ACCEPT["object"], "object.type", "sorg:AboutPage")
 CASES += [
-    Case("Request Endorsement", altered("Request Endorsement")),
     Case("Announce Endorsement",
          altered("Announce Endorsement", object=ARTICLE, context={"id": PREPRINT["id"]})),
     Case("Announce Review", altered("Announce Review", context={"id": PREPRINT["id"]})),
@@ -1377,7 +1367,7 @@ class PropertiesTest(unittest.TestCase):
         changes = some.dictionaries(some.sampled_from(paths), anything, max_size=4)
         nearly = some.builds(altered, some.sampled_from([*NOTIFICATIONS.values()]), changes)
         check = hypothesis.given(anything | nearly, some.randoms(use_true_random=False))(self.check)
-        limits: dict[str, Any] = {"max_examples": 200, "deadline": None, "database": None}
+        limits: dict[str, Any] = {"max_examples": 150, "deadline": None, "database": None}
         hypothesis.settings(derandomize=True, **limits)(check)()
 
 
