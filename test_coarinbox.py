@@ -522,7 +522,7 @@ WRONG: dict[str, list[Any]] = {
     "Unprocessable Notification": [
         ("object", "object", E, OFFER_ID, f'write `{{"id": "{OFFER_ID}"}}`'),
         ("inReplyTo", "equals-object.id", S, "urn:x"),
-        ("summary", "text", M, ""), ("summary", "text", M, 5),
+        ("summary", "text", M, "", 'write `"…"`'), ("summary", "text", M, 5),
     ],
 }
 FAULTS = [Fault(pattern, *row) for pattern, rows in WRONG.items() for row in rows] + [
@@ -817,7 +817,11 @@ NO_URIS += ["", *(f"https://example.org/{rest}" for rest in (
 
 
 class TextTest(unittest.TestCase):
-    """Characters, and URIs."""
+    """Numbers, characters, and URIs."""
+
+    def test_numbers_are_what_they_were_written_as(self) -> None:
+        found = coarinbox.parse(b"[1, -2, 1.5, 1e2, 9007199254740993]")
+        self.assertEqual(repr(found), "[1, -2, 1.5, 100.0, 9007199254740993]")
 
     def test_what_shows_nothing_is_escaped(self) -> None:
         for text in ("plain", "Ünïcödé 漢字", "a b", "", "\N{CHECK MARK}"):
@@ -984,8 +988,9 @@ class ReceiversTest(unittest.TestCase):
         codes = {rule["code"] for rule in coarinbox.constraints()} | {"content-type-exact"}
         names = ["DSpace", "EPrints", "PCI", "PREreview", "Software Heritage"]
         self.assertEqual([each["name"] for each in coarinbox.receivers()], names)
-        for receiver in coarinbox.RECEIVERS:
-            self.assertTrue(receiver.source.startswith("https://"))
+        for listed, receiver in zip(coarinbox.receivers(), coarinbox.RECEIVERS):
+            self.assertTrue(listed["source"].startswith("https://"))
+            self.assertEqual(listed["refuses"], [refusal.what for refusal in receiver.refusals])
             for refusal in receiver.refusals:
                 self.assertTrue(refusal.codes or refusal.rules)
                 self.assertLessEqual(set(refusal.codes), codes, refusal.what)
