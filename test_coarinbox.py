@@ -98,7 +98,7 @@ REVIEW_OFFER, ENDORSEMENT_OFFER = (
     for action in ("ReviewAction", "EndorsementAction")
 )
 ANSWER = {"origin": JOURNAL, "target": REPOSITORY, "actor": EDITORS,
-          "object": REVIEW_OFFER, "inReplyTo": OFFER_ID}
+          "inReplyTo": OFFER_ID, "object": REVIEW_OFFER}
 RESULT = {**ANSWER, "context": PREPRINT, "object": REVIEW}
 
 
