@@ -37,7 +37,7 @@ Each section uses only those above it, but `InboxHandler` and `Connection` call 
     what is kept    Store, Deliveries, Delivery log, Ledger, Simulated failures
     HTTP            Messages, Intake, Waiting
     other inboxes   Sending, Replies
-    this inbox      Templates, Pages, Access, Resources, Connections, Server
+    this inbox      Templates, Wording, Pages, Access, Resources, Connections, Server
     how to use it   Test double, Command line
 """
 
@@ -89,7 +89,7 @@ import traceback
 import types
 import uuid
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import datetime
 from email.utils import formatdate, parsedate_to_datetime
 from html.parser import HTMLParser
 from typing import IO, Any, NamedTuple, Optional, Union
@@ -116,6 +116,10 @@ class NestedTooDeeplyError(ValueError):
 
 def clip(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[:length]}… ({len(text)} characters)"
+
+
+def counted(count: int, word: str) -> str:
+    return f"{count:,} {word}" + "s" * (count != 1 and word.islower())
 
 
 def parse_number(digits: str) -> int | float:
@@ -155,7 +159,7 @@ def parse(data: bytes) -> Any:
     if text.startswith("\ufeff"):
         raise ValueError("it starts with a byte order mark (RFC 8259 section 8.1)")
     # Most texts do not even have that many brackets.
-    if text.count("{") + text.count("[") > MAX_DEPTH and depth(text) > MAX_DEPTH:
+    if data.count(b"{") + data.count(b"[") > MAX_DEPTH and depth(text) > MAX_DEPTH:
         raise NestedTooDeeplyError(f"nested more than {MAX_DEPTH} levels deep")
     return DECODER.decode(text)
 
@@ -215,22 +219,14 @@ def ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | Non
         return None
 
 
-@functools.lru_cache(maxsize=1024)
-def read_scheme(uri: str) -> str:
-    match = URI.fullmatch(uri)
+def scheme_of(value: Any) -> str:
+    """Return the scheme of an absolute URI, in lower case; empty for anything else."""
+    match = URI.fullmatch(value) if isinstance(value, str) else None
     if not match:
         return ""
     scheme, host = match["scheme"].lower(), match["host"] or ""
     usable = ip_address(host) if host.startswith("[") else host or scheme not in ("http", "https")
     return scheme if usable else ""
-
-
-def scheme_of(value: Any) -> str:
-    """Return the scheme of an absolute URI, in lower case; empty for anything else."""
-    if not isinstance(value, str):
-        return ""
-    # Only short ones are remembered, so that the cache stays small.
-    return read_scheme(value) if len(value) <= 200 else read_scheme.__wrapped__(value)
 
 
 def is_uri(value: Any) -> bool:
@@ -330,7 +326,10 @@ MOST_SPECIFIC_FIRST = [
 def fitting(value: Any) -> Pattern | None:
     """Return the most specific pattern that the value of a `type` member fits."""
     types = types_of(value)
-    return next((pattern for wanted, pattern in MOST_SPECIFIC_FIRST if wanted <= types), None)
+    for wanted, pattern in MOST_SPECIFIC_FIRST:
+        if wanted <= types:
+            return pattern
+    return None
 
 
 def pattern_of(document: Any) -> Pattern | None:
@@ -365,11 +364,11 @@ def simplify(name: str) -> str:
     return re.sub("[^a-z0-9]", "", last.lower())
 
 
-def close_to(name: str, wanted: Iterable[str]) -> str:
+def close_to(name: str, wanted: Iterable[str], cutoff: float = 0.85) -> str:
     """Return the wanted name that is spelt like another one, or nearly so; or nothing."""
     import difflib
 
-    return next(iter(difflib.get_close_matches(name, wanted, n=1, cutoff=0.85)), "")
+    return next(iter(difflib.get_close_matches(name, wanted, n=1, cutoff=cutoff)), "")
 
 
 def misspelt(given: Any, wanted: Iterable[str]) -> str:
@@ -881,9 +880,15 @@ def rules_for(pattern: Pattern | None) -> tuple[Rule, ...]:
     return RULES[pattern.name] if pattern else EVERY
 
 
+# A member: its name, the rules for when it is missing, those for its value, and values that break
+# none of them. Most notifications share services, types and namespaces with others.
+Tests = tuple[str, list[Rule], list[Rule], set[object]]
+MAX_KNOWN = 1000  # values of a member
+
+
 @functools.cache
-def tests_for(pattern: Pattern | None, embedded: bool) -> list[tuple[str, list[Any]]]:
-    """Unpack the rules once, by the object they look into: most notifications are clean."""
+def tests_for(pattern: Pattern | None, embedded: bool) -> list[tuple[list[str], list[Tests]]]:
+    """Group the rules once by the object that they look into, and by the member."""
     rules = rules_for(pattern)[1:]  # without the one for the whole notification
     if embedded:  # the specification's own examples break M rules there
         rules = tuple(
@@ -891,30 +896,65 @@ def tests_for(pattern: Pattern | None, embedded: bool) -> list[tuple[str, list[A
             for member, missing, wrong, check in rules
             if member != "@context"
         )
-    tests = [
-        (*rule.member.rpartition("."), rule.check.accepts, rule.check.sibling, rule)
-        for rule in rules
-    ]
-    groups = itertools.groupby(tests, key=operator.itemgetter(0))
-    return [(parent, [test[2:] for test in group]) for parent, group in groups]
+    objects: list[tuple[list[str], list[Tests]]] = []
+    groups = itertools.groupby(rules, lambda rule: (rule.member, rule.check.sibling))
+    for (member, _), group in groups:
+        *path, name = member.split(".")
+        if not objects or objects[-1][0] != path:
+            objects.append((path, []))
+        together = list(group)
+        missing = [rule for rule in together if rule.if_missing]
+        objects[-1][1].append((name, missing, together, set()))
+    return objects
 
 
 def broken_rules(
     part: dict[str, Any], pattern: Pattern | None, embedded: bool
 ) -> Iterator[tuple[Rule, Any]]:
     """Apply the rules; yields those that are broken, with the value or None if it is missing."""
-    for parent, tests in tests_for(pattern, embedded):
-        node = lookup(part, parent) if parent else part
+    for path, members in tests_for(pattern, embedded):
+        node: Any = part
+        for name in path:
+            node = node.get(name) if isinstance(node, dict) else None
         if not isinstance(node, dict):
             continue  # the rule for that object reports it
-        for name, accepts, sibling, rule in tests:
+        for name, missing, rules, known in members:
             value = node.get(name)
             # No types are missing types, but coarnotify refuses an actor that has none.
-            if value is None or (value == [] and name == "type" and parent != "actor"):
-                if rule.if_missing:
+            if not value and (
+                value is None or (value == [] and name == "type" and path != ["actor"])
+            ):
+                for rule in missing:
                     yield rule, None
-            elif not (accepts(value, lookup(part, sibling)) if sibling else accepts(value)):
-                yield rule, value
+            elif (value if isinstance(value, str) else form_of(value)) not in known:
+                yield from broken_by(value, part, rules, known)
+
+
+def form_of(value: Any) -> object:
+    """Return something hashable, the same for values that no check can tell apart; or None."""
+    if isinstance(value, list):
+        value = tuple(value)
+        try:
+            hash(value)
+        except TypeError:  # it holds objects or lists
+            return None
+    return dict if isinstance(value, dict) else value  # no check looks into an object
+
+
+def broken_by(
+    value: Any, part: dict[str, Any], rules: list[Rule], known: set[object]
+) -> Iterator[tuple[Rule, Any]]:
+    """Yield the rules that a value breaks; if there are none, it is known from then on."""
+    sibling = rules[0].check.sibling
+    values = [value, lookup(part, sibling)] if sibling else [value]
+    broken = [rule for rule in rules if not rule.check.accepts(*values)]
+    for rule in broken:
+        yield rule, value
+    form = form_of(value)
+    if not broken and not sibling and len(repr(form)) <= 200:
+        if len(known) == MAX_KNOWN:
+            known.clear()
+        known.add(form)
 
 
 def fix_of(rule: Rule, value: Any, part: Any, pattern: Pattern | None) -> str:
@@ -1003,8 +1043,10 @@ def validate(document: Any) -> list[Finding]:
     return findings
 
 
-def most_important(findings: Iterable[Finding], limit: int = 100) -> tuple[list[Finding], int]:
+def most_important(findings: Sequence[Finding], limit: int = 100) -> tuple[list[Finding], int]:
     """Return the findings, errors first, and how many were left out to stay within the limit."""
+    if not findings:
+        return [], 0
     ordered = sorted(findings, key=lambda finding: finding.level)  # E, M, S
     return ordered[:limit], max(0, len(ordered) - limit)
 
@@ -1043,8 +1085,8 @@ def without_query(url: str) -> str:
 def delivery_findings(document: Any, arrival: Arrival) -> list[Finding]:
     """Find what is wrong with a delivery, though the document does not show it."""
     found: dict[str, tuple[Any, str]] = {}  # by code: the value, and the rest of the message
-    content_type = clip(arrival.content_type, 100)
-    if media_type_of(content_type) != JSON_LD:
+    if arrival.content_type != JSON_LD and media_type_of(arrival.content_type) != JSON_LD:
+        content_type = clip(arrival.content_type, 100)
         fix = f"found `{content_type}`; send `Content-Type: {JSON_LD}`"
         found["content-type"] = content_type, fix
     if arrival.known_as:
@@ -1053,6 +1095,8 @@ def delivery_findings(document: Any, arrival: Arrival) -> list[Finding]:
     elsewhere = here and inbox not in here and is_http_uri(inbox)
     if elsewhere and without_query(inbox) not in map(without_query, here):
         found["target.inbox-elsewhere"] = inbox, f"write `{here[0]}`"
+    if not found:
+        return []
     pattern, findings = pattern_of(document), []
     page = pattern.spec if pattern else SPECIFICATION
     for code, (value, fix) in found.items():
@@ -1202,12 +1246,13 @@ def receivers() -> list[dict[str, Any]]:
 # one that answers an Offer, `find_pattern` finds a pattern by its name. All three are pure, except
 # that each notification gets a new id. Must not know HTTP, the store or the settings.
 
+Document = dict[str, Any]  # a notification
+
 # RFC 2606 reserves these hosts for examples.
 REPOSITORY, REVIEWS = (
     {"id": url, "inbox": f"{url}inbox", "type": "Service"}
     for url in ("https://repository.example.org/", "https://reviews.example.net/")
 )
-LOCAL_INBOX = "http://localhost:5005/inbox"
 AUTHOR = {"id": "https://orcid.org/0000-0002-1825-0097", "name": "J. Carberry", "type": "Person"}
 PREPRINT = {
     "id": "https://repository.example.org/preprint/421",
@@ -1219,11 +1264,11 @@ PREPRINT = {
     },
     "type": ["Page", "sorg:AboutPage"],
 }
-# The id, the citation and the types of what the service announces.
+# What the service announces: how its URL and its DOI end, and its types.
 RESULTS = {
-    "Announce Endorsement": ("endorsement/7", "10.5555/98766", ["Page", "sorg:WebPage"]),
-    "Announce Review": ("review/7", "10.5555/98765", ["Document", "sorg:Review"]),
-    "Announce Service Result": ("report/7", "10.5555/98767", ["Document", "sorg:Report"]),
+    "Announce Endorsement": ("endorsement/7", ["Page", "sorg:WebPage"]),
+    "Announce Review": ("review/7", ["Document", "sorg:Review"]),
+    "Announce Service Result": ("report/7", ["Document", "sorg:Report"]),
 }
 REPLY_PATTERNS = tuple(
     pattern for pattern in PATTERNS if pattern.family not in ("relationship", "request")
@@ -1236,22 +1281,18 @@ class UnknownPatternError(ValueError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a suggestion to end a message with, or nothing unless a known name is really close."""
-    import difflib
-
     spelt = {each.lower(): each for each in known}
-    near = difflib.get_close_matches(name.lower(), spelt, n=1, cutoff=0.64)
-    return f"; did you mean {spelt[near[0]]}?" if near else ""
+    near = close_to(name.lower(), spelt, cutoff=0.64)
+    return f"; did you mean {spelt[near]}?" if near else ""
 
 
 def find_pattern(name: str) -> Pattern:
     """Return the pattern that has a name, in any case. Raises `UnknownPatternError`."""
-    patterns = {pattern.name: pattern for pattern in PATTERNS}
-    for known, pattern in patterns.items():
-        if known.lower() == name.lower():
+    for pattern in PATTERNS:
+        if pattern.name.lower() == name.lower():
             return pattern
     given = escape_controls(clip(name, 80))
-    hint = did_you_mean(name, patterns)
-    expected = f"one of {', '.join(patterns)}{hint}"
+    expected = f"one of {', '.join(RULES)}{did_you_mean(name, RULES)}"
     raise UnknownPatternError(f'unknown pattern "{given}", expected {expected}')
 
 
@@ -1261,7 +1302,7 @@ def sample(
     origin: Mapping[str, Any] | None = None,
     target: Mapping[str, Any] | None = None,
     in_reply_to: Any = None,
-) -> dict[str, Any]:
+) -> Document:
     """Return a new notification of a pattern, without any finding.
 
     `origin` and `target` are service objects, with `id`, `inbox` and `type`. Without `target` it
@@ -1271,17 +1312,17 @@ def sample(
     """
     chosen = find_pattern(pattern)
     if in_reply_to is not None:
-        return answer(in_reply_to, chosen, origin, target)
-    is_offer, is_undo = chosen.family == "request", chosen.name == "Undo Offer"
-    services = (REPOSITORY, REVIEWS) if is_offer or is_undo else (REVIEWS, REPOSITORY)
-    ends = origin or services[0], target or {**services[1], "inbox": LOCAL_INBOX}
-    if is_offer:
-        return notification(chosen, AUTHOR, *ends, object=PREPRINT)
-    offered = ends if is_undo else ends[::-1]
-    return answer(notification(REQUEST_REVIEW, AUTHOR, *offered, object=PREPRINT), chosen)
+        return build_answer(in_reply_to, chosen, origin, target)
+    is_offer = chosen.family == "request"
+    from_repository = is_offer or chosen.name == "Undo Offer"
+    here, there = (REPOSITORY, REVIEWS) if from_repository else (REVIEWS, REPOSITORY)
+    ends = origin or here, target or {**there, "inbox": "http://localhost:5005/inbox"}
+    offered = ends if from_repository else ends[::-1]
+    offer = build(chosen if is_offer else REQUEST_REVIEW, AUTHOR, *offered, object=PREPRINT)
+    return offer if is_offer else build_answer(offer, chosen)
 
 
-def reply(offer: Any, pattern: str = "Accept") -> dict[str, Any]:
+def reply(offer: Any, pattern: str = "Accept") -> Document:
     """Return a new notification that answers an Offer, which is not changed.
 
     Every pattern but the requests and Announce Relationship answers an Offer. The reply goes from
@@ -1293,10 +1334,10 @@ def reply(offer: Any, pattern: str = "Accept") -> dict[str, Any]:
     if chosen not in REPLY_PATTERNS:
         listed = ", ".join(pattern.name for pattern in REPLY_PATTERNS)
         raise ValueError(f"{chosen.name} answers no Offer. These do: {listed}")
-    return answer(offer, chosen)
+    return build_answer(offer, chosen)
 
 
-def answer(offer: Any, pattern: Pattern, origin: Any = None, target: Any = None) -> dict[str, Any]:
+def build_answer(offer: Any, pattern: Pattern, origin: Any = None, target: Any = None) -> Document:
     """Build what `reply` returns, for any pattern but requests, and between other services."""
     if pattern.family == "request":
         raise ValueError(f"{pattern.name} starts a conversation and answers no Offer")
@@ -1304,40 +1345,37 @@ def answer(offer: Any, pattern: Pattern, origin: Any = None, target: Any = None)
         raise ValueError("only an Offer can be answered: an object whose type includes Offer")
     if not is_uri(offer.get("id")):
         raise ValueError("the Offer cannot be answered: its id is not an absolute URI")
-    sender, receiver = offer.get("target"), offer.get("origin")
-    actor = {"id": lookup(offer, "target.id"), "name": "Example Reviews", "type": "Service"}
-    if pattern.name == "Undo Offer":
-        sender, receiver, actor = receiver, sender, offer.get("actor")
-    elif origin:
-        actor["id"] = origin.get("id")
-    members = {"inReplyTo": offer["id"], **about(offer, pattern)}
-    return notification(pattern, actor, origin or sender, target or receiver, **members)
+    is_undo = pattern.name == "Undo Offer"
+    ends = ("origin", "target") if is_undo else ("target", "origin")
+    sender, receiver = origin or offer.get(ends[0]), target or offer.get(ends[1])
+    service = {"id": lookup(sender, "id"), "name": "Example Reviews", "type": "Service"}
+    actor = offer.get("actor") if is_undo else service
+    members = {"inReplyTo": offer["id"], **answer_members(offer, pattern)}
+    return build(pattern, actor, sender, receiver, **members)
 
 
-def about(offer: Any, pattern: Pattern) -> dict[str, Any]:
+def answer_members(offer: Any, pattern: Pattern) -> dict[str, Any]:
     """Return the members that say what an answer to an Offer is about."""
     if pattern.types[0] == "Flag":
         return {"object": {"id": offer["id"]}, "summary": "The preprint answers with status 404."}
     if pattern.types[0] != "Announce":
         return {"object": {name: offer[name] for name in offer if name != "@context"}}
     if pattern.name in RESULTS:
-        path, doi, types = RESULTS[pattern.name]
-        cited = f"https://doi.org/{doi}"
-        result: Any = {"id": f"{REVIEWS['id']}{path}", "ietf:cite-as": cited, "type": types}
-    else:
-        result = {
-            "id": uuid.uuid4().urn,
-            "type": "Relationship",
-            "as:subject": f"{REVIEWS['id']}dataset/7",
-            "as:relationship": "http://purl.org/vocab/frbr/core#supplement",
-            "as:object": lookup(offer, "object.id"),
-        }
-    return {"object": result, "context": offer.get("object")}
+        path, types = RESULTS[pattern.name]
+        urls = {"id": REVIEWS["id"] + path, "ietf:cite-as": f"https://doi.org/10.5555/{path}"}
+        return {"object": {**urls, "type": types}, "context": offer.get("object")}
+    relationship = {
+        "id": uuid.uuid4().urn,
+        "type": "Relationship",
+        "as:subject": f"{REVIEWS['id']}dataset/7",
+        "as:relationship": "http://purl.org/vocab/frbr/core#supplement",
+        "as:object": lookup(offer, "object.id"),
+    }
+    return {"object": relationship, "context": offer.get("object")}
 
 
-def notification(
-    pattern: Pattern, actor: Any, origin: Any, target: Any, **members: Any
-) -> dict[str, Any]:
+def build(pattern: Pattern, actor: Any, origin: Any, target: Any, **members: Any) -> Document:
+    """Put a notification together, with a new id; members that are None are left out."""
     document = {
         "@context": [ACTIVITY_STREAMS, COAR_NOTIFY],
         "id": uuid.uuid4().urn,
@@ -1370,50 +1408,45 @@ class Kind(NamedTuple):
 
 
 def is_path(value: Any) -> bool:
-    try:
-        path = os.fspath(value)
-    except Exception:  # whatever a configuration file has defined
-        return False
-    return isinstance(path, str) and path != "" and "\0" not in path
+    """Return whether a value can name a file or a directory."""
+    return isinstance(value, (str, os.PathLike)) and str(value) != "" and "\0" not in str(value)
 
 
 def is_line(value: Any) -> bool:
     """Return whether a value is a text on one line, without spaces around it."""
-    return isinstance(value, str) and value.isprintable() and "" != value == value.strip()
+    return isinstance(value, str) and value.isprintable() and value != "" and value == value.strip()
 
 
 def is_inbox_url(value: Any) -> bool:
     """Return whether notifications can be sent to a URL."""
     try:
-        return isinstance(value, str) and bool(origin_of(value))
+        return bool(origin_of(value))
     except ValueError:
         return False
 
 
 def origin_of(url: str) -> tuple[str, str, int]:
     """Return scheme, host and port of the URL of an inbox. Raises `ValueError` for another one."""
-    parts = urlsplit(url)
-    port = (443 if parts.scheme == "https" else 80) if parts.port is None else parts.port
     if not is_http_uri(url):
         raise ValueError("expected http://HOST/… or https://HOST/…")
+    parts = urlsplit(url)
     if "@" in parts.netloc:  # it would end up in the log
         raise ValueError("a user name or a password in a URL is not sent; use a token")
+    port = (443 if parts.scheme == "https" else 80) if parts.port is None else parts.port
     return parts.scheme, parts.hostname or "", port
 
 
 def reply_patterns(value: Any) -> tuple[str, ...] | None:
     """Return names of patterns that answer an Offer, in their right case; None if one does not."""
-    try:
-        names = value if isinstance(value, (list, tuple)) else [value]
-        found = [find_pattern(str(name)) for name in names]
-    except ValueError:
-        return None
-    return tuple(each.name for each in found) if {*found} <= {*REPLY_PATTERNS} else None
+    known = {pattern.name.lower(): pattern.name for pattern in REPLY_PATTERNS}
+    names = value if isinstance(value, (list, tuple)) else [value]
+    found = tuple(known.get(str(name).lower(), "") for name in names)
+    return found if all(found) else None
 
 
-def in_range(low: float, high: float, kinds: Sequence[type] = (int,)) -> Callable[[Any], bool]:
-    # Not `isinstance`, to which True is a number.
-    return lambda value: type(value) in kinds and low <= value <= high
+def in_range(low: float, high: float, *types: type) -> Callable[[Any], bool]:
+    """Make a predicate for numbers; `isinstance` would take True for one."""
+    return lambda value: type(value) in types and low <= value <= high
 
 
 A_FLAG = Kind("True or False", lambda value: type(value) is bool)
@@ -1421,12 +1454,12 @@ A_MODE = Kind(
     'True, False, "strict", "coarnotify" or a receiver such as "DSpace"',
     lambda value: mode_of(value) is not None,
 )
-A_STATUS = Kind("201 or 202", in_range(201, 202))
-A_COUNT = Kind("a whole number from 1 to 2147483647", in_range(1, 2147483647))
-A_PORT = Kind("a port, 0 to 65535", in_range(0, 65535))
+A_STATUS = Kind("201 or 202", in_range(201, 202, int))
+A_COUNT = Kind("a whole number from 1 to 2147483647", in_range(1, 2147483647, int))
+A_PORT = Kind("a port, 0 to 65535", in_range(0, 65535, int))
 # Sockets refuse what the platform's clock cannot hold.
-A_TIMEOUT = Kind("a number of seconds, 0.001 to 86400", in_range(0.001, 86400, (int, float)))
-A_DELAY = Kind("a number of seconds, 0 to 86400", in_range(0, 86400, (int, float)))
+A_TIMEOUT = Kind("a number of seconds, 0.001 to 86400", in_range(0.001, 86400, int, float))
+A_DELAY = Kind("a number of seconds, 0 to 86400", in_range(0, 86400, int, float))
 SOME_PATTERNS = Kind(
     "a list of " + ", ".join(pattern.name for pattern in REPLY_PATTERNS),
     lambda value: reply_patterns(value) is not None,
@@ -1444,14 +1477,8 @@ ANYTHING = Kind("anything", lambda value: True)
 
 
 def setting(default: Any, kind: Kind) -> Any:
+    """Declare a field of `Settings`."""
     return dataclasses.field(default=default, metadata={"kind": kind})
-
-
-def short_repr(value: Any) -> str:
-    try:
-        return " ".join(repr(value).split())[:80]
-    except ValueError:  # Python does not print numbers of more than 4300 digits
-        return "a number of thousands of digits"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1484,8 +1511,8 @@ class Settings:
     SSL_KEY: str | None = setting(None, A_FILE)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            check_setting(field, getattr(self, field.name))
+        for name in SETTINGS:
+            check_setting(name, getattr(self, name))
         object.__setattr__(self, "VALIDATE_INCOMING", mode_of(self.VALIDATE_INCOMING))
         object.__setattr__(self, "REPLIES", reply_patterns(self.REPLIES))
         if self.VALIDATE_INCOMING == "coarnotify":
@@ -1501,12 +1528,21 @@ class Settings:
 SETTINGS = {field.name: field for field in dataclasses.fields(Settings)}
 
 
-def check_setting(field: dataclasses.Field[Any], value: Any) -> None:
-    """Raise `ConfigurationError` for a value that the setting cannot have."""
+def check_setting(name: str, value: Any, source: str = "") -> None:
+    """Raise `ConfigurationError` for a value that a setting cannot have."""
+    field = SETTINGS[name]
     kind, optional = field.metadata["kind"], field.default is None
     if not kind.accepts(value) and not (optional and value is None):
         expected = f"{'None or ' * optional}{kind.expected}"
-        raise ConfigurationError(f"{field.name} is {short_repr(value)}, expected {expected}")
+        raise ConfigurationError(f"{source}{name} is {short_repr(value)}, expected {expected}")
+
+
+def short_repr(value: Any) -> str:
+    """Show a value in a message: on one line, at most 80 characters."""
+    try:
+        return " ".join(repr(value).split())[:80]
+    except ValueError:  # Python does not print numbers of more than 4300 digits
+        return "a number of thousands of digits"
 
 
 def read_configuration(filename: str) -> dict[str, Any]:
@@ -1515,12 +1551,10 @@ def read_configuration(filename: str) -> dict[str, Any]:
     Returns every UPPERCASE name it leaves behind. Raises `ConfigurationError` naming the file, and
     the line where there is one, when it cannot be read, is not Python or fails.
     """
-    module = types.ModuleType("config")
-    module.__file__ = filename
+    names: dict[str, Any] = {"__name__": "config", "__file__": filename}
     try:
-        with open(filename, "rb") as file:
-            code = compile(file.read(), filename, "exec", dont_inherit=True)
-        exec(code, module.__dict__)
+        with open(filename, "rb") as file:  # once: it may be a pipe, which runpy would read twice
+            exec(compile(file.read(), filename, "exec", dont_inherit=True), names)
     except BaseException as error:  # a KeyboardInterrupt of the file's own included
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == filename]
@@ -1529,8 +1563,7 @@ def read_configuration(filename: str) -> dict[str, Any]:
         where = f"{filename}, line {lines[-1]}" if lines else filename
         reason = f"{where}: {type(error).__name__}: {getattr(error, 'msg', error)}"
         raise ConfigurationError(" ".join(reason.split())) from error
-    names = [name for name in vars(module) if str(name).isupper()]
-    return {name: vars(module)[name] for name in names}
+    return {name: value for name, value in names.items() if str(name).isupper()}
 
 
 def read_value(text: str) -> Any:
@@ -1546,12 +1579,11 @@ def read_environment(variables: Mapping[str, str]) -> dict[str, Any]:
     Settings that are texts stay texts: a TOKEN may be a number.
     """
     values: dict[str, Any] = {}
-    for field in dataclasses.fields(Settings):
-        text = variables.get(f"COARNOTIFY_{field.name}")
+    for name, field in SETTINGS.items():
+        text = variables.get(f"COARNOTIFY_{name}")
         # Kubernetes sets COARNOTIFY_PORT=tcp://… where a service is called coarnotify.
-        if text is not None and not (field.name == "PORT" and text.startswith("tcp://")):
-            is_text = field.type in ("str", "str | None")
-            values[field.name] = text if is_text else read_value(text)
+        if text is not None and not text.startswith("tcp://"):
+            values[name] = text if field.type in ("str", "str | None") else read_value(text)
     return values
 
 
@@ -1564,17 +1596,14 @@ def configure(
     shared with a Flask application. Raises `ConfigurationError`, which says where the value is.
     """
     values = {} if filename is None else read_configuration(filename)
-    for name in [name for name in values if name not in SETTINGS]:
+    for name in values.keys() - SETTINGS:
         hint = did_you_mean(name, SETTINGS)
         LOG.warning("%s: ignored: unknown setting %s%s", filename, name, hint)
         del values[name]
     environment = read_environment(variables)
     for source, layer in ((f"{filename}: ", values), ("COARNOTIFY_", environment)):
         for name, value in layer.items():
-            try:
-                check_setting(SETTINGS[name], value)
-            except ConfigurationError as error:
-                raise ConfigurationError(f"{source}{error}") from error
+            check_setting(name, value, source)
     return Settings(**{**values, **environment, **flags})
 
 
@@ -1604,8 +1633,13 @@ DRAFT_LIFETIME = 3600  # seconds after which nobody can still be writing a draft
 Outcome = Union[str, OSError]  # the name of what was stored, or why it was not
 
 
+@functools.lru_cache(maxsize=8)  # most notifications of a second need the same
+def utc(second: int, form: str) -> str:
+    return time.strftime(form, time.gmtime(second))
+
+
 def new_name() -> str:
-    return time.strftime("%Y%m%d_%H%M%S_", time.gmtime()) + os.urandom(16).hex()
+    return utc(int(time.time()), "%Y%m%d_%H%M%S_") + os.urandom(16).hex()
 
 
 # Follow no symlink, which could lead anywhere, and do not wait at a FIFO.
@@ -1624,6 +1658,16 @@ def create_file(path: str, flags: int) -> int:
     except FileNotFoundError:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         return open_file(path, flags)
+
+
+def sync_file(file: int) -> None:
+    """Have the disk take what was written; on macOS, `os.fsync` leaves it in the drive's cache."""
+    try:
+        import fcntl
+
+        fcntl.fcntl(file, fcntl.F_FULLFSYNC)  # type: ignore[attr-defined,unused-ignore]
+    except (ImportError, AttributeError, OSError):  # another system, or disk
+        os.fsync(file)
 
 
 def write_all(file: int, data: bytes) -> None:
@@ -1682,16 +1726,18 @@ class Store:
         """Remove the drafts that a killed process has left behind."""
         with os.scandir(self.directory) as entries:
             for entry in entries:
+                if not DRAFT_NAME.fullmatch(entry.name):  # to look at every file takes seconds
+                    continue
                 with contextlib.suppress(OSError):
                     age = time.time() - entry.stat(follow_symlinks=False).st_mtime
-                    if DRAFT_NAME.fullmatch(entry.name) and age > DRAFT_LIFETIME:
+                    if age > DRAFT_LIFETIME:
                         os.unlink(entry.path)
 
     def path(self, name: str) -> str:
-        return os.path.join(self.directory, f"{name}.json")
+        return f"{self.directory}{os.sep}{name}.json"
 
     def draft(self, name: str) -> str:
-        return os.path.join(self.directory, f".{name}.part")
+        return f"{self.directory}{os.sep}.{name}.part"
 
     def names(self) -> list[str]:
         """List the names of the notifications in the order in which they arrived."""
@@ -1744,7 +1790,7 @@ class Store:
             try:
                 write_all(file, body)
                 if self.fsync:
-                    os.fsync(file)
+                    sync_file(file)
             finally:
                 os.close(file)
         except OSError as error:
@@ -1809,28 +1855,34 @@ class Store:
 # Must not know: HTTP, files, the event loop.
 
 # The members that say what a notification is about: who sent it, and its place in a conversation.
-ABOUT = (
-    "id", "inReplyTo", "origin", "origin.id", "origin.inbox", "target.id", "actor.name",
-    "actor.id", "context.id", "object.id", "object.object.id",
-)  # fmt: skip
-ABOUT_PATHS = [(member, member.split(".")) for member in ABOUT]
+ABOUT = {
+    "": ("id", "inReplyTo", "origin"), "origin": ("id", "inbox"), "target": ("id",),
+    "actor": ("name", "id"), "context": ("id",), "object": ("id",), "object.object": ("id",),
+}  # fmt: skip
+ABOUT_PATHS = [
+    (path.split(".") if path else [], [(name, f"{path}.{name}".lstrip(".")) for name in names])
+    for path, names in ABOUT.items()
+]
 ABOUT_LENGTH = 1000  # characters kept of each
 MAX_LOGGED_HEADERS = 16384  # characters of a request's headers in a line of the log
 
 
 def utc_now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")[:-6] + "Z"
+    now = time.time()
+    return f"{utc(int(now), '%Y-%m-%dT%H:%M:%S')}.{int(now % 1 * 1000):03}Z"
 
 
 def summary(document: Any) -> dict[str, str]:
     """Collect the members in `ABOUT`, by their dotted names, as far as they are strings."""
     found = {}
-    for member, path in ABOUT_PATHS:
-        value = document
-        for name in path:
-            value = value.get(name) if isinstance(value, dict) else None
-        if isinstance(value, str):
-            found[member] = value[:ABOUT_LENGTH]
+    for path, members in ABOUT_PATHS:
+        node = document
+        for step in path:
+            node = node.get(step) if isinstance(node, dict) else None
+        for name, member in members if isinstance(node, dict) else ():
+            value = node.get(name)
+            if isinstance(value, str):
+                found[member] = value[:ABOUT_LENGTH]
     return found
 
 
@@ -1878,16 +1930,18 @@ class Delivery(NamedTuple):
 
     def __repr__(self) -> str:
         """Describe the delivery in one line, for the output of tests."""
+        status = f"{self.status} " if self.status else ""
+        id_ = self.about.get("id", "without an id")
+        text = clip(f"{status}{self.verdict} {self.summary} {id_}", 500)
+        return escape_controls(f"<Delivery {text}>")
+
+    @property
+    def summary(self) -> str:
+        """What came from whom, or went where: `Request Review from https://…`."""
         wrong_path = self.direction == "in" and not self.target.startswith("/inbox")
-        words = (
-            str(self.status or ""),
-            self.verdict,
-            f"{self.method} {self.target}" if wrong_path else "",
-            self.pattern or "no pattern",
-            self.peer and f"{'to' if self.direction == 'out' else 'from'} {self.peer}",
-            self.about.get("id", "without an id"),
-        )
-        return escape_controls(f"<Delivery {clip(' '.join(filter(None, words)), 500)}>")
+        what = f"{self.method} {self.target}" if wrong_path else self.pattern or "no pattern"
+        way = "to" if self.direction == "out" else "from"
+        return f"{what} {way} {self.peer or self.client}"
 
     @property
     def peer(self) -> str:
@@ -1967,6 +2021,36 @@ class Delivery(NamedTuple):
         )
 
 
+class LogLine(NamedTuple):
+    """A line about a delivery: `400 Request Review from https://… 5 errors http://…`."""
+
+    delivery: Delivery
+    url: str  # of the page about it
+
+    def __str__(self) -> str:
+        delivery = self.delivery
+        warnings = len(delivery.findings) - delivery.errors + delivery.omitted
+        counts = [counted(delivery.errors, "error")] if delivery.errors else []
+        counts += [counted(warnings, "warning")] if warnings else []
+        words = [str(delivery.status or delivery.verdict), clip(delivery.summary, 300)]
+        return escape_controls(" ".join([*words, *[", ".join(counts)] * bool(counts), self.url]))
+
+
+def log_delivery(delivery: Delivery, url: str) -> None:
+    """Log what became of a delivery, and why, for those whose client hides the answer."""
+    # Not `info`, which would look for the caller; that takes longer than writing the line.
+    LOG.handle(
+        logging.LogRecord(LOG.name, logging.INFO, __file__, 0, LogLine(delivery, url), (), None)
+    )
+    reasons = [f"{finding.level} {finding}" for finding in delivery.findings]
+    if delivery.detail and not delivery.errors:
+        reasons.insert(0, clip(delivery.detail, 300))
+    if delivery.omitted:
+        reasons.append(f"and {delivery.omitted:,} more")
+    for reason in reasons:
+        LOG.info("  %s", escape_controls(reason))
+
+
 def body_as_json(member: str, data: bytes) -> dict[str, str]:
     """Write bytes as a text, or as base64 if they are not one or JSON would swell them more."""
     try:
@@ -1994,6 +2078,7 @@ QUERY_PARAMETERS: Parameters = {
         "the name of a delivery, or a time in UTC such as 2026-01-31T12:00:00Z",
     ),
     "before": (f"|{NAME}", "the name of a delivery"),
+    "day": ("|[0-9]{4}-[0-9]{2}-[0-9]{2}", "a day in UTC such as 2026-01-31"),
     "q": ("(?s:.*)", "a text"),
 }
 
@@ -2040,13 +2125,14 @@ class Query(NamedTuple):
     origin: str = ""  # of or to a service whose URL holds this text
     direction: str = ""  # in or out
     warnings: str = ""  # 1: with findings
+    day: str = ""  # in UTC
 
     @property
     def page_length(self) -> int:
         return int(self.limit or 50)
 
     def may_match(self, line: bytes) -> bool:
-        """Look at the raw line first: parsing every line would be slow."""
+        """Look at the raw line, or at many, first: parsing every line would be slow."""
         exact, texts = needles(self)
         if not all(needle.search(line) for needle in exact):
             return False
@@ -2054,10 +2140,15 @@ class Query(NamedTuple):
         # What JSON escapes may be written in many ways.
         return b"\\u" in lower or all(text in lower for text in texts)
 
+    def may_concern(self, block: bytes, *names: str) -> bool:
+        """Look at many lines at once: for a match, or the line of one of these deliveries."""
+        return self.may_match(block) or any(line_start(name) in block for name in names if name)
+
     def matches(self, delivery: Delivery) -> bool:
         text = self.q.casefold()
         return (
             self.direction in ("", delivery.direction)
+            and delivery.time.startswith(self.day)
             and self.pattern in ("", delivery.pattern)
             and bool(self.warnings) <= bool(delivery.findings)
             and (not self.status or delivery.has_status(self.status))
@@ -2085,6 +2176,7 @@ def needles(query: Query) -> tuple[list[re.Pattern[bytes]], list[bytes]]:
         '"direction": "%s"': query.direction if query.direction == "out" else "",
         '"status": %s,': query.status.replace("x", "[0-9]"),
         r'"findings": \[\{': query.warnings,
+        '"time": "%sT': query.day,
     }
     exact = [part.replace("%s", value) for part, value in parts.items() if value]
     texts = [text.lower() for text in (query.origin, query.q) if text]
@@ -2229,26 +2321,34 @@ class DeliveryLog:
                 if not lines and self.end() == place:
                     self.changed.wait(min(seconds, RECHECK))
 
-    def lines(self) -> Iterator[bytes | None]:
-        """Yield the lines of the log, the newest first, and None after each block that is read."""
+    def lines(self, worth: Callable[[bytes], bool] = bool) -> Iterator[bytes | None]:
+        """Yield the lines of the log, the newest first, and None after each block that is read.
+
+        The lines of a block are left out if it is not `worth` it: splitting all takes long.
+        """
         with contextlib.suppress(FileNotFoundError), self.open() as file:
             start = file.seek(0, os.SEEK_END)
             rest = b""  # the end of a line whose beginning is still to be read
             while start:
                 size = min(start, max(BLOCK, len(rest)))  # double for a long line: join it rarely
                 start = file.seek(start - size)
-                rest, *lines = (file.read(size) + rest).split(b"\n")
+                rest, _, block = (file.read(size) + rest).partition(b"\n")
                 rest = rest if len(rest) <= MAX_LINE else b""
-                yield from reversed(lines)
+                if worth(block):
+                    yield from reversed(block.split(b"\n"))
                 yield None
             yield rest
 
     def newest_first(self, *texts: bytes) -> Iterator[Delivery | None]:
         """Read the log from its end; where texts are given, only lines that hold one of them."""
-        for line in self.lines():
+
+        def is_wanted(lines: bytes) -> bool:
+            return not texts or any(text in lines for text in texts)
+
+        for line in self.lines(is_wanted):
             if line is None:
                 yield None
-            elif not texts or any(text in line for text in texts):
+            elif is_wanted(line):
                 yield Delivery.from_json(line)
 
     def find(self, name: str) -> Iterator[Delivery | None]:
@@ -2267,7 +2367,7 @@ class DeliveryLog:
     ) -> Iterator[tuple[Delivery, bytes] | None]:
         """Do as `select`, and yield each delivery with its line in the log."""
         found, skipping = 0, bool(query.before)
-        for line in self.lines():
+        for line in self.lines(lambda block: query.may_concern(block, query.since, query.before)):
             if line is None:
                 yield None
             elif query.since and line.startswith(line_start(query.since)):
@@ -2308,7 +2408,7 @@ class DeliveryLog:
         """Yield the names of the next newer and the next older delivery that a query selects."""
         likely: collections.deque[bytes] = collections.deque(maxlen=1000)  # parse few of them
         newer, passed = "", False
-        for line in self.lines():
+        for line in self.lines(lambda block: query.may_concern(block, name)):
             if line is None:
                 yield None
             elif line.startswith(line_start(name)):
@@ -2464,7 +2564,9 @@ class Failure(NamedTuple):
     @classmethod
     def from_values(cls, values: Mapping[str, str]) -> Failure:
         """Read parameters that `parse_query` has checked. Raises `ValueError` if one is missing."""
-        if values and not values.keys() & {"status", "delay", "close"}:
+        if not values:
+            return NO_FAILURE
+        if not values.keys() & {"status", "delay", "close"}:
             raise ValueError("a failure needs a status, a delay or close")
         return cls(
             status=int(values.get("status", 0)),
@@ -2481,10 +2583,17 @@ class Failure(NamedTuple):
         return {**DEMANDED_HEADERS.get(self.status, {}), **location, **retry_after}
 
 
+NO_FAILURE = Failure()
+
+
 class Failures:
     """Simulated failures, waiting to be used up."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all of them; any thread may do so, while the loop still looks at the old ones."""
         self.next: collections.deque[Failure] = collections.deque()
         self.attempts: dict[tuple[Failure, bytes], int] = {}  # that failed, the latest last
 
@@ -2497,21 +2606,18 @@ class Failures:
 
         `failure` is the one that the URL asks for, `identity` tells notifications apart.
         """
-        if self.next:
-            return self.next.popleft()
-        if failure == Failure():
+        waiting, attempts = self.next, self.attempts
+        if waiting:
+            return waiting.popleft()
+        if failure == NO_FAILURE:
             return None
         key = failure, hashlib.sha256(identity).digest()  # ids may be as long as a body
-        attempts = self.attempts.pop(key, 0)
+        number = attempts.pop(key, 0)
         if failure.times:
-            self.attempts[key] = attempts + 1
-        if len(self.attempts) > MAX_TRACKED:
-            del self.attempts[next(iter(self.attempts))]
-        return failure if attempts < (failure.times or 1) else None
-
-    def clear(self) -> None:
-        self.next.clear()
-        self.attempts.clear()
+            attempts[key] = number + 1
+        if len(attempts) > MAX_TRACKED:
+            del attempts[next(iter(attempts))]
+        return failure if number < (failure.times or 1) else None
 
 
 # --- Messages ------------------------------------------------------------------------------------
@@ -2529,7 +2635,7 @@ MAX_FIELDS = 100  # header lines, as in `http.client`
 REQUEST_LINE = re.compile(
     r"([!-~]+) (?=[!-~])(?:(?i:https?)://([!-.0->@-~]*))?([!-~]*) (HTTP/[1-9]\.[0-9])\r\n"
 )
-FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n")
+FIELDS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+|(?!:))(?::[0-9]{1,5})?")
 TLS_HANDSHAKE = b"\x16\x03"  # how a client begins that speaks TLS
@@ -2605,19 +2711,20 @@ def json_list(
 class Request:
     """A request, as far as it was read; `problem` says why it is incomplete or refused."""
 
+    line = method = target = ""
+    version = "HTTP/1.1"
+    host = ""  # from the target, if that is a URL, else from the Host header
+    chunked = False
+    length: int | None = 0  # of the body; None if it is missing, but there must be one
+    approved = False  # whether host, token and site are right: only then is it logged
+    unread = True  # whether more of it may come, so that no other request can follow
+    problem: Problem | None = None
+    arrived = 0.0  # when it was complete, by `time.monotonic`
+
     def __init__(self) -> None:
-        self.line = self.method = self.target = ""
-        self.version = "HTTP/1.1"
-        self.host = ""  # from the target, if that is a URL, else from the Host header
         self.fields: list[tuple[str, str]] = []  # the header lines, as they were sent
         self.headers: dict[str, str] = {}  # by their names in lower case, repeated ones joined
         self.body = bytearray()
-        self.chunked = False
-        self.length: int | None = 0  # of the body; None if it is missing, but there must be one
-        self.approved = False  # whether host, token and site are right: only then is it logged
-        self.unread = True  # whether more of it may come, so that no other request can follow
-        self.problem: Problem | None = None
-        self.arrived = 0.0  # when it was complete, by `time.monotonic`
 
     @property
     def is_http10(self) -> bool:
@@ -2626,7 +2733,8 @@ class Request:
 
     @property
     def keeps_alive(self) -> bool:
-        options = [each.strip() for each in self.headers.get("connection", "").lower().split(",")]
+        connection = self.headers.get("connection", "").lower()
+        options = [each.strip() for each in connection.split(",")] if connection else []
         return "close" not in options and (not self.is_http10 or "keep-alive" in options)
 
     @property
@@ -2636,15 +2744,15 @@ class Request:
 
     def shown_fields(self) -> dict[str, str]:
         """Return the headers as they were sent, up to a limit, without secrets."""
-        spelling = {name.lower(): name for name, _ in reversed(self.fields)}
         shown: dict[str, str] = {}
         room = MAX_LOGGED_HEADERS
-        for key, value in self.headers.items() if self.approved else ():
-            room -= len(key) + len(value)
+        for name, value in self.fields if self.approved else ():
+            room -= len(name) + len(value)
             if room < 0:
                 shown["…"] = f"more than {MAX_LOGGED_HEADERS} characters of headers"
                 break
-            shown[spelling[key]] = "(masked)" if key in SECRET_HEADERS else value
+            text = "(masked)" if name.lower() in SECRET_HEADERS else value
+            shown[name] = f"{shown[name]}, {text}" if name in shown else text
         return shown
 
 
@@ -2664,17 +2772,20 @@ class Incoming:
             raise self.ended
         yield None
 
-    def line(self, limit: int, too_long: Problem) -> Generator[Request | None, None, bytes]:
-        """Take a line, with its end; raise `too_long` if it has more than `limit` bytes."""
+    def line(self, limit: int) -> Generator[Request | None, None, bytes]:
+        """Take a line, with its end; nothing if it has more than `limit` bytes."""
         searched = 0
         while (end := self.data.find(b"\n", searched, limit) + 1) == 0:
             searched = len(self.data)
             if searched >= limit:
-                raise too_long
+                return b""
             yield from self.more()
-        line = bytes(self.data[:end])
-        del self.data[:end]
-        return line
+        return self.take(end)
+
+    def take(self, size: int) -> bytes:
+        taken = bytes(self.data[:size])
+        del self.data[:size]
+        return taken
 
     def move(self, size: int, body: bytearray) -> Reading:
         """Move `size` bytes to the end of `body` as they arrive."""
@@ -2696,7 +2807,7 @@ def read_request(
     Yields None while bytes are missing, and the request itself, once, when its head is complete:
     then the caller may refuse it by throwing a `Problem` in.
     """
-    while bytes(incoming.data[:1]) in (b"", b"\r", b"\n"):  # RFC 9112 section 2.2
+    while incoming.data[:1].strip(b"\r\n") == b"":  # RFC 9112 section 2.2
         if not incoming.data:
             if incoming.ended:
                 return None
@@ -2720,16 +2831,15 @@ def read_head(incoming: Incoming, request: Request) -> Reading:
         raise Problem(
             400, "the client speaks TLS, this port does not: use http://, or set SSL_CERT"
         )
-    too_long = Problem(414, f"the request line is longer than {MAX_HEAD} bytes")
+    line = b""
     try:
-        line = (yield from incoming.line(MAX_HEAD, too_long)).decode("latin-1")
-    except Problem:
-        line = incoming.data[:200].decode("latin-1")
-        raise
+        line = yield from incoming.line(MAX_HEAD)
     finally:  # a malformed one is still shown as what it was meant to be
-        request.line = line.rstrip("\r\n")
+        request.line = (line or incoming.data[:200]).decode("latin-1").rstrip("\r\n")
         request.method, request.target = [*request.line.split(" "), ""][:2]
-    match = REQUEST_LINE.fullmatch(line)
+    if not line:
+        raise Problem(414, f"the request line is longer than {MAX_HEAD} bytes")
+    match = REQUEST_LINE.fullmatch(line.decode("latin-1"))
     if not match:
         raise Problem(400, f"the request line is malformed: {request.line!r:.80}")
     request.method, host, request.target, request.version = match.groups()
@@ -2748,16 +2858,32 @@ def read_head(incoming: Incoming, request: Request) -> Reading:
 
 def read_fields(incoming: Incoming, limit: int, fields: list[tuple[str, str]]) -> Reading:
     """Read header lines, at most `limit` bytes, up to the empty line that ends them."""
-    too_long = Problem(431, f"the head is longer than {MAX_HEAD} bytes")
-    while (line := (yield from incoming.line(limit, too_long))) != b"\r\n":
-        limit -= len(line)
-        if len(fields) == MAX_FIELDS:
-            raise Problem(431, f"there are more than {MAX_FIELDS} header lines")
-        match = FIELD.fullmatch(line)
-        if not match:  # its value may be a secret, so do not quote that
-            name = line.partition(b":")[0][:80] if line[:1].strip() and b":" in line else b""
-            raise Problem(400, f"header line {len(fields) + 1} is malformed: {name!r}")
-        fields.append((match[1].decode("latin-1"), match[2].strip().decode("latin-1")))
+    data, end, searched = incoming.data, 0, 0
+    while True:
+        if data.find(b"\n", searched) >= 0:  # only then is there another whole line
+            end = check_fields(data, end)
+            if data.startswith(b"\r\n", end) and end + 2 <= limit:
+                break
+        searched = len(data)
+        if searched >= limit:
+            raise Problem(431, f"the head is longer than {MAX_HEAD} bytes")
+        yield from incoming.more()
+    for line in incoming.take(end + 2).decode("latin-1").split("\r\n")[:-2]:
+        name, _, value = line.partition(":")
+        fields.append((name, value.strip(" \t")))
+
+
+def check_fields(data: bytearray, start: int) -> int:
+    """Return where the first line begins that is no header line, but empty or not complete."""
+    end = FIELDS.match(data, start).end()  # type: ignore[union-attr]
+    number = data.count(b"\n", 0, end)
+    if number > MAX_FIELDS:
+        raise Problem(431, f"there are more than {MAX_FIELDS} header lines")
+    line = bytes(data[end : data.find(b"\n", end) + 1])
+    if line not in (b"", b"\r\n"):  # its value may be a secret, so do not quote that
+        name = line.partition(b":")[0][:80] if line[:1].strip() and b":" in line else b""
+        raise Problem(400, f"header line {number + 1} is malformed: {name!r}")
+    return end
 
 
 def check_framing(request: Request) -> None:
@@ -2767,7 +2893,7 @@ def check_framing(request: Request) -> None:
         raise Problem(400, "Transfer-Encoding needs HTTP/1.1 and excludes Content-Length")
     if coding is not None and coding.lower() != "chunked":
         raise Problem(400, "the only transfer coding that this server reads is chunked")
-    if length is not None and not re.fullmatch("[0-9]+", length):
+    if length is not None and not length.isdecimal():
         raise Problem(400, "Content-Length is not one number of bytes")
     request.chunked = coding is not None
     if length is not None:
@@ -2780,32 +2906,35 @@ def check_framing(request: Request) -> None:
 
 
 def read_body(incoming: Incoming, request: Request, max_body: int) -> Reading:
-    too_large = Problem(413, f"the body is larger than {max_body} bytes (MAX_CONTENT_LENGTH)")
     if request.chunked:
-        yield from read_chunks(incoming, request, max_body, too_large)
+        yield from read_chunks(incoming, request.body, max_body)
     elif request.length is None:
         raise Problem(411, "the request has neither Content-Length nor a chunked body")
-    elif request.length > max_body:
-        raise too_large
     else:
+        check_length(request.length, max_body)
         yield from incoming.move(request.length, request.body)
     request.unread = False
 
 
-def read_chunks(incoming: Incoming, request: Request, max_body: int, too_large: Problem) -> Reading:
-    malformed = Problem(400, "the chunks of the body are malformed")
+def check_length(length: int, max_body: int) -> None:
+    if length > max_body:
+        raise Problem(413, f"the body is larger than {max_body} bytes (MAX_CONTENT_LENGTH)")
+
+
+def read_chunks(incoming: Incoming, body: bytearray, max_body: int) -> Reading:
     while True:
-        match = CHUNK_SIZE.fullmatch((yield from incoming.line(1024, malformed)))
+        match = CHUNK_SIZE.fullmatch((yield from incoming.line(1024)))
         if not match:
-            raise malformed
+            raise Problem(400, "the chunks of the body are malformed: one has no size")
         size = int(match[1], 16)
         if size == 0:
             break
-        if len(request.body) + size > max_body:
-            raise too_large
-        yield from incoming.move(size, request.body)
-        if (yield from incoming.line(2, malformed)) != b"\r\n":
-            raise malformed
+        check_length(len(body) + size, max_body)
+        yield from incoming.move(size, body)
+        if (yield from incoming.line(2)) != b"\r\n":
+            raise Problem(
+                400, "the chunks of the body are malformed: one is not as long as it says"
+            )
     yield from read_fields(incoming, MAX_HEAD, [])  # the trailer, which nobody needs
 
 
@@ -2831,7 +2960,7 @@ class Verdict(NamedTuple):
 def check_content(request: Request) -> None:
     """Raise `Problem` if the body cannot be JSON, by its headers."""
     given = request.headers.get("content-type", "missing")
-    if not JSON_TYPE.match(given):
+    if given != JSON_LD and not JSON_TYPE.match(given):
         detail = f"Content-Type is {given}, expected {ACCEPT_POST} or the like"
         raise Problem(415, detail, {"Accept-Post": ACCEPT_POST})
     coding = request.headers.get("content-encoding", "identity").lower()
@@ -3063,7 +3192,7 @@ class Loop:
         seconds = max(0, soonest - time.monotonic()) if soonest < NEVER else None
         ready = self.selector.select(0 if self.mailbox else seconds)
         for key, events in ready:
-            self.guard(functools.partial(key.data, events))
+            self.guard(key.data, events)
         now = time.monotonic()
         while self.timers and self.timers[0][0] <= now:
             self.guard(heapq.heappop(self.timers)[2])
@@ -3071,10 +3200,10 @@ class Loop:
             self.guard(self.mailbox.popleft())
         return bool(ready)
 
-    def guard(self, task: Callable[[], object]) -> None:
+    def guard(self, task: Callable[..., object], *arguments: Any) -> None:
         """Run a task; a bug in it ends the connection that it is for, but not the loop."""
         try:
-            task()
+            task(*arguments)
         except Exception as error:
             self.report_bug(error)
             while isinstance(task, functools.partial):
@@ -3096,11 +3225,14 @@ class Loop:
     def call(self, function: Callable[[], Any]) -> Any:
         """Run a function in the loop, and wait for what it returns; for other threads.
 
-        Raises `queue.Empty` if the loop does not get to it within ten seconds.
+        Raises what it raises, or `queue.Empty` if the loop does not get to it within ten seconds.
         """
         results: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.post(lambda: results.put(function()))
-        return results.get(timeout=10)
+        self.post(lambda: results.put(result_of(function)))
+        result = results.get(timeout=10)
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def call_later(self, seconds: float, task: Callable[[], None]) -> None:
         heapq.heappush(self.timers, (time.monotonic() + seconds, next(self.numbers), task))
@@ -3209,17 +3341,21 @@ class Answer(NamedTuple):
         return self.status in (201, 202)
 
     def reasons(self) -> list[str]:
-        """List what a problem document (RFC 9457) or the like says: its detail, its findings."""
-        try:
-            problem = parse(self.body)
-        except ValueError:
-            return []
+        """Say why it was not accepted, and what a problem document (RFC 9457) or the like says.
+
+        Its detail comes first, then its findings, which an answer that accepts may have too.
+        """
+        problem = Delivery(body=self.body).notification  # None if it is not JSON
         details = [lookup(problem, member) for member in ("detail", "message", "error")]
         texts = [detail for detail in details if isinstance(detail, str)][:1]
         for found in (lookup(problem, "errors"), lookup(problem, "warnings")):
             for each in found if isinstance(found, list) else []:
                 words = (lookup(each, name) or "-" for name in ("level", "pointer", "message"))
                 texts.append(" ".join(map(str, words)))
+        if self.status in NOT_AN_INBOX and not texts:
+            return ["this is no inbox, and no page there advertises one"]
+        if 200 <= self.status < 300 and not self.accepted:
+            return ["an inbox that accepts a notification answers 201 or 202", *texts]
         return texts
 
 
@@ -3232,6 +3368,8 @@ def send(document: Any, url: str, *, token: str | None = None, timeout: float = 
     `SendError` if there is no answer.
     """
     deadline, body = time.monotonic() + timeout, encode(document)
+    if token is not None and not is_line(token):  # a line break would add headers
+        raise SendError("the token must be a text without line breaks, or spaces around it")
 
     def request(target: str, body: bytes | None) -> Answer:
         followed = (307, 308) if body is not None else (301, 302, 303, 307, 308)
@@ -3247,10 +3385,13 @@ def send(document: Any, url: str, *, token: str | None = None, timeout: float = 
     # POST before discovery: the URL is nearly always that of the inbox, where a page must not
     # divert the notification, and a receiver under test should see one request.
     answer = request(url, body)
-    inbox = ""
-    if answer.status in NOT_AN_INBOX:
-        with contextlib.suppress(SendError):  # the first answer says more
-            inbox = advertised_inbox(request(answer.url, None))
+    if answer.status not in NOT_AN_INBOX:
+        return answer
+    try:
+        page = request(answer.url, None)
+    except SendError:  # the first answer says more
+        return answer
+    inbox = resolve(page.url, advertised_inbox(page)) if page.status == 200 else ""
     return request(inbox, body) if inbox not in ("", answer.url) else answer
 
 
@@ -3279,9 +3420,8 @@ def addresses_of_client(addresses: Iterable[str], client: str) -> list[str]:
     """
 
     def normal(text: str) -> str:
-        address = ipaddress.ip_address(text)
-        address = getattr(address, "ipv4_mapped", None) or address
-        return "127.0.0.1" if str(address) == "::1" else str(address)
+        address = str(ip_address(text) or ip_address(f"[{text}]"))
+        return "127.0.0.1" if address == "::1" else address
 
     return [address for address in addresses if normal(address) == normal(client)]
 
@@ -3308,6 +3448,7 @@ def retry_delay(
 
 
 def encode(document: Any) -> bytes:
+    """Write a notification as JSON; bytes stay as they are."""
     return document if isinstance(document, bytes) else json.dumps(document).encode()
 
 
@@ -3315,6 +3456,9 @@ def exchange(
     url: str, addresses: Sequence[str], deadline: float, body: bytes | None, token: str | None
 ) -> Answer:
     """POST a body to one of the addresses, or GET. Raises `SendError` if there is no answer."""
+    method = "GET" if body is None else "POST"
+    parts = urlsplit(url)
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     headers: dict[str, Any] = {
         "Accept": "application/ld+json, application/json, text/html;q=0.5, */*;q=0.1",
         "Connection": "close",
@@ -3323,54 +3467,49 @@ def exchange(
     if body is not None:
         headers["Content-Type"] = JSON_LD
     if token is not None:
-        if not is_line(token):  # a line break would add headers
-            raise SendError("the token must be a text without line breaks, or spaces around it")
         headers["Authorization"] = f"Bearer {token}".encode()
-    parts = urlsplit(url)
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    data = bytearray()
     try:
-        scheme, host, port = origin_of(url)
-        connection = http.client.HTTPConnection(host, port)
-        connection.default_port = 443 if scheme == "https" else 80  # the header Host omits it
-        with open_socket(url, addresses, deadline) as sock:
-            connection.sock = TimedSocket(sock, deadline)
+        with contextlib.closing(connect(url, addresses, deadline)) as connection:
             # A receiver may refuse a notification before it has read all of it.
             with contextlib.suppress(ConnectionError):
-                method = "GET" if body is None else "POST"
                 connection.request(method, quote(target, URL_CHARACTERS), body, headers)
-            response = connection.getresponse()
-            # The status counts, even if the end of the body is missing.
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                while piece := response.read1(MAX_ANSWER):
-                    data += piece
+            reader: Any = TimedReader(connection.sock, deadline)
+            with http.client.HTTPResponse(reader, method=method) as response:
+                response.begin()
+                data = bytearray()
+                # The status counts, even if the end of the body is missing.
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    while piece := response.read1(MAX_ANSWER):
+                        data += piece
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise send_error(url, explain(error)) from error
     location = resolve(url, response.headers.get("Location") or "")
     return Answer(url, response.status, response.headers, bytes(data), location)
 
 
-def open_socket(url: str, addresses: Sequence[str], deadline: float) -> socket.socket:
+def connect(url: str, addresses: Sequence[str], deadline: float) -> http.client.HTTPConnection:
     """Connect to the host of a URL; another look-up of its addresses could lead elsewhere."""
     scheme, host, port = origin_of(url)
-    address, *others = addresses
+    # Share the time, or one dead address would use up all of it.
+    seconds = remaining(deadline) / len(addresses)
+    connection = http.client.HTTPConnection(addresses[0], port, timeout=seconds)
     try:
-        # Share the time, or one dead address would use up all of it.
-        sock = socket.create_connection((address, port), remaining(deadline) / len(addresses))
+        connection.connect()
     except OSError:
-        if others:
-            return open_socket(url, others, deadline)
-        raise
-    # Otherwise the body waits until the receiver acknowledges the head.
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.settimeout(remaining(deadline))
+        if len(addresses) == 1:
+            raise
+        return connect(url, addresses[1:], deadline)
+    connection.host = host  # for the header Host, which omits the usual port
+    connection.default_port = 443 if scheme == "https" else 80
+    connection.sock.settimeout(remaining(deadline))
     if scheme == "https":
-        return ssl.create_default_context().wrap_socket(sock, server_hostname=host)
-    return sock
+        context = ssl.create_default_context()
+        connection.sock = context.wrap_socket(connection.sock, server_hostname=host)
+    return connection
 
 
-class TimedSocket(io.RawIOBase):
-    """What `http.client` needs of a socket, with one deadline and at most MAX_ANSWER bytes to read.
+class TimedReader(io.RawIOBase):
+    """Reads an answer from a socket until a deadline, and at most MAX_ANSWER bytes of it.
 
     The time-out of a socket starts anew with each byte, so it is set to what the deadline leaves.
     """
@@ -3378,13 +3517,8 @@ class TimedSocket(io.RawIOBase):
     def __init__(self, sock: socket.socket, deadline: float) -> None:
         self.sock, self.deadline, self.left = sock, deadline, MAX_ANSWER
 
-    def sendall(self, data: Any) -> None:
-        left = memoryview(data)
-        while left:
-            self.sock.settimeout(remaining(self.deadline))
-            left = left[self.sock.send(left) :]
-
     def makefile(self, mode: str) -> io.BufferedReader:
+        """Stand in for a socket, which `http.client` expects."""
         return io.BufferedReader(self)
 
     def readable(self) -> bool:
@@ -3397,15 +3531,12 @@ class TimedSocket(io.RawIOBase):
         self.left -= count
         return count
 
-    def close(self) -> None:
-        """Leave the socket open: `http.client` closes it before the body of the answer is read."""
-
 
 def remaining(deadline: float) -> float:
     """Return the seconds until the deadline. Raises `TimeoutError` if it has passed."""
     seconds = deadline - time.monotonic()
     if seconds <= 0:
-        raise TimeoutError
+        raise TimeoutError("timed out")
     return seconds
 
 
@@ -3425,8 +3556,6 @@ def send_error(url: str, reason: str) -> SendError:
 
 def explain(error: Exception) -> str:
     """Say in a few words why there is no answer."""
-    if isinstance(error, (TimeoutError, socket.timeout)):
-        return "timed out"
     if isinstance(error, ConnectionResetError):  # RemoteDisconnected is one, too
         return "the receiver closed the connection without an answer"
     text = getattr(error, "strerror", None) or str(error)
@@ -3439,25 +3568,27 @@ def explain(error: Exception) -> str:
     return "TLS failed: " + re.sub(r"^\[.*?\] | \(_ssl\.c:\d+\)$", "", text) + hint
 
 
-def advertised_inbox(answer: Answer) -> str:
-    """Find the URL of the inbox that a resource advertises (LDN section 3.1); empty if none."""
-    if answer.status != 200:
-        return ""
-    for header in answer.headers.get_all("Link", []):
-        for link, parameters in re.findall("<([^<>]*)>([^<]*)", header):
-            relation = re.search(r'\brel *= *"?([^";,]*)', parameters, re.IGNORECASE)
-            if relation and names_inbox(relation[1]):
-                return resolve(answer.url, link)
-    if "html" in answer.headers.get_content_type():
-        finder = InboxFinder(answer.url)
-        finder.feed(answer.body.decode("utf-8", "replace"))
+def advertised_inbox(page: Answer) -> str:
+    """Return the reference to an inbox that a resource advertises (LDN section 3.1), or nothing."""
+    links = ", ".join(page.headers.get_all("Link", []))
+    for link, parameters in re.findall("<([^<>]*)>([^<]*)", links):
+        relation = re.search(r'\brel *= *"?([^";,]*)', parameters, re.IGNORECASE)
+        if relation and names_inbox(relation[1]):
+            return str(link)
+    if "html" in page.headers.get_content_type():
+        finder = InboxFinder()
+        # The parser gives up at some odd declarations.
+        with contextlib.suppress(AssertionError, NotImplementedError):
+            finder.feed(page.body.decode("utf-8", "replace"))
         return finder.inbox
-    with contextlib.suppress(ValueError):
-        return described_inbox(parse(answer.body), answer.url)
-    return ""
+    try:
+        return described_inbox(parse(page.body), page.url)
+    except ValueError:
+        return ""
 
 
 def names_inbox(relations: str) -> bool:
+    """Return whether one of the relations of a link is that of an inbox."""
     return not {*LDP_INBOX}.isdisjoint(relations.lower().split())
 
 
@@ -3466,26 +3597,24 @@ def described_inbox(document: Any, url: str) -> str:
     parts = [document, lookup(document, "@graph")]
     lists = [part if isinstance(part, list) else [part] for part in parts]
     nodes = [node for part in lists for node in part if isinstance(node, dict)]
-    nodes.sort(key=lambda node: resolve(url, str(node.get("@id", node.get("id", "")))) != url)
+    nodes.sort(key=lambda node: resolve(url, str(node.get("@id", node.get("id")))) != url)
     for value in (node.get(name) for node in nodes for name in (*LDP_INBOX, "inbox")):
         first = value[0] if isinstance(value, list) and value else value
-        link = first.get("@id", first.get("id")) if isinstance(first, dict) else first
+        link = lookup(first, "@id") or lookup(first, "id") or first
         if link and isinstance(link, str):
-            return resolve(url, link)
+            return link
     return ""
 
 
 class InboxFinder(HTMLParser):
     """Finds the inbox in the links and the RDFa of an HTML page."""
 
-    def __init__(self, url: str) -> None:
-        super().__init__()
-        self.base, self.inbox = url, ""
+    base, inbox = "", ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = {name: value or "" for name, value in attrs}
         if tag == "base":
-            self.base = resolve(self.base, given.get("href", "")) or self.base
+            self.base = given.get("href", "")
         if not self.inbox and names_inbox(f"{given.get('rel')} {given.get('property')}"):
             self.inbox = resolve(self.base, given.get("resource") or given.get("href", ""))
 
@@ -3499,8 +3628,11 @@ class InboxFinder(HTMLParser):
 FORWARDED = ("forwarded", "x-forwarded-for")  # headers of a request that came through a proxy
 
 
-def outgoing(document: Any, url: str, via: str, exchange: Callable[[], Answer]) -> Delivery:
-    """Make an attempt to send a notification, and describe it, whatever became of it."""
+def outgoing(document: Any, url: str, via: str, addresses: Sequence[str] = ()) -> Delivery:
+    """Make an attempt to send a notification, and describe it, whatever became of it.
+
+    It goes to one of the addresses, see `post`; if there are none, as `send` finds the way.
+    """
     body = encode(document)
     parsed = Delivery(body=body).notification
     pattern = pattern_of(parsed)
@@ -3519,7 +3651,7 @@ def outgoing(document: Any, url: str, via: str, exchange: Callable[[], Answer]) 
     )
     started = time.monotonic()
     try:
-        answer = exchange()
+        answer = post(body, url, addresses) if addresses else send(body, url)
     except SendError as error:
         return delivery._replace(detail=str(error))
     return delivery._replace(
@@ -3565,8 +3697,7 @@ def answer_offer(
         addresses = yield Sending(lambda: reply_addresses(url, client, proxied, settings))
         for pattern in settings.REPLIES:
             document = yield Sending(functools.partial(reply_to, offer, pattern, url))
-            post_it = functools.partial(post, document, url, addresses)
-            attempt = functools.partial(outgoing, document, url, "REPLIES", post_it)
+            attempt = functools.partial(outgoing, document, url, "REPLIES", addresses)
             tries = 0
             seconds: float | None = settings.REPLY_DELAY
             while seconds is not None:
@@ -3579,7 +3710,7 @@ def answer_offer(
         record(Delivery(new_name(), direction="out", detail=str(error), about=about, via="REPLIES"))
 
 
-def reply_to(offer: Any, pattern: str, url: str) -> dict[str, Any]:
+def reply_to(offer: Any, pattern: str, url: str) -> Document:
     """Build a reply that is addressed to the inbox that it goes to. Raises `ValueError`."""
     document = reply(offer, pattern)
     if isinstance(document.get("target"), dict):
@@ -3608,19 +3739,11 @@ def read_send(body: bytes, is_form: bool) -> dict[str, Any]:
     return wanted
 
 
-def replying(offer: bytes, pattern: str, url: str) -> dict[str, Any]:
-    """Build a reply to what was delivered. Raises `Problem` if it cannot be answered so."""
-    try:
-        return reply_to(parse(offer), pattern, url)
-    except ValueError as error:
-        raise Problem(409, str(error)) from error
-
-
 # --- Templates -----------------------------------------------------------------------------------
 #
-# How the pages look: the style, the script that keeps a page up to date, and the templates, whose
-# fields in braces `render` fills in. Nothing external is loaded.
-# Must not know: what is put into them.
+# How the pages look: the style, the script that keeps a page up to date, the templates, and `fill`,
+# which puts values into them. Nothing external is loaded.
+# Must not know: what is put in.
 
 STYLE = """
 :root { color-scheme: light dark; --paper: light-dark(#fff, #111317);
@@ -3630,212 +3753,168 @@ STYLE = """
   --accent-tint: light-dark(#eef2fe, #1d2440); --red: light-dark(#b01030, #ff9a97);
   --red-tint: light-dark(#ffe9ea, #3d161b); --amber: light-dark(#7a4b00, #f2bf5c);
   --amber-tint: light-dark(#fff1cc, #36270b); --green: light-dark(#176638, #5fd08c);
-  --code: light-dark(#eef0f3, #22262e);
+  --dim: light-dark(#eceef1, #252a32);
   --mono: ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, monospace; }
-* { box-sizing: border-box; }
+* { box-sizing: border-box; } time, .totals, .chip { font-variant-numeric: tabular-nums; }
 body { margin: 0 auto; max-width: 96rem; padding: 0 2rem 4rem; background: var(--paper);
   color: var(--ink); font: .875rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1, h2, h3, p, ol, ul, dl, dd { margin: 0; padding: 0; list-style: none; }
 h1 { font-size: 1.25rem; line-height: 1.75rem; } h2, h2 code { font-size: .9375rem; }
-h3, h2 button { font-size: .875rem; } h1, h2, h3, b { font-weight: 600; }
-.open b { font-weight: 500; } small { font-size: .8125rem; font-weight: 400; color: var(--faint); }
-code, pre, .json, textarea { font-family: var(--mono); font-size: .8125rem; }
-time, .totals, .chip { font-variant-numeric: tabular-nums; }
-.heads, .rows time, .timeline time { font-size: .8125rem; }
-a { color: var(--accent); text-underline-offset: .2em;
-  text-decoration-color: color-mix(in srgb, currentColor 40%, transparent); }
-a:hover { text-decoration-color: currentColor; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: .25rem; }
-main:focus { outline: none; } :root:not(.scripted) .script { display: none; }
+h3, h2 button { font-size: .875rem; } h1, h2, h3, b, .chip { font-weight: 600; }
+a { color: var(--accent); text-underline-offset: .2em; }
+a:not(:hover) { text-decoration-color: color-mix(in srgb, currentColor 40%, transparent); }
+button, input, select, textarea { font: inherit; color: inherit; background: var(--paper);
+  border: 1px solid var(--edge); min-height: 1.875rem; }
+button, input, select, textarea, .tools > a { border-radius: .375rem; padding: .1875rem .625rem; }
+button, .tools > a { font-weight: 500; background: var(--panel); border: 1px solid var(--line); }
+:is(button, .tools > a, .totals a, .active a):hover { border-color: var(--edge); }
+.tools > .main { background: var(--accent); border-color: var(--accent); color: var(--paper); }
+button, summary { cursor: pointer; } label { display: block; font-weight: 500; }
+textarea { width: 100%; padding: .5rem .75rem; resize: vertical; line-height: 1.5; }
+::placeholder { color: var(--faint); opacity: 1; }
+code, pre, .json, textarea { font-family: var(--mono); }
+code, pre, .json, textarea, small, .chip, .heads, .rows time, .timeline time, .rules :is(a, b),
+.findings p:last-child { font-size: .8125rem; }
+small, .timeline time { font-weight: 400; } .open b { font-weight: 500; }
+small, .faint, .heads, .tag, #state, .facts dt, .timeline time, .rules a, .findings p:last-child,
+.rows :is(time, .about, .why) { color: var(--faint); }
+.tools > a:not(.main), .totals a, .active a, .open, .rail > nav a,
+.rows a:is(.from, .day):not(:hover) { color: inherit; text-decoration: none; }
+.tools > .main, header nav a, .ref, .rules a:not(:hover) { text-decoration: none; }
+:focus-visible, :target:not(section, main), .json :has(> :target), mark:has(:target) {
+  outline: 2px solid var(--accent); outline-offset: 2px; border-radius: .25rem; }
+main:focus { outline: none; } :root:not(.scripted) .script, #state:empty { display: none; }
 .sr, .skip:not(:focus) { position: absolute; width: 1px; height: 1px; overflow: hidden;
   clip-path: inset(50%); white-space: nowrap; }
 .skip { position: absolute; top: .375rem; left: .75rem; padding: .375rem 1.25rem;
   background: var(--paper); z-index: 2; }
-.faint, #state, .facts dt { color: var(--faint); }
-button, input, select, textarea { font: inherit; color: inherit; background: var(--paper);
-  border: 1px solid var(--edge); border-radius: .375rem; padding: .1875rem .625rem;
-  min-height: 1.875rem; }
-::placeholder { color: var(--faint); opacity: 1; }
-button, .tools > a { cursor: pointer; font-weight: 500; border: 1px solid var(--line);
-  background: var(--panel); }
-button:hover, .tools > a:hover { border-color: var(--edge); }
-.tools > a { color: inherit; text-decoration: none; border-radius: .375rem;
-  padding: .1875rem .625rem; }
-button.main, .tools > a.main { background: var(--accent); border-color: var(--accent);
-  color: var(--paper); }
-textarea { width: 100%; font: .8125rem/1.5 var(--mono); padding: .5rem .75rem; resize: vertical; }
-label { display: block; font-weight: 500; }
-.tools { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; }
-.push, h3 time { margin-left: auto; } main > .tools { margin-top: 1rem; }
-body > header { display: flex; flex-wrap: wrap; gap: .25rem 1.5rem; align-items: center;
-  margin: 0 -2rem 1.5rem; padding: .625rem 2rem; border-bottom: 1px solid var(--line); }
-body > header nav { display: flex; gap: 1.25rem; }
-body > header nav a { color: var(--faint); text-decoration: none; padding: .25rem 0; }
-body > header nav :is(:hover, [aria-current]) { color: var(--ink); }
-body > header nav [aria-current] { font-weight: 600; box-shadow: 0 2px var(--accent); }
-.address { display: flex; gap: .5rem; align-items: center; margin-left: auto; }
+.tools, .address, .filters, .totals, .active, .title, .pager, .pages, .level, .attempts li,
+section > h2, .timeline h3, body > header, header nav { display: flex; flex-wrap: wrap;
+  gap: .25rem .75rem; align-items: center; }
+.title, .pages, .level, .attempts li, .timeline h3 { align-items: baseline; }
+.pager, .pages, header nav { gap: 1.25rem; } .pager :first-child { margin-right: auto; }
+.tools, .filters, .totals, .active { gap: .5rem; } .push, .address, h3 time { margin-left: auto; }
+body > header { margin: 0 -2rem 1.5rem; padding: .625rem 2rem; gap: .25rem 1.5rem;
+  border-bottom: 1px solid var(--line); }
+header nav a { color: var(--faint); padding: .25rem 0; }
+header nav :is(:hover, [aria-current]) { color: var(--ink); }
+header nav [aria-current] { font-weight: 600; box-shadow: 0 2px var(--accent); }
 #state::before { content: ""; display: inline-block; width: .5rem; height: .5rem;
   margin-right: .4rem; border-radius: 50%; background: var(--green); }
-#state:empty { display: none; }
 #state.off::before { background: none; border: 2px solid var(--red); }
 /* Chips: red is filled, amber is filled for a MUST and outlined for a SHOULD, green is plain */
-.chip { display: inline-block; justify-self: start; padding: 0 .5rem; font-size: .8125rem;
-  border: 1px solid transparent; border-radius: .375rem; font-weight: 600; line-height: 1.375rem;
-  white-space: nowrap; }
-.chip.E { color: var(--red); background: var(--red-tint);
-  border-color: color-mix(in srgb, var(--red) 35%, transparent); }
-.chip.M { color: var(--amber); background: var(--amber-tint); }
-.chip.S { color: var(--amber); border-color: color-mix(in srgb, var(--amber) 35%, transparent); }
-.chip.ok, .chip.none { padding: 0; color: var(--green); } .chip.none { color: var(--faint); }
-.tag { display: inline-block; padding: 0 .375rem; border: 1px solid var(--line);
-  border-radius: .25rem; font-size: .75rem; line-height: 1.125rem; font-weight: 400;
-  color: var(--faint); white-space: nowrap; }
-.totals, .active { display: flex; flex-wrap: wrap; gap: .375rem; }
+.E { --tone: var(--red); --tint: var(--red-tint); } .S { --tone: var(--faint); --tint: var(--dim); }
+.M { --tone: var(--amber); --tint: var(--amber-tint); }
+.chip, .tag, .ref { display: inline-block; border-radius: .25rem; text-align: center; }
+.chip { padding: 0 .5rem; border: 1px solid #0000; border-radius: .375rem; line-height: 1.375rem; }
+.chip:is(.E, .M) { color: var(--tone); background: var(--tint); } .chip.S { color: var(--amber); }
+.chip:is(.E, .S) { border-color: color-mix(in srgb, currentColor 35%, transparent); }
+.chip.ok { padding: 0; color: var(--green); } .chip.none { padding: 0; color: var(--faint); }
+.tag, .ref { padding: 0 .25rem; font: 600 .75rem/1.125rem system-ui, sans-serif; }
+.tag { padding: 0 .375rem; border: 1px solid var(--line); font-weight: 400; }
 .totals a, .active a { display: block; padding: .125rem .75rem; border: 1px solid var(--line);
-  border-radius: 1rem; color: inherit; text-decoration: none; }
-.totals a b { margin-left: .25rem; }
-.totals a:hover, .active a:hover { border-color: var(--edge); }
+  border-radius: 1rem; }
+.totals b { margin-left: .25rem; } .totals .refused b { color: var(--red); }
 .totals a[aria-current], .active a { background: var(--accent-tint); border-color: var(--accent); }
-.totals .bad b { color: var(--red); }
-.filters { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center;
-  margin: .875rem 0 1.25rem; }
-.filters form { display: contents; }
+.filters { margin: .875rem 0 1.25rem; } .filters form { display: contents; }
 .filters [type=search] { flex: 1 1 10rem; max-width: 18rem; } .filters select { max-width: 11rem; }
-.rows li, .heads { display: grid; align-items: baseline; gap: 0 1rem;
+.rows li, .heads, .open, .facts, .rules li, .beside, .rail, .card, .card form { display: grid;
+  align-items: baseline; }
+.rows li, .heads { gap: 0 1rem;
   grid-template-columns: 9.25rem 9.75rem 12.5rem 12.5rem minmax(0, 2fr) minmax(0, 3fr); }
-.rows li { position: relative; margin: 0 -.75rem; padding: .3125rem .75rem;
-  border-top: 1px solid var(--line); }
-.rows li:has(.chip.E) { box-shadow: inset 3px 0 var(--red); }
-.rows li.new { animation: new 6s ease-out; }
-@keyframes new { from { background: var(--accent-tint); } }
-.heads { color: var(--faint); padding-bottom: .25rem; }
-.rows li > *, .open b, .why span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
-  }
-.open { display: grid; grid-column: span 2; grid-template-columns: subgrid; align-items: baseline;
-  color: inherit; text-decoration: none; }
+.rows li { position: relative; margin: 0 -.75rem; padding: .3125rem .75rem; }
+.rows li, .findings li, .rules li, .pages { border-top: 1px solid var(--line); }
+.rows li:has(.chip.E) { box-shadow: inset 3px 0 var(--red); .why { color: var(--red); } }
+.rows li.new { background: var(--accent-tint); animation: new 6s ease-out forwards; }
+@keyframes new { to { background: none; } }
+.heads { padding-bottom: .25rem; } .rows .why { display: flex; gap: .375rem; }
+.rows li > *, .open b, .why span { overflow: hidden; text-overflow: ellipsis; }
+.chip, .tag, .sr, .rows li > *, .open b, .why span { white-space: nowrap; }
+.open { grid-column: span 2; grid-template-columns: subgrid; }
 .open::after { content: ""; position: absolute; inset: 0; } .open:focus-visible { outline: none; }
 .open:focus-visible::after { outline: 2px solid var(--accent); outline-offset: -2px; }
-.rows .from { position: relative; z-index: 1; justify-self: start; max-width: 100%; }
-.rows a.from:not(:hover) { color: inherit; text-decoration: none; }
-.rows .about, .rows time, .rows .why { color: var(--faint); }
-.rows .why { display: flex; gap: .375rem; } .rows li:has(.chip.E) .why { color: var(--red); }
-.pages { display: flex; gap: 1.5rem; margin-top: 1rem; padding-top: 1rem;
-  border-top: 1px solid var(--line); }
-.pager { display: flex; gap: 1.25rem; margin-bottom: .75rem; }
-.pager :first-child { margin-right: auto; }
-.title { display: flex; flex-wrap: wrap; gap: .25rem .75rem; align-items: baseline; }
+.rows :is(.from, .day) { position: relative; z-index: 1; justify-self: start; max-width: 100%; }
+.pages { margin-top: 1rem; padding-top: 1rem; } .pager { margin-bottom: .75rem; }
 .title .chip { font-size: .9375rem; line-height: 1.625rem; align-self: center; }
-.facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 0 1.25rem;
-  margin: .75rem 0 1rem; }
-.beside { display: grid; grid-template-columns: minmax(0, 7fr) minmax(0, 6fr); gap: 2rem;
-  margin-top: 1.75rem; align-items: start; }
-section > h2 { display: flex; flex-wrap: wrap; gap: 0 .75rem; align-items: center;
-  min-height: 1.875rem; margin-bottom: .375rem; }
-section + section { margin-top: 1.75rem; }
-pre, .json { margin: 0; padding: .75rem 1rem; line-height: 1.4375rem; background: var(--panel);
-  border: 1px solid var(--line); border-radius: .5rem; white-space: pre-wrap; overflow: clip; }
-.json { padding-left: 1.75rem; white-space: normal; } .json details > * { margin-left: 2ch; }
-.json details details details details details details details details details > * {
-  margin-left: 1px; }
-.json summary, .json details > .end { margin-left: 0; }
-.json summary { list-style: none; position: relative; }
-.json summary::before { content: "▾"; position: absolute; left: -1.75ch; color: var(--faint); }
-.json details:not([open]) > summary::before { content: "▸"; }
-.json details:not([open]) > summary::after { content: " …"; color: var(--faint); }
-.json details:not([open]):has(.ref) > summary::after { content: " … with findings";
-  color: var(--red); }
-.json .k { color: var(--accent); } .E { --tone: var(--red); --tint: var(--red-tint); }
-.M { --tone: var(--amber); --tint: var(--amber-tint); }
-.S { --tone: var(--faint); --tint: light-dark(#eceef1, #252a32); }
+.facts { grid-template-columns: max-content minmax(0, 1fr); gap: 0 1.25rem; margin: .75rem 0 1rem; }
+.beside, .rail { margin-top: 1.5rem; align-items: start; }
+.beside { grid-template-columns: minmax(0, 7fr) minmax(0, 6fr); gap: 2rem; }
+section > h2 { min-height: 1.875rem; margin-bottom: .375rem; gap: 0 .75rem; }
+section + section { margin-top: 1.75rem; } main > .tools { margin-top: 1rem; }
+pre, .json, .card { margin: 0; border: 1px solid var(--line); border-radius: .5rem; }
+pre, .json { padding: .75rem 1rem; line-height: 1.4375rem; background: var(--panel);
+  white-space: pre-wrap; overflow: clip; }
+.json { padding-left: 1.75rem; white-space: normal;
+  details > * { margin-left: 2ch; } :is(summary, details > .end) { margin-left: 0; }
+  details details details details details details details details details > * { margin-left: 1px; }
+  summary { list-style: none; position: relative; } .k { color: var(--accent); }
+  summary::before { content: "▾"; position: absolute; left: -1.75ch; color: var(--faint); }
+  details:not([open]) > summary::before { content: "▸"; }
+  details:not([open]) > summary::after { content: " …"; color: var(--faint); }
+  details:not([open]):has(.ref) > summary::after { content: " … with findings";
+    color: var(--red); }
+  .ghost { font-style: italic; user-select: none; }
+  .ghost::before { content: "+ "; color: var(--tone); font-weight: 700; margin-left: -2ch; } }
 .json :is(.E, .M, .S):not(.ref), pre mark { color: inherit; background: var(--tint);
   border-image: conic-gradient(var(--tint) 0 0) fill 0 / 0 / 0 100vw; }
-.json .ghost { font-style: italic; user-select: none; }
-.json .ghost::before { content: "+ "; color: var(--tone); font-weight: 700; margin-left: -2ch; }
-.ref { display: inline-block; min-width: 1.125rem; padding: 0 .25rem; border-radius: .25rem;
-  text-align: center; font: 600 .75rem/1.125rem system-ui, sans-serif; text-decoration: none;
-  color: var(--paper); background: var(--tone); }
-.level { display: flex; gap: .5rem; align-items: baseline; color: var(--tone); }
-.findings + .level { margin-top: 1rem; }
-.findings li { position: relative; padding: .5rem 0 .5rem 2rem; border-top: 1px solid var(--line);
-  }
+.ref { min-width: 1.125rem; color: var(--paper); background: var(--tone); }
+.level { color: var(--tone); gap: .5rem; } .findings + .level { margin-top: 1rem; }
+.findings li { position: relative; padding: .5rem 0 .5rem 2rem; }
 .findings .ref { position: absolute; left: 0; top: .6875rem; }
-.findings code, .rules code { background: var(--code); border-radius: .25rem;
-  padding: .0625rem .25rem; }
-.findings p:last-child { font-size: .8125rem; color: var(--faint); margin-top: .125rem; }
-:target:not(section, main), .json :has(> :target), mark:has(:target) {
-  outline: 2px solid var(--accent); outline-offset: 2px; border-radius: .25rem; }
-.timeline > li { position: relative; padding: 0 0 1.125rem 1.75rem; }
-.timeline > li::before { content: ""; position: absolute; left: .25rem; top: .375rem; z-index: 1;
-  width: .75rem; height: .75rem; border: 2px solid var(--dot, var(--edge)); border-radius: 50%;
-  background: var(--paper); }
-.timeline > li:not(:last-child)::after { content: ""; position: absolute; left: .5625rem;
-  top: .625rem; bottom: -.625rem; border-left: 2px solid var(--line); }
-.timeline .out { --dot: var(--accent); } .timeline .failed { --dot: var(--red); }
-.timeline > .out::before { background: var(--dot); }
-.timeline h3 { display: flex; flex-wrap: wrap; gap: 0 .625rem; align-items: baseline; }
-.timeline time { font-weight: 400; color: var(--faint); }
-.attempts li { display: flex; flex-wrap: wrap; gap: 0 .75rem; align-items: baseline; }
-summary { cursor: pointer; }
-.card, .card form { display: grid; gap: .5rem; grid-template-columns: minmax(0, 1fr); }
-.card { padding: 1rem; border: 1px solid var(--line); border-radius: .5rem; }
+:is(.findings, .rules) code { background: var(--dim); border-radius: .25rem; padding: 0 .25rem; }
+.timeline { > li { position: relative; padding: 0 0 1.125rem 1.75rem; }
+  > li::before { content: ""; position: absolute; left: .25rem; top: .375rem; z-index: 1;
+    width: .75rem; height: .75rem; border: 2px solid var(--dot, var(--edge)); border-radius: 50%;
+    background: var(--paper); }
+  > li:not(:last-child)::after { content: ""; position: absolute; left: .5625rem; top: .625rem;
+    bottom: -.625rem; border-left: 2px solid var(--line); }
+  .out { --dot: var(--accent); } .out::before { background: var(--dot); }
+  li:has(.chip.E) { --dot: var(--red); } h3 { gap: 0 .625rem; } }
+.card, .card form { gap: .5rem; grid-template-columns: minmax(0, 1fr); } .card { padding: 1rem; }
 .tools > :is(input, select) { flex: 1 1 12rem; min-width: 0; }
 pre + details, details > pre { margin-top: .5rem; }
-.rail { display: grid; grid-template-columns: 12.5rem minmax(0, 1fr) minmax(0, 1fr); gap: 2.25rem;
-  align-items: start; margin-top: 1.25rem; }
-.rail > nav, .rail > aside { position: sticky; top: 1rem; }
-.rail > aside { max-height: calc(100vh - 2rem); overflow-y: auto; }
-.rail > nav a { display: block; margin-left: -.75rem; padding: .25rem .75rem;
-  border-radius: .375rem; color: inherit; text-decoration: none; }
+.rail { grid-template-columns: 12.5rem minmax(0, 1fr) minmax(0, 1fr); gap: 2.25rem;
+  > nav, > aside { position: sticky; top: 1rem; }
+  > aside { max-height: calc(100vh - 2rem); overflow-y: auto; }
+  > nav a { display: block; margin-left: -.75rem; padding: .25rem .75rem; border-radius: .375rem; }
+  [aria-current] { background: var(--accent-tint); color: var(--accent); font-weight: 600; }
+  > .wide { grid-column: 2 / -1; max-width: 56rem; } }
 .rail > nav a:hover, .rows li:hover { background: var(--panel); }
-.rail > nav a[aria-current] { background: var(--accent-tint); color: var(--accent);
-  font-weight: 600; }
-.rail > .wide { grid-column: 2 / -1; max-width: 56rem; }
-.rules li { display: grid; grid-template-columns: 5rem minmax(0, 1fr) auto; gap: 0 .75rem;
-  align-items: baseline; padding: .25rem 0; border-top: 1px solid var(--line); }
-.rules b { color: var(--tone); font-size: .8125rem; }
-.rules a { color: var(--faint); font-size: .8125rem; text-decoration: none; }
-.rules a:hover { text-decoration: underline; }
-.rules code:empty, section > p:empty { display: none; }
+.rules li { grid-template-columns: 5rem minmax(0, 1fr) auto; gap: 0 .75rem; padding: .25rem 0; }
+.rules b { color: var(--tone); } .rules code:empty { display: none; }
 @media (max-width: 76rem) { /* the reason moves below */
   .rows li, .heads { grid-template-columns: 6rem 9.5rem 11rem minmax(0, 5fr) minmax(0, 4fr); }
-  .rows time span:has(+ small:not(:empty)), .rows .why:empty, .heads span:last-child {
-    display: none; }
-  .rows .why { grid-column: 2 / -1; }
+  .rows span:has(+ small:not(:empty)), .why:empty, .heads span:last-child { display: none; }
+  .rows .why { grid-column: 2 / -1; } .rail > .wide { grid-column: 1 / -1; }
   .rail { grid-template-columns: minmax(0, 5fr) minmax(0, 4fr); gap: 1.25rem 2rem; }
-  .rail > .wide { grid-column: 1 / -1; }
   .rail > nav { position: static; grid-column: 1 / -1; display: grid; padding-left: .75rem;
     grid-template-columns: repeat(auto-fill, minmax(10.75rem, 1fr)); }
-  .rules li { grid-template-columns: 4.5rem minmax(0, 1fr); } .rules a { grid-column: 2; }
-}
+  .rules li { grid-template-columns: 4.5rem minmax(0, 1fr); } .rules a { grid-column: 2; } }
 @media (max-width: 48rem) { /* two lines a row, one column */
   body { padding: 0 1rem 3rem; } body > header { margin: 0 -1rem 1rem; padding: .5rem 1rem; }
   .address { margin-left: 0; } .heads, .keys, .rows .about:empty { display: none; }
   .rows li { display: flex; flex-wrap: wrap; gap: .125rem .625rem; padding: .5rem .75rem; }
   .rows .open { display: flex; gap: .625rem; order: -2; flex: 1 1 calc(100% - 7rem); }
-  .rows time { order: -1; margin-left: auto; } .totals a { padding: .125rem .5rem; }
+  .rows .day { order: -1; margin-left: auto; } .totals a { padding: .125rem .5rem; }
   .rows .from { max-width: 45%; } .rows .why, .about:has(+ .why:empty) { flex: 1 1 3rem; }
   .about:not(:has(+ .why:empty)) { max-width: 28%; }
   .filters :is([type=search], select, [list]) { flex: 1 1 40%; max-width: none; min-width: 0; }
-  .rail { grid-template-columns: minmax(0, 1fr); }
-  .rail > aside { position: static; max-height: none; }
+  .rail { grid-template-columns: minmax(0, 1fr); > aside { position: static; max-height: none; } }
   .beside { display: flex; flex-direction: column; gap: 0; align-items: stretch; }
   .beside > div { display: contents; } .beside section { margin: 0 0 1.75rem; }
-  .beside .first { order: -1; }
-}
-@media (prefers-reduced-motion: reduce) {
-  * { animation: none !important; } .rows li.new { background: var(--accent-tint); }
-}
+  .beside .first { order: -1; } }
+@media (prefers-reduced-motion: reduce) { * { animation: none !important; } }
 """
 
 # The server renders everything. The script fetches the page again when a delivery comes, and
 # changes only what differs, so that focus, folding, scrolling and what was typed stay.
 SCRIPT = """
-const {root} = document.body.dataset, state = document.getElementById("state");
-const {title} = document, query = selector => document.querySelector(selector);
-let events, loading, typing, unseen = 0, wanted = false, busy = false;
+const {root} = document.body.dataset, {title} = document;
+const query = selector => document.querySelector(selector), state = query("#state");
+let events, loading, typing, unseen = 0, waiting = false, pause = Promise.resolve();
 function say(text) { [state.textContent, state.className] = [text, text === "live" ? "" : "off"]; }
 function localize(part) {
-  const now = new Date(), units = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
+  const now = new Date(), units = [[3600, "h"], [60, "min"], [1, "s"]];
   const day = {day: "numeric", month: "short", hour: "2-digit", minute: "2-digit"};
   for (const time of part.querySelectorAll("time")) {
     const then = new Date(time.dateTime), age = Math.max(1, (now - then) / 1000);
@@ -3865,8 +3944,7 @@ function morph(old, fresh, marking) {
   for (const node of [...fresh.childNodes]) {
     const twin = node.id ? document.getElementById(node.id) : next?.id ? null : next;
     const isNew = marking && !twin && node.id?.startsWith("row-");
-    if (isNew) node.className = "new";
-    unseen += isNew ? 1 : 0;
+    if (isNew) { node.className = "new"; unseen += 1; }
     if (!twin || twin !== next) old.insertBefore(twin ?? node, next);
     next = (twin ?? node).nextSibling;
     if (twin) morph(twin, node, marking);
@@ -3883,25 +3961,24 @@ async function renew(marking) {
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
     localize(page);
     morph(query("main"), page.querySelector("main"), marking);
-    document.title = unseen ? `(${unseen}) ${title}` : title;
-    if (document.body.dataset.stream !== page.body.dataset.stream) {
-      document.body.dataset.stream = page.body.dataset.stream;
-      listen();
-    }
+    const rows = document.querySelectorAll(".rows li").length, older = query("[rel=next]");
+    const count = unseen >= rows && older ? `${rows}+` : unseen;  // more than the list shows
+    document.title = unseen ? `(${count}) ${title}` : title;
+    const {dataset} = document.body, {stream} = page.body.dataset;
+    if (dataset.stream === stream) return;
+    dataset.stream = stream;
+    listen();
   } catch (error) {
     if (error.name !== "AbortError") say("not connected");
   }
 }
-async function refresh() {
-  wanted = true;
-  if (busy) return;
-  busy = true;
-  while (wanted && !document.hidden) {
-    wanted = false;
-    await renew(true);
-    await new Promise(done => setTimeout(done, 1000));
-  }
-  busy = false;
+async function refresh() {  // at most once a second
+  if (waiting) return;
+  waiting = true;
+  await pause;
+  waiting = false;
+  if (document.hidden) return;
+  pause = renew(true).then(() => new Promise(done => setTimeout(done, 1000)));
 }
 function listen() {
   events?.close();  // a browser has few connections for all the pages that are open
@@ -3919,11 +3996,10 @@ function search(form) {
 async function ask(path, options) {
   const answer = await fetch(root + path, options).catch(() => null);
   if (answer?.ok) return answer.text();
-  const problem = answer ? await answer.json() : {detail: "The inbox cannot be reached."};
-  throw alert(problem.detail);
+  throw alert(answer ? (await answer.json()).detail : "The inbox cannot be reached.");
 }
 const actions = {
-  async copy(button) {
+  copy(button) {
     const area = document.createElement("textarea"), label = button.textContent;
     area.value = button.dataset.copy;  // the clipboard of navigator needs HTTPS
     button.after(area);
@@ -3991,235 +4067,221 @@ CONTENT_SECURITY_POLICY = (
     " frame-ancestors 'none'"
 )
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8"><title>{title} · coarinbox</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,"><link rel="http://www.w3.org/ns/ldp#inbox" href="{inbox}">
-<style>{style}</style></head>
-<body data-root="{root}" data-stream="{stream}">
+# Much as in Mustache, `{name}` is a value, escaped, and `{>name}` another template. What stands in
+# `{#name}…{/name}` is shown for each item of a list, whose members are values there, and once for
+# any other value unless it is empty; `{^name}…{/name}` is for a value that is empty or missing.
+TEMPLATES = {
+    "page": """<!doctype html><html lang="en"><head><title>{title} · coarinbox</title>
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,"><link rel="http://www.w3.org/ns/ldp#inbox" href="{base}/inbox">
+<style>{style}</style></head><body data-root="{root}" data-stream="{stream}">
 <a class="skip" href="#main">Skip to content</a>
-<header><b>coarinbox</b> <nav aria-label="Pages">{tabs}</nav>
-<span class="address"><code>{inbox}</code> {copy}</span>
+<header><b>coarinbox</b> <nav aria-label="Pages">{#tabs}{>link} {/tabs}</nav>
+<span class="address"><code>{base}/inbox</code> {#address}{>copy}{/address}</span>
 <span id="state" role="status"></span></header>
-<main id="main" tabindex="-1">{content}</main>
-<script>{script}</script></body></html>
-"""
-LIST = """<h1 class="sr">Deliveries</h1>
-<nav id="totals" class="totals" aria-label="Outcome">{totals}</nav>
-<div class="filters"><form id="filter" role="search" action="{root}">
-<input type="search" name="q" value="{q}" aria-label="Text" autocomplete="off"
-placeholder="Text, id or finding  ( / )">
-<select name="pattern" aria-label="Pattern"><option value="">Any pattern</option>{patterns}</select>
+<main id="main" tabindex="-1">{content}</main><script>{script}</script></body></html>""",
+    "link": """<a href="{url}"{#chosen} aria-current="page"{/chosen}>{name}</a>""",
+    "copy": """<button type="button" class="script" data-copy="{copy}">{label}</button>""",
+    "menu": """{#menu}<option{#chosen} selected="selected"{/chosen}>{name}</option>{/menu}""",
+    "kept": """{#kept}<input type="hidden" name="{name}" value="{value}">{/kept}""",
+    "chip": """<span class="chip {kind}">{chip}</span>{#simulated}
+<span class="tag">simulated</span>{/simulated}""",
+    "peer": """{#peer_url}<a class="from" href="{peer_url}">{#sent}<span class="faint">to</span>
+{/sent}{host}</a>{/peer_url}{^peer_url}<span class="from faint">{host}</span>{/peer_url}""",
+    "time": """<time datetime="{time}" title="{time}"><span>{utc}</span> <small></small></time>""",
+    "list": """<h1 class="sr">Deliveries</h1><nav id="totals" class="totals" aria-label="Outcome">
+{#totals}<a class="{name}" href="{url}"{#chosen} aria-current="true"{/chosen}>{text}
+<b>{count}</b></a> {/totals}</nav>
+<div class="filters"><form id="filter" role="search" action="{root}"><input type="search" name="q"
+value="{q}" aria-label="Text" autocomplete="off" placeholder="Text, id or finding  ( / )">
+<select name="pattern" aria-label="Pattern"><option value="">Any pattern</option>{>menu}</select>
 <input name="origin" value="{origin}" list="origins" aria-label="Origin" autocomplete="off"
-placeholder="Any origin"><datalist id="origins">{origins}</datalist>
-{kept}<button>Filter</button></form>
-<ul id="active" class="active" aria-label="Active filters">{active}</ul>
+placeholder="Any origin"><datalist id="origins">{#origins}<option>{origins}</option>{/origins}
+</datalist>{>kept}<button>Filter</button></form>
+<ul id="active" class="active" aria-label="Active filters">{#active}<li><a href="{url}">{name}
+<b>{value}</b> <span aria-hidden="true">&times;</span><span class="sr">remove</span></a></li>
+{/active}</ul>
 <button class="push script" type="button" data-clear="">Empty the inbox</button></div>
-<p id="newest" class="sr" role="status">{newest}</p>
-<div id="deliveries">{deliveries}</div>
-<nav id="turn" class="pages" aria-label="More">{turn} <span class="faint push">{shown}</span>
-<span class="faint keys script"><kbd>j</kbd> <kbd>k</kbd> move · <kbd>Enter</kbd> opens ·
-<kbd>/</kbd> searches</span></nav>"""
-ACTIVE = """<li><a href="{url}">{name} <b>{value}</b> <span aria-hidden="true">&times;</span>
-<span class="sr">remove</span></a></li>"""
-KEPT = """<input type="hidden" name="{name}" value="{value}">"""
-ROWS = """<p class="heads" aria-hidden="true"><span>Time</span><span>Verdict</span>
-<span>Pattern</span><span>Origin</span><span>About</span><span>Why</span></p>
-<ol class="rows">{rows}</ol>"""
-ROW = """<li id="row-{name}">{time}
-<a class="open" href="{url}"><span>{chip}</span> <b>{pattern}</b></a>
-{peer} <span class="about" title="{subject}">{about}</span> <span class="why">{why}</span></li>"""
-TIME = """<time datetime="{time}" title="{utc} UTC"><span>{shown}</span> <small></small></time>"""
-EMPTY = """<h1>Nothing has been delivered yet</h1>
-<p class="faint">Whatever arrives at <code>{inbox}</code> shows up here at once, refused or not.</p>
-<div class="beside"><div>{first}{sample}</div><div>
-<section class="script" aria-labelledby="here"><h2 id="here">Or from here</h2>
-<div class="card"><label for="sample">A valid sample of each pattern</label>
-<p class="tools"><select id="sample">{patterns}</select>
+<p id="newest" class="sr" role="status">{#newest}The newest: {chip}, {pattern}{/newest}</p>
+<div id="deliveries">{#newest}<p class="heads" aria-hidden="true"><span>Time</span>
+<span>Verdict</span><span>Pattern</span><span>Origin</span><span>About</span><span>Why</span></p>
+<ol class="rows">{#rows}<li id="row-{name}"><a class="day" href="{day_url}" title="Only this day">
+<time datetime="{time}" title="{time}"><span>{minute}</span> <small></small></time></a>
+<a class="open" href="{url}"><span>{>chip}</span> <b>{pattern}{^pattern}<span class="faint">no
+pattern</span>{/pattern}</b></a> {>peer} <span class="about" title="{subject}">{about}</span>
+<span class="why">{#why}<span>{why}</span>{#more} <b>+{more}</b>{/more}{/why}</span></li>
+{/rows}</ol>{/newest}{^newest}No delivery matches. <a href="{root}">Show all</a>{/newest}</div>
+<nav id="turn" class="pages" aria-label="More">
+{#start}<a href="{start}">Newest deliveries</a>{/start}
+{#older}<a rel="next" href="{older}">Older deliveries</a>{/older}
+<span class="faint push">{shown}</span> <span class="faint keys script"><kbd>j</kbd>
+<kbd>k</kbd> move · <kbd>Enter</kbd> opens · <kbd>/</kbd> searches</span></nav>""",
+    "empty": """<h1>Nothing has been delivered yet</h1>
+<p class="faint">Whatever arrives at <code>{base}/inbox</code> shows up here at once, refused or
+not.</p><div class="beside"><div><section><h2>Send a first notification {#copies}{>copy}{/copies}
+</h2><pre>{command}</pre></section><section><h2>What it sends</h2>{document}</section></div>
+<div><section class="script"><h2>Or from here</h2><div class="card">
+<label for="sample">A valid sample of each pattern</label>
+<p class="tools"><select id="sample">{>menu}</select>
 <button class="main" type="button" data-send="">Send to this inbox</button></p></div></section>
-<section aria-labelledby="own"><h2 id="own">Or from your software</h2><dl class="facts">
-<dt>Without curl</dt>
-<dd><code>python coarinbox.py --send {inbox} --sample "Request Review"</code></dd>
-<dt>To fail</dt><dd><code>{inbox}?status=503&amp;times=2</code> refuses the first two attempts</dd>
-</dl></section></div></div>"""
-DELIVERY = """<nav class="pager" aria-label="Deliveries">{pager}</nav>
-<div class="title">{chip} <h1>{pattern}</h1> <span>{peer}{about}</span></div>
-<p>{reason}</p><dl class="facts">{facts}</dl><p class="tools">{tools}</p>
-<div class="beside"><div>{payload}{exchange}</div>
-<div>{findings}{conversation}{forms}</div></div>"""
-FACT = """<dt>{name}</dt><dd>{value}</dd>"""
-SECTION = """<section id="{id}" class="{kind}" aria-labelledby="{id}-title">
-<h2 id="{id}-title">{title}</h2>{content}</section>"""
-LINES = {  # of a document, by the kind of a `Line`
-    "leaf": """<p class="{level}">{key}{text}{refs}</p>\n""",
-    "open": """<details open><summary class="{level}">{key}{text}{refs}</summary>\n""",
+<section><h2>Or from your software</h2><dl class="facts"><dt>Without curl</dt>
+<dd><code>python coarinbox.py --send {base}/inbox --sample "Request Review"</code></dd>
+<dt>To fail</dt><dd><code>{base}/inbox?status=503&amp;times=2</code> refuses the first two attempts
+</dd></dl></section></div></div>""",
+    "delivery": """<nav class="pager" aria-label="Deliveries"><a href="{list_url}">← {list}</a>
+{#newer}<a rel="prev" href="{newer}">Newer</a>{/newer}
+{#older}<a rel="next" href="{older}">Older</a>{/older}</nav>
+<div class="title">{>chip} <h1>{pattern}{^pattern}No pattern{/pattern}</h1>
+<span>{^sent}from {/sent}{>peer}{#subject} about {#page}<a href="{page}">{about}</a>{/page}
+{^page}{about}{/page}{/subject}</span></div><p>{^levels}{detail}{/levels}</p>
+<dl class="facts"><dt>{how}</dt><dd>{>time}, {where}{#by}, by {by}{/by}</dd>
+{#stored}<dt>Stored</dt><dd>{stored}</dd>{/stored}{#id}<dt>id</dt><dd><code>{id}</code></dd>{/id}
+{#asked}<dt>Answers</dt><dd><code>{asked}</code></dd>{/asked}</dl>
+<p class="tools">{#reply}<a class="main" href="#reply">Reply</a> {/reply}
+{#again}<a href="#again">Send again</a> {/again}{#copies}{>copy} {/copies}
+{#raw}<a href="{raw}">Raw</a>{/raw}</p>
+<div class="beside"><div><section id="payload"><h2>Payload</h2>{payload}</section>
+{^adopted}<section id="request"><h2>What {#sent}we sent{/sent}{^sent}arrived{/sent}</h2>
+<pre>{request}</pre></section><section id="answer">
+<h2>What {#sent}they{/sent}{^sent}we{/sent} answered <small>{took}</small></h2>
+<pre>{answer}</pre>{#size}<details><summary>Body, {size} bytes</summary>{answered}</details>{/size}
+</section>{/adopted}</div><div>{>findings}{>conversation}{>reply}{>again}</div></div>""",
+    "findings": """<section id="findings" class="first"><h2>Findings {^clean}{#pattern}
+<small>compare with <a href="{rules}#example">a valid {pattern}</a></small>{/pattern}{/clean}</h2>
+{#levels}<h3 class="level {level}">{count} <small>{meaning}</small></h3><ol class="findings">
+{#items}<li id="finding-{number}" class="{level}">{#marked}<a class="ref" href="#at-{number}"
+aria-label="finding {number}, show where">{number}</a>{/marked}
+{^marked}<span class="ref">{number}</span>{/marked} <p><b>{fault}</b></p> <p>{advice}</p>
+<p>{#named}refused by {#refused_by}<span class="tag">{refused_by}</span> {/refused_by}· {/named}
+<a href="{rules}#{code}">rule</a> ·
+{#spec}<a href="{spec}">specification</a>{/spec}{^spec}specification{/spec}</p></li>{/items}</ol>
+{/levels}{#omitted}<p class="faint">and {omitted} more</p>{/omitted}
+{#clean}<p>{#pattern}None: this is <a href="{rules}#example">a valid {pattern}</a>.{/pattern}
+{^pattern}The document was not checked.{/pattern}</p>{/clean}</section>""",
+    "conversation": """<section id="conversation"><h2>Conversation <small>{summary}</small></h2>
+{#unknown}<p class="faint">It answers {asked}, which was never delivered here.</p>{/unknown}
+{^entries}<p class="faint">Nothing else has this id or answers it.</p>{/entries}
+<ol class="timeline">{#entries}<li class="{direction}"><h3>{>chip} {>linked} {>time}</h3>
+<p class="faint">{#later}{later}, {/later}{#sent}to{/sent}{^sent}from{/sent} {host}{#by}, by {by}
+{/by}{^by}{#about}, about {about}{/about}{/by}</p>
+{#count}<details><summary>{count} attempts</summary><ol class="attempts">
+{#attempts}<li>{>time} {>linked} <small>{later}</small></li> {/attempts}</ol></details>{/count}
+</li>{/entries}</ol></section>""",
+    "reply": """{#reply}<section id="reply"><h2>Reply</h2><div class="card">
+<form method="get" action="{root}deliveries/{name}#reply">{>kept}
+<label for="pattern">Pattern</label><p class="tools"><select id="pattern" name="reply">{>menu}
+</select> <button>Write it</button></p></form>
+<form method="post" action="{root}deliveries/{name}/send"><label for="document">Document
+<small>as it will be sent; edit it as you like</small></label>
+<textarea id="document" name="document" rows="12" spellcheck="false">{reply}</textarea>
+<label for="reply-to">To <small>the inbox of the Offer's origin</small></label>
+<p class="tools"><input id="reply-to" name="to" type="url" value="{inbox}" required>
+<button class="main">Send</button></p></form></div></section>{/reply}""",
+    "again": """{#again}<section id="again"><h2>Send again</h2><form class="card" method="post"
+action="{root}deliveries/{name}/send"><label for="to">To <small>the same bytes</small></label>
+<p class="tools"><input id="to" name="to" type="url" value="{again}" required>
+<button class="main">Send again</button></p></form></section>{/again}""",
+    "linked": """{#here}<span>{text}</span> <span class="tag">this page</span>{/here}
+{^here}<a href="{url}">{text}</a>{/here}""",
+    # The lines of a document, and of the head of a message
+    "leaf": """<p class="{level}">{>line}</p>\n""",
+    "open": """<details open><summary class="{level}">{>line}</summary>\n""",
     "close": """<p class="end">{text}</p></details>\n""",
-    "missing": """<p class="ghost {level}">{text}{refs}</p>\n""",
+    "missing": """<p class="ghost {level}">{>line}</p>\n""",
+    "field": """{#level}<mark class="{level}">{>line}</mark>{/level}{^level}{text}{/level}\n""",
+    "line": """{#key}<span class="k">{key}</span>: {/key}{text}{#refs} <a class="ref {level}"
+id="at-{number}" href="#finding-{number}" aria-label="finding {number}">{number}</a>{/refs}""",
+    "document": """<div class="json">{lines}</div>""",
+    "text": """{#text}<pre>{text}</pre>{/text}{^text}<p>{note}</p>{/text}""",
+    "constraints": """<h1>{title}</h1><p class="faint">{count} rules. This inbox refuses: {levels}.
+<a href="{spec}">Specification</a></p>
+<div class="rail"><nav aria-label="Patterns">{#patterns}{>link}{/patterns}</nav>
+<div>{#groups}<section><h2>{group}</h2><ul class="rules">
+{#rules}<li id="{code}" class="{level}"><b>{word}</b> <span><code>{below}</code> {demand}</span>
+<a href="#{code}">{code}</a></li>{/rules}</ul></section>{/groups}</div>
+<aside aria-label="Example"><section id="example"><h2>A valid example {#copies}{>copy}{/copies}</h2>
+{document}</section></aside></div>""",
+    "samples": """<h1>{title}</h1>
+<p class="faint">A valid notification of each pattern, addressed to this inbox.</p>
+<div class="rail"><nav aria-label="Patterns">{#patterns}{>link}{/patterns}</nav>
+<div class="wide">{#samples}<section id="{anchor}"><h2>{name} <span class="push tools">
+{#copies}{>copy}{/copies}
+<button type="button" class="script" data-send="{name}">Send to this inbox</button>
+<a href="{rules}#main">Rules</a></span></h2>{document}</section>{/samples}</div></div>""",
+    "error": """<h1>{title}</h1><p>{detail}</p>
+<p class="tools"><a class="main" href="{root}">All deliveries</a></p>""",
 }
-REF = """ <a class="ref {level}" id="at-{number}" href="#finding-{number}"
-aria-label="finding {number}">{number}</a>"""
-LEVEL = """<h3 class="level {level}">{count} <small>{meaning}</small></h3>
-<ol class="findings">{items}</ol>"""
-FINDING = """<li id="finding-{number}" class="{level}">{ref} <p><b>{fault}</b></p> <p>{fix}</p>
-<p>{by}{rule} · {specification}</p></li>"""
-ENTRY = """<li class="{kind}"><h3>{chip} {title} {time}</h3>
-<p class="faint">{text}</p> {attempts}</li>"""
-ATTEMPTS = """<details><summary>{count} attempts</summary>
-<ol class="attempts">{items}</ol></details>"""
-ATTEMPT = """<li>{time} <span>{title}</span> <small>{later}</small></li> """
-REPLY = """<div class="card"><form method="get" action="{url}#reply">{kept}
-<label for="pattern">Pattern</label><p class="tools"><select id="pattern" name="reply">{patterns}
-</select> <button>Write it</button></p></form>{form}</div>"""
-DOCUMENT = """<label for="document">Document <small>as it will be sent; edit it as you like</small>
-</label><textarea id="document" name="document" rows="12" spellcheck="false">{text}</textarea>"""
-SEND = """<form class="{kind}" method="post" action="{url}/send">{document}
-<label for="{id}">To <small>{hint}</small></label><p class="tools"><input id="{id}" name="to"
-type="url" value="{to}" required> <button class="main">{text}</button></p></form>"""
-RAIL = """<h1>{title}</h1><p class="faint">{lead}</p>
-<div class="rail"><nav aria-label="Patterns">{patterns}</nav>{content}</div>"""
-RULE = """<li id="{code}" class="{level}"><b>{word}</b> <span><code>{member}</code> {demand}</span>
-<a href="#{code}">{code}</a></li>"""
-SAMPLE = """{name} <span class="push tools">{copy} <button type="button" class="script"
-data-send="{name}">Send to this inbox</button> <a href="{rules}">Rules</a></span>"""
-ERROR = """<h1>{title}</h1><p>{detail}</p>
-<p class="tools"><a class="main" href="{root}">All deliveries</a></p>"""
+
+PART = re.compile(
+    r"\{(?P<sign>[#^])(?P<section>\w+)\}(?P<inside>.*?)\{/(?P=section)\}"
+    r"|\{(?P<partial>>?)(?P<name>\w+)\}",
+    re.DOTALL,
+)
+MAX_LENGTH = 2000  # characters of a value that are shown
 
 
-# --- Pages ---------------------------------------------------------------------------------------
+class Html(str):
+    """Markup that may be sent as it is."""
+
+
+def whole(text: str) -> Html:
+    """Escape a text; control characters in its lines become visible."""
+    return Html("\n".join(html.escape(escape_controls(line)) for line in text.split("\n")))
+
+
+def escape(value: Any) -> Html:
+    """Write any value as HTML, clipped unless it is markup."""
+    return value if isinstance(value, Html) else whole(clip(str(value), MAX_LENGTH))
+
+
+def fill(template: str, values: Mapping[str, Any]) -> Html:
+    """Put values into a template, escaped."""
+
+    def fill_part(match: re.Match[str]) -> str:
+        name = match["section"] or match["name"]
+        if match["partial"]:
+            return fill(TEMPLATES[name], values)
+        if match["name"]:
+            return escape("" if values[name] is None else values[name])
+        value, inside = values.get(name), match["inside"]
+        items = value if isinstance(value, list) else [value] if value else []
+        if match["sign"] == "^":
+            return "" if items else fill(inside, values)
+        members = (item if isinstance(item, dict) else {name: item} for item in items)
+        return "".join(fill(inside, {**values, **each}) for each in members)
+
+    return Html(PART.sub(fill_part, template))
+
+
+def render(template: str, /, **values: Any) -> Html:
+    return fill(TEMPLATES[template], values)
+
+
+# --- Wording -------------------------------------------------------------------------------------
 #
-# Renders the pages: `list_page`, `delivery_page`, `constraints_page`, `samples_page`, `error_page`,
-# each told a `PageContext`, and returning `Html`. They are pure functions, except that samples and
-# replies get new ids. Whatever arrived is escaped; links are relative, so that pages work behind
-# any reverse proxy. Everything can be read without the script, which keeps a page up to date. Must
-# not know requests, the store or the log.
+# Says in a few words what a delivery is, as plain text: its verdict (`chip_of`), what it is about
+# (`subject_of`), how long after another one it came (`between`), how to send it again
+# (`curl_command`). Must not know HTML.
 
-MAX_LINES = 2000  # of a payload that are shown
-MAX_LENGTH = 2000  # characters of a text that are shown
-MAX_COPY = 65536  # characters of a body that a button copies, or a form holds
-
-TABS = {"Deliveries": "", "Samples": "samples", "Constraints": "constraints"}
 WORDS = {REFUSED: "error", MUST: "MUST", SHOULD: "SHOULD"}  # for the levels of findings
-VIA = {"page": "hand"}  # how somebody would say by what it was sent
-OUTCOME = ("status", "direction", "warnings")  # the members of a query that `TOTALS` set
+MAX_COPY = 65536  # characters of a body that a button copies, or a form holds
 PLACE = re.compile(r"https?://(?:[^/?#]*@)?(?P<host>[^/?#]*)(?P<path>.*)", re.I | re.S)
+BEARER = '-H "Authorization: Bearer $TOKEN"'
 # Headers that a copied request does without: curl writes its own, or they are secret.
 NOT_COPIED = frozenset(
     "accept-encoding authorization connection content-length cookie expect host"
     " proxy-authorization transfer-encoding user-agent".split()
 )
-json_text = functools.partial(json.dumps, ensure_ascii=False)
-Numbered = Sequence[tuple[int, Finding]]  # findings, the gravest first
-Path = tuple[str, ...]  # the members and indexes that lead to a value
-# A line of a document: its kind, a key of `LINES`; the path of what begins on it; the name of the
-# member, None in a list; and the text.
-Line = tuple[str, Path, Optional[str], str]
-
-
-class Html(NamedTuple):
-    """Markup that may be sent as it is: made by `render` and `element`."""
-
-    text: str
-
-
-def escape(value: Any) -> str:
-    """Write a value as HTML: markup and lists of it as they are, anything else escaped."""
-    if isinstance(value, Html):
-        return value.text
-    if isinstance(value, list):
-        return "".join(map(escape, value))
-    return "" if value is None else html.escape(escape_controls(clip(str(value), MAX_LENGTH)))
-
-
-def render(template: str, **values: Any) -> Html:
-    """Put values into a template, escaped."""
-    return Html(re.sub(r"\{([a-z]+)\}", lambda match: escape(values[match[1]]), template))
-
-
-def element(tag: str, content: Any, **attributes: Any) -> Html:
-    """Make an element with the attributes that have a value; `class_` stands for `class`."""
-    given = {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items()}
-    written = [f' {name}="{escape(value)}"' for name, value in given.items() if value]
-    return Html(f"<{tag}{''.join(written)}>{escape(content)}</{tag}>")
-
-
-def link(url: str, text: Any, **attributes: Any) -> Html:
-    return element("a", text, href=url, **attributes)
-
-
-def external(url: str, text: str) -> Html | str:
-    """Link to an HTTP URI of somebody else; a link with another scheme could run a script."""
-    return link(url, text) if is_http_uri(url) else text
-
-
-def section(id: str, title: Any, content: Any, kind: str = "") -> Html:
-    return render(SECTION, id=id, title=title, content=content, kind=kind)
-
-
-def options(names: Iterable[str], chosen: str) -> list[Html]:
-    return [element("option", name, selected=name == chosen and "selected") for name in names]
-
-
-def whole_text(text: str) -> Html:
-    """Write a text without clipping it, and keep its lines."""
-    return Html("\n".join(html.escape(escape_controls(line)) for line in text.split("\n")))
-
-
-def copy_button(label: str, text: str) -> Html:
-    """Make a button that copies a text, unless that would double a large page."""
-    if len(text) > MAX_COPY:
-        return Html("")
-    return element("button", label, type="button", class_="script", data_copy=whole_text(text))
-
-
-class PageContext(NamedTuple):
-    """What a page needs to know about its inbox and its reader."""
-
-    root: str  # the relative URL of `/`
-    base: str  # the absolute URL of `/`, without the slash
-    query: Query = Query()  # the deliveries that the reader looks through
-    refused: Sequence[str] = ("E",)  # levels of findings that the inbox refuses
-    token: bool = False  # whether requests need a token
-    may_send: bool = True  # whether the reader may send from here
-
-    def url(self, path: str = "", **changes: str) -> str:
-        """Return the URL of a page, with the query of the reader, changed."""
-        query = self.query._replace(**{"before": "", **changes})._asdict()
-        values = {name: value for name, value in query.items() if value}
-        return self.root + path + ("?" + urlencode(values, errors="replace") if values else "")
-
-    def rules_url(self, pattern: str | None, fragment: str) -> str:
-        query = "?" + urlencode({"pattern": pattern}) if pattern else ""
-        return f"{self.root}constraints{query}#{fragment}"
-
-
-def render_page(context: PageContext, tab: str, title: str, content: Any, stream: str = "") -> Html:
-    """Make a page, which is renewed when a delivery comes from the URL `stream`."""
-    inbox = context.base + "/inbox"
-    tabs = [
-        link(context.root + path, name, aria_current=name == tab and "page")
-        for name, path in TABS.items()
-    ]
-    values = {"root": context.root, "inbox": inbox, "title": title, "stream": stream}
-    markup = {"tabs": tabs, "content": content, "style": Html(STYLE), "script": Html(SCRIPT)}
-    return render(PAGE, copy=copy_button("Copy", inbox), **values, **markup)
-
-
-# A delivery in a few words
 
 
 def by_level(findings: Iterable[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda finding: finding.level)  # E, M, S
 
 
-def counted(count: int, word: str) -> str:
-    return f"{count:,} {word}" + "s" * (count != 1 and word.islower())
-
-
 def chip_of(delivery: Delivery) -> tuple[str, str]:
     """Return the kind of a chip (E, M, S, ok or none), and its text."""
-    levels, status = [finding.level for finding in delivery.findings], delivery.status
-    accepted = 200 <= status < 300 or delivery.via == "adopted"
+    status, accepted = delivery.status, delivery.is_stored
+    levels = [finding.level for finding in delivery.findings]
     text = str(status) if status else "found" if accepted else "dropped"
     if delivery.direction == "out":
         text = f"↗ sent {status}" if status else "↗ no answer"
@@ -4230,12 +4292,6 @@ def chip_of(delivery: Delivery) -> tuple[str, str]:
     if not accepted:
         return "none" if delivery.simulated else "E", text
     return "ok" if not levels else "S" if set(levels) == {"S"} else "M", text
-
-
-def render_chip(delivery: Delivery) -> list[Any]:
-    kind, text = chip_of(delivery)
-    tag = [" ", element("span", "simulated", class_="tag")] if delivery.simulated else []
-    return [element("span", text, class_=f"chip {kind}"), *tag]
 
 
 def host_of(url: str) -> str:
@@ -4261,12 +4317,6 @@ def subject_of(delivery: Delivery) -> tuple[str, str]:
     return subject, match["path"] if known else match["host"] + match["path"]
 
 
-def render_time(time: str, short: bool = False) -> Html:
-    """Write a time in UTC, which the script makes local."""
-    text = time[:23].rstrip("Z").replace("T", " ")
-    return render(TIME, time=time, utc=text, shown=text[5:16] if short else text[:19])
-
-
 def in_words(seconds: float) -> str:
     if seconds < 10:
         return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
@@ -4284,13 +4334,124 @@ def between(earlier: str, later: str) -> str:
         return ""
 
 
-def render_peer(context: PageContext, delivery: Delivery, kind: str = "") -> Html:
-    """Link the service at the other end to its deliveries; where none is named, show the client."""
-    if not delivery.peer:
-        return element("span", delivery.client, class_=f"faint {kind}")
-    to = element("span", "to ", class_="faint") if delivery.direction == "out" else ""
-    host = host_of(delivery.peer)
-    return link(context.url(origin=host), [to, clip(host, 100)], class_=kind)
+def curl_command(delivery: Delivery, base: str, needs_token: bool) -> str:
+    """Write a command that makes the same request; a secret in it is `$TOKEN`."""
+    body, names = delivery.body or b"", {name.lower() for name in delivery.headers}
+    url = delivery.target if delivery.direction == "out" else base + delivery.target
+    words = ["curl -i -X", shlex.quote(delivery.method), shlex.quote(escape_controls(url))]
+    for name, value in delivery.headers.items():
+        if name.lower() not in NOT_COPIED:
+            words.append("-H " + shlex.quote(escape_controls(f"{name}: {value}")))
+    words += [BEARER] if "authorization" in names else []
+    words += [] if "content-type" in names else ["-H 'Content-Type:'"]
+    text = body.decode("utf-8", "replace")
+    if text.encode() == body and len(body) < MAX_COPY and text.replace("\n", "").isprintable():
+        return " ".join([*words, "--data-raw", shlex.quote(text)])
+    # A terminal could take control characters for commands, so curl fetches such a body itself.
+    return piped_command(f"{base}/deliveries/{delivery.name}/body", words, needs_token)
+
+
+def piped_command(source: str, post: Sequence[str], needs_token: bool) -> str:
+    """Write a command that fetches what another one is to send."""
+    fetch = ["curl -s", shlex.quote(source), *([BEARER] if needs_token else []), "|\n "]
+    return " ".join([*fetch, *post, "--data-binary @-"])
+
+
+# --- Pages ---------------------------------------------------------------------------------------
+#
+# Computes what the templates show: `list_page`, `delivery_page`, `constraints_page`, `samples_page`
+# and `error_page` are told a `PageContext` and return `Html`. They are pure functions, except that
+# samples and replies get new ids. Links are relative, so that pages work behind any reverse proxy.
+# Must not know: requests, the store, the log.
+
+MAX_LINES = 2000  # of a payload that are shown
+OUTCOME = ("status", "direction", "warnings")  # the members of a query that `TOTALS` set
+json_text = functools.partial(json.dumps, ensure_ascii=False)
+Values = dict[str, Any]  # what a template shows
+
+
+class PageContext(NamedTuple):
+    """What a page needs to know about its inbox and its reader."""
+
+    root: str  # the relative URL of `/`
+    base: str  # the absolute URL of `/`, without the slash
+    query: Query = Query()  # the deliveries that the reader looks through
+    refused: Sequence[str] = ("E",)  # levels of findings that the inbox refuses
+    token: bool = False  # whether requests need a token
+    may_send: bool = True  # whether the reader may send from here
+
+    def url(self, path: str = "", **changes: str) -> str:
+        """Return the URL of a page, with the query of the reader, changed."""
+        query = self.query._replace(**{"before": "", **changes})._asdict()
+        values = {name: value for name, value in query.items() if value}
+        return self.root + path + ("?" + urlencode(values, errors="replace") if values else "")
+
+    def rules_url(self, pattern: str | None) -> str:
+        return f"{self.root}constraints?{urlencode({'pattern': pattern or ''})}"
+
+
+def render_page(
+    context: PageContext, template: str, values: Values, tab: str = "", stream: str = ""
+) -> Html:
+    """Make a page, which is renewed when a delivery comes from the URL `stream`."""
+    root, values = context.root, {**context._asdict(), **values}
+    tabs = {"Deliveries": root, "Samples": f"{root}samples", "Constraints": f"{root}constraints"}
+    values["content"] = render(template, **values)
+    values |= {"tabs": choices(tabs, tab), "address": copies({"Copy": f"{context.base}/inbox"})}
+    values |= {"style": Html(STYLE), "script": Html(SCRIPT), "stream": stream}
+    return render("page", **values)
+
+
+def choices(urls: Mapping[str, str], chosen: str) -> list[Values]:
+    return [{"name": name, "url": url, "chosen": name == chosen} for name, url in urls.items()]
+
+
+def copies(texts: Mapping[str, str]) -> list[Values]:
+    """Make buttons that copy texts, by their labels, unless that would double a large page."""
+    short = {label: text for label, text in texts.items() if len(text) <= MAX_COPY}
+    return [{"label": label, "copy": whole(text)} for label, text in short.items()]
+
+
+def filters(context: PageContext, *names: str) -> list[Values]:
+    """Return the members of the query that are set, each with a link to do without it."""
+    members = {name: value for name, value in context.query._asdict().items() if value}
+    return [
+        {"name": name, "value": members[name], "url": context.url(**{name: ""})}
+        for name in names
+        if name in members
+    ]
+
+
+def with_code(text: str) -> Html:
+    """Show as code what stands between backticks."""
+    return Html(re.sub("`([^`]*)`", r"<code>\1</code>", escape(text)))
+
+
+def view_delivery(context: PageContext, delivery: Delivery) -> Values:
+    """Return the members of a delivery, and what else the templates say about it."""
+    kind, chip = chip_of(delivery)
+    subject, about = subject_of(delivery)
+    host, sent = host_of(delivery.peer or delivery.client), delivery.direction == "out"
+    phrase = http.client.responses.get(delivery.status, "") if kind == "E" else ""
+    messages = [finding.message.replace("`", "") for finding in by_level(delivery.findings)]
+    return {
+        **delivery._asdict(),
+        "kind": kind,
+        "chip": chip,
+        "sent": sent,
+        "by": {"page": "hand"}.get(delivery.via, delivery.via) if sent else "",
+        "host": clip(host, 100),
+        "subject": subject,
+        "about": about,
+        "page": subject if is_http_uri(subject) else "",  # another scheme could run a script
+        "why": clip(messages[0] if messages else delivery.detail or phrase, 300),
+        "more": len(messages[1:]),
+        "utc": delivery.time[:19].replace("T", " "),
+        "minute": delivery.time[5:16].replace("T", " "),
+        "url": context.url(f"deliveries/{delivery.name}"),
+        "peer_url": delivery.peer and context.url(origin=host),
+        "day_url": context.url(day=delivery.time[:10]),
+    }
 
 
 # The list
@@ -4300,98 +4461,57 @@ def outcome_of(query: Query) -> dict[str, str]:
     return {name: getattr(query, name) for name in OUTCOME}
 
 
+def current_total(query: Query) -> str:
+    """Return the name in `TOTALS` of the outcome that a query selects; empty if it has none."""
+    names = [name for name, each in TOTALS.items() if outcome_of(each) == outcome_of(query)]
+    return names[0] if names else ""
+
+
 def list_page(context: PageContext, deliveries: Sequence[Delivery], totals: Totals) -> Html:
     """Show the deliveries that a query selects, newest first; while there are none, how to begin.
 
     One delivery more than the query's page length means that there are older ones.
     """
-    query, shown = context.query, deliveries[: context.query.page_length]
-    turn = [link(context.url(), "Newest deliveries")] if query.before else []
-    if len(deliveries) > len(shown):
-        turn.append(link(context.url(before=shown[-1].name), "Older deliveries", rel="next"))
-    rows = render(ROWS, rows=[render_row(context, each) for each in shown])
-    content = render(
-        LIST,
-        root=context.root,
-        totals=render_totals(context, totals),
-        q=query.q,
-        patterns=options(RULES, query.pattern),
-        origin=query.origin,
-        origins=options(sorted({host_of(each.peer) for each in shown if each.peer}), ""),
-        kept=render_kept(query, *OUTCOME, "since"),
-        active=render_active(context),
-        newest=f"The newest: {chip_of(shown[0])[1]}, {shown[0].pattern}" if shown else "",
-        deliveries=rows if shown else ["No delivery matches. ", link(context.root, "Show all")],
-        turn=turn,
-        shown=f"{len(shown)} of {totals.all:,}",
-    )
     if not totals.all:
-        content = render_empty(context)
+        return empty_page(context)
+    query, shown = context.query, deliveries[: context.query.page_length]
+    rows, current = [view_delivery(context, each) for each in shown], current_total(query)
+    hidden = ("limit", "before", *(OUTCOME if current else ()))
+    values = {
+        **query._asdict(),
+        "title": "Deliveries",
+        "totals": [
+            {"name": name, "text": name.replace("_", " ").capitalize(), "count": f"{count:,}"}
+            | {"chosen": name == current, "url": context.url(**outcome_of(TOTALS[name]))}
+            for name, count in totals._asdict().items()
+        ],
+        "menu": choices(dict.fromkeys(RULES, ""), query.pattern),
+        "origins": sorted({host_of(each.peer) for each in shown if each.peer}),
+        "kept": filters(context, *OUTCOME, "since", "day"),
+        "active": filters(context, *(name for name in Query._fields if name not in hidden)),
+        "rows": rows,
+        "newest": rows[:1],
+        "start": query.before and context.url(),
+        "older": deliveries[len(shown) :] and context.url(before=shown[-1].name),
+        "shown": f"{len(shown)} of {totals.all:,}",
+    }
     stream = context.url("deliveries", limit="", since="")
-    return render_page(context, "Deliveries", "Deliveries", content, stream)
+    return render_page(context, "list", values, "Deliveries", stream)
 
 
-def render_kept(query: Query, *names: str) -> list[Html]:
-    """Keep members of a query that a form has no field for."""
-    values = {name: getattr(query, name) for name in names}
-    return [render(KEPT, name=name, value=value) for name, value in values.items() if value]
-
-
-def render_totals(context: PageContext, totals: Totals) -> list[Html]:
-    chips, current = [], outcome_of(context.query)
-    for (name, query), count in zip(TOTALS.items(), totals):
-        wanted, kind = outcome_of(query), "bad" if name == "refused" else ""
-        label = [name.replace("_", " ").capitalize(), " ", element("b", f"{count:,}")]
-        mark = "true" if wanted == current else ""
-        chips.append(link(context.url(**wanted), label, aria_current=mark, class_=kind))
-    return chips
-
-
-def render_active(context: PageContext) -> list[Html]:
-    """Show the filters that are set and that no chip shows, each with a link to do without it."""
-    hidden = ["limit", "before"]
-    if outcome_of(context.query) in map(outcome_of, TOTALS.values()):
-        hidden += OUTCOME
-    return [
-        render(ACTIVE, url=context.url(**{name: ""}), name=name, value=value)
-        for name, value in context.query._asdict().items()
-        if value and name not in hidden
-    ]
-
-
-def render_row(context: PageContext, delivery: Delivery) -> Html:
-    phrase = http.client.responses.get(delivery.status, "")
-    reason = delivery.detail or (phrase if chip_of(delivery)[0] == "E" else "")
-    messages = [each.message.replace("`", "") for each in by_level(delivery.findings)] or [reason]
-    more = element("b", f"+{len(messages) - 1}") if messages[1:] else ""
-    subject, short = subject_of(delivery)
-    return render(
-        ROW,
-        name=delivery.name,
-        time=render_time(delivery.time, short=True),
-        url=context.url(f"deliveries/{delivery.name}"),
-        chip=render_chip(delivery),
-        pattern=delivery.pattern or element("span", "no pattern", class_="faint"),
-        peer=render_peer(context, delivery, "from"),
-        subject=subject,
-        about=short,
-        why=[element("span", clip(messages[0], 300)), " ", more] if messages[0] else "",
-    )
-
-
-def render_empty(context: PageContext) -> Html:
-    token = ' -H "Authorization: Bearer $TOKEN"' if context.token else ""
-    inbox, source = shlex.quote(f"{context.base}/inbox"), f"{context.base}/samples/Request%20Review"
-    post = f"curl -i {inbox}{token} --data-binary @- -H 'Content-Type: {JSON_LD}'"
-    command = f"curl -s {shlex.quote(source)}{token} |\n  {post}"
-    title = ["Send a first notification ", copy_button("Copy", command)]
-    return render(
-        EMPTY,
-        inbox=context.base + "/inbox",
-        first=section("first", title, element("pre", whole_text(command))),
-        sample=section("sends", "What it sends", render_document(sample_here(context.base), [])),
-        patterns=options(RULES, "Request Review"),
-    )
+def empty_page(context: PageContext) -> Html:
+    """Show how to send a first notification."""
+    post = [f"curl -i -H 'Content-Type: {JSON_LD}'", shlex.quote(f"{context.base}/inbox")]
+    post += [BEARER] if context.token else []
+    command = piped_command(f"{context.base}/samples/Request%20Review", post, context.token)
+    values = {
+        "title": "Deliveries",
+        "command": whole(command),
+        "copies": copies({"Copy": command}),
+        "document": render_document(sample_here(context.base)),
+        "menu": choices(dict.fromkeys(RULES, ""), "Request Review"),
+    }
+    return render_page(context, "empty", values, "Deliveries", context.url("deliveries"))
 
 
 # A delivery
@@ -4400,339 +4520,236 @@ def render_empty(context: PageContext) -> Html:
 def delivery_page(
     context: PageContext,
     delivery: Delivery,
-    body: bytes | None,
-    answer: bytes | None,
     conversation: Sequence[Delivery],
     beside: tuple[str, str] = ("", ""),
     reply_pattern: str = "Accept",
 ) -> Html:
     """Show what came, what is wrong with it, what was answered, and what belongs to it.
 
-    `body` is None if it was removed; `conversation` has the oldest delivery first; `beside` are
-    the names of the newer and the older delivery; `reply_pattern` is that of the reply to write.
+    The delivery has its body, unless that was removed, and the body of the answer. `conversation`
+    has the oldest delivery first; `beside` are the names of the newer and the older delivery;
+    `reply_pattern` is that of the reply to write.
     """
-    numbered = list(enumerate(by_level(delivery.findings), 1))
+    numbered = view_findings(delivery)
     typed = "content-type" in map(str.lower, delivery.headers)
-    head = [each for each in numbered if typed and each[1].code.startswith("content-type")]
-    document = delivery._replace(body=body).notification
+    head = [each for each in numbered if typed and each["code"].startswith("content-type")]
     rest = [each for each in numbered if each not in head]
-    payload = render_text(body) if document is None else render_document(document, rest)
-    subject, short = subject_of(delivery)
-    forms = render_forms(context, delivery, body, reply_pattern)
-    content = render(
-        DELIVERY,
-        pager=render_pager(context, *beside),
-        chip=render_chip(delivery),
-        pattern=delivery.pattern or "No pattern",
-        peer=["" if delivery.direction == "out" else "from ", render_peer(context, delivery)],
-        about=[" about ", external(subject, short)] if subject else "",
-        reason="" if numbered else delivery.detail,
-        facts=render_facts(delivery, body),
-        tools=render_tools(context, delivery, body, forms),
-        payload=section("payload", "Payload", payload),
-        exchange=render_exchange(delivery, answer, head),
-        findings=render_findings(context, delivery, numbered, document is not None),
-        conversation=render_conversation(context, delivery, conversation),
-        forms=[*forms.values()],
-    )
-    title = f"{chip_of(delivery)[1]} {delivery.pattern or ''}"
-    return render_page(context, "Deliveries", title, content, stream_of(context, delivery))
-
-
-def stream_of(context: PageContext, delivery: Delivery) -> str:
-    """Return the URL that tells what becomes of a conversation; empty where there can be none."""
+    document = delivery.notification
+    payload = render_text(delivery.body) if document is None else render_document(document, rest)
+    values = {
+        **view_delivery(context, delivery),
+        "title": f"{chip_of(delivery)[1]} {delivery.pattern or ''}",
+        "clean": not numbered,
+        "omitted": delivery.omitted and f"{delivery.omitted:,}",
+        "levels": group_by_level(context, numbered),
+        "rules": context.rules_url(delivery.pattern),
+        "marked": document is not None,
+        "payload": payload,
+        **view_beside(context, *beside),
+        **view_fate(delivery),
+        **view_exchange(delivery, head),
+        **view_conversation(context, delivery, conversation),
+        **view_forms(context, delivery, reply_pattern),
+    }
     related = delivery.about.get("inReplyTo") or delivery.about.get("id")
-    return context._replace(query=Query(q=related)).url("deliveries") if related else ""
+    stream = context._replace(query=Query(q=related)).url("deliveries") if related else ""
+    return render_page(context, "delivery", values, "Deliveries", stream)
 
 
-def render_pager(context: PageContext, newer: str, older: str) -> list[Html]:
-    outcomes = [name for name in TOTALS if outcome_of(TOTALS[name]) == outcome_of(context.query)]
-    back = (outcomes or ["deliveries"])[0].replace("_", " ").capitalize()
-    beside = [(newer, "Newer", "prev"), (older, "Older", "next")]
-    return [link(context.url(), f"← {back}")] + [
-        link(context.url(f"deliveries/{name}"), text, rel=rel) for name, text, rel in beside if name
-    ]
+def view_beside(context: PageContext, newer: str, older: str) -> Values:
+    """Name the list that the reader came from, and link to what is beside the delivery there."""
+    name = (current_total(context.query) or "deliveries").replace("_", " ").capitalize()
+    urls = [each and context.url(f"deliveries/{each}") for each in (newer, older)]
+    return {"list": name, "list_url": context.url(), "newer": urls[0], "older": urls[1]}
 
 
-def render_facts(delivery: Delivery, body: bytes | None) -> list[Html]:
-    when, via = render_time(delivery.time), VIA.get(delivery.via, delivery.via)
-    members = {"id": delivery.about.get("id"), "Answers": delivery.about.get("inReplyTo")}
-    facts: dict[str, Any] = {"Received": [when, f", from {delivery.client}"]}
-    if via == "adopted":
-        facts = {"Found": [when, ", in the store"]}
+def view_fate(delivery: Delivery) -> Values:
+    """Say how a delivery got here or where it went, and whether it is stored."""
     if delivery.direction == "out":
-        facts = {"Sent": [when, f", to {delivery.target}", f", by {via}" if via else ""]}
-    else:
-        stored = element("code", delivery.name) if body is not None else "no longer: it was removed"
-        not_stored = {"E": "no; correct it and send it again", "none": "no; send it again"}
-        facts["Stored"] = not_stored.get(chip_of(delivery)[0], stored)
-    facts |= {name: element("code", value) for name, value in members.items() if value}
-    return [render(FACT, name=name, value=value) for name, value in facts.items()]
+        return {"how": "Sent", "where": f"to {delivery.target}"}
+    not_stored = {"E": "no; correct it and send it again", "none": "no; send it again"}
+    stored = "no longer: it was removed" if delivery.body is None else f"`{delivery.name}`"
+    stored = with_code(not_stored.get(chip_of(delivery)[0], stored))
+    how, where = "Received", f"from {delivery.client}"
+    if delivery.via == "adopted":
+        how, where = "Found", "in the store"
+    return {"how": how, "where": where, "stored": stored}
 
 
-def render_tools(
-    context: PageContext, delivery: Delivery, body: bytes | None, forms: Collection[str]
-) -> list[Any]:
-    if body is None:
-        return []
-    stored = delivery.direction == "in" and chip_of(delivery)[0] in ("ok", "M", "S")
-    path = f"/{'inbox' if stored else 'deliveries'}/{delivery.name}"
-    return [
-        link("#reply", "Reply", class_="main") if "reply" in forms else "",
-        link("#again", "Send again") if "again" in forms else "",
-        copy_button("Copy as curl", curl_command(context, delivery, body)),
-        copy_button("Copy JSON", body.decode("utf-8", "backslashreplace")),
-        copy_button("Copy link", context.base + path),
-        link(f"{context.root}deliveries/{delivery.name}/body", "Raw"),
-    ]
+def view_findings(delivery: Delivery) -> list[Values]:
+    """Number the findings, the gravest first."""
+    shown = []
+    for number, finding in enumerate(by_level(delivery.findings), 1):
+        member = finding.pointer.rpartition("/")[2]
+        written = re.search(rf'"{re.escape(member)}": [^`]+', finding.fix)
+        view: Values = {
+            "number": number,
+            "fault": with_code(finding.fault),
+            "advice": with_code(finding.fix[:1].upper() + finding.fix[1:]),
+            "missing": written[0] if written else f"{json_text(member)}: …",
+            "named": bool(finding.refused_by),
+            "refused_by": list(finding.refused_by),
+            "spec": finding.spec if is_http_uri(finding.spec) else "",
+        }
+        shown.append({**finding._asdict(), **view})
+    return shown
 
 
-def curl_command(context: PageContext, delivery: Delivery, body: bytes) -> str:
-    """Write a command that makes the same request; a secret in it is `$TOKEN`."""
-    token, names = '-H "Authorization: Bearer $TOKEN"', {name.lower() for name in delivery.headers}
-    base = "" if delivery.direction == "out" else context.base
-    url = escape_controls(base + delivery.target)
-    words = ["curl -i -X", shlex.quote(delivery.method), shlex.quote(url)]
-    for name, value in delivery.headers.items():
-        if name.lower() not in NOT_COPIED:
-            words.append("-H " + shlex.quote(escape_controls(f"{name}: {value}")))
-    words += [token] if "authorization" in names else []
-    words += [] if "content-type" in names else ["-H 'Content-Type:'"]
-    text = body.decode("utf-8", "replace")
-    if text.encode() == body and len(body) < MAX_COPY and text.replace("\n", "").isprintable():
-        return " ".join([*words, "--data-raw", shlex.quote(text)])
-    # A terminal could take control characters for commands, so curl fetches such a body itself.
-    source = shlex.quote(f"{context.base}/deliveries/{delivery.name}/body")
-    fetch = ["curl -s", source, *([token] if context.token else []), "|"]
-    return " ".join([*fetch, *words, "--data-binary @-"])
-
-
-def render_findings(
-    context: PageContext, delivery: Delivery, numbered: Numbered, marked: bool
-) -> Html:
-    """Show the findings by level, and where they are if they are marked in what came."""
-    pattern, groups = delivery.pattern, []
-    for level, found in itertools.groupby(numbered, lambda each: each[1].level):
-        items = [render_finding(context, pattern, *each, marked) for each in found]
+def group_by_level(context: PageContext, numbered: Sequence[Values]) -> list[Values]:
+    groups = []
+    for level, found in itertools.groupby(numbered, operator.itemgetter("level")):
+        items = list(found)
         meaning = "refused here" if level in context.refused else "a warning here"
-        count = counted(len(items), WORDS.get(level, level))
-        groups.append(render(LEVEL, level=level, count=count, meaning=meaning, items=items))
-    if delivery.omitted:
-        groups.append(element("p", f"and {delivery.omitted:,} more", class_="faint"))
-    example = link(context.rules_url(pattern, "example"), f"a valid {pattern}")
-    compare = element("small", ["compare with ", example]) if groups and pattern else ""
-    none = ["None: this is ", example, "."] if pattern else "The document was not checked."
-    return section("findings", ["Findings ", compare], groups or element("p", none), "first")
+        count = counted(len(items), WORDS[level])
+        groups.append({"level": level, "count": count, "meaning": meaning, "items": items})
+    return groups
 
 
-def render_finding(
-    context: PageContext, pattern: str | None, number: int, finding: Finding, marked: bool
-) -> Html:
-    by = [[element("span", name, class_="tag"), " "] for name in finding.refused_by]
-    label = f"finding {number}, show where"
-    ref = link(f"#at-{number}", number, class_="ref", aria_label=label)
-    return render(
-        FINDING,
-        number=number,
-        level=finding.level,
-        ref=ref if marked else element("span", number, class_="ref"),
-        fault=with_code(finding.fault),
-        fix=with_code(finding.fix[:1].upper() + finding.fix[1:]),
-        by=["refused by ", *by, "· "] if by else "",
-        rule=link(context.rules_url(pattern, finding.code), "rule"),
-        specification=external(finding.spec, "specification"),
-    )
+def render_line(kind: str, text: str, found: Sequence[Values] = (), key: str = "") -> Html:
+    """Write a line of a document or of a head, with the numbers of what was found there."""
+    level = found[0]["level"] if found else ""
+    return render(kind, key=key, text=text, level=level, refs=list(found))
 
 
-def with_code(text: str) -> list[Any]:
-    """Show as code what stands between backticks."""
-    parts = enumerate(clip(text, MAX_LENGTH).split("`"))
-    return [element("code", part) if index % 2 else part for index, part in parts]
-
-
-def render_refs(found: Numbered) -> list[Html]:
-    return [render(REF, number=number, level=finding.level) for number, finding in found]
-
-
-def render_document(document: Any, numbered: Numbered) -> Html:
+def render_document(document: Any, numbered: Sequence[Values] = ()) -> Html:
     """Show a document as JSON that can be folded, marked with the numbers of the findings."""
-    placed = [(tuple(each[1].pointer.split("/")[1:]), each) for each in numbered]
-    missing: dict[Path, dict[str, str]] = {}
-    for path, (_, finding) in placed:
-        parent = lookup({"": document}, ".".join(["", *path[:-1]]))
-        if path and isinstance(parent, dict) and path[-1] not in parent:
-            written = re.search(rf'"{re.escape(path[-1])}": [^`]+', finding.fix)
-            text = written[0] if written else f"{json_text(path[-1])}: …"
-            missing.setdefault(path[:-1], {}).setdefault(path[-1], text)
-    lines = list(itertools.islice(outline(document, missing), MAX_LINES + 1))
-    shown = {path for _, path, _, _ in lines[:MAX_LINES]}
-    marks: dict[Path, list[tuple[int, Finding]]] = {}
-    for path, each in placed:
-        nearest = next(path[:end] for end in range(len(path), -1, -1) if path[:end] in shown)
-        marks.setdefault(nearest, []).append(each)
-    parts, depth = [], 0
-    for kind, path, key, text in lines[:MAX_LINES]:
-        found = marks.get(path, []) if kind != "close" else []
-        name: Any = "" if key is None else [element("span", json_text(key), class_="k"), ": "]
-        level, refs = found[0][1].level if found else "", render_refs(found)
-        parts.append(render(LINES[kind], key=name, text=text, level=level, refs=refs))
-        depth += {"open": 1, "close": -1}.get(kind, 0)
-    rest = element("p", f"… only {MAX_LINES} lines are shown") if depth else ""
-    return element("div", [*parts, rest, Html("</details>" * depth)], class_="json")
+    found = [(each["pointer"].split("/")[1:], each) for each in numbered]
+    lines = list(itertools.islice(outline(document, found), MAX_LINES + 1))
+    shown = "".join(lines[:MAX_LINES])
+    if len(lines) > MAX_LINES:
+        rest = [each for each in numbered if f'id="at-{each["number"]}"' not in shown]
+        shown += render_line("leaf", f"… only {MAX_LINES} lines are shown", rest)
+        shown += "</details>" * (shown.count("<details") - shown.count("</details"))
+    return render("document", lines=Html(shown))
 
 
 def outline(
-    value: Any,
-    missing: Mapping[Path, Mapping[str, str]],
-    path: Path = (),
-    key: str | None = None,
-    comma: str = "",
-) -> Iterator[Line]:
-    """Yield the lines of a document; missing members come before the first nested object."""
-    added = [((*path, name), text) for name, text in missing.get(path, {}).items()]
-    children: list[tuple[str, str | None, Any]] = []
-    if isinstance(value, dict):
-        children = [(name, name, child) for name, child in value.items()]
-    elif isinstance(value, list) and any(isinstance(child, (dict, list)) for child in value):
-        children = [(str(index), None, child) for index, child in enumerate(value)]
-    if not children and not added:
-        yield "leaf", path, key, json_text(value) + comma
+    value: Any, found: Sequence[tuple[list[str], Values]], key: str = "", comma: str = ""
+) -> Iterator[Html]:
+    """Yield the lines of a document; missing members come before the first nested object.
+
+    Findings come with the rest of the path to what they are about.
+    """
+    children: dict[str, Any] = value if isinstance(value, dict) else {}
+    if isinstance(value, list) and any(isinstance(each, (dict, list)) for each in value):
+        children = {str(index): each for index, each in enumerate(value)}
+    here: list[Values] = []
+    below: dict[str, list[tuple[list[str], Values]]] = {}
+    missing: dict[str, list[Values]] = {}
+    for path, finding in found:
+        if path and path[0] in children:
+            below.setdefault(path[0], []).append((path[1:], finding))
+        elif len(path) == 1 and isinstance(value, dict):
+            missing.setdefault(path[0], []).append(finding)
+        else:
+            here.append(finding)
+    if not children and not missing:
+        yield render_line("leaf", json_text(value) + comma, here, key)
         return
     opening, closing = "{}" if isinstance(value, dict) else "[]"
-    yield "open", path, key, opening
-    for number, (name, shown, child) in enumerate(children, 1):
+    yield render_line("open", opening, here, key)
+    for number, (name, child) in enumerate(children.items(), 1):
         if isinstance(child, dict):
-            yield from (("missing", place, None, text + ",") for place, text in added)
-            added = []
+            for each in missing.values():
+                yield render_line("missing", each[0]["missing"] + ",", each)
+            missing = {}
+        shown = json_text(name) if isinstance(value, dict) else ""
         after = "," if number < len(children) else ""
-        yield from outline(child, missing, (*path, name), shown, after)
-    yield from (("missing", place, None, text) for place, text in added)
-    yield "close", path, None, closing + comma
+        yield from outline(child, below.get(name, []), shown, after)
+    for each in missing.values():
+        yield render_line("missing", each[0]["missing"], each)
+    yield render_line("close", closing + comma)
 
 
 def render_text(body: bytes | None) -> Html:
     """Show any bytes as lines of text, as far as a page can hold them."""
-    if not body:
-        gone = "It is no longer stored: it was removed."
-        return element("p", gone if body is None else "Nothing of it was read.")
-    text = body.decode("utf-8", "backslashreplace")
-    lines = text.replace("\r\n", "\n").split("\n", MAX_LINES)
+    text = (body or b"").decode("utf-8", "backslashreplace").replace("\r\n", "\n")
+    lines = text.split("\n", MAX_LINES)
     if len(lines) > MAX_LINES:
         lines[MAX_LINES] = f"… only {MAX_LINES} lines are shown"
-    return element("pre", Html("\n".join(map(escape, lines))))
+    note = "It is no longer stored: it was removed." if body is None else "Nothing of it was read."
+    return render("text", text=Html("\n".join(map(escape, lines))), note=note)
 
 
-def render_exchange(delivery: Delivery, answer: bytes | None, head: Numbered) -> list[Html]:
+def view_exchange(delivery: Delivery, head: Sequence[Values]) -> Values:
     """Show the request, whose body is the payload, and its answer; an adopted file has neither."""
-    if delivery.via == "adopted":
-        return []
-    sent, phrase = delivery.direction == "out", http.client.responses.get(delivery.status, "")
+    phrase, answer = http.client.responses.get(delivery.status, ""), delivery.answer_body or b""
     status = f"{delivery.status} {phrase}" if delivery.status else "no answer"
-    size = element("summary", f"Body, {len(answer or b''):,} bytes")
+    size = answer and f"{len(answer):,}"
     with contextlib.suppress(ValueError):
-        answer = json_text(parse(answer or b""), indent=2).encode()
-    body = element("details", [size, render_text(answer)]) if answer else ""
-    after = f"after {in_words(delivery.seconds)}" if delivery.seconds else ""
-    title = ["What they answered " if sent else "What we answered ", element("small", after)]
-    request = render_head(f"{delivery.method} {delivery.target}", delivery.headers, head)
-    return [
-        section("request", "What we sent" if sent else "What arrived", request),
-        section("answer", title, [render_head(status, delivery.answer_headers, []), body]),
-    ]
+        answer = json_text(parse(answer), indent=2).encode()
+    return {
+        "adopted": delivery.via == "adopted",
+        "request": render_head(f"{delivery.method} {delivery.target}", delivery.headers, head),
+        "took": f"after {in_words(delivery.seconds)}" if delivery.seconds else "",
+        "answer": render_head(status, delivery.answer_headers),
+        "size": size,
+        "answered": render_text(answer),
+    }
 
 
-def render_head(start: str, headers: Mapping[str, Any], head: Numbered) -> Html:
+def render_head(start: str, headers: Mapping[str, Any], found: Sequence[Values] = ()) -> Html:
     """Show the head of a message; findings about its media type are marked."""
-    lines = [escape(start)]
+    lines = [render_line("field", start)]
     for name, value in headers.items():
-        line: list[Any] = [f"{name}: {value}"]
-        if head and name.lower() == "content-type":
-            line = [element("mark", [*line, *render_refs(head)], class_=head[0][1].level)]
-        lines.append(escape(line))
-    return element("pre", Html("\n".join(lines)))
+        marks = found if name.lower() == "content-type" else ()
+        lines.append(render_line("field", f"{name}: {value}", marks))
+    return Html("".join(lines))
 
 
-def render_conversation(
+def view_conversation(
     context: PageContext, delivery: Delivery, conversation: Sequence[Delivery]
-) -> Html:
-    """Show in order what came and what was sent; attempts that repeat one are folded into it."""
-    ids = {each.about.get("id") for each in conversation}
-    asked, notes = delivery.about.get("inReplyTo"), []
-    if asked and asked not in ids:
-        notes.append(f"It answers {clip(asked, 200)}, which was never delivered here.")
-    if len(conversation) < 2:
-        notes.append("Nothing else has this id or answers it.")
-        conversation = []
-    entries, before = [], ""
-    for _, attempts in itertools.groupby(
+) -> Values:
+    """Tell in order what came and what was sent; attempts that repeat one are folded into it."""
+    asked, ids = delivery.about.get("inReplyTo"), {each.about.get("id") for each in conversation}
+    entries: list[Values] = []
+    before = ""
+    for _, group in itertools.groupby(
         conversation, lambda each: (each.direction, each.pattern, each.about.get("id", each.name))
     ):
-        group = list(attempts)
-        entries.append(render_entry(context, delivery, group, before))
-        before = group[-1].time
-    sent, summary = sum(each.direction == "out" for each in conversation), ""
-    if conversation:
-        later = between(conversation[0].time, before)
-        summary = f"{len(conversation) - sent} received, {sent} sent, the last {later}"
-    content = [element("p", note, class_="faint") for note in notes]
-    content.append(element("ol", entries, class_="timeline"))
-    return section("conversation", ["Conversation ", element("small", summary)], content)
+        attempts: list[Values] = []
+        earlier = ""
+        for each in group:
+            shown = {**view_delivery(context, each), "here": each.name == delivery.name}
+            later = between(earlier, each.time)
+            attempts.append({**shown, "text": shown["chip"], "later": later})
+            earlier = each.time
+        last = {**attempts[-1], "text": each.pattern or "No pattern", "attempts": attempts}
+        count = len(attempts) if attempts[1:] else 0
+        entries.append({**last, "later": between(before, earlier), "count": count})
+        before = earlier
+    values = {"id": delivery.about.get("id"), "asked": asked, "unknown": asked and asked not in ids}
+    if len(conversation) < 2:
+        return {**values, "summary": "", "entries": []}
+    sent = sum(each.direction == "out" for each in conversation)
+    later = between(conversation[0].time, before)
+    summary = f"{len(conversation) - sent} received, {sent} sent, the last {later}"
+    return {**values, "summary": summary, "entries": entries}
 
 
-def render_entry(
-    context: PageContext, current: Delivery, group: Sequence[Delivery], before: str
-) -> Html:
-    last, about = group[-1], subject_of(group[-1])[1]
-    sent, host = last.direction == "out", host_of(last.peer) if last.peer else last.client
-    words = [between(before, last.time), f"{'to' if sent else 'from'} {clip(host, 100)}"]
-    via = VIA.get(last.via, last.via) if sent else ""
-    words += [f"by {via}" if via else f"about {about}" if about else ""]
-    items = []
-    for earlier, attempt in zip(["", *(each.time for each in group)], group):
-        title = render_title(context, current, attempt, chip_of(attempt)[1])
-        when, later = render_time(attempt.time), between(earlier, attempt.time)
-        items.append(render(ATTEMPT, time=when, title=title, later=later))
-    return render(
-        ENTRY,
-        kind=last.direction + (" failed" if chip_of(last)[0] == "E" else ""),
-        chip=render_chip(last),
-        title=render_title(context, current, last, last.pattern or "No pattern"),
-        time=render_time(last.time),
-        text=", ".join(filter(None, words)),
-        attempts=render(ATTEMPTS, count=len(items), items=items) if items[1:] else "",
-    )
-
-
-def render_title(
-    context: PageContext, current: Delivery, delivery: Delivery, text: str
-) -> list[Any]:
-    """Name a delivery, with a link to it unless the page is about it."""
-    if delivery.name != current.name:
-        return [link(context.url(f"deliveries/{delivery.name}"), text)]
-    return [element("span", text), " ", element("span", "this page", class_="tag")]
-
-
-def render_forms(
-    context: PageContext, delivery: Delivery, body: bytes | None, pattern: str
-) -> dict[str, Html]:
-    """Offer to answer an Offer that a form can hold, and to send the same bytes again."""
-    if not context.may_send or body is None:
+def view_forms(context: PageContext, delivery: Delivery, pattern: str) -> Values:
+    """Offer to copy what came, to answer an Offer that a form can hold, and to send it again."""
+    if delivery.body is None:
         return {}
-    forms, url = {}, f"{context.root}deliveries/{delivery.name}"
-    to = delivery.target if delivery.direction == "out" else context.base + "/inbox"
+    url, body = f"deliveries/{delivery.name}", delivery.body
+    texts = {
+        "Copy as curl": curl_command(delivery, context.base, context.token),
+        "Copy JSON": body.decode("utf-8", "backslashreplace"),
+        "Copy link": f"{context.base}/{url}",
+    }
+    values: Values = {"copies": copies(texts), "raw": f"{context.root}{url}/body"}
+    if not context.may_send:
+        return values
     with contextlib.suppress(ValueError):
         answer = reply(parse(body if len(body) <= MAX_COPY else b""), pattern)
-        texts = {"id": "reply-to", "hint": "the inbox of the Offer's origin", "text": "Send"}
-        document = render(DOCUMENT, text=whole_text(json_text(answer, indent=2)))
-        inbox = delivery.about.get("origin.inbox")
-        form = render(SEND, url=url, kind="", document=document, to=inbox, **texts)
-        patterns = options((each.name for each in REPLY_PATTERNS), pattern)
-        kept = render_kept(context.query, *Query._fields)
-        content = render(REPLY, url=url, kept=kept, patterns=patterns, form=form)
-        forms["reply"] = section("reply", "Reply", content)
-    texts = {"id": "to", "hint": "the same bytes", "text": "Send again", "document": ""}
-    again = render(SEND, url=url, kind="card", to=to, **texts)
-    return {**forms, "again": section("again", "Send again", again)}
+        values["reply"] = whole(json_text(answer, indent=2))
+    return {
+        **values,
+        "kept": filters(context, *Query._fields),
+        "menu": choices({each.name: "" for each in REPLY_PATTERNS}, pattern),
+        "inbox": delivery.about.get("origin.inbox"),
+        "again": delivery.target if delivery.direction == "out" else f"{context.base}/inbox",
+    }
 
 
 # Constraints, samples, errors
@@ -4743,61 +4760,56 @@ def sample_here(base: str, pattern: str = "Request Review") -> dict[str, Any]:
     return sample(pattern, target={"id": f"{base}/", "inbox": f"{base}/inbox", "type": "Service"})
 
 
+def view_sample(context: PageContext, pattern: str) -> Values:
+    document = sample_here(context.base, pattern)
+    return {
+        "name": pattern,
+        "anchor": pattern.lower().replace(" ", "-"),
+        "copies": copies({"Copy JSON": json.dumps(document, indent=2)}),
+        "document": render_document(document),
+        "rules": context.rules_url(pattern),
+    }
+
+
 def constraints_page(context: PageContext, pattern: Pattern) -> Html:
     """Show the rules of a pattern by member, with a valid notification beside them."""
-    rules, example = constraints_of(pattern), sample_here(context.base, pattern.name)
-    groups: dict[str, list[Html]] = {}
-    for rule in rules:
+    groups: dict[str, list[Values]] = {}
+    for rule in constraints_of(pattern):
         name, _, below = rule["member"].partition(".")
         verb, _, rest = rule["demand"].partition(" ")  # completes "the member must"
         verb = {"be": "is", "have": "has"}.get(verb, verb + "s")
-        demand = [verb, " ", *with_code(rest)]
-        item = {"code": rule["code"], "level": rule["level"], "word": WORDS[rule["level"]]}
-        groups.setdefault(name, []).append(render(RULE, member=below, demand=demand, **item))
-    sections = [
-        section(f"rules-{name}", name or "The notification", element("ul", items, class_="rules"))
-        for name, items in groups.items()
-    ]
-    refused = ", ".join(WORDS[level] for level in context.refused) or "none of them"
-    about = f"{len(rules)} rules. This inbox refuses: {refused}. "
-    title = ["A valid example ", copy_button("Copy JSON", json.dumps(example, indent=2))]
-    aside = section("example", title, render_document(example, []))
-    content = [element("div", sections), element("aside", aside, aria_label="Example")]
-    urls = {name: f"{context.root}constraints?{urlencode({'pattern': name})}" for name in RULES}
-    lead = [about, external(pattern.spec, "Specification")]
-    return render_rail(context, "Constraints", pattern.name, urls, lead, content)
+        shown = {
+            "below": below,
+            "word": WORDS[rule["level"]],
+            "demand": with_code(f"{verb} {rest}"),
+        }
+        groups.setdefault(name, []).append({**rule, **shown})
+    values = {
+        **view_sample(context, pattern.name),
+        "title": pattern.name,
+        "spec": pattern.spec,
+        "count": sum(map(len, groups.values())),
+        "levels": ", ".join(WORDS[level] for level in context.refused) or "none of them",
+        "patterns": choices({name: context.rules_url(name) for name in RULES}, pattern.name),
+        "groups": [
+            {"group": name or "The notification", "rules": rules} for name, rules in groups.items()
+        ],
+    }
+    return render_page(context, "constraints", values, "Constraints")
 
 
 def samples_page(context: PageContext) -> Html:
     """Show a valid notification of each pattern."""
-    urls = {name: "#" + name.lower().replace(" ", "-") for name in RULES}
-    sections = []
-    for name in RULES:
-        document = sample_here(context.base, name)
-        copy = copy_button("Copy JSON", json.dumps(document, indent=2))
-        title = render(SAMPLE, name=name, copy=copy, rules=context.rules_url(name, "main"))
-        sections.append(section(urls[name][1:], title, render_document(document, [])))
-    lead = "A valid notification of each pattern, addressed to this inbox."
-    content = element("div", sections, class_="wide")
-    return render_rail(context, "Samples", "Samples", urls, lead, content)
-
-
-def render_rail(
-    context: PageContext, tab: str, title: str, urls: Mapping[str, str], lead: Any, content: Any
-) -> Html:
-    """Make a page with the patterns at its side."""
-    patterns = [
-        link(url, name, aria_current=name == title and "page") for name, url in urls.items()
-    ]
-    page = render(RAIL, title=title, lead=lead, patterns=patterns, content=content)
-    return render_page(context, tab, title, page)
+    samples = [view_sample(context, name) for name in RULES]
+    patterns = choices({each["name"]: f"#{each['anchor']}" for each in samples}, "")
+    values = {"title": "Samples", "samples": samples, "patterns": patterns}
+    return render_page(context, "samples", values, "Samples")
 
 
 def error_page(context: PageContext, status: int, detail: str) -> Html:
     """Say what went wrong, and where to go from there."""
     title = f"{status} {http.client.responses.get(status, 'Error')}"
-    content = render(ERROR, title=title, detail=detail, root=context.root)
-    return render_page(context, "", title, content)
+    return render_page(context, "error", {"title": title, "detail": detail})
 
 
 PAGE_HEADERS = {
@@ -4810,7 +4822,7 @@ PAGE_HEADERS = {
 
 
 def html_response(page: Html, headers: Mapping[str, str] = {}, status: int = 200) -> Response:
-    return Response(status, page.text.encode(), {**PAGE_HEADERS, **headers})
+    return Response(status, page.encode(), {**PAGE_HEADERS, **headers})
 
 
 # --- Access --------------------------------------------------------------------------------------
@@ -4854,8 +4866,8 @@ def check_head(request: Request, server: InboxServer) -> None:
 def check_host(request: Request, server: InboxServer) -> None:
     if "host" not in request.headers and not request.is_http10:  # RFC 9112 section 3.2
         raise Problem(400, f"the Host header is missing; {request.version} requires it")
-    match = HOST.fullmatch(request.host)
-    if not match or not HOST.fullmatch(request.headers.get("host", "")):
+    header, match = request.headers.get("host", ""), HOST.fullmatch(request.host)
+    if not match or (header != request.host and not HOST.fullmatch(header)):
         raise Problem(400, "the Host header is malformed")
     if not answers_to(match[1], str(server.server_address[0]), server.settings.BASE_URL):
         detail = f"an inbox on loopback does not answer to {request.host}; set BASE_URL to its URL"
@@ -4912,8 +4924,8 @@ def check_site(request: Request, server: InboxServer) -> None:
     ):
         return
     site, origin = request.headers.get("sec-fetch-site", "none"), request.headers.get("origin")
-    ours = (authority(f"//{request.host}"), authority(server.base))
-    foreign = origin is not None and authority(origin) not in ours
+    ours = (f"//{request.host}", server.base)
+    foreign = origin is not None and authority(origin) not in map(authority, ours)
     if foreign or site not in ("same-origin", "none"):
         cause = f"pages of {origin or f'another site ({site})'} may not do this"
         raise Problem(403, f"{cause}; CORS_ORIGINS may allow them to POST, or set BASE_URL")
@@ -4993,7 +5005,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         self.headers = request.headers  # type: ignore[assignment]
         self.resource, _, self.query = request.target.partition("?")
         self.close_connection = request.unread or not request.keeps_alive or server.closing
-        self.wfile = self.output = io.BytesIO()
+        self.output = b""
         self.answered: Response | None = None
         self.rest: Iterator[bytes] | Events | None = None  # of the answer, if it is not in `wfile`
 
@@ -5018,7 +5030,6 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             self.fail(store_problem(error))
         except Exception as error:
             self.server.report_bug(error)
-            self.output.truncate(self.output.seek(0))
             self.fail(Problem(500, "a bug of the inbox; its log says more"))
 
     def do_GET(self) -> Steps | None:
@@ -5070,35 +5081,40 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     def answer(self, response: Response) -> None:
         """Write the head, and the body if it is bytes; any other body is left to the connection."""
-        self.answered = response = response._replace(headers=self.all_headers(response))
-        for name, value in response.headers.items():
-            if "\r" in value or "\n" in value:  # the base class would let a client split the answer
-                raise ValueError(f"a line break in {name}")
-        self.send_response(response.status)
-        for name, value in response.headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "HEAD" or response.status in BODILESS:
+        self.answered = response._replace(headers=self.all_headers(response))
+        status, headers = response.status, self.answered.headers
+        self.log_request(status)
+        lines = [
+            f"{self.protocol_version} {status} {http.client.responses.get(status, '')}",
+            f"Server: {self.server_version}",
+            f"Date: {http_date(int(time.time()))}",
+            *[f"{name}: {value}" for name, value in headers.items()],
+        ]
+        head = "\r\n".join([*lines, "", ""]).encode("latin-1")
+        # The base class would let a client split the answer.
+        if not head.count(b"\r") == head.count(b"\n") == len(lines) + 1:
+            raise ValueError("a line break in a header")
+        self.output = head
+        if self.command == "HEAD" or status in BODILESS:
             return
         if isinstance(response.body, bytes):
-            self.wfile.write(response.body)
+            self.output += response.body
         else:
             self.rest = response.body
 
     def all_headers(self, response: Response) -> dict[str, str]:
         """Complete the headers of an answer."""
-        headers = {
-            **response.headers,
-            "Vary": "Accept, Origin",
-            "X-Content-Type-Options": "nosniff",
-        }
+        fixed = {"Vary": "Accept, Origin", "X-Content-Type-Options": "nosniff"}
+        headers = {**response.headers, **fixed}
         if self.is_inbox:
             constrained = f'<{self.base}/constraints>; rel="http://www.w3.org/ns/ldp#constrainedBy"'
-            headers["Link"] = ", ".join(filter(None, [headers.get("Link"), constrained]))
+            headers["Link"] = (
+                f"{headers['Link']}, {constrained}" if "Link" in headers else constrained
+            )
         origin = allowed_origin(self.request, self.server.allowed_origins)
         if origin:
             headers["Access-Control-Allow-Origin"] = origin
-            headers["Access-Control-Expose-Headers"] = "Location, Link"
+            headers["Access-Control-Expose-Headers"] = "Location, Link, Retry-After"
         if isinstance(response.body, bytes):
             if response.status not in BODILESS:
                 headers["Content-Length"] = str(len(response.body))
@@ -5139,15 +5155,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         response = self.answered or Response(0)
         delivery = conclude(self.request, verdict, self.client_address[0], name, response)
-        delivery = self.server.record(delivery)
-        self.log_message('%s "%s" %d', delivery.name, self.requestline, delivery.status)
-        if delivery.detail:
-            self.log_message("%s %s", delivery.name, delivery.detail)
-        for finding in delivery.findings:
-            self.log_message("%s %s %s", delivery.name, finding.level, finding)
-        if delivery.omitted:
-            self.log_message("%s and %d more", delivery.name, delivery.omitted)
-        return delivery
+        return self.server.record(delivery)
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """Log a request, unless `deliver` does, or a page or a health check repeats it."""
@@ -5157,21 +5165,18 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             super().log_request(code, size)
 
     def log_exchange(self) -> None:
+        """Log a request as it came; its body indented, if it is JSON."""
         self.log_message("%s", self.requestline)
-        for name, value in self.request.shown_fields().items():
-            self.log_message("%s: %s", name, value)
-        if self.request.body:
-            self.log_message("%s", self.request.body.decode("utf-8", "backslashreplace"))
+        lines = [f"{name}: {value}" for name, value in self.request.shown_fields().items()]
+        text = self.request.body.decode("utf-8", "backslashreplace")
+        with contextlib.suppress(ValueError):
+            text = json.dumps(parse(bytes(self.request.body)), indent=2, ensure_ascii=False)
+        for line in [*lines, *text.split("\n")] if text else lines:
+            self.log_message("  %s", line)
 
     def log_message(self, format: str, *args: Any) -> None:
         # Escape control characters, so that a client cannot forge lines of the log.
         LOG.info("%s %s", self.client_address[0], escape_controls(format % args))
-
-    def version_string(self) -> str:
-        return self.server_version
-
-    def date_time_string(self, timestamp: float | None = None) -> str:
-        return http_date(int(time.time() if timestamp is None else timestamp))
 
     # What a request says
 
@@ -5378,9 +5383,8 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         (beside,) = yield Scan(log.beside(delivery.name, query))
         body = yield from self.body_of(delivery)
         answer = delivery.answer_body if delivery.direction == "out" else self.our_answer(delivery)
-        page = yield Blocking(
-            lambda: delivery_page(context, delivery, body, answer, related, beside, reply_pattern)
-        )
+        full = delivery._replace(body=body, answer_body=answer)
+        page = yield Blocking(lambda: delivery_page(context, full, related, beside, reply_pattern))
         self.answer(html_response(page))
 
     def our_answer(self, delivery: Delivery) -> bytes:
@@ -5409,9 +5413,11 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             raise Problem(404, "it is no longer stored")
         elif "pattern" in wanted:
             offer, pattern = document, wanted["pattern"]
-            document = yield Blocking(lambda: replying(offer, pattern, url))
-        attempt = functools.partial(send, document, url)
-        delivery = yield Sending(lambda: outgoing(document, url, "page", attempt))
+            try:
+                document = yield Blocking(lambda: reply_to(parse(offer), pattern, url))
+            except ValueError as error:
+                raise Problem(409, str(error)) from error
+        delivery = yield Sending(lambda: outgoing(document, url, "page"))
         delivery = self.server.record(delivery)
         headers = {"Location": f"{self.base}/deliveries/{delivery.name}"}
         created = json_response(201, delivery.as_json(), headers=headers)
@@ -5519,7 +5525,7 @@ class State(enum.Enum):
 
 EVICTABLE = (State.IDLE, State.READING, State.WRITING, State.LISTENING, State.PAUSING)
 # Here the end of input means that the client has left; elsewhere it may half-close and wait.
-ATTENTIVE = (State.PAUSING, State.LISTENING, State.LINGERING)
+ATTENTIVE = (State.IDLE, State.PAUSING, State.LISTENING, State.LINGERING)
 
 
 class Connection:
@@ -5577,10 +5583,15 @@ class Connection:
                 self.expect_request()
 
     def expect_request(self) -> None:
-        """Begin to read a request."""
-        self.reader = read_request(self.incoming, self.server.settings.MAX_CONTENT_LENGTH)
-        state = State.READING if self.incoming.data else State.IDLE
-        self.enter(state, self.server.settings.REQUEST_TIMEOUT, self.on_timeout)
+        """Begin to read a request, or wait until one begins."""
+        settings = self.server.settings
+        if self.incoming.data:
+            self.reader = read_request(self.incoming, settings.MAX_CONTENT_LENGTH)
+            self.enter(State.READING, settings.REQUEST_TIMEOUT, self.on_timeout)
+        elif self.eof:
+            self.close()
+        else:
+            self.enter(State.IDLE, settings.REQUEST_TIMEOUT)
 
     def read(self) -> Request | None:
         """Return the next request; None if more bytes have to arrive, or no more will."""
@@ -5623,7 +5634,7 @@ class Connection:
         while True:
             if self.state is State.WRITING and not self.output:
                 self.write_on()
-            elif self.state in (State.IDLE, State.READING) and (request := self.read()):
+            elif self.state is State.READING and (request := self.read()):
                 request.arrived = time.monotonic()
                 self.handler = InboxHandler(request, self.address, self.server)
                 self.steps = self.handler.respond()
@@ -5663,7 +5674,7 @@ class Connection:
     def send_answer(self) -> None:
         """Send what the handler has written; the rest of the body may follow in chunks."""
         self.enter(State.WRITING, self.server.settings.REQUEST_TIMEOUT, self.on_stalled)
-        self.send(self.handler.output.getvalue())
+        self.send(self.handler.output)
 
     def send(self, data: bytes) -> None:
         self.output += data
@@ -5774,7 +5785,7 @@ class Connection:
         if self.state is State.PAUSING:
             self.handler.close_connection = True
             self.on_result(problem)
-        elif self.state in (State.IDLE, State.READING):
+        elif self.state is State.READING:
             self.end_input(problem)
         else:
             if self.state is State.LISTENING:
@@ -5968,6 +5979,12 @@ class InboxServer(Loop, http.server.HTTPServer):
         with as_configuration_error(address, "an address of this machine and a port that is free"):
             # If it fails, it calls `server_close`, which needs all of the above.
             http.server.HTTPServer.__init__(self, (settings.HOST, settings.PORT), InboxHandler)
+        self.scheme = "https" if self.tls else "http"
+        host = "localhost" if settings.HOST in ("0.0.0.0", "::") else settings.HOST
+        host = f"[{host}]" if ":" in host else host
+        # The URL of the address that it listens on, and the one that it gives out; without a slash.
+        self.local = f"{self.scheme}://{host}:{self.server_address[1]}"
+        self.base = settings.BASE_URL.rstrip("/") if settings.BASE_URL else self.local
         for sock in self.sockets:
             sock.setblocking(False)
         self.listen(True)
@@ -6001,23 +6018,6 @@ class InboxServer(Loop, http.server.HTTPServer):
             return True
         return False
 
-    # What the settings and the address mean
-
-    @property
-    def base(self) -> str:
-        """The base URL, without a trailing slash."""
-        return self.settings.BASE_URL.rstrip("/") if self.settings.BASE_URL else self.local
-
-    @property
-    def local(self) -> str:
-        """The URL of the address that the server listens on."""
-        host = self.settings.HOST if self.settings.HOST not in ("0.0.0.0", "::") else "localhost"
-        return f"{self.scheme}://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}"
-
-    @property
-    def scheme(self) -> str:
-        return "https" if self.tls else "http"
-
     def clear(self) -> None:
         """Forget all deliveries, notifications, replies and failures to come; in any thread."""
         self.post(self.cancel)
@@ -6027,9 +6027,8 @@ class InboxServer(Loop, http.server.HTTPServer):
     def record(self, delivery: Delivery) -> Delivery:
         """Log a delivery, and tell those who listen."""
         delivery = self.ledger.record(delivery)
-        if delivery.direction == "out":
-            text = f"{delivery.name} sent {delivery.status or ''} {clip(delivery.target, 200)}"
-            LOG.info("%s", escape_controls(f"{text} {clip(delivery.detail, 300)}"))
+        if LOG.isEnabledFor(logging.INFO):
+            log_delivery(delivery, f"{self.base}/deliveries/{delivery.name}")
         self.listeners.on_change()
         return delivery
 
@@ -6097,7 +6096,7 @@ class InboxServer(Loop, http.server.HTTPServer):
         if isinstance(outcomes, Exception):
             outcomes = [outcomes] * len(batch)
         for (_, then), outcome in zip(batch, outcomes):
-            self.guard(functools.partial(then, outcome))
+            self.guard(then, outcome)
 
     # The connections
 
@@ -6141,7 +6140,7 @@ class InboxServer(Loop, http.server.HTTPServer):
         connection = Connection(self, sock, address)
         self.connections[connection] = None
         # A request often comes with the connection.
-        self.guard(functools.partial(connection.on_ready, selectors.EVENT_READ))
+        self.guard(connection.on_ready, selectors.EVENT_READ)
 
     def has_room(self) -> bool:
         """Whether one more client can be served. Those that were answered do not count for long."""
@@ -6228,17 +6227,17 @@ class InboxServer(Loop, http.server.HTTPServer):
 
 
 class Wanted(NamedTuple):
-    """What a test looks for among the deliveries."""
+    """What a test looks for among the deliveries, see `Inbox.wait_for`."""
 
-    predicate: Callable[[Delivery], object] | None
-    type: str
-    pattern: str
-    in_reply_to: str
-    status: str
-    direction: str
-    clean: bool = False  # of findings
+    predicate: Callable[[Delivery], object] | None = None
+    type: str = ""
+    pattern: str = ""
+    in_reply_to: str = ""
+    status: str | int = ""
+    direction: str = "in"
+    clean: bool = False
 
-    def check(self) -> Wanted:
+    def checked(self) -> Wanted:
         """Reject criteria that can never match, so that a typo fails at once, not by a timeout.
 
         In `assert_none` it would even pass. Raises `AssertionError`, and `TypeError` for a
@@ -6252,9 +6251,11 @@ class Wanted(NamedTuple):
         near = close_to(self.type, known) or close_to(f"coar-notify:{self.type}", known)
         if near and self.type not in known:
             raise AssertionError(f"unknown type {self.type}; did you mean {near}?")
+        status, direction = str(self.status), self.direction
         try:
-            check_parameters({"status": self.status, "direction": self.direction}, QUERY_PARAMETERS)
-            return self._replace(pattern=self.pattern and find_pattern(self.pattern).name)
+            check_parameters({"status": status, "direction": direction}, QUERY_PARAMETERS)
+            pattern_name = self.pattern and find_pattern(self.pattern).name
+            return self._replace(status=status, pattern=pattern_name)
         except ValueError as error:
             raise AssertionError(str(error)) from None
 
@@ -6265,10 +6266,9 @@ class Wanted(NamedTuple):
     def mismatch(self, delivery: Delivery) -> str:
         """Return the first reason why a delivery is not wanted; empty if it is."""
         listed = "; ".join(f"{each.level} {each.message}" for each in by_level(delivery.findings))
-        if not delivery.has_status(self.status):
+        if not delivery.has_status(str(self.status)):
             refused = delivery.verdict == "refused" and not delivery.simulated
-            reason = listed if refused else ""
-            return reason or delivery.detail or f"its status is not {self.status}"
+            return (refused and listed) or delivery.detail or f"its status is not {self.status}"
         document = delivery.notification
         types, in_reply_to = lookup(document, "type"), lookup(document, "inReplyTo")
         if self.type and self.type not in types_of(types):
@@ -6295,6 +6295,7 @@ class Inbox:
 
     @property
     def open_server(self) -> InboxServer:
+        """The server. Raises `RuntimeError` after the `with` block."""
         if self.server.closing:
             raise RuntimeError("the inbox is closed; look at it inside the `with` block")
         return self.server
@@ -6302,20 +6303,24 @@ class Inbox:
     @property
     def deliveries(self) -> list[Delivery]:
         """Every attempt so far, the first one first; see `Delivery`."""
-        logged = filter(None, self.open_server.deliveries.newest_first())
-        return [self.complete(delivery) for delivery in logged][::-1]
+        return list(self.arriving(0))
 
     @property
     def notifications(self) -> list[Any]:
         """The documents of the notifications that were stored, the first one first."""
-        stored = (each for each in self.deliveries if each.is_stored and each.direction == "in")
+        stored = (each for each in self.arriving(0, "in") if each.is_stored)
         return [each.notification for each in stored if each.body is not None]
 
-    def complete(self, delivery: Delivery) -> Delivery:
-        """Add the body of what was stored."""
-        with contextlib.suppress(KeyError):
-            return delivery._replace(body=delivery.body or self.server.store.read(delivery.name))
-        return delivery
+    def arriving(self, seconds: float | None, direction: str = "") -> Iterator[Delivery]:
+        """Yield the deliveries so far, and those that arrive in time; None is for ever."""
+        server = self.open_server
+        deadline = NEVER if seconds is None else time.monotonic() + seconds
+        for delivery in server.deliveries.follow(deadline):
+            if direction in ("", delivery.direction):
+                body = delivery.body
+                with contextlib.suppress(KeyError):  # it was not stored, or has been removed
+                    body = body or server.store.read(delivery.name)
+                yield delivery._replace(body=body)
 
     def wait_for(
         self,
@@ -6338,9 +6343,8 @@ class Inbox:
         Raises `AssertionError`, saying what did arrive, when the time is over, and at once when
         nothing can ever meet the criteria.
         """
-        wanted = Wanted(
-            predicate, type, pattern, in_reply_to, str(status), direction, clean
-        ).check()
+        wanted = Wanted(predicate, type, pattern, in_reply_to, status, direction, clean)
+        wanted = wanted.checked()
         arrived = ""
         for delivery in self.arriving(timeout, direction):
             try:
@@ -6357,27 +6361,18 @@ class Inbox:
         self,
         predicate: Callable[[Delivery], object] | None = None,
         *,
-        type: str = "",
-        pattern: str = "",
-        in_reply_to: str = "",
-        status: str | int = "",
-        direction: str = "in",
         within: float | None = 0,
+        **criteria: Any,
     ) -> None:
-        """Raise `AssertionError` if such a delivery, accepted or not, has arrived, or does in time.
+        """Raise `AssertionError` if such a delivery has arrived, or does within some seconds.
 
-        `within` is in seconds, None for ever. What the predicate raises is raised.
+        The criteria are those of `wait_for`, but unless a status is given, refused deliveries count
+        too. `within` may be None, for ever. What the predicate raises is raised.
         """
-        wanted = Wanted(predicate, type, pattern, in_reply_to, str(status), direction).check()
-        for delivery in self.arriving(within, direction):
+        wanted = Wanted(predicate, **criteria).checked()
+        for delivery in self.arriving(within, wanted.direction):
             if not wanted.mismatch(delivery):
                 raise AssertionError(f"an unexpected delivery: {delivery}")
-
-    def arriving(self, seconds: float | None, direction: str) -> Iterator[Delivery]:
-        """Yield the deliveries so far, and those that arrive in time; None is for ever."""
-        deadline = math.inf if seconds is None else time.monotonic() + seconds
-        followed = self.open_server.deliveries.follow(deadline)
-        return (self.complete(each) for each in followed if direction in ("", each.direction))
 
     def send(self, document: Any, url: str) -> Delivery:
         """Send a notification to another inbox; returns the outgoing delivery.
@@ -6385,7 +6380,7 @@ class Inbox:
         `document` is sent as JSON, or as it is if it is bytes. See `coarinbox.send`.
         """
         server = self.open_server
-        delivery = outgoing(document, url, "test", functools.partial(send, document, url))
+        delivery = outgoing(document, url, "test")
         recorded: Delivery = server.call(lambda: server.record(delivery))
         return recorded
 
@@ -6417,14 +6412,12 @@ class Inbox:
         Attempts that are refused anyway do not count. `retry_after` is seconds or an HTTP date,
         `delay` seconds. Raises `ValueError` when a value is unusable.
         """
-        given = {
-            "status": status,
-            "times": str(times),
-            "retry-after": retry_after,
-            "delay": f"{delay:.9f}" if delay else None,
-            "close": 1 if close else None,
-        }
+        given = {"status": status, "retry-after": retry_after, "times": str(times)}
         texts = {name: str(value) for name, value in given.items() if value is not None}
+        if delay:
+            texts["delay"] = f"{delay:.9f}"
+        if close:
+            texts["close"] = "1"
         check_parameters(texts, FAILURE_PARAMETERS)
         self.open_server.failures.push(Failure.from_values(texts))
 
@@ -6443,39 +6436,39 @@ def running(**settings: Any) -> Iterator[Inbox]:
     for name in settings.keys() - SETTINGS:
         raise ConfigurationError(f"unknown setting {name}{did_you_mean(name, SETTINGS)}")
     process = os.getpid()
-    directory = tempfile.mkdtemp(prefix="coarinbox-")
-    try:
+    with contextlib.ExitStack() as at_the_end:
+        directory = tempfile.mkdtemp(prefix="coarinbox-")
+        at_the_end.callback(shutil.rmtree, directory, ignore_errors=True)
         defaults = {"PORT": 0, "STORE_DIR": directory, "FSYNC": False}
         server = InboxServer(Settings(**{**defaults, **settings}))
+        at_the_end.callback(server.server_close)
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
+        at_the_end.callback(thread.join)
+        at_the_end.callback(server.stop, within=0)
         try:
             yield Inbox(server)
         finally:
-            if os.getpid() == process:  # a child that was forked leaves its parent's inbox alone
-                server.stop(within=0)
-                thread.join()
-                server.server_close()
-    finally:
-        if os.getpid() == process:
-            shutil.rmtree(directory, ignore_errors=True)
+            if os.getpid() != process:  # a child that was forked leaves its parent's inbox alone
+                at_the_end.pop_all()
     if server.bugs:
         raise RuntimeError("the inbox itself has failed") from server.bugs[0]
 
 
 # --- Command line --------------------------------------------------------------------------------
 #
-# `main` chooses what to do: `check_files`, `send_files`, `print_sample` or `serve`, each of which
-# takes the options and returns the exit status.
+# `main` chooses what to do: `check_files`, `send_files` or `serve`, each of which takes the options
+# and returns the exit status, or to print a sample.
 
-MAX_FILE = 67108864  # bytes of a file to send
 MAX_WAITING = 10_000  # lines of the log that may wait for standard error
 # Seconds within which a second signal is the same one: `timeout`, for one, sends it to a process
 # and to its group.
 DOUBLE_SIGNAL = 0.5
-# Windows has no SIGHUP.
+# Windows has no SIGHUP. Only Windows has SIGBREAK, with which other programs can end it there.
 STOP_SIGNALS = [
-    number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")
+    number
+    for number in signal.Signals
+    if number.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 ]
 
 
@@ -6514,11 +6507,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
+    """Combine the options that are settings with the file and the environment."""
     flags = {name: value for name, value in vars(options).items() if name.isupper()}
     return configure(options.config, flags, os.environ)
 
 
 def complain(text: object) -> None:
+    """Print a line to standard error."""
     print(escape_controls(f"coarinbox: {text}"), file=sys.stderr)
 
 
@@ -6528,19 +6523,18 @@ def files_below(path: str, onerror: Callable[[OSError], object]) -> list[str]:
         return [path]
     tree = os.walk(path, onerror=onerror)
     files = (os.path.join(folder, name) for folder, _, names in tree for name in names)
-    return sorted(
-        file for file in files if file.endswith((".json", ".jsonld")) and os.path.isfile(file)
-    )
+    named = sorted(file for file in files if file.endswith((".json", ".jsonld")))
+    return [file for file in named if os.path.isfile(file)]
 
 
-def read_file(path: str, limit: int) -> bytes:
-    """Read a file, or standard input for `-`, no further than is needed to see it is too large."""
+def read_file(path: str) -> bytes:
+    """Read a file, or standard input for `-`."""
     if path == "-":
-        return sys.stdin.buffer.read(limit + 1)
+        return sys.stdin.buffer.read()
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "not a regular file", path)  # a FIFO would block
     with open(path, "rb") as file:
-        return file.read(limit + 1)
+        return file.read()
 
 
 def assess_file(data: bytes, settings: Settings) -> Assessment:
@@ -6560,31 +6554,24 @@ def check_files(options: argparse.Namespace) -> int:
     """Validate files; returns the exit status: 1 if one is refused, 2 if one is unreadable."""
     settings = settings_of(options)
     unreadable: list[OSError] = []
-    checked = refused = warned = 0
-    for file in (file for path in options.check for file in files_below(path, unreadable.append)):
+    verdicts: collections.Counter[str] = collections.Counter()
+    files = [file for path in options.check for file in files_below(path, unreadable.append)]
+    for file in files:
         try:
-            data = read_file(file, settings.MAX_CONTENT_LENGTH)
+            errors, warnings = assess_file(read_file(file), settings)
         except OSError as error:
             unreadable.append(error)
             continue
-        errors, warnings = assess_file(data, settings)
-        checked += 1
-        refused += bool(errors)
-        warned += bool(warnings and not errors)
+        verdicts["refused" if errors else "warned" if warnings else "clean"] += 1
         found = errors + warnings
         lines = [f"{each.level} {each.pointer or '-'} {each.code} {each}" for each in found]
         for line in lines or ["ok"]:
             print(escape_controls(f"{file}: {line}"))
     for failed in unreadable:
         complain(f"{failed.filename}: {failed.strerror}")
+    checked, refused, warned = sum(verdicts.values()), verdicts["refused"], verdicts["warned"]
     complain(f"{checked} checked, {refused} refused, {warned} with warnings")
     return 2 if unreadable or not checked else int(refused > 0)
-
-
-def print_sample(options: argparse.Namespace) -> int:
-    """Print a valid notification; returns the exit status."""
-    print(json.dumps(sample(options.sample), indent=2))
-    return 0
 
 
 def send_files(options: argparse.Namespace) -> int:
@@ -6597,28 +6584,18 @@ def send_files(options: argparse.Namespace) -> int:
     status = 0
     for name, document in documents:
         try:
-            body = document or read_file(name, MAX_FILE)
-            answer = send(body, options.send, token=options.token)
+            answer = send(document or read_file(name), options.send, token=options.token)
         except OSError as error:
-            complain(f"{name}: {error if isinstance(error, SendError) else error.strerror}")
+            complain(f"{name}: {error.strerror or error}")
             status = 2
-        else:
-            print_answer(name, answer)
-            status = max(status, int(not answer.accepted))
+            continue
+        phrase = http.client.responses.get(answer.status, "")
+        words = f"{name}: {answer.status} {phrase} {answer.location}".split()
+        print(escape_controls(" ".join(words)))
+        for reason in answer.reasons():
+            print(escape_controls(f"  {clip(reason, 300)}"))
+        status = max(status, int(not answer.accepted))
     return status
-
-
-def print_answer(name: str, answer: Answer) -> None:
-    """Print a line for the answer to a notification, and one for each reason in it."""
-    phrase = http.client.responses.get(answer.status, "")
-    print(escape_controls(" ".join(f"{name}: {answer.status} {phrase} {answer.location}".split())))
-    reasons = answer.reasons()
-    if answer.status in NOT_AN_INBOX and not reasons:
-        reasons = ["this is no inbox, and no page there advertises one"]
-    elif 200 <= answer.status < 300 and not answer.accepted:
-        reasons = ["an inbox that accepts a notification answers 201 or 202", *reasons]
-    for reason in reasons:
-        print(escape_controls(f"  {clip(reason, 300)}"))
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -6677,50 +6654,83 @@ def run(server: InboxServer) -> None:
             signal.set_wakeup_fd(-1)  # before its number is that of another file
 
 
+COLORS = {"stored": 32, "queued": 32, "refused": 31, "failed": 31}  # green and red
+
+
+@functools.lru_cache(maxsize=2)  # most lines of a second need the same
+def local_time(second: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+
+
+class LineFormatter(logging.Formatter):
+    """Writes a line of the log with its time; the status of a delivery has a color."""
+
+    def __init__(self, is_colored: bool) -> None:
+        super().__init__("%(asctime)s %(message)s")
+        self.is_colored = is_colored
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        return local_time(int(record.created))
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        line = record.msg
+        if self.is_colored and isinstance(line, LogLine):
+            delivery = line.delivery
+            is_clean = not (delivery.is_stored and delivery.findings)
+            color = COLORS.get(delivery.verdict, 33) if is_clean else 33  # yellow
+            status, _, rest = record.message.partition(" ")
+            record.message = f"\x1b[{color}m{status}\x1b[0m {rest}"
+        return super().formatMessage(record)
+
+
 class StderrHandler(logging.Handler):
     """Writes log lines to standard error from a thread: a pipe that nobody reads would block."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        self.lines: queue.Queue[str | None] = queue.Queue(MAX_WAITING)
+        is_colored = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+        self.setFormatter(LineFormatter(is_colored))
+        # What waits to be written; an event is set when it is its turn, and None is the end.
+        self.lines: queue.SimpleQueue[str | threading.Event | None] = queue.SimpleQueue()
         self.dropped = 0
-        threading.Thread(target=self.write_lines, daemon=True).start()
+        self.writer = threading.Thread(target=self.write_lines, daemon=True)
+        self.writer.start()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Queue a line, or count it as dropped."""
-        try:
-            self.lines.put_nowait(self.format(record))
-        except queue.Full:
+        if self.lines.qsize() < MAX_WAITING:
+            self.lines.put(self.format(record))
+        else:
             self.dropped += 1
 
     def write_lines(self) -> None:
-        lines: list[str | None] = []
+        lines: list[str | threading.Event | None] = []
         while None not in lines:
             lines = [self.lines.get()]
             time.sleep(0.01)  # waking up for every line would slow down the loop
             lines += [self.lines.get() for _ in range(self.lines.qsize())]
             dropped, self.dropped = self.dropped, 0
-            text = "".join(f"{line}\n" for line in lines if line is not None)
+            text = "".join(f"{line}\n" for line in lines if isinstance(line, str))
             if dropped:
                 text += f"{dropped} lines were dropped: nobody read standard error\n"
             with contextlib.suppress(OSError, ValueError):
                 sys.stderr.write(text)
                 sys.stderr.flush()
-            for _ in lines:
-                self.lines.task_done()
+            for written in lines:
+                if isinstance(written, threading.Event):
+                    written.set()
 
     def flush(self) -> None:
         """Wait until everything is written, but not long."""
-        end = time.monotonic() + 0.5
-        while self.lines.unfinished_tasks and time.monotonic() < end:
-            time.sleep(0.01)
+        written = threading.Event()
+        self.lines.put(written)
+        if self.writer.is_alive():
+            written.wait(0.5)
 
     def close(self) -> None:
         """Write what is left, and end the thread."""
         self.flush()
-        with contextlib.suppress(queue.Full):
-            self.lines.put_nowait(None)
+        self.lines.put(None)
         super().close()
 
 
@@ -6728,7 +6738,8 @@ class StderrHandler(logging.Handler):
 def log_to_stderr() -> Iterator[None]:
     """Have the log written to standard error while a block lasts."""
     handler, level = StderrHandler(), LOG.level
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # it is quicker
+    # Nobody asks for these, and every line would pay for them.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)
     try:
@@ -6749,7 +6760,8 @@ def main(arguments: list[str] | None = None) -> int:
             if options.send is not None:
                 return send_files(options)
             if options.sample is not None:
-                return print_sample(options)
+                print(json.dumps(sample(options.sample), indent=2))
+                return 0
             return check_files(options) if options.check else serve(options)
         except (ConfigurationError, UnknownPatternError) as error:
             complain(error)

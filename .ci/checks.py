@@ -23,24 +23,20 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-LIMIT = 600  # seconds, for each command
-SHOWN = 40  # lines of the output of a check that passes
 TOOLS_MINOR = 11  # requirements.txt needs Python 3.11
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".ci/work/venv"
-REQUIREMENTS = ROOT / ".ci/requirements.txt"
 NOX = [str(VENV / "bin/python"), "-m", "nox", "--noxfile", str(ROOT / ".ci/noxfile.py")]
 # The programs that the checks need, and their Debian packages.
 PROGRAMS = {
     "chromedriver": "chromium-driver", "chromium": "chromium", "curl": "curl", "node": "nodejs",
     "npm": "npm", "nsenter": "util-linux", "openssl": "openssl", "unshare": "util-linux",
-    "valgrind": "valgrind", "wrk": "wrk",
+    "valgrind": "valgrind", "wget": "wget", "wrk": "wrk",
 }  # fmt: skip
 
 
@@ -50,10 +46,10 @@ class Report(NamedTuple):
     output: str
 
 
-def run(command: Sequence[str], limit: float = LIMIT, cwd: Path = ROOT) -> tuple[bool, str]:
+def run(command: Sequence[str], limit: float = 600, cwd: Path = ROOT) -> tuple[bool, str]:
     """Run a command for so many seconds at most; return whether it succeeded, and its output."""
+    null, succeeded = subprocess.DEVNULL, False
     # A pipe would stay open as long as a child that the command leaves behind.
-    note, null = "", subprocess.DEVNULL
     with tempfile.TemporaryFile() as file:
         try:
             process = subprocess.Popen(
@@ -62,39 +58,32 @@ def run(command: Sequence[str], limit: float = LIMIT, cwd: Path = ROOT) -> tuple
         except OSError as error:
             return False, f"{error}\n"
         try:
-            process.wait(limit)
+            succeeded = process.wait(limit) == 0
         except subprocess.TimeoutExpired:
-            note = f"\nkilled after {limit:g} seconds\n"
+            os.write(file.fileno(), b"\nkilled: it took too long\n")
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         file.seek(0)
-        output = file.read().decode(errors="replace")
-    return process.returncode == 0 and not note, output + note
+        return succeeded, file.read().decode(errors="replace")
 
 
 def check(*commands: Sequence[str]) -> Report:
     """Run commands until one fails, and count the tests that they ran, or else one check."""
-    output = ""
+    output, succeeded = "", True
     for command in commands:
-        succeeded, text = run(command)
-        output += text
-        if not succeeded:
-            break
+        if succeeded:
+            succeeded, text = run(command)
+            output += text
     passed, failed = count_tests(output) or (int(succeeded), 0)
-    if not failed and not succeeded:
-        failed = 1
     # Python cannot raise what goes wrong in a finalizer, such as the warning about an open file.
     failed += output.count("Exception ignored in")
-    return Report(passed, failed, output)
+    return Report(passed, failed or int(not succeeded), output)
 
 
 def count_tests(output: str) -> tuple[int, int] | None:
-    """Read how many tests passed and failed from the last lines of a run, if there was one."""
-    sums = re.findall(r"^(\d+) passed, (\d+) failed, \d+ skipped$", output, re.MULTILINE)
-    if sums:
-        return int(sums[-1][0]), int(sums[-1][1])
+    """Read how many tests passed and failed from the output of unittest, if it ran."""
     ran = re.search(r"^Ran (\d+) tests? in .*\n\n(?:OK|FAILED)(.*)$", output, re.MULTILINE)
     if not ran:
         return None
@@ -122,24 +111,14 @@ def install_packages() -> Report:
 
 
 def install_requirements() -> Report:
-    """Make the environment of the tools, unless it is there with these requirements."""
-    stamp, requirements = VENV / "requirements.txt", REQUIREMENTS.read_text()
-    if stamp.is_file() and stamp.read_text() == requirements and run([*NOX, "--version"])[0]:
-        return Report(1, 0, "nothing has changed\n")
-    others = [f"python3.{minor}" for minor in range(TOOLS_MINOR, 20)]
+    """Make the environment of the tools; what is there already stays."""
     code = f"import sys, ensurepip; sys.exit(sys.version_info < (3, {TOOLS_MINOR}))"
-    bases = [name for name in (sys.executable, *others) if run([name, "-c", code])[0]]
-    if not bases:
-        return Report(0, 1, f"there is no Python 3.{TOOLS_MINOR} or later with venv\n")
-    pip = [str(VENV / "bin/python"), "-m", "pip", "--disable-pip-version-check"]
-    report = check(
-        [bases[0], "-m", "venv", "--clear", str(VENV)],
-        [*pip, "install", "--quiet", "--no-deps", "--requirement", str(REQUIREMENTS)],
-        [*pip, "check"],
-    )
-    if not report.failed:
-        stamp.write_text(requirements)
-    return report
+    pip = [str(VENV / "bin/python"), "-m", "pip", "--disable-pip-version-check", "install"]
+    for name in (sys.executable, *(f"python3.{minor}" for minor in range(TOOLS_MINOR, 20))):
+        if run([name, "-c", code])[0]:
+            requirements = ("--requirement", str(ROOT / ".ci/requirements.txt"))
+            return check([name, "-m", "venv", str(VENV)], [*pip, "--quiet", *requirements])
+    return Report(0, 1, f"there is no Python 3.{TOOLS_MINOR} or later with venv\n")
 
 
 def reports() -> Iterator[tuple[str, Report]]:
@@ -162,13 +141,6 @@ def perform(session: str) -> tuple[str, Report]:
     return session, Report(0, 0, missing[1]) if missing else report
 
 
-def show(title: str, report: Report, seconds: float) -> None:
-    lines = report.output.rstrip().splitlines()
-    for line in lines if report.failed else lines[-SHOWN:]:
-        print(f"    {line}".rstrip())
-    print(f"--- {title}: {report.passed} passed, {report.failed} failed in {seconds:.1f} s\n")
-
-
 def main() -> int:
     # An exception instead of the sudden end, so that `run` ends the children too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
@@ -177,16 +149,19 @@ def main() -> int:
     extend_path()
     if sys.argv[1:]:
         return subprocess.run([*NOX, "--session", *sys.argv[1:]]).returncode
-    passed, failures, start = 0, {}, time.monotonic()
+    done = []
     for title, report in reports():
-        show(title, report, time.monotonic() - start)
-        passed, start = passed + report.passed, time.monotonic()
+        lines = report.output.rstrip().splitlines()
+        for line in lines if report.failed else lines[-40:]:
+            print(f"    {line}".rstrip())
+        print(f"--- {title}: {report.passed} passed, {report.failed} failed\n")
+        done.append((title, report))
+    for title, report in done:
         if report.failed:
-            failures[title] = report.failed
-    for title, failed in failures.items():
-        print(f"FAILED: {title} ({failed})")
-    print(f"{passed} passed, {sum(failures.values())} failed")
-    return 1 if failures else 0
+            print(f"FAILED: {title} ({report.failed})")
+    failed = sum(report.failed for _, report in done)
+    print(f"{sum(report.passed for _, report in done)} passed, {failed} failed")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

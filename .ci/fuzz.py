@@ -4,18 +4,17 @@
 
     bash .ci/run fuzz -- --requests 100000
 
-The same seed makes the same requests. Each answer has to be one of HTTP/1.1 and no 5xx, except for
-505 and failures that the request asks for, and the connection has to end in time. In the end the
-inbox must have the descriptors that it had, hardly more memory than half-way, no bug in its log,
-and every notification that it acknowledged; and it must still serve.
+The same seed makes the same requests. Each answer has to be one of HTTP/1.1 and no 5xx, but 505 and
+failures that the request asks for, and the connection has to end in time. In the end the inbox must
+have the descriptors that it had, hardly more memory than half-way, no bug in its log, and every
+notification that it acknowledged; and it must still serve.
 """
-
-from __future__ import annotations
 
 import argparse
 import collections
 import concurrent.futures
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -26,8 +25,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import NamedTuple
 
 from servers import BODY as REQUEST_REVIEW
 from servers import OURS, Server, post, running
@@ -79,21 +76,18 @@ LINES = (
 TARGETS = (
     b"/../../etc/passwd", b"/inbox/../../x", b"/inbox/..%2f..%2fx", b"/inbox/%2e%2e/x", b"//inbox",
     b"/inbox/%00", b"/inbox\\..\\x", b"/inbox/..;/x", b"/%69nbox", b"*", b"inbox", b"?", b"#",
-    b"/inbox#x",
-    b"http://", b"http://evil.example/inbox", b"http:///inbox", b"https://localhost:x/inbox",
-    b"/inbox?",
-    b"/inbox?status=999", b"/inbox?status=%ff", b"/inbox?&&&=", b"/deliveries?limit=0",
-    b"/" + b"a" * 70_000,
-    b"/deliveries?since=x", b"/deliveries?q=%00%ff", b"/deliveries/..", b"/deliveries/x/body",
-    b"/inbox?status=503", b"/inbox?status=500&times=1", b"/inbox?close=1", b"/inbox?delay=0.01",
+    b"/inbox#x", b"http://", b"http://evil.example/inbox", b"http:///inbox",
+    b"https://localhost:x/inbox", b"/inbox?", b"/inbox?status=999", b"/inbox?status=%ff",
+    b"/inbox?&&&=", b"/deliveries?limit=0", b"/" + b"a" * 70_000, b"/deliveries?since=x",
+    b"/deliveries?q=%00%ff", b"/deliveries/..", b"/deliveries/x/body", b"/inbox?status=503",
+    b"/inbox?status=500&times=1", b"/inbox?close=1", b"/inbox?delay=0.01",
 )  # fmt: skip
 BODIES = (
     b"", b"null", b"[]", b"{}", b"{" * 200, b"[" * 5000, b'{"a":' * 99 + b"1" + b"}" * 99, b"NaN",
     b'{"id": 1e999}', b'{"id": "\\ud800"}', b"\xef\xbb\xbf{}", b"\xff", b'{"type": [[[]]]}',
-    b"1" * 5000,
-    b'{"type": "Accept", "object": {"type": "Accept", "object": {"type": "Offer"}}}', b"\x00" * 9,
-    b'{"id": "http://[::1"}', b'{"origin": {"id": "http://\\u0000"}}', b'{"a": 1, "a": 2}',
-    b'"\\u202e"',
+    b"1" * 5000, b'{"type": "Accept", "object": {"type": "Accept", "object": {"type": "Offer"}}}',
+    b"\x00" * 9, b'{"id": "http://[::1"}', b'{"origin": {"id": "http://\\u0000"}}',
+    b'{"a": 1, "a": 2}', b'"\\u202e"',
 )  # fmt: skip
 VALUES = (
     "null", "5", "true", "[]", "{}", "-1e300", r'["Announce", 5]', '""', '"x"', '"http://"',
@@ -154,26 +148,8 @@ def malformed(seed: str) -> bytes:
     return request
 
 
-class Reply(NamedTuple):
-    request: bytes
-    received: bytes
-    hung: bool
-
-    def statuses(self) -> list[int]:
-        return [int(status) for status in re.findall(rb"HTTP/1\.1 ([0-9]{3}) ", self.received)]
-
-    def fault(self) -> str:
-        if self.hung:
-            return "the connection did not end"
-        if self.received and not self.received.startswith(b"HTTP/1.1 "):
-            return f"no answer of HTTP/1.1: {self.received[:60]!r}"
-        # A client may ask the inbox to fail, with `?status=503`.
-        wrong = [status for status in self.statuses() if status >= 500 and status != 505]
-        return f"answered with {wrong}" if wrong and b"status=5" not in self.request else ""
-
-
-def send(port: int, number: int, request: bytes) -> Reply:
-    """Send bytes on a new connection, half-close it, and read until the server closes it."""
+def send(port: int, number: int, request: bytes) -> bytes | None:
+    """Send bytes, half-close, and read until the server closes; None if it does not in time."""
     received = b""
     with socket.socket() as connection:
         # Ever new addresses and a reset at the end, or the ports of one address would run out.
@@ -190,32 +166,46 @@ def send(port: int, number: int, request: bytes) -> Reply:
         except ConnectionError:
             pass
         except OSError:
-            return Reply(request, received, hung=True)
-    return Reply(request, received, hung=False)
+            return None
+    return received
 
 
-def send_many(port: int, seed: int, numbers: range) -> list[Reply]:
-    def send_one(number: int) -> Reply:
-        return send(port, number, malformed(f"{seed}/{number}"))
+def statuses_of(received: bytes) -> list[int]:
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 ([0-9]{3}) ", received)]
 
+
+def fault_of(request: bytes, received: bytes | None) -> str:
+    """Return what is wrong with an answer, if anything is."""
+    if received is None:
+        return "the connection did not end"
+    if received and not received.startswith(b"HTTP/1.1 "):
+        return f"no answer of HTTP/1.1: {received[:60]!r}"
+    # A client may ask the inbox to fail, with `?status=503`.
+    wrong = [status for status in statuses_of(received) if status >= 500 and status != 505]
+    return f"answered with {wrong}" if wrong and b"status=5" not in request else ""
+
+
+def send_many(port: int, seed: int, numbers: range) -> Iterator[tuple[bytes, bytes | None]]:
+    """Send malformed requests, some at a time; yield each with what was received."""
+    requests = [malformed(f"{seed}/{number}") for number in numbers]
     with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
-        return list(pool.map(send_one, numbers))
+        yield from zip(requests, pool.map(send, itertools.repeat(port), numbers, requests))
 
 
 def check(server: Server, seed: int, number: int) -> Iterator[str]:
     """Send so many requests to an inbox, and yield what is wrong."""
     acknowledged: set[str] = set()
     statuses: collections.Counter[int] = collections.Counter()
-    send_many(server.port, seed, range(CLIENTS))  # some descriptors may stay open from then on
+    list(send_many(server.port, seed, range(CLIENTS)))  # some descriptors may stay open from now on
     time.sleep(0.5)
     before, memory = server.descriptors(), []
     for start in range(0, number, number // 10):
-        for reply in send_many(server.port, seed, range(start, start + number // 10)):
-            if reply.fault():
-                yield f"{reply.fault()}: {reply.request[:200]!r}"
-            statuses.update(reply.statuses())
-            found = re.findall(rf"Location: \S+({NAME})", reply.received.decode("latin-1"))
-            acknowledged.update(f"{name}.json" for name in found)
+        for request, received in send_many(server.port, seed, range(start, start + number // 10)):
+            if fault := fault_of(request, received):
+                yield f"{fault}: {request[:200]!r}"
+            statuses.update(statuses_of(received or b""))
+            found = re.findall(rb"Location: \S+(%b)" % NAME.encode(), received or b"")
+            acknowledged.update(f"{name.decode()}.json" for name in found)
         memory.append(server.memory())
     print(f"{number} requests, answered with {dict(sorted(statuses.items()))}")
     print("MB of memory:", *(f"{size:.1f}" for size in memory))
@@ -224,11 +214,10 @@ def check(server: Server, seed: int, number: int) -> Iterator[str]:
     started = time.monotonic()
     if not post(server.port) or time.monotonic() - started > 1:
         yield "a valid notification is not accepted within a second"
-    while server.descriptors() > before:
-        if time.monotonic() > started + PATIENCE:
-            yield f"{before} descriptors have become {server.descriptors()}"
-            break
+    while server.descriptors() > before and time.monotonic() < started + PATIENCE:
         time.sleep(0.05)
+    if server.descriptors() > before:
+        yield f"{before} descriptors have become {server.descriptors()}"
     stored = set(os.listdir(server.store))
     if not acknowledged or acknowledged - stored:
         yield f"of {len(acknowledged)} acknowledged, these are missing: {acknowledged - stored}"
@@ -243,12 +232,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     command = (OURS[0], "-W", "error", *OURS[1:])
-    with tempfile.NamedTemporaryFile() as file:
-        with running(command, log=file.name, FSYNC=False, REQUEST_TIMEOUT=5) as server:
+    with tempfile.NamedTemporaryFile("r", errors="replace") as log:
+        with running(command, log=log.name, FSYNC=False, REQUEST_TIMEOUT=5) as server:
             faults = list(check(server, options.seed, options.requests))
-        log = Path(file.name).read_text(errors="replace")
-    if bug := re.search("Traceback|Warning", log):
-        faults.append(f"a bug in its log: {log[max(0, bug.start() - 500) :][:2000]}")
+        text = log.read()
+    if bug := re.search("Traceback|Warning", text):
+        faults.append(f"a bug in its log: {text[max(0, bug.start() - 500) :][:2000]}")
     for fault in faults[:20]:
         print("FAULT:", fault)
     print(f"{len(faults)} faults")

@@ -4,16 +4,12 @@
 
     bash .ci/run mutants -- --seconds 600 --seed 7
 
-A mutant is the module with one expression or statement changed. The tests that execute that line
-run on it until one fails; code that only the import executes is tested by all of them. The session
-`measured_tests` has to run first, since it notes which test executes which line.
-
-A random sample is tried, as large as the time allows. A survivor is not always a gap, since some
-mutants do no harm; the exit status is 1 if the sample leaves no doubt that the tests kill less
-than 80 % of all. Texts for people are not changed, as a test of their wording would repeat it.
+A mutant is the module with one expression or statement changed, but for texts that people read.
+The tests that execute that line run on it until one fails. The session `measured_tests` has to run
+first: it notes which test executes which line. A random sample is tried, as large as the time
+allows. A survivor is not always a gap, since some mutants do no harm; the exit status is 1 if the
+sample leaves no doubt that the tests kill less than 80 % of all.
 """
-
-from __future__ import annotations
 
 import argparse
 import ast
@@ -37,13 +33,11 @@ from unittests import FIXTURE
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / ".ci/work/coverage"
-MODULE = "coarinbox.py"
+MODULE = ROOT / "coarinbox.py"
+SOURCE = MODULE.read_bytes()
 NEEDED = 0.8
 LEFT_OUT = "BrowserTest"  # takes half a minute for each mutant
-TEST_LIMIT = "20"  # seconds for one test of a mutant,
-LIMIT = 90  # and for all of them
-WORKERS = os.cpu_count() or 1
-UNITTESTS = (sys.executable, str(ROOT / ".ci/unittests.py"))
+LIMIT = 90  # seconds for all tests of a mutant
 PROSE = re.compile(r"[A-Za-z]{2,},? [A-Za-z]{2,}|\n")
 SWAPS: dict[type[ast.AST], str] = {
     ast.Eq: "!=", ast.NotEq: "==", ast.Is: "is not", ast.IsNot: "is", ast.In: "not in",
@@ -54,26 +48,19 @@ SWAPS: dict[type[ast.AST], str] = {
 
 
 class Mutant(NamedTuple):
-    line: int
-    start: int  # offsets in the bytes of the module
-    end: int
-    after: str  # what stands there instead
+    line: int = 0
+    start: int = 0  # offsets in the bytes of the module
+    end: int = 0
+    after: str = ""  # what stands there instead
 
-    def apply(self, source: bytes) -> bytes:
-        return source[: self.start] + self.after.encode() + source[self.end :]
-
-    def describe(self, source: bytes) -> str:
-        before = source[self.start : self.end].decode()
-        return f"{MODULE}:{self.line}: {' '.join(before.split())}  ->  {self.after}"
+    def __str__(self) -> str:
+        before = SOURCE[self.start : self.end].decode()
+        return f"{MODULE.name}:{self.line}: {' '.join(before.split())}  ->  {self.after}"
 
 
-UNCHANGED = Mutant(0, 0, 0, "")
-Queue = collections.deque[Mutant]
-
-
-def mutants(source: bytes) -> Iterator[Mutant]:
-    lines = [0, *itertools.accumulate(map(len, source.splitlines(keepends=True)))]
-    for parent in nodes(ast.parse(source)):
+def mutants() -> Iterator[Mutant]:
+    lines = [0, *itertools.accumulate(map(len, SOURCE.splitlines(keepends=True)))]
+    for parent in nodes(ast.parse(SOURCE)):
         for node, after in changes(parent):
             start = lines[node.lineno - 1] + node.col_offset
             end = lines[(node.end_lineno or 0) - 1] + (node.end_col_offset or 0)
@@ -135,39 +122,33 @@ def may_go(node: ast.stmt) -> bool:
 
 def read_tests() -> dict[int, list[str]]:
     """Return the tests for each line, those first that execute the fewest lines; 0 is for all."""
-    if not DATA.exists() or DATA.stat().st_mtime < (ROOT / MODULE).stat().st_mtime:
+    if not DATA.exists() or DATA.stat().st_mtime < MODULE.stat().st_mtime:
         sys.exit("the module has changed: perform the sessions measured_tests and coverage first")
     data = coverage.CoverageData(str(DATA))
     data.read()
-    by_line: dict[int, set[str]] = {}
-    for file in data.measured_files():
-        for line, tests in data.contexts_by_lineno(file).items():
-            by_line[line] = {test for test in tests if LEFT_OUT not in test} - {FIXTURE}
+    by_line = {
+        line: {test for test in tests if LEFT_OUT not in test} - {FIXTURE}
+        for line, tests in data.contexts_by_lineno(str(MODULE)).items()
+    }
     executed = collections.Counter(test for tests in by_line.values() for test in tests - {""})
-    every = [test for test, _ in executed.most_common()][::-1]
+    every = sorted(executed, key=executed.__getitem__)
     chosen = {0: every}
     for line, names in by_line.items():
         # All tests depend on what the import executes, and may depend on what only fixtures do.
-        some = names and "" not in names
-        chosen[line] = [test for test in every if test in names] if some else every
+        for_all = not names or "" in names
+        chosen[line] = every if for_all else [test for test in every if test in names]
     return chosen
 
 
-def try_mutants(queue: Queue, tests: dict[int, list[str]], end: float) -> dict[Mutant, bool]:
-    """Try mutants from a queue while there is time; return which of them pass the tests."""
-    source, passed = (ROOT / MODULE).read_bytes(), {}
+def passes(mutant: Mutant, tests: list[str]) -> bool:
+    """Run tests on a copy of this repository; return whether no test notices the mutant there."""
     with tempfile.TemporaryDirectory() as name:
-        copy = Path(name, "copy")
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "work", ".*_cache"))
-        while queue and time.monotonic() < end:
-            mutant = queue.popleft()
-            (copy / MODULE).write_bytes(mutant.apply(source))
-            # All tests have just passed in another session; here, some show that the copy works.
-            names = tests[0][:150] if mutant is UNCHANGED else tests.get(mutant.line, tests[0])
-            passed[mutant], _ = run([*UNITTESTS, "--failfast", *names], LIMIT, copy)
-            if passed[mutant] and mutant is not UNCHANGED:
-                sys.stdout.write(mutant.describe(source) + "\n")
-    return passed
+        ignored = shutil.ignore_patterns(".git", "work", ".*_cache")
+        copy = shutil.copytree(ROOT, Path(name, "copy"), ignore=ignored)
+        changed = SOURCE[: mutant.start] + mutant.after.encode() + SOURCE[mutant.end :]
+        (copy / MODULE.name).write_bytes(changed)
+        command = (sys.executable, str(ROOT / ".ci/unittests.py"), "--failfast", *tests)
+        return run(command, LIMIT, copy)[0]
 
 
 def main() -> int:
@@ -175,19 +156,24 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10_000))
     options = parser.parse_args()
-    found = list(mutants((ROOT / MODULE).read_bytes()))
+    found, tests = list(mutants()), read_tests()
     random.Random(options.seed).shuffle(found)  # noqa: S311
     print(f"{len(found)} mutants, sample of seed {options.seed}; survivors:", flush=True)
-    os.environ["TEST_LIMIT"] = TEST_LIMIT
-    tests, queue = read_tests(), collections.deque([UNCHANGED, *found])
-    end, passed = time.monotonic() + options.seconds, {}
-    with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
-        for result in pool.map(lambda _: try_mutants(queue, tests, end), range(WORKERS)):
-            passed.update(result)
-    if not passed.pop(UNCHANGED):
-        print("the tests fail without any mutant")
-        return 1
-    score = 1 - sum(passed.values()) / len(passed)
+    os.environ["TEST_LIMIT"] = "20"  # seconds for one of them
+    # All tests have just passed in another session; here, some show that the copy works.
+    if not passes(Mutant(), tests[0][:150]):
+        sys.exit("the tests fail without any mutant")
+    end, passed = time.monotonic() + options.seconds, []
+
+    def attempt(mutant: Mutant) -> None:
+        if time.monotonic() < end:
+            passed.append(passes(mutant, tests.get(mutant.line, tests[0])))
+            if passed[-1]:
+                sys.stdout.write(f"{mutant}\n")
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(attempt, found))
+    score = 1 - sum(passed) / len(passed)
     # Two standard deviations, or chance would decide whether a change lands.
     margin = 2 * (NEEDED * (1 - NEEDED) / len(passed)) ** 0.5
     print(f"{score:.0%} of {len(passed)} mutants killed, give or take {margin:.0%}")

@@ -7,12 +7,9 @@ They show an inbox on port 5005 that has received samples, some with faults. Nee
 """
 
 import contextlib
-import json
 import subprocess
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +17,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import coarinbox  # noqa: E402, it is beside this directory
-
-
-def deliver(url: str, document: Any, media_type: str = "application/ld+json") -> None:
-    """Deliver something; the pictures are to show whether it is refused, or dropped."""
-    body = document if isinstance(document, bytes) else json.dumps(document).encode()
-    request = urllib.request.Request(url, body, {"Content-Type": media_type})  # noqa: S310
-    with contextlib.suppress(urllib.error.HTTPError, ConnectionError):
-        urllib.request.urlopen(request).close()  # noqa: S310
 
 
 def example(inbox: coarinbox.Inbox, number: int, pattern: str) -> dict[str, Any]:
@@ -44,15 +33,15 @@ def example(inbox: coarinbox.Inbox, number: int, pattern: str) -> dict[str, Any]
 def fill(inbox: coarinbox.Inbox) -> str:
     """Deliver samples, with and without faults; returns the name of one with many."""
     for number, pattern in enumerate(coarinbox.RULES):
-        deliver(inbox.url, example(inbox, number, pattern))
-    deliver(inbox.url, b"{'id': 1}")
-    deliver(inbox.url, b"<html>", "text/html")
+        coarinbox.send(example(inbox, number, pattern), inbox.url)
+    coarinbox.send(b"{'id': 1}", inbox.url)
     warned = example(inbox, 8, "Request Endorsement")
     del warned["target"]["inbox"]
-    deliver(inbox.url, warned, "application/json")
+    coarinbox.send(warned, inbox.url)
     offer = example(inbox, 9, "Request Review")
     for failure in ("?status=503&times=1", "?close=1&times=1", ""):
-        deliver(inbox.url + failure, offer)
+        with contextlib.suppress(OSError):
+            coarinbox.send(offer, inbox.url + failure)
     delivered = inbox.deliveries[-1]
     for pattern in ("Tentatively Accept", "Announce Review"):
         inbox.reply(delivered, pattern, to=inbox.url)
@@ -60,7 +49,7 @@ def fill(inbox: coarinbox.Inbox) -> str:
     faulty |= {"id": "9c3f1d5e-6d0b-4f0e", "inReplyTo": "", "origin": faulty["origin"]["id"]}
     faulty["target"] = {"@id": inbox.url.removesuffix("inbox"), "type": "Service"}
     del faulty["object"]["ietf:cite-as"]
-    deliver(inbox.url, faulty)
+    coarinbox.send(faulty, inbox.url)
     return inbox.deliveries[-1].name
 
 

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: MIT
 # SPDX-FileCopyrightText: 2026 The coarinbox authors
-"""Run a server of notifications as a program, for the scripts beside this one. Needs Linux.
+"""Run an inbox as a program, for the scripts beside this one. Needs Linux.
 
 Public: `running` and the `Server` that it gives; the commands `OURS`, `FLASK`, `NODE` and `FLOOR`;
-`post`, and the notification that it delivers, `BODY`. Everything is reached as a user reaches it.
+`post`, and the notification that it delivers, `BODY`.
 """
-
-from __future__ import annotations
 
 import contextlib
 import http.client
@@ -23,23 +21,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-TMPFS, DISK = Path("/dev/shm"), ROOT / ".ci/work"  # noqa: S108, it is where the tmpfs is
-REQUEST_REVIEW = {
-    "@context": ["https://www.w3.org/ns/activitystreams", "https://coar-notify.net"],
-    "id": "urn:uuid:ID", "type": ["Offer", "coar-notify:ReviewAction"],
-    "actor": {"id": "https://orcid.org/0000-0002-1825-0097", "name": "Jo", "type": "Person"},
-    "origin": {"id": "https://a.example/", "inbox": "https://a.example/inbox", "type": "Service"},
-    "target": {"id": "https://b.ex/", "inbox": "http://localhost:PORT/inbox", "type": "Service"},
-    "object": {
-        "id": "https://a.example/421", "type": ["Page", "sorg:AboutPage"],
-        "ietf:cite-as": "https://doi.org/10.5/421", "ietf:item": {
-            "id": "https://a.example/421.pdf", "type": ["Article", "sorg:ScholarlyArticle"],
-            "mediaType": "application/pdf",
-        },
-    },
-}  # fmt: skip
-BODY = json.dumps(REQUEST_REVIEW)  # with ID and PORT to be replaced
+sys.path.insert(0, str(ROOT))
 
+import coarinbox  # noqa: E402, it is beside this directory
+
+TMPFS, DISK = Path("/dev/shm"), ROOT / ".ci/work"  # noqa: S108, it is where the tmpfs is
+# A notification that only needs an ID, and the PORT of the inbox that it is for.
+BODY = json.dumps({**coarinbox.sample("Request Review"), "id": "urn:uuid:ID"})
+BODY = BODY.replace("localhost:5005", "localhost:PORT")
 # The least that an inbox on `http.server` has to do: it answers 201.
 FLOOR_SERVER = """
 import http.server, os

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: MIT
 # SPDX-FileCopyrightText: 2026 The coarinbox authors
-"""Run the unit tests as `python -m unittest` does, and count every single one.
+"""Run the unit tests as `python -m unittest` does, for the sessions of .ci/noxfile.py.
 
     python .ci/unittests.py [ARGUMENT ...]
 
-The last line is `N passed, N failed, N skipped`. A test that takes longer than $TEST_LIMIT seconds
-ends the run with the stack of every thread; with $NO_SKIPS, a skipped test counts as failed. If
-coverage.py measures the run, each test is a context, in the processes that it starts as well; the
-context FIXTURE is for what happens between tests, and the empty one for the import.
+A test that takes longer than $TEST_LIMIT seconds ends the run with the stack of every thread; with
+$NO_SKIPS, a skipped test fails. If coverage.py measures the run, each test is a context, also in
+the processes that it starts. FIXTURE is for what happens between tests, "" for the import.
 """
 
 from __future__ import annotations
@@ -16,16 +15,12 @@ import faulthandler
 import os
 import sys
 import unittest
-from typing import Any
 
 LIMIT = float(os.environ.get("TEST_LIMIT", "120"))
-NO_SKIPS = "NO_SKIPS" in os.environ
 FIXTURE = "fixture"
 
 
 class Result(unittest.TextTestResult):
-    passed = 0
-
     def startTestRun(self) -> None:
         self.switch(FIXTURE)
 
@@ -46,27 +41,18 @@ class Result(unittest.TextTestResult):
             if measured:
                 measured.switch_context(context)
 
-    def addSuccess(self, test: unittest.TestCase) -> None:
-        super().addSuccess(test)
-        self.passed += 1
+    def stopTestRun(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+
+    def addSkip(self, test: unittest.TestCase, reason: str) -> None:
+        if "NO_SKIPS" in os.environ:
+            self.failures.append((test, f"skipped, where nothing may be skipped: {reason}"))
+        else:
+            super().addSkip(test, reason)
 
 
 class Runner(unittest.TextTestRunner):
     resultclass = Result  # type: ignore[assignment]
-
-    def run(self, test: Any) -> Any:
-        result: Any = super().run(test)
-        faulthandler.cancel_dump_traceback_later()
-        if NO_SKIPS:
-            for test, reason in result.skipped:
-                print(f"skipped, though nothing may be skipped here: {test}: {reason}")
-                result.failures.append((test, reason))
-        faults = [test for test, _ in result.failures + result.errors]
-        # Several subtests of one test are one failure.
-        failed = {getattr(test, "test_case", test).id() for test in faults}
-        failed |= {test.id() for test in result.unexpectedSuccesses}
-        print(f"{result.passed} passed, {len(failed)} failed, {len(result.skipped)} skipped")
-        return result
 
 
 if __name__ == "__main__":
