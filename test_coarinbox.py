@@ -54,7 +54,7 @@ import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import coarinbox
 
@@ -67,102 +67,66 @@ PROC = os.path.isdir("/proc/self/fd")  # where the descriptors of a process can 
 # --- Notifications -------------------------------------------------------------------------------
 
 ABSENT = object()  # as the value of a member: not there
-
-REPOSITORY = {
-    "id": "https://repository.example.org/",
-    "inbox": "https://repository.example.org/inbox/",
-    "type": "Service",
-}
-JOURNAL = {
-    "id": "https://journal.example.com/system",
-    "inbox": "https://journal.example.com/inbox",
-    "type": "Service",
-}
+NAMESPACES = AS2, COAR = "https://www.w3.org/ns/activitystreams", "https://coar-notify.net"
+PURL = "https://purl.org/coar/notify"  # the namespace in old notifications
+UUID = "94ecae35-dcfd-4182-8550-22c7164fe23f"
+OFFER_ID = "urn:uuid:0370c0fb-bb78-4a9b-87f5-bed307a509dd"
+# fmt: off
+REPOSITORY = {"id": "https://repository.example.org/", "type": "Service",
+              "inbox": "https://repository.example.org/inbox/"}
+JOURNAL = {"id": "https://journal.example.com/system", "type": "Service",
+           "inbox": "https://journal.example.com/inbox"}
 AUTHOR = {"id": "https://orcid.org/0000-0002-1825-0097", "name": "J. Carberry", "type": "Person"}
 EDITORS = {"id": "https://journal.example.com/", "name": "The Journal", "type": "Organization"}
 PREPRINT = {
-    "id": "https://repository.example.org/preprint/421",
+    "id": "https://repository.example.org/preprint/421", "type": ["Page", "sorg:AboutPage"],
     "ietf:cite-as": "https://doi.org/10.5555/12345680",
-    "ietf:item": {
-        "id": "https://repository.example.org/preprint/421/content.pdf",
-        "mediaType": "application/pdf",
-        "type": ["Article", "sorg:ScholarlyArticle"],
-    },
-    "type": ["Page", "sorg:AboutPage"],
+    "ietf:item": {"id": "https://repository.example.org/preprint/421/content.pdf",
+                  "mediaType": "application/pdf", "type": ["Article", "sorg:ScholarlyArticle"]},
 }
-REVIEW = {
-    "id": "https://journal.example.com/review/7",
-    "ietf:cite-as": "https://doi.org/10.5555/98765",
-    "type": ["Page", "sorg:Review"],
-}
+REVIEW = {"id": "https://journal.example.com/review/7", "type": ["Page", "sorg:Review"],
+          "ietf:cite-as": "https://doi.org/10.5555/98765"}
 RELATIONSHIP = {
-    "id": "urn:uuid:74fff356-0632-44d9-b176-888da85758dc",
+    "id": "urn:uuid:74fff356-0632-44d9-b176-888da85758dc", "type": "Relationship",
     "as:subject": "https://journal.example.com/article/1",
     "as:relationship": "http://purl.org/vocab/frbr/core#supplement",
-    "as:object": "https://repository.example.org/preprint/421",
-    "type": "Relationship",
+    "as:object": PREPRINT["id"], "ietf:cite-as": "https://doi.org/10.5555/1",
 }
-OFFER_ID = "urn:uuid:0370c0fb-bb78-4a9b-87f5-bed307a509dd"
-
-
-def notification(type_: Any, sender: Any, actor: Any, receiver: Any, **members: Any) -> Any:
-    return {
-        "@context": ["https://www.w3.org/ns/activitystreams", "https://coar-notify.net"],
-        "id": "urn:uuid:94ecae35-dcfd-4182-8550-22c7164fe23f",
-        "type": type_,
-        "origin": sender,
-        "target": receiver,
-        "actor": actor,
-        **members,
-    }
-
-
-def request(action: str) -> Any:
-    offer = notification(["Offer", action], REPOSITORY, AUTHOR, JOURNAL, object=PREPRINT)
-    return {**offer, "id": OFFER_ID}
-
-
-def answer(type_: str, action: str = "coar-notify:ReviewAction") -> Any:
-    offer = {name: value for name, value in request(action).items() if name != "@context"}
-    sender = (REPOSITORY, AUTHOR, JOURNAL) if type_ == "Undo" else (JOURNAL, EDITORS, REPOSITORY)
-    return notification(type_, *sender, inReplyTo=OFFER_ID, object=offer)
-
-
-def announce(type_: Any, object_: Any = REVIEW) -> Any:
-    about = {"context": PREPRINT, "inReplyTo": OFFER_ID, "object": object_}
-    return notification(type_, JOURNAL, EDITORS, REPOSITORY, **about)
-
-
-# One notification of each pattern, without any fault; as JSON, so that they share no parts.
-NOTIFICATIONS: dict[str, Any] = json.loads(
-    json.dumps(
-        {
-            "Accept": answer("Accept"),
-            "Announce Endorsement": announce(["Announce", "coar-notify:EndorsementAction"]),
-            "Announce Relationship": announce(
-                ["Announce", "coar-notify:RelationshipAction"],
-                {**RELATIONSHIP, "ietf:cite-as": "https://doi.org/10.5555/1"},
-            ),
-            "Announce Review": announce(["Announce", "coar-notify:ReviewAction"]),
-            "Announce Service Result": announce("Announce"),
-            "Reject": answer("Reject"),
-            "Request Endorsement": request("coar-notify:EndorsementAction"),
-            "Request Review": request("coar-notify:ReviewAction"),
-            "Tentatively Accept": answer("TentativeAccept"),
-            "Tentatively Reject": answer("TentativeReject"),
-            "Unprocessable Notification": notification(
-                ["Flag", "coar-notify:UnprocessableNotification"],
-                JOURNAL,
-                EDITORS,
-                REPOSITORY,
-                inReplyTo=OFFER_ID,
-                object={"id": OFFER_ID},
-                summary="It answers with 404.",
-            ),
-            "Undo Offer": answer("Undo", "coar-notify:EndorsementAction"),
-        }
-    )
+REQUEST = {"origin": REPOSITORY, "target": JOURNAL, "actor": AUTHOR, "object": PREPRINT}
+REVIEW_OFFER, ENDORSEMENT_OFFER = (
+    {"id": OFFER_ID, "type": ["Offer", f"coar-notify:{action}"], **REQUEST}
+    for action in ("ReviewAction", "EndorsementAction")
 )
+ANSWER = {"origin": JOURNAL, "target": REPOSITORY, "actor": EDITORS,
+          "inReplyTo": OFFER_ID, "object": REVIEW_OFFER}
+RESULT = {**ANSWER, "context": PREPRINT, "object": REVIEW}
+
+
+def notification(*types: str, **members: Any) -> Any:
+    type_ = types[0] if len(types) == 1 else list(types)
+    return {"@context": [*NAMESPACES], "id": f"urn:uuid:{UUID}", "type": type_, **members}
+
+
+# One notification of each pattern, without any fault.
+NOTIFICATIONS: dict[str, Any] = {
+    "Accept": notification("Accept", **ANSWER),
+    "Announce Endorsement": notification("Announce", "coar-notify:EndorsementAction", **RESULT),
+    "Announce Relationship": notification(
+        "Announce", "coar-notify:RelationshipAction", **{**RESULT, "object": RELATIONSHIP}),
+    "Announce Review": notification("Announce", "coar-notify:ReviewAction", **RESULT),
+    "Announce Service Result": notification("Announce", **RESULT),
+    "Reject": notification("Reject", **ANSWER),
+    "Request Endorsement": {**notification(), **ENDORSEMENT_OFFER},
+    "Request Review": {**notification(), **REVIEW_OFFER},
+    "Tentatively Accept": notification("TentativeAccept", **ANSWER),
+    "Tentatively Reject": notification("TentativeReject", **ANSWER),
+    "Unprocessable Notification": notification(
+        "Flag", "coar-notify:UnprocessableNotification", summary="It answers with 404.",
+        **{**ANSWER, "object": {"id": OFFER_ID}}),
+    "Undo Offer": notification(
+        "Undo", inReplyTo=OFFER_ID, **{**REQUEST, "object": ENDORSEMENT_OFFER}),
+}
+# fmt: on
 
 
 def changed(document: Any, member: str, value: Any) -> Any:
@@ -179,6 +143,15 @@ def changed(document: Any, member: str, value: Any) -> Any:
     return others
 
 
+def altered(name: str, **changes: Any) -> Any:
+    """Copy a notification with other values for members; `__` stands for the dot in a name."""
+    document = NOTIFICATIONS[name]
+    for member, value in changes.items():
+        member = {"at_context": "@context"}.get(member, member.replace("__", "."))
+        document = changed(document, member.replace("cite_as", "ietf:cite-as"), value)
+    return document
+
+
 def members(document: Any, prefix: str = "") -> list[str]:
     """List the dotted names of all the members of a notification, those of its parts included."""
     names = []
@@ -187,15 +160,6 @@ def members(document: Any, prefix: str = "") -> list[str]:
         if isinstance(value, dict):
             names += members(value, f"{prefix}{name}.")
     return names
-
-
-def altered(name: str, **changes: Any) -> Any:
-    """Copy a notification with other values for members; `__` stands for the dot in a name."""
-    document = NOTIFICATIONS[name]
-    for member, value in changes.items():
-        member = {"at_context": "@context"}.get(member, member.replace("__", "."))
-        document = changed(document, member.replace("cite_as", "ietf:cite-as"), value)
-    return document
 
 
 def addressed(document: Any, url: str) -> Any:
@@ -223,28 +187,46 @@ class Answer(NamedTuple):
         return json.loads(self.body)
 
 
-def ask(
-    server: Any, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        """Leave the redirect to the caller, as an answer like any other."""
+
+
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), NoRedirects)
+
+
+def with_defaults(body: Any, headers: dict[str, str] | None) -> tuple[Any, dict[str, str]]:
+    """Return a body, as JSON unless it is bytes, and its headers."""
+    if body is None:
+        return None, headers or {}
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return data, {"Content-Type": JSON_LD, **(headers or {})}
+
+
+def fetch(
+    url: str, method: str = "GET", body: Any = None, headers: dict[str, str] | None = None
 ) -> Answer:
-    """Send one request on a connection of its own; a body that is not bytes is sent as JSON."""
-    connection = http.client.HTTPConnection(*address(server), timeout=10)
+    """Send a request as a user's code would; a body that is not bytes is sent as JSON."""
+    request = urllib.request.Request(url, *with_defaults(body, headers), method=method)
     try:
-        return ask_on(connection, method, path, body, headers)
-    finally:
-        connection.close()
+        with OPENER.open(request, timeout=10) as response:
+            return Answer(response.status, response.headers, response.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return Answer(error.code, error.headers, error.read())  # type: ignore[arg-type]
+
+
+def ask(server: Any, method: str, path: str, *more: Any, **named: Any) -> Answer:
+    """Send a request to an inbox; `more` is as for `fetch`."""
+    host, port = address(server)
+    return fetch(f"http://{host}:{port}{path}", method, *more, **named)
 
 
 def ask_on(
-    connection: http.client.HTTPConnection,
-    method: str,
-    path: str,
-    body: Any = None,
-    headers: dict[str, str] | None = None,
+    connection: Any, method: str, path: str, body: Any = None, headers: Any = None
 ) -> Answer:
-    if body is not None and not isinstance(body, bytes):
-        body = json.dumps(body).encode()
-    defaults = {"Content-Type": JSON_LD} if body is not None else {}
-    connection.request(method, path, body, {**defaults, **(headers or {})})
+    """Send a request on a connection that others share."""
+    connection.request(method, path, *with_defaults(body, headers))
     response = connection.getresponse()
     return Answer(response.status, response.headers, response.read())
 
@@ -264,11 +246,8 @@ def raw(server: Any, data: bytes, then: str = "read") -> list[Answer]:
             connection.sendall(data)
         if then == "half-close":
             connection.shutdown(socket.SHUT_WR)
-        answers = []
         with connection.makefile("rb") as stream:
-            while line := stream.readline():
-                answers.append(read_answer(line, stream))
-        return answers
+            return [read_answer(line, stream) for line in iter(stream.readline, b"")]
 
 
 def read_answer(status_line: bytes, stream: Any) -> Answer:
@@ -312,6 +291,10 @@ def post_to(query: str = "", body: bytes = BODY) -> bytes:
     return head.replace(b"/inbox", b"/inbox" + query.encode(), 1) + body
 
 
+def path_of(url: str) -> str:
+    return "/" + url.split("/", 3)[3]
+
+
 def utc_now() -> str:
     now = datetime.datetime.now(datetime.timezone.utc)
     return now.strftime("%Y-%m-%dT%H:%M:%S.") + f"{now.microsecond // 1000:03}Z"
@@ -320,6 +303,19 @@ def utc_now() -> str:
 def files_in(store: Any) -> list[str]:
     """List what lies in a store beside the log of the deliveries."""
     return sorted(set(os.listdir(store)) - {"deliveries.jsonl"})
+
+
+Test = TypeVar("Test", bound=Callable[..., None])
+
+
+def with_settings(**settings: Any) -> Callable[[Test], Test]:
+    """Give the inbox of one test other settings than the class has."""
+
+    def decorate(test: Test) -> Test:
+        test.settings = settings  # type: ignore[attr-defined]
+        return test
+
+    return decorate
 
 
 class InboxTest(unittest.TestCase):
@@ -338,7 +334,8 @@ class InboxTest(unittest.TestCase):
         self.addCleanup(logger.setLevel, level)
         self.addCleanup(logger.removeHandler, handler)
         self.addCleanup(self.check_log)
-        context = serving(**self.settings)
+        test = getattr(self, self.id().rpartition(".")[2])
+        context = serving(**{**self.settings, **getattr(test, "settings", {})})
         self.server = context.__enter__()
         self.addCleanup(context.__exit__, None, None, None)
 
@@ -360,6 +357,11 @@ class InboxTest(unittest.TestCase):
     def ask(self, *arguments: Any, **more: Any) -> Answer:
         return ask(self.server, *arguments, **more)
 
+    def ask_raw(self, data: bytes, then: str = "half-close") -> Answer:
+        """Send bytes as they are, and return the one answer to them; see `raw`."""
+        (answer,) = raw(self.server, data, then)
+        return answer
+
     def post(self, document: Any = ACCEPT, **headers: str) -> Answer:
         names = {name.replace("_", "-"): value for name, value in headers.items()}
         return self.ask("POST", "/inbox", document, names)
@@ -368,18 +370,16 @@ class InboxTest(unittest.TestCase):
         files = files_in(self.server.store.directory)
         return [name[: -len(".json")] for name in files if name.endswith(".json")]
 
-    def listed(self, **more: Any) -> list[str]:
-        listing = self.ask("GET", "/inbox", **more).json()
-        return [entry["@id"] for entry in listing["ldp:contains"]]
+    def listed(self) -> list[str]:
+        return [entry["@id"] for entry in self.ask("GET", "/inbox").json()["ldp:contains"]]
 
     def assert_problem(self, answer: Answer, status: int) -> Any:
         """Assert that an answer is a problem document (RFC 9457); returns it."""
         self.assertEqual(answer.status, status, answer)
         self.assertEqual(answer.headers["Content-Type"], "application/problem+json")
         problem = answer.json()
-        self.assertEqual(problem["status"], status)
+        self.assertEqual((problem["type"], problem["status"]), ("about:blank", status))
         self.assertTrue(problem["title"] and problem["detail"])
-        self.assertEqual(problem["type"], "about:blank")
         return problem
 
     def assert_serves(self) -> None:
@@ -388,155 +388,182 @@ class InboxTest(unittest.TestCase):
 
 # --- Rules ---------------------------------------------------------------------------------------
 
-# Each rule, broken: code, level, pattern, member, the value that breaks it.
+
+class Fault(NamedTuple):
+    """A notification with one fault: what a member must be, and a value that is not that."""
+
+    pattern: str
+    member: str
+    need: str
+    level: str
+    value: Any
+    text: str = ""  # a part of the message
+
+    @property
+    def code(self) -> str:
+        return f"{self.member}-{self.need}"
+
+    @property
+    def document(self) -> Any:
+        return changed(NOTIFICATIONS[self.pattern], self.member, self.value)
+
+
+SPECIFICATION = "https://coar-notify.net/specification/1.0.1/"
+REMOVED = "Request Ingest and Announce Ingest were removed in specification 1.0.0"
+WHOLE_OFFER = "write the complete Offer, without its `@context`"
+REVIEW_REQUEST = '["Offer", "coar-notify:ReviewAction"] (Request Review)'
+ENDORSEMENT = '["Offer", "coar-notify:EndorsementAction"] (Request Endorsement)'
+ANNOUNCED_REVIEW = '["Announce", "coar-notify:ReviewAction"] (Announce Review)'
+A_PAGE = 'write `["Page", "sorg:AboutPage"]`'
 # fmt: off
-BROKEN: list[tuple[str, str, str, str, Any]] = [
-    ("@context-required", M, "Accept", "@context", ABSENT),
-    ("@context-namespaces", M, "Accept", "@context", "https://www.w3.org/ns/activitystreams"),
-    ("@context-namespaces", M, "Reject", "@context", ["https://www.w3.org/ns/activitystreams"]),
-    ("@context-namespaces", M, "Reject", "@context", ["https://coar-notify.net"]),
-    ("@context-namespaces", M, "Reject", "@context", [{"as": "https://example.org/"}, 5]),
-    ("@context-current", S, "Accept", "@context",
-     ["https://www.w3.org/ns/activitystreams", "https://purl.org/coar/notify"]),
-    ("@context-current", S, "Accept", "@context",
-     ["https://www.w3.org/ns/activitystreams", "https://purl.org/coar/notify/"]),
-    ("@context-current", S, "Undo Offer", "@context",
-     ["https://www.w3.org/ns/activitystreams", "https://coar-notify.net/"]),
-    ("@context-current", S, "Undo Offer", "@context",
-     ["https://www.w3.org/ns/activitystreams/", "https://coar-notify.net"]),
-    ("@context-order", S, "Accept", "@context",
-     ["https://coar-notify.net", "https://www.w3.org/ns/activitystreams"]),
-    ("@context-order", S, "Accept", "@context",
-     [{"x": "https://x.example/"}, "https://www.w3.org/ns/activitystreams", "https://coar-notify.net"]),
-    ("id-required", E, "Request Review", "id", ABSENT),
-    ("id-required", E, "Announce Review", "id", None),
-    ("id-absolute-uri", E, "Request Review", "id", "/notifications/1"),
-    ("id-absolute-uri", E, "Announce Review", "id", ["urn:uuid:1"]),
-    ("id-preferred", S, "Request Review", "id", "urn:uuid:94ecae35dcfd4182855022c7164fe23f"),
-    ("id-preferred", S, "Reject", "id", "info:notification/1"),
-    ("id-preferred", S, "Reject", "id", "https://repository.example.org/notifications/1"),
-    ("id-preferred", S, "Reject", "id", "URN:UUID:94ecae35-dcfd-4182-8550-22c7164fe23f"),
-    ("type-required", E, "Accept", "type", ABSENT),
-    ("type-required", E, "Accept", "type", []),
-    ("type-strings", E, "Accept", "type", ["Accept", 5]),
-    ("type-strings", E, "Accept", "type", ["Accept", None]),
-    ("type-order", S, "Request Review", "type", ["coar-notify:ReviewAction", "x:Y", "Offer"]),
-    ("type-pattern", E, "Accept", "type", "Acept"),
-    ("type-pattern", E, "Request Review", "type", ["Offer", "coar-notify:IngestAction"]),
-    ("type-known-actions", S, "Announce Service Result", "type", ["Announce", "ReviewAction"]),
-    ("type-known-actions", S, "Announce Service Result", "type",
-     ["Announce", "coar-notify:EndorsmentAction"]),
-    ("type-known-actions", S, "Announce Service Result", "type",
-     ["Announce", "coar-notify:IngestAction"]),
-    ("origin-required", E, "Announce Review", "origin", ABSENT),
-    ("origin-object", E, "Accept", "origin", "https://repository.example.org/"),
-    ("origin.id-required", E, "Accept", "origin.id", ABSENT),
-    ("origin.id-http-uri", E, "Announce Endorsement", "origin.id", OFFER_ID),
-    ("origin.type-required", M, "Accept", "origin.type", ABSENT),
-    ("origin.type-strings", M, "Accept", "origin.type", {"@id": "Service"}),
-    ("origin.type-service", S, "Accept", "origin.type", ["Application"]),
-    ("origin.inbox-required", S, "Accept", "origin.inbox", ABSENT),
-    ("origin.inbox-http-uri", M, "Accept", "origin.inbox", "mailto:inbox@example.org"),
-    ("target-required", E, "Accept", "target", None),
-    ("target-object", E, "Announce Relationship", "target", []),
-    ("target.id-required", E, "Accept", "target.id", ABSENT),
-    ("target.id-http-uri", E, "Accept", "target.id", 7),
-    ("target.type-required", M, "Undo Offer", "target.type", ABSENT),
-    ("target.type-strings", M, "Undo Offer", "target.type", [["Service"]]),
-    ("target.type-service", S, "Undo Offer", "target.type", "Person"),
-    ("target.inbox-required", M, "Accept", "target.inbox", ABSENT),
-    ("target.inbox-http-uri", M, "Accept", "target.inbox", "/inbox"),
-    ("object-required", E, "Announce Review", "object", ABSENT),
-    ("object-object", E, "Unprocessable Notification", "object", OFFER_ID),
-    ("object.id-required", E, "Request Review", "object.id", ABSENT),
-    ("object.id-absolute-uri", E, "Announce Review", "object.id", "review/7"),
-    ("object.id-http-uri", M, "Request Review", "object.id", "doi:10.5555/12345680"),
-    ("actor-required", S, "Accept", "actor", ABSENT),
-    ("actor-object", E, "Announce Service Result", "actor", "J. Carberry"),
-    ("actor.id-required", M, "Accept", "actor.id", ABSENT),
-    ("actor.id-absolute-uri", E, "Accept", "actor.id", "0000-0002-1825-0097"),
-    ("actor.id-http-uri", S, "Accept", "actor.id", "mailto:editor@example.org"),
-    ("actor.type-required", M, "Accept", "actor.type", ABSENT),
-    ("actor.type-strings", E, "Accept", "actor.type", ["Person", None]),
-    ("actor.type-actor", E, "Accept", "actor.type", "Robot"),
-    ("actor.type-actor", E, "Accept", "actor.type", []),
-    ("actor.type-single", S, "Accept", "actor.type", ["Person"]),
-    ("actor.name-required", S, "Accept", "actor.name", ABSENT),
-    ("actor.name-text", S, "Accept", "actor.name", " "),
-    ("inReplyTo-required", E, "Accept", "inReplyTo", ABSENT),
-    ("inReplyTo-required", E, "Unprocessable Notification", "inReplyTo", ABSENT),
-    ("inReplyTo-absolute-uri", E, "Announce Review", "inReplyTo", "previous"),
-    ("inReplyTo-equals-object.id", E, "Reject", "inReplyTo", "urn:uuid:another"),
-    ("inReplyTo-equals-object.id", S, "Unprocessable Notification", "inReplyTo", "urn:uuid:no"),
-    ("context-required", E, "Announce Relationship", "context", ABSENT),
-    ("context-object", E, "Announce Review", "context", "https://example.org/preprint/421"),
-    ("context.id-required", E, "Announce Review", "context.id", ABSENT),
-    ("context.id-http-uri", E, "Announce Review", "context.id", "doi:10.5555/12345680"),
-    ("context.id-equals-object.as:object", M, "Announce Relationship", "context.id",
-     "https://repository.example.org/preprint/422"),
-    ("context.type-strings", M, "Announce Review", "context.type", ["Page", "sorg:AboutPage", 5]),
-    ("context.type-as2-object", M, "Announce Review", "context.type", "sorg:AboutPage"),
-    ("context.type-about-page", S, "Announce Review", "context.type", "Page"),
-    ("context.ietf:cite-as-http-uri", S, "Announce Review", "context.ietf:cite-as", "10.5555/1"),
-    ("context.ietf:item-object", M, "Announce Review", "context.ietf:item", "content.pdf"),
-    ("context.ietf:item.id-required", M, "Announce Review", "context.ietf:item.id", ABSENT),
-    ("context.ietf:item.id-http-uri", M, "Announce Review", "context.ietf:item.id", "1.pdf"),
-    ("context.ietf:item.type-required", M, "Announce Review", "context.ietf:item.type", ABSENT),
-    ("context.ietf:item.type-strings", M, "Announce Review", "context.ietf:item.type",
-     ["Article", "sorg:Article", {}]),
-    ("context.ietf:item.type-as2-object", M, "Announce Review", "context.ietf:item.type", "PDF"),
-    ("context.ietf:item.type-schema", S, "Announce Review", "context.ietf:item.type", "Article"),
-    ("context.ietf:item.mediaType-required", M, "Announce Review", "context.ietf:item.mediaType",
-     ABSENT),
-    ("context.ietf:item.mediaType-media-type", M, "Announce Review",
-     "context.ietf:item.mediaType", "pdf"),
-    ("object.type-required", M, "Request Review", "object.type", ABSENT),
-    ("object.type-required", E, "Announce Review", "object.type", ABSENT),
-    ("object.type-required", M, "Announce Endorsement", "object.type", []),
-    ("object.type-required", E, "Accept", "object.type", ABSENT),
-    ("object.type-as2-object", M, "Request Endorsement", "object.type", ["sorg:AboutPage"]),
-    ("object.type-as2-object", E, "Announce Review", "object.type", "sorg:Review"),
-    ("object.type-as2-object", M, "Announce Endorsement", "object.type", "sorg:Review"),
-    ("object.type-about-page", S, "Request Review", "object.type", ["Page", "sorg:WebPage"]),
-    ("object.type-schema", S, "Announce Review", "object.type", "Page"),
-    ("object.type-schema", S, "Announce Service Result", "object.type", ["Page", "x:Report"]),
-    ("object.type-strings", M, "Request Review", "object.type", ["Page", "sorg:AboutPage", None]),
-    ("object.type-strings", M, "Announce Review", "object.type", ["Page", "sorg:Review", 5]),
-    ("object.type-strings", E, "Tentatively Accept", "object.type", 5),
-    ("object.type-offer", M, "Tentatively Reject", "object.type", "Invite"),
-    ("object.type-pattern", S, "Tentatively Reject", "object.type", "Offer"),
-    ("object.@context-unexpected", S, "Undo Offer", "object.@context",
-     ["https://www.w3.org/ns/activitystreams", "https://coar-notify.net"]),
-    ("object.ietf:cite-as-required", S, "Request Review", "object.ietf:cite-as", ABSENT),
-    ("object.ietf:cite-as-required", S, "Announce Review", "object.ietf:cite-as", ABSENT),
-    ("object.ietf:cite-as-http-uri", S, "Request Review", "object.ietf:cite-as", "doi:10.5555/1"),
-    ("object.ietf:cite-as-http-uri", S, "Announce Review", "object.ietf:cite-as", "doi:10.5555/1"),
-    ("object.ietf:item-required", M, "Request Review", "object.ietf:item", ABSENT),
-    ("object.ietf:item-object", M, "Request Review", "object.ietf:item", ["1.pdf"]),
-    ("object.ietf:item.id-required", M, "Request Review", "object.ietf:item.id", ABSENT),
-    ("object.ietf:item.id-http-uri", M, "Request Review", "object.ietf:item.id", "1.pdf"),
-    ("object.ietf:item.type-required", M, "Request Review", "object.ietf:item.type", ABSENT),
-    ("object.ietf:item.type-strings", M, "Request Review", "object.ietf:item.type",
-     ["Article", "sorg:Article", 5]),
-    ("object.ietf:item.type-as2-object", M, "Request Review", "object.ietf:item.type", "PDF"),
-    ("object.ietf:item.type-schema", S, "Request Review", "object.ietf:item.type", "Article"),
-    ("object.ietf:item.mediaType-required", M, "Request Review", "object.ietf:item.mediaType",
-     ABSENT),
-    ("object.ietf:item.mediaType-media-type", M, "Request Review",
-     "object.ietf:item.mediaType", "application"),
-    ("object.as:subject-required", E, "Announce Relationship", "object.as:subject", ABSENT),
-    ("object.as:subject-absolute-uri", E, "Announce Relationship", "object.as:subject", "this"),
-    ("object.as:relationship-required", E, "Announce Relationship", "object.as:relationship",
-     ABSENT),
-    ("object.as:relationship-absolute-uri", E, "Announce Relationship",
-     "object.as:relationship", "supplement"),
-    ("object.as:object-required", E, "Announce Relationship", "object.as:object", ABSENT),
-    ("object.as:object-absolute-uri", E, "Announce Relationship", "object.as:object", {}),
-    ("summary-required", E, "Unprocessable Notification", "summary", ABSENT),
-    ("summary-text", M, "Unprocessable Notification", "summary", ""),
-    ("summary-text", M, "Unprocessable Notification", "summary", 5),
-    ("summary-string", S, "Undo Offer", "summary", ["withdrawn"]),
+MEANT: dict[str, list[Any]] = {  # by the pattern, the types that were probably meant to fit it
+    REVIEW_REQUEST: [
+        ["Offer", "RequestReview"], ["ReviewAction", "Offer"], ["Offer", "coar-notify:Review"],
+        ["as:Offer", "https://purl.org/coar/notify_vocabulary/review-action/"],
+        "Offer, coar-notify:ReviewAction",
+    ],
+    ENDORSEMENT: [["Offer", "coar-notify:EndorsmentAction"]],
+    f"{ENDORSEMENT} or {REVIEW_REQUEST}": ["Offer"],
+    f"{ANNOUNCED_REVIEW} or {REVIEW_REQUEST}": ["coar-notify:ReviewAction"],
+    '"TentativeAccept" (Tentatively Accept)': ["TentativelyAccept", f"{AS2}#TentativeAccept"],
+    '"Accept" (Accept)': ["accept", "Acept"],
+}
+# By pattern: a member, what it must be, how bad it is, a value that is not that, and what is said.
+WRONG: dict[str, list[Any]] = {
+    "Accept": [
+        ("@context", "namespaces", M, AS2, f'write `["{AS2}", "{COAR}"]`'),
+        ("@context", "namespaces", M, [AS2]), ("@context", "namespaces", M, [COAR]),
+        ("@context", "namespaces", M, [{"as": "https://example.org/"}, 5]),
+        ("@context", "current", S, [AS2, PURL], f"found `{PURL}`; write `{COAR}`"),
+        ("@context", "current", S, [AS2, f"{COAR}/"], f"found `{COAR}/`; write `{COAR}`"),
+        ("@context", "current", S, [f"{AS2}/", f"{PURL}/"],
+         f"found `{AS2}/`; write `{AS2}`; found `{PURL}/`; write `{COAR}`"),
+        ("@context", "order", S, [COAR, AS2], f"@context should begin with {AS2}"),
+        ("@context", "order", S, [{"dv": "https://dataverse.example.org/"}, AS2, COAR]),
+        ("id", "preferred", S, f"URN:UUID:{UUID.upper()}", f"write `urn:uuid:{UUID}`"),
+        ("id", "preferred", S, f"urn:uuid:{UUID.replace('-', '')}", f"write `urn:uuid:{UUID}`"),
+        ("id", "preferred", S, "info:notification/1", "write `urn:uuid:…` with a new UUID"),
+        ("type", "strings", E, ["Accept", None], 'write `"Accept"`'),
+        ("origin", "object", E, JOURNAL["id"], f'`{{"id": "{JOURNAL["id"]}", "type": "Service"'),
+        ("origin.id", "http-uri", E, OFFER_ID, 'write `"https://…"`'),
+        ("origin.type", "strings", M, ["Service", {}], 'write `"Service"`'),
+        ("origin.type", "service", S, ["Application"], "origin.type should include Service"),
+        ("origin.type", "service", S, "http://a.example/ns#Service", "write `Service`"),
+        ("origin.inbox", "http-uri", M, "mailto:inbox@example.org"), ("target", "object", E, []),
+        ("target.id", "http-uri", E, 7), ("target.type", "strings", M, ["Service", ["Service"]]),
+        ("target.type", "service", S, "Person"), ("target.inbox", "http-uri", M, "/inbox"),
+        ("target.inbox", "http-uri", M, "http://a\n", "remove the white space; write `http://a`"),
+        ("target.inbox", "http-uri", M, {"id": "http://a.example/"}, "write `http://a.example/`"),
+        ("target.inbox", "http-uri", M, "localhost:80/", "write `http://localhost:80/`"),
+        ("object", "object", E, OFFER_ID, WHOLE_OFFER),
+        ("object", "object", E, [PREPRINT], "write the object alone, without the list around it"),
+        ("object.id", "required", E, ABSENT, f'write `"id": "{OFFER_ID}"`'),
+        ("actor", "object", E, "Jane", 'write `{"id": "https://…", "type": "Person", "name"'),
+        ("actor", "object", E, AUTHOR["id"], f'write `{{"id": "{AUTHOR["id"]}", "type": "Person"'),
+        ("actor.id", "absolute-uri", E, "0000-0002-1825-0097", f"write `{AUTHOR['id']}`"),
+        ("actor.id", "absolute-uri", E, "", "actor.id must be an absolute URI; it is empty"),
+        ("actor.id", "http-uri", S, "mailto:editor@example.org"), ("actor.name", "text", S, " "),
+        ("actor.type", "actor", E, "Robot"), ("actor.type", "actor", E, []),
+        ("actor.type", "actor", E, "as:Organization", "write `Organization`"),
+        ("actor.type", "actor", E, "organisation", "write `Organization`"),
+        ("actor.type", "strings", E, ["Person", None], 'write `"Person"`'),
+        ("actor.type", "single", S, ["Person"]),
+        ("inReplyTo", "required", E, ABSENT, f'write `"inReplyTo": "{OFFER_ID}"`'),
+        ("inReplyTo", "absolute-uri", E, [{"@id": OFFER_ID}], f"write `{OFFER_ID}`"),
+        ("inReplyTo", "equals-object.id", E, "urn:x", f"must equal object.id; write `{OFFER_ID}`"),
+        ("object.type", "strings", E, 5), ("object.type", "pattern", S, "Offer", WHOLE_OFFER),
+        ("object.type", "offer", M, "Invite", "object.type must include Offer"),
+        ("object.@context", "unexpected", S, [*NAMESPACES], "should be left out"),
+        ("summary", "string", S, ["withdrawn"]),
+    ],
+    "Announce Endorsement": [
+        ("object.type", "as2-object", M, ["page", "sorg:WebPage"], "found `page`; write `Page`"),
+    ],
+    "Announce Relationship": [
+        ("context.id", "required", E, ABSENT, f'write `"id": "{PREPRINT["id"]}"`'),
+        ("context.id", "equals-object.as:object", M, "http://a.example/1"),
+        ("object.type", "as2-object", E, "relationship", "write `Relationship`"),
+        ("object.as:object", "absolute-uri", E, {}), ("object.as:subject", "absolute-uri", E, "x"),
+        ("object.as:relationship", "absolute-uri", E, "supplement"),
+    ],
+    "Announce Review": [
+        ("id", "absolute-uri", E, ["urn:uuid:1"], "write `urn:uuid:1`"),
+        ("inReplyTo", "absolute-uri", E, "previous", 'write `"urn:uuid:…"`'),
+        ("context", "object", E, PREPRINT["id"]), ("context.id", "http-uri", E, "doi:10.5555/1"),
+        ("object.id", "absolute-uri", E, "review/7"), ("object.type", "schema", S, "Page"),
+        ("object.type", "as2-object", E, "sorg:Review", 'write `["Page", "sorg:Review"]`'),
+        ("object.type", "strings", M, ["Page", "sorg:Review", 5]),
+        ("object.ietf:cite-as", "http-uri", S, "doi:10.5555/1", "`https://doi.org/10.5555/1`"),
+    ],
+    "Announce Service Result": [
+        ("type", "known-actions", S, ["Announce", "coar:IngestAction"], REMOVED),
+        ("type", "known-actions", S, ["Announce", "x:OtherAction"], "found `x:OtherAction`"),
+        *(("type", "known-actions", S, ["Announce", found],
+           f"found `{found}`; did you mean {ANNOUNCED_REVIEW}?") for found in """
+            ReviewAction coar:ReviewAction coar_notify:ReviewAction coar-notify:reviewAction
+            coar-notify:RevieuAction http://coar-notify.net/specification/vocabulary/ReviewAction
+            https://purl.org/coar/notify_vocabulary/review-action/""".split()),
+        ("type", "known-actions", S, ["Announce", "coar-notify:X"], "found `coar-notify:X`"),
+        ("object.type", "schema", S, ["Page", "x:Report"]),
+    ],
+    "Request Review": [
+        ("id", "absolute-uri", E, "/notifications/1", 'write `"urn:uuid:…"`'),
+        ("type", "pattern", E, ["Offer", "coar-notify:IngestAction"], f"a pattern; {REMOVED}"),
+        *(("type", "pattern", E, types, f"type must fit a pattern; did you mean {meant}?")
+          for meant, given in MEANT.items() for types in given),
+        ("type", "pattern", E, "Flag", 'did you mean ["Flag", "coar-notify:UnprocessableNotif'),
+        *(("type", "pattern", E, types, f"; write the types of one, such as {REVIEW_REQUEST}")
+          for types in ("Create", ["Person"], {"@id": "Offer"})),
+        ("type", "order", S, ["coar-notify:ReviewAction", "x:Y", "Offer"],
+         'write `["Offer", "coar-notify:ReviewAction", "x:Y"]`'),
+        ("object", "object", E, PREPRINT["id"], f'`{{"id": "{PREPRINT["id"]}", "type": ["Page", "'),
+        ("object.id", "http-uri", M, "doi:10.5555/1", "write `https://doi.org/10.5555/1`"),
+    ],
+    "Unprocessable Notification": [
+        ("object", "object", E, OFFER_ID, f'write `{{"id": "{OFFER_ID}"}}`'),
+        ("inReplyTo", "equals-object.id", S, "urn:x"),
+        ("summary", "text", M, "", 'write `"…"`'), ("summary", "text", M, 5),
+    ],
+}
+FAULTS = [Fault(pattern, *row) for pattern, rows in WRONG.items() for row in rows] + [
+    # A resource is the object of a request, or the context of an announcement.
+    Fault(pattern, f"{part}.{member}", need, level, value, text)
+    for part, pattern in (("object", "Request Review"), ("context", "Announce Review"))
+    for member, need, level, value, text in [
+        ("type", "strings", M, ["Page", "sorg:AboutPage", None], A_PAGE),
+        ("type", "as2-object", M, "sorg:AboutPage", A_PAGE),
+        ("type", "about-page", S, ["Page", "x:AboutPage"], "write `sorg:AboutPage`"),
+        ("ietf:cite-as", "http-uri", S, "10.5555/1", "write `https://doi.org/10.5555/1`"),
+        ("ietf:item", "object", M, ["1.pdf"], 'write `{"id": "https://…", "type": ["Article"'),
+        ("ietf:item", "object", M, "http://a.example/1", 'write `{"id": "http://a.example/1"'),
+        ("ietf:item.id", "http-uri", M, "http://a.example/a b", "write `http://a.example/a%20b`"),
+        ("ietf:item.type", "strings", M, ["Article", "sorg:Text", 5], '["Article", "sorg:Text"]'),
+        ("ietf:item.type", "as2-object", M, ["PDF", "sorg:Text"], "such as Page, Article or Doc"),
+        ("ietf:item.type", "schema", S, "Article", "such as sorg:ScholarlyArticle"),
+        ("ietf:item.mediaType", "media-type", M, "pdf", 'write `"application/pdf"`'),
+        ("ietf:item.mediaType", "media-type", M, "application/", 'write `"application/pdf"`'),
+    ]
+] + [
+    Fault(pattern, member, "required", level, ABSENT, f"{member} is missing; it ")
+    for pattern, level, names in [
+        ("Accept", E, "id type origin origin.id target target.id object object.id object.type"),
+        ("Accept", M, "@context origin.type target.type target.inbox actor.id actor.type"),
+        ("Accept", S, "origin.inbox actor actor.name"),
+        ("Announce Endorsement", M, "object.type"),
+        ("Announce Relationship", E, "object.as:subject object.as:relationship object.as:object"),
+        ("Announce Review", E, "id object object.type context context.id"),
+        ("Announce Review", M, "context.ietf:item.id context.ietf:item.type"),
+        ("Announce Review", M, "context.ietf:item.mediaType"),
+        ("Announce Review", S, "object.ietf:cite-as"),
+        ("Request Review", M, "object.type object.ietf:item object.ietf:item.id"),
+        ("Request Review", M, "object.ietf:item.type object.ietf:item.mediaType"),
+        ("Request Review", S, "object.ietf:cite-as"),
+        ("Unprocessable Notification", E, "inReplyTo object.id summary"),
+    ] for member in names.split()
 ]
+# Rules that cannot be broken alone, and what is broken as well.
+ALONG = {"object.type-offer": ["object.type-pattern"],
+         "object.as:object-absolute-uri": ["context.id-equals-object.as:object"]}
 # fmt: on
 
 
@@ -546,124 +573,82 @@ def codes(document: Any) -> set[tuple[str, str, str]]:
 
 class RulesTest(unittest.TestCase):
     def test_there_is_a_faultless_notification_of_each_pattern(self) -> None:
+        pages = (
+            "accept announce-endorsement announce-relationship announce-review announce-resource"
+            " reject request-endorsement request-review tentative-accept tentative-reject"
+            " unprocessable undo-offer"
+        )
         self.assertEqual(list(NOTIFICATIONS), [pattern.name for pattern in coarinbox.PATTERNS])
-        self.assertEqual(len(NOTIFICATIONS), 12)
-        for name, document in NOTIFICATIONS.items():
-            with self.subTest(name):
-                pattern = coarinbox.pattern_of(document)
-                self.assertEqual(pattern and pattern.name, name)
-                self.assertEqual(coarinbox.validate(document), [])
+        for (name, document), page in zip(NOTIFICATIONS.items(), pages.split()):
+            pattern = coarinbox.pattern_of(document)
+            assert pattern
+            self.assertEqual((pattern.name, pattern.spec), (name, f"{SPECIFICATION}{page}/"))
+            self.assertEqual(coarinbox.validate(document), [])
 
-    def test_each_rule_reports_what_breaks_it_at_its_member(self) -> None:
-        for code, level, name, member, value in BROKEN:
-            with self.subTest(code, pattern=name, value=value):
-                found = codes(changed(NOTIFICATIONS[name], member, value))
-                self.assertIn((level, "/" + member.replace(".", "/"), code), found)
+    def test_one_fault_is_one_finding_at_its_member_that_says_what_to_write(self) -> None:
+        for fault in FAULTS:
+            with self.subTest(fault=fault):
+                found, *others = coarinbox.validate(fault.document)
+                pointer = "/" + fault.member.replace(".", "/")
+                expected = (fault.level, pointer, fault.code)
+                self.assertEqual((found.level, found.pointer, found.code), expected)
+                self.assertIn(fault.text, found.message)
+                self.assertEqual("did you mean" in found.message, "did you mean" in fault.text)
+                self.assertEqual(found.message, "; ".join(filter(None, [found.fault, found.fix])))
+                self.assertNotIn(found.fix or "write", found.fault)
+                self.assertEqual([each.code for each in others], ALONG.get(fault.code, []))
+                pattern = coarinbox.pattern_of(fault.document)
+                self.assertEqual(found.spec, pattern.spec if pattern else SPECIFICATION)
 
-    def test_no_rule_is_without_an_example_that_breaks_it(self) -> None:
-        rules = {constraint["code"] for constraint in coarinbox.constraints()}
-        # The whole notification is the one member that cannot be replaced in itself.
-        self.assertEqual(
-            {code for code, *_ in BROKEN} | {"notification-object", "notification-required"},
-            rules - set(coarinbox.DELIVERY_RULES),  # see ArrivalTest
-        )
+    def test_the_list_of_constraints_holds_these_rules_with_their_levels(self) -> None:
+        listed = {rule["code"]: rule for rule in coarinbox.constraints()}
+        others = {"notification-object", "notification-required", *coarinbox.DELIVERY_RULES}
+        self.assertEqual({fault.code for fault in FAULTS} | others, set(listed))
+        for fault in FAULTS:
+            self.assertEqual(listed[fault.code]["levels"].get(fault.pattern), fault.level, fault)
+        for pattern in coarinbox.PATTERNS:
+            for rule in coarinbox.constraints_of(pattern):
+                levels = {**listed[rule["code"]]["levels"], pattern.name: rule.pop("level")}
+                self.assertEqual({**rule, "levels": levels}, listed[rule["code"]])
+        self.assertEqual(listed["type-order"]["refused_by"], ["PCI", "PREreview"])
+        self.assertEqual(listed["id-preferred"]["refused_by"], ["DSpace", "Software Heritage"])
 
-    def test_the_levels_of_the_examples_are_those_of_the_list_of_constraints(self) -> None:
-        levels = {rule["code"]: rule["levels"] for rule in coarinbox.constraints()}
-        for code, level, name, _, _ in BROKEN:
-            with self.subTest(code, pattern=name):
-                self.assertEqual(levels[code].get(name), level)
-
-    def test_what_is_no_object_is_one_fault(self) -> None:
+    def test_what_is_no_notification_at_all(self) -> None:
         for document in ([], [ACCEPT], "text", json.dumps(ACCEPT), 5, 1.5, True, False):
-            with self.subTest(document=document):
-                self.assertEqual(codes(document), {(E, "", "notification-object")})
+            self.assertEqual(codes(document), {(E, "", "notification-object")}, document)
         self.assertEqual(codes(None), {(E, "", "notification-required")})
+        pointers = {pointer for level, pointer, _ in codes({"type": "Nothing"}) if level == E}
+        self.assertEqual(pointers, {"/id", "/type", "/origin", "/target", "/object"})
 
-    def test_every_fault_is_reported_and_says_where_and_why(self) -> None:
-        document = changed(NOTIFICATIONS["Request Review"], "origin.id", "here")
-        document = changed(document, "target", ABSENT)
-        document = changed(document, "object.ietf:item.mediaType", "pdf")
-        spec = "https://coar-notify.net/specification/1.0.1/request-review/"
-        service = '{"id": "https://…", "type": "Service", "inbox": "https://…"}'
-        self.assertEqual(
-            [found.as_json() for found in coarinbox.validate(document)],
-            [
-                {
-                    "level": "E",
-                    "pointer": "/origin/id",
-                    "code": "origin.id-http-uri",
-                    "message": 'origin.id must be an HTTP URI; write `"https://…"`',
-                    "spec": spec,
-                    "value": "here",
-                    "fix": 'write `"https://…"`',
-                },
-                {
-                    "level": "E",
-                    "pointer": "/target",
-                    "code": "target-required",
-                    "message": "target is missing; it must be an object;"
-                    f' write `"target": {service}`',
-                    "spec": spec,
-                    "fix": f'write `"target": {service}`',
-                },
-                {
-                    "level": "M",
-                    "pointer": "/object/ietf:item/mediaType",
-                    "code": "object.ietf:item.mediaType-media-type",
-                    "message": "object.ietf:item.mediaType must be a media type, type/subtype;"
-                    ' write `"application/pdf"`',
-                    "spec": spec,
-                    "value": "pdf",
-                    "fix": 'write `"application/pdf"`',
-                },
-            ],
-        )
-
-    def test_one_fault_is_one_finding(self) -> None:
-        activity_streams, coar_notify = ACCEPT["@context"]
-        purl = "https://purl.org/coar/notify"
-        for name, member, value, expected in [
-            ("Accept", "id", "offer-1", ["id-absolute-uri"]),
-            ("Request Review", "object.id", 5, ["object.id-absolute-uri"]),
-            ("Accept", "actor.id", "J. Carberry", ["actor.id-absolute-uri"]),
-            ("Accept", "inReplyTo", 5, ["inReplyTo-absolute-uri"]),
-            ("Accept", "inReplyTo", ABSENT, ["inReplyTo-required"]),
-            ("Unprocessable Notification", "summary", 5, ["summary-text"]),
-            ("Unprocessable Notification", "object.id", ABSENT, ["object.id-required"]),
-            ("Accept", "@context", [coar_notify], ["@context-namespaces"]),
-            ("Accept", "@context", [activity_streams, purl, coar_notify], []),
-            ("Accept", "@context", [activity_streams, coar_notify, {"x": "https://x.example"}], []),
-            ("Announce Relationship", "object.as:object", ABSENT, ["object.as:object-required"]),
-            ("Request Review", "origin", "the repository", ["origin-object"]),
-        ]:
-            with self.subTest(name, member=member, value=value):
-                found = coarinbox.validate(changed(NOTIFICATIONS[name], member, value))
-                self.assertEqual([each.code for each in found], expected)
-
-    def test_a_finding_survives_being_written_as_json(self) -> None:
-        for name, document in NOTIFICATIONS.items():
-            for member in ("id", "actor.name", "object.type"):
-                for found in coarinbox.validate(changed(document, member, ABSENT)):
-                    with self.subTest(name, code=found.code):
-                        text = json.dumps(found.as_json())
-                        self.assertEqual(coarinbox.Finding.from_json(json.loads(text)), found)
-        for broken in ({}, {"level": "E"}, {**found.as_json(), "message": 5}):
+    def test_a_finding_says_where_and_why_and_survives_being_written_as_json(self) -> None:
+        document = altered("Request Review", origin__id="here", target=ABSENT, actor__name=ABSENT)
+        wrong, missing, refused = coarinbox.validate(document)
+        fix = 'write `"https://…"`'
+        self.assertEqual(wrong.as_json(), {
+            "level": "E", "pointer": "/origin/id", "code": "origin.id-http-uri", "value": "here",
+            "message": f"origin.id must be an HTTP URI; {fix}", "fix": fix,
+            "spec": f"{SPECIFICATION}request-review/",
+        })  # fmt: skip
+        example = '{"id": "https://…", "type": "Service", "inbox": "https://…"}'
+        fix = f'write `"target": {example}`'
+        self.assertEqual(missing.message, f"target is missing; it must be an object; {fix}")
+        self.assertEqual(refused.as_json()["refused_by"], ("PCI", "PREreview"))
+        self.assertEqual(str(refused), f"{refused.message} (refused by PCI, PREreview)")
+        for found in (wrong, missing, refused):
+            text = json.dumps(found.as_json())
+            self.assertEqual(coarinbox.Finding.from_json(json.loads(text)), found)
+        for broken in ({}, {"level": "E"}, {**wrong.as_json(), "message": 5}):
             with self.assertRaises(TypeError):
                 coarinbox.Finding.from_json(broken)
 
-    def test_fault_and_fix_make_up_the_message(self) -> None:
-        for _, _, name, member, value in BROKEN:
-            for found in coarinbox.validate(changed(NOTIFICATIONS[name], member, value)):
-                with self.subTest(found.code, value=value):
-                    whole = f"{found.fault}; {found.fix}" if found.fix else found.fault
-                    self.assertEqual(found.message, whole)
-                    self.assertNotIn(found.fix or "write", found.fault)
-
-    def test_without_a_pattern_the_rules_for_all_of_them_apply(self) -> None:
-        found = codes({"type": "Nothing"})
-        pointers = {pointer for level, pointer, _ in found if level == E}
-        self.assertEqual(pointers, {"/id", "/type", "/origin", "/target", "/object"})
+    def test_a_value_is_repeated_where_it_is_short_and_json(self) -> None:
+        for value, repeated in [
+            (5, 5), (["x"], ["x"]), ("x" * 98, "x" * 98), ("x" * 99, None), (math.nan, None),
+            ([["x"] * 99], None),
+        ]:  # fmt: skip
+            (finding,) = coarinbox.validate(changed(ACCEPT, "actor", value))
+            self.assertEqual(finding.value, repeated)
+            self.assertEqual("value" in finding.as_json(), repeated is not None)
 
     def test_the_most_specific_pattern_wins_then_the_first_of_the_table(self) -> None:
         examples: list[tuple[Any, str | None]] = [
@@ -673,336 +658,117 @@ class RulesTest(unittest.TestCase):
             (["Undo", "Reject"], "Reject"),
             (["Announce", "coar-notify:ReviewAction", "coar-notify:EndorsementAction"],
              "Announce Endorsement"),
-            ("accept", None),
-            ("Offer", None),
-            ([], None),
+            ("accept", None), ("Offer", None), ([], None),
         ]  # fmt: skip
         for types, name in examples:
-            with self.subTest(types=types):
-                pattern = coarinbox.pattern_of({"type": types})
-                self.assertEqual(pattern and pattern.name, name)
+            pattern = coarinbox.pattern_of({"type": types})
+            self.assertEqual(pattern and pattern.name, name, types)
 
-    def test_null_counts_as_absent(self) -> None:
+    def test_null_counts_as_absent_and_so_does_an_empty_list_of_types(self) -> None:
         for name, document in NOTIFICATIONS.items():
             for member in members(document):
+                absent = codes(changed(document, member, ABSENT))
                 with self.subTest(name, member=member):
-                    self.assertEqual(
-                        codes(changed(document, member, None)),
-                        codes(changed(document, member, ABSENT)),
-                    )
+                    self.assertEqual(codes(changed(document, member, None)), absent)
+                    if member.endswith("type") and not member.endswith("actor.type"):
+                        self.assertEqual(codes(changed(document, member, [])), absent)
 
-    def test_an_empty_list_of_types_counts_as_absent(self) -> None:
-        for name, document in NOTIFICATIONS.items():
-            for member in members(document):
-                if member.endswith("type") and not member.endswith("actor.type"):
-                    with self.subTest(name, member=member):
-                        self.assertEqual(
-                            codes(changed(document, member, [])),
-                            codes(changed(document, member, ABSENT)),
-                        )
-
-    def test_unknown_members_are_never_a_finding(self) -> None:
-        for name, document in NOTIFICATIONS.items():
-            for parent in ["", "origin.", "target.", "object.", "actor."]:
-                with self.subTest(name, parent=parent):
-                    self.assertEqual(codes(changed(document, parent + "x:unknown", 5)), set())
+    def test_what_breaks_no_rule(self) -> None:
+        for name, member, value in [
+            ("Accept", "id", f"urn:uuid:{UUID.upper()}"),
+            ("Accept", "@context", [AS2, PURL, COAR]),
+            ("Accept", "@context", [AS2, COAR, {"x": "https://x.example"}]),
+            ("Accept", "type", ["Accept", "coar-notify:ReviewAction"]),  # of WEKO
+            ("Announce Endorsement", "context", {"id": PREPRINT["id"]}),  # of PCI
+            ("Announce Endorsement", "object.type", ["Page", "sorg:WebPage"]),
+            ("Announce Service Result", "object.ietf:cite-as", ABSENT),
+            *(("Announce Service Result", "type", ["Announce", type_])
+              for type_ in ("sorg:ReviewAction", "http://schema.org/Action", "Create", "x:Review")),
+            *((name, f"{part}x:unknown", 5) for name in NOTIFICATIONS
+              for part in ("", "origin.", "target.", "object.", "actor.")),
+        ]:  # fmt: skip
+            with self.subTest(name, member=member, value=value):
+                self.assertEqual(codes(changed(NOTIFICATIONS[name], member, value)), set())
 
     def test_in_an_embedded_offer_only_level_e_is_kept_up(self) -> None:
-        for code, level, name, member, value in BROKEN:
-            if name.startswith("Request") and member not in ("@context", "type", "id"):
-                with self.subTest(code, value=value):
-                    offer = changed(NOTIFICATIONS[name], member, value)
-                    document = changed(ACCEPT, "object", changed(offer, "@context", ABSENT))
-                    pointer = "/object/" + member.replace(".", "/")
-                    self.assertIn((E if level == E else S, pointer, code), codes(document))
+        for fault in FAULTS:
+            if fault.pattern.startswith("Request") and fault.member not in ("type", "id"):
+                with self.subTest(fault=fault):
+                    offered = changed(fault.document, "@context", ABSENT)
+                    (found,) = coarinbox.validate(changed(ACCEPT, "object", offered))
+                    self.assertEqual(found.level, E if fault.level == E else S)
+                    self.assertEqual(found.pointer, "/object/" + fault.member.replace(".", "/"))
+                    self.assertEqual((found.code, found.refused_by), (fault.code, ()))
 
-    def test_an_embedded_notification_of_no_pattern_needs_no_more_than_its_id(self) -> None:
-        document = changed(ACCEPT, "object", {"id": OFFER_ID, "type": ["Offer", "x:Action"]})
-        self.assertEqual(codes(document), {(S, "/object/type", "object.type-pattern")})
-
-    def test_offers_within_each_other_are_followed_for_a_few_levels_only(self) -> None:
-        document: Any = "an Offer"
-        for _ in range(90):
-            document = {**ACCEPT, "object": document}
-        pointers = {found.pointer for found in coarinbox.validate(document)}
-        self.assertTrue(any(pointer.startswith("/object/object") for pointer in pointers))
-        self.assertLess(max(pointer.count("/object") for pointer in pointers), 10)
-
-    def test_a_fault_of_the_embedded_id_is_reported_once(self) -> None:
-        document = changed(ACCEPT, "object.id", "offer")
-        found = [entry for entry in codes(document) if entry[1] == "/object/id" and entry[0] == E]
-        self.assertEqual(found, [(E, "/object/id", "object.id-absolute-uri")])
-        announced = changed(NOTIFICATIONS["Announce Review"], "context.id", "urn:x")
-        found = [each for each in codes(changed(ACCEPT, "object", announced)) if each[0] == E]
-        self.assertIn((E, "/object/context/id", "context.id-http-uri"), found)
-        self.assertNotIn(
-            (S, "/object/context/id", "context.id-http-uri"),
-            codes(changed(ACCEPT, "object", announced)),
-        )
-
-    def test_a_value_is_repeated_where_it_is_short_and_json(self) -> None:
-        for value, repeated in [
-            (5, 5), (["x"], ["x"]), ("x" * 98, "x" * 98), ("x" * 99, None), (math.nan, None),
-        ]:  # fmt: skip
-            (finding,) = coarinbox.validate(changed(ACCEPT, "actor", value))
-            self.assertEqual(finding.value, repeated)
+    def test_what_is_embedded_needs_an_id_and_each_fault_of_it_is_reported_once(self) -> None:
+        announced = altered("Announce Review", context__id="urn:x")
+        for offered, member, level, code in [
+            ({"id": OFFER_ID, "type": ["Offer", "x:Action"]}, "type", S, "object.type-pattern"),
+            ({**REVIEW_OFFER, "id": "offer"}, "id", E, "object.id-absolute-uri"),
+            (announced, "context/id", E, "context.id-http-uri"),
+        ]:
+            found = codes(altered("Accept", object=offered, inReplyTo=offered["id"]))
+            pointer = f"/object/{member}"
+            found = {each for each in found if each[1] == pointer}
+            self.assertEqual(found, {(level, pointer, code)})
 
     def test_it_neither_raises_nor_changes_what_it_is_given(self) -> None:
         deep: Any = "x"
         for _ in range(900):
             deep = {"type": "Accept", "object": deep, "id": ["x"]}
-        self.assertTrue(coarinbox.validate(deep))
+        pointers = {found.pointer for found in coarinbox.validate(deep)}
+        self.assertIn("/object/object/id", pointers)  # it follows a few levels only
+        self.assertLess(max(pointer.count("/object") for pointer in pointers), 10)
         self.assertTrue(coarinbox.validate({"id": 10**5000}))
         for document in [
-            {"id": float("inf"), "inReplyTo": float("nan")},
-            {"type": "T" * 10**6},
-            {"type": [str(n) for n in range(10**5)]},
-            {"type": "Accept", "object": {"type": [[]]}, "@context": {}},
-        ]:
+            {"id": math.inf, "inReplyTo": math.nan}, {"type": [str(n) for n in range(10**5)]},
+            {"type": "Accept", "object": {"type": [[]]}, "@context": {}}, {"type": "T" * 10**6},
+        ]:  # fmt: skip
             before = repr(document)
             self.assertTrue(coarinbox.validate(document))
             self.assertEqual(repr(document), before)
-
-    def test_the_pages_of_the_specification(self) -> None:
-        pages = {
-            "Accept": "accept",
-            "Announce Endorsement": "announce-endorsement",
-            "Announce Relationship": "announce-relationship",
-            "Announce Review": "announce-review",
-            "Announce Service Result": "announce-resource",
-            "Reject": "reject",
-            "Request Endorsement": "request-endorsement",
-            "Request Review": "request-review",
-            "Tentatively Accept": "tentative-accept",
-            "Tentatively Reject": "tentative-reject",
-            "Unprocessable Notification": "unprocessable",
-            "Undo Offer": "undo-offer",
-        }
-        for name, document in NOTIFICATIONS.items():
-            (found,) = coarinbox.validate(changed(document, "target.inbox", ABSENT))
-            url = f"https://coar-notify.net/specification/1.0.1/{pages[name]}/"
-            self.assertEqual(found.spec, url)
-        found = coarinbox.validate({})[0]
-        self.assertEqual(found.spec, "https://coar-notify.net/specification/1.0.1/")
-
-    def test_what_is_no_variant_of_a_namespace_is_not_taken_for_one(self) -> None:
-        document = changed(ACCEPT, "@context", ["https://www.w3.org/ns/activitystreams"])
-        found = [each.code for each in coarinbox.validate(document)]
-        self.assertEqual(found, ["@context-namespaces"])
-
-    def test_the_demands_in_words(self) -> None:
-        for member, value, message in [
-            ("origin.type", "Person", "origin.type should include Service"),
-            ("object.type", "Accept", "object.type must include Offer"),
-            ("inReplyTo", "urn:x", "inReplyTo must equal object.id"),
-            ("target.inbox", ABSENT, "target.inbox is missing; it must be an HTTP URI"),
-            ("actor.id", "", "actor.id must be an absolute URI; it is empty"),
-        ]:
-            found = coarinbox.validate(changed(ACCEPT, member, value))
-            self.assertIn(message, [each.fault for each in found])
-
-    def test_a_value_is_repeated_only_where_it_is_short(self) -> None:
-        for value, repeated in [("x" * 50, True), ("x" * 500, False), ([["x"] * 99], False)]:
-            (found,) = coarinbox.validate(changed(ACCEPT, "origin.id", value))
-            self.assertEqual("value" in found.as_json(), repeated)
-
-
-# What was written for a member, and what the message says instead: pattern, member, value, text.
-# fmt: off
-HINTS: list[tuple[str, str, Any, str]] = [
-    ("Accept", "id", "94ecae35-dcfd-4182-8550-22c7164fe23f",
-     "write `urn:uuid:94ecae35-dcfd-4182-8550-22c7164fe23f`"),
-    ("Accept", "id", "URN:UUID:94ECAE35-dcfd-4182-8550-22c7164fe23f",
-     "write `urn:uuid:94ecae35-dcfd-4182-8550-22c7164fe23f`"),
-    ("Accept", "id", "urn:uuid:94ecae35dcfd4182855022c7164fe23f",
-     "write `urn:uuid:94ecae35-dcfd-4182-8550-22c7164fe23f`"),
-    ("Accept", "id", "https://repository.example.org/n/1", "write `urn:uuid:…` with a new UUID"),
-    ("Accept", "id", "offer-1", 'write `"urn:uuid:…"`'),
-    ("Accept", "id", ABSENT, 'write `"id": "urn:uuid:…"`'),
-    ("Accept", "actor.id", "0000-0002-1825-0097", "write `https://orcid.org/0000-0002-1825-0097`"),
-    ("Request Review", "object.id", "doi:10.5555/1", "write `https://doi.org/10.5555/1`"),
-    ("Request Review", "object.ietf:cite-as", "10.5555/1", "write `https://doi.org/10.5555/1`"),
-    ("Request Review", "object.ietf:item.id", "https://example.org/a b.pdf",
-     "write `https://example.org/a%20b.pdf`"),
-    ("Accept", "target.inbox", "https://example.org/inbox\n",
-     "remove the white space; write `https://example.org/inbox`"),
-    ("Accept", "target.inbox", {"id": "https://example.org/inbox"},
-     "write `https://example.org/inbox`"),
-    ("Announce Review", "inReplyTo", [{"@id": OFFER_ID, "@type": "Offer"}], f"write `{OFFER_ID}`"),
-    ("Accept", "inReplyTo", "urn:uuid:other", f"write `{OFFER_ID}`"),
-    ("Accept", "origin", "https://journal.example.com/system",
-     'write `{"id": "https://journal.example.com/system", "type": "Service", "inbox": "https://…"}`'),
-    ("Accept", "actor", "https://orcid.org/0000-0002-1825-0097",
-     'write `{"id": "https://orcid.org/0000-0002-1825-0097", "type": "Person", "name": "…"}`'),
-    ("Request Review", "object", PREPRINT["id"], '"type": ["Page", "sorg:AboutPage"]'),
-    ("Request Review", "object.ietf:item", "https://example.org/1.pdf",
-     '{"id": "https://example.org/1.pdf", "type": ["Article", "sorg:ScholarlyArticle"]'),
-    ("Accept", "object", [PREPRINT], "write the object alone, without the list around it"),
-    ("Accept", "inReplyTo", ABSENT, f'write `"inReplyTo": "{OFFER_ID}"`'),
-    ("Accept", "object.id", ABSENT, f'write `"id": "{OFFER_ID}"`'),
-    ("Announce Relationship", "context.id", ABSENT, f'write `"id": "{PREPRINT["id"]}"`'),
-    ("Announce Review", "inReplyTo", "previous", 'write `"urn:uuid:…"`'),
-    ("Accept", "target.inbox", "localhost:5005/inbox", "write `http://localhost:5005/inbox`"),
-    ("Accept", "object", OFFER_ID, "write the complete Offer, without its `@context`"),
-    ("Accept", "object.type", "Offer", "write the complete Offer, without its `@context`"),
-    ("Accept", "@context", "https://www.w3.org/ns/activitystreams",
-     'write `["https://www.w3.org/ns/activitystreams", "https://coar-notify.net"]`'),
-    ("Accept", "@context", ["https://www.w3.org/ns/activitystreams/", "https://purl.org/coar/notify"],
-     "found `https://www.w3.org/ns/activitystreams/`; write `https://www.w3.org/ns/activitystreams`;"
-     " found `https://purl.org/coar/notify`; write `https://coar-notify.net`"),
-    ("Accept", "actor.type", "https://www.w3.org/ns/activitystreams#Person", "write `Person`"),
-    ("Accept", "actor.type", "as:Organization", "write `Organization`"),
-    ("Accept", "actor.type", "organisation", "write `Organization`"),
-    ("Accept", "actor.type", ["Person", None], 'write `"Person"`'),
-    ("Accept", "origin.type", "http://www.w3.org/ns/activitystreams#Service", "write `Service`"),
-    ("Request Review", "object.type", ["page", "sorg:AboutPage"], "found `page`; write `Page`"),
-    ("Request Review", "object.type", "sorg:AboutPage", "such as Page, Article or Document"),
-    ("Request Review", "object.type", "sorg:AboutPage", 'write `["Page", "sorg:AboutPage"]`'),
-    ("Request Review", "object.type", ["Page", "schema:AboutPage"],
-     "found `schema:AboutPage`; write `sorg:AboutPage`"),
-    ("Announce Review", "object.type", "sorg:Review", 'write `["Page", "sorg:Review"]`'),
-    ("Request Review", "type", ["coar-notify:ReviewAction", "Offer", "x:Y"],
-     'write `["Offer", "coar-notify:ReviewAction", "x:Y"]`'),
-    ("Announce Relationship", "object.type", "relationship",
-     "found `relationship`; write `Relationship`"),
-]
-# Under which name a missing member may be found.
-MISNAMED: list[tuple[str, str, str]] = [
-    ("Accept", "id", "@id"), ("Accept", "id", "Id"), ("Accept", "type", "@type"),
-    ("Accept", "inReplyTo", "inReplyto"), ("Accept", "inReplyTo", "in_reply_to"),
-    ("Accept", "inReplyTo", "as:inReplyTo"), ("Accept", "target.inbox", "ldp:inbox"),
-    ("Request Review", "object.ietf:cite-as", "ietf:citeAs"),
-    ("Request Review", "object.ietf:cite-as", "cite-as"),
-    ("Request Review", "object.ietf:item", "url"), ("Request Review", "object.ietf:item", "item"),
-    ("Request Review", "object.ietf:item.mediaType", "mediatype"),
-    ("Announce Relationship", "object.as:object", "object"),
-    ("Unprocessable Notification", "summary", "Summary"), ("Accept", "actor.name", "sorg:name"),
-]
-# What a `type` that fits no pattern was probably meant to be; empty where nothing is close.
-MEANT: list[tuple[Any, str]] = [
-    (["Offer", "coar-notify:EndorsmentAction"],
-     '["Offer", "coar-notify:EndorsementAction"] (Request Endorsement)?'),
-    (["Offer", "RequestReview"], '["Offer", "coar-notify:ReviewAction"] (Request Review)?'),
-    (["ReviewAction", "Offer"], '["Offer", "coar-notify:ReviewAction"] (Request Review)?'),
-    (["as:Offer", "https://purl.org/coar/notify_vocabulary/review-action/"],
-     '["Offer", "coar-notify:ReviewAction"] (Request Review)?'),
-    ("https://www.w3.org/ns/activitystreams#TentativeAccept",
-     '"TentativeAccept" (Tentatively Accept)?'),
-    ("TentativelyAccept", '"TentativeAccept" (Tentatively Accept)?'),
-    ("Acept", '"Accept" (Accept)?'),
-    ("accept", '"Accept" (Accept)?'),
-    ("Flag", '["Flag", "coar-notify:UnprocessableNotification"] (Unprocessable Notification)?'),
-    ("Offer", '["Offer", "coar-notify:EndorsementAction"] (Request Endorsement)'
-     ' or ["Offer", "coar-notify:ReviewAction"] (Request Review)?'),
-    ("coar-notify:ReviewAction", '["Announce", "coar-notify:ReviewAction"] (Announce Review)'
-     ' or ["Offer", "coar-notify:ReviewAction"] (Request Review)?'),
-    (["Offer", "coar-notify:Review"], '["Offer", "coar-notify:ReviewAction"] (Request Review)?'),
-    ("Offer, coar-notify:ReviewAction", '["Offer", "coar-notify:ReviewAction"] (Request Review)?'),
-    ("Create", ""),
-    (["Person"], ""),
-    ({"@id": "Offer"}, ""),
-    (["Offer", "coar-notify:IngestAction"], ""),
-]
-# fmt: on
-
-
-ANNOUNCED = NOTIFICATIONS["Announce Service Result"]
 
 
 class HintsTest(unittest.TestCase):
     """A message says what to write."""
 
-    def messages(self, document: Any, member: str) -> str:
-        pointer = "/" + member.replace(".", "/")
-        found = coarinbox.validate(document)
+    def message(self, document: Any, member: str) -> str:
+        pointer, found = "/" + member.replace(".", "/"), coarinbox.validate(document)
         return "\n".join(each.message for each in found if each.pointer == pointer)
 
-    def test_what_to_write_instead(self) -> None:
-        for name, member, value, text in HINTS:
-            with self.subTest(name, member=member, value=value):
-                document = changed(NOTIFICATIONS[name], member, value)
-                self.assertIn(text, self.messages(document, member))
-
     def test_a_missing_member_is_found_under_a_similar_name(self) -> None:
-        for name, member, found in MISNAMED:
-            with self.subTest(name, member=member, found=found):
-                parent = member.rpartition(".")[0]
-                value = coarinbox.lookup(NOTIFICATIONS[name], member)
-                document = changed(NOTIFICATIONS[name], member, ABSENT)
-                document = changed(document, f"{parent}.{found}" if parent else found, value)
-                message = self.messages(document, member)
-                self.assertIn(f"found `{found}`", message)
-                self.assertIn(f"write `{member.rpartition('.')[2]}`", message)
-
-    def test_a_member_of_its_own_right_is_not_taken_for_another(self) -> None:
-        for member, other in [
-            ("id", "type"),
-            ("@context", "context"),
-            ("origin.id", "origin.name"),
-        ]:
+        for pattern, member, others in [
+            ("Accept", "id", "@id Id"), ("Accept", "type", "@type"),
+            ("Accept", "inReplyTo", "inReplyto in_reply_to as:inReplyTo"),
+            ("Accept", "target.inbox", "ldp:inbox"), ("Accept", "actor.name", "sorg:name"),
+            ("Request Review", "object.ietf:cite-as", "ietf:citeAs cite-as"),
+            ("Request Review", "object.ietf:item", "url item"),
+            ("Request Review", "object.ietf:item.mediaType", "mediatype"),
+            ("Announce Relationship", "object.as:object", "object"),
+            ("Unprocessable Notification", "summary", "Summary"),
+        ]:  # fmt: skip
+            value = coarinbox.lookup(NOTIFICATIONS[pattern], member)
+            document = changed(NOTIFICATIONS[pattern], member, ABSENT)
+            parent, dot, name = member.rpartition(".")
+            for other in others.split():
+                with self.subTest(pattern, member=member, other=other):
+                    message = self.message(changed(document, parent + dot + other, value), member)
+                    self.assertIn(f"found `{other}`", message)
+                    self.assertIn(f"write `{name}`", message)
+        for member, another in [("id", "type"), ("@context", "context"), ("origin.id", "origin.x")]:
             document = changed(NOTIFICATIONS["Announce Review"], member, ABSENT)
-            document = changed(document, other, "x")
-            self.assertNotIn("found", self.messages(document, member))
-
-    def test_a_type_of_no_pattern_is_answered_with_what_it_was_meant_to_be(self) -> None:
-        for types, meant in MEANT:
-            with self.subTest(types=types):
-                document = changed(NOTIFICATIONS["Request Review"], "type", types)
-                message = self.messages(document, "type")
-                self.assertIn("type must fit a pattern", message)
-                self.assertEqual("did you mean" in message, meant != "", message)
-                self.assertIn(f"did you mean {meant}" if meant else "", message)
-
-    def test_what_the_specification_removed_is_said_so(self) -> None:
-        for types in (["Offer", "coar-notify:IngestAction"], ["Announce", "coar:IngestAction"]):
-            document = changed(NOTIFICATIONS["Announce Service Result"], "type", types)
-            message = self.messages(document, "type")
-            self.assertIn("Announce Ingest were removed in specification 1.0.0", message)
-            self.assertNotIn("did you mean", message)
-
-    def test_what_looks_like_an_action_is_named(self) -> None:
-        for type_ in (
-            "ReviewAction", "coar:ReviewAction", "coar_notify:ReviewAction",
-            "coar-notify:reviewAction",
-            "http://coar-notify.net/specification/vocabulary/ReviewAction",
-            "https://purl.org/coar/notify_vocabulary/review-action/",
-        ):  # fmt: skip
-            with self.subTest(type_):
-                document = changed(ANNOUNCED, "type", ["Announce", type_])
-                self.assertEqual(codes(document), {(S, "/type", "type-known-actions")})
-                message = self.messages(document, "type")
-                self.assertIn(f"found `{type_}`", message)
-                self.assertIn(
-                    'mean ["Announce", "coar-notify:ReviewAction"] (Announce Rev', message
-                )
-        document = changed(ANNOUNCED, "type", ["Announce", "coar-notify:UnprocessableNotification"])
-        self.assertIn("found `coar-notify:Unproc", self.messages(document, "type"))
-        document = changed(ANNOUNCED, "type", ["Announce", "x:OtherAction"])
-        self.assertTrue(self.messages(document, "type").endswith("found `x:OtherAction`"))
-
-    def test_other_types_do_not_look_like_an_action(self) -> None:
-        for type_ in (
-            "sorg:ReviewAction",
-            "https://schema.org/Action",
-            "Create",
-            "x:Review",
-            "Activity",
-        ):
-            with self.subTest(type_):
-                self.assertEqual(codes(changed(ANNOUNCED, "type", ["Announce", type_])), set())
+            self.assertNotIn("found", self.message(changed(document, another, "x"), member))
 
     def test_hostile_values_make_short_messages_in_short_time(self) -> None:
         # Each would take minutes if it were compared as a whole, or repeated in each finding.
         huge = "x" * 10**6
-        documents = [
-            {"type": [f"{n}Offer{huge[:80]}" for n in range(10**4)]},
-            {"type": huge, "id": huge, "origin": huge, "inReplyTo": [huge]},
+        for document in [
+            {"type": [f"{n}Offer{huge[:80]}" for n in range(10**4)], "id": huge, "origin": huge},
             {f"@{n}d": n for n in range(10**5)},
             {"type": "Accept", "object": {"type": ["Offer"] * 10**5, "id": f"10.5555/{huge}"}},
-            {"@context": [huge] * 3 + [{}] * 10**5, "summary": [[]] * 10**5},
-            {"actor": {"type": [huge[:30] + str(n) for n in range(10**4)]}},
-        ]
-        for document in documents:
+            {"@context": [huge] * 3 + [{}] * 10**5, "summary": [[]] * 10**5, "inReplyTo": [huge]},
+            {"actor": {"type": [huge[:30] + str(n) for n in range(10**4)]}, "type": huge},
+        ]:
             started = time.process_time()
             found = coarinbox.validate(document)
             self.assertLess(time.process_time() - started, 2)
@@ -1010,119 +776,73 @@ class HintsTest(unittest.TestCase):
             self.assertLess(len(json.dumps([each.as_json() for each in found])), 50_000)
 
     def test_a_newcomer_gets_to_a_clean_notification_in_three_attempts(self) -> None:
-        first: Any = {
-            "@id": "offer-1", "@type": ["Offer", "RequestReview"], "origin": REPOSITORY["id"],
-        }  # fmt: skip
+        types = ["Offer", "RequestReview"]
+        first: Any = {"@id": "offer-1", "@type": types, "origin": REPOSITORY["id"]}
         said = {found.pointer: found.fix for found in coarinbox.validate(first)}
         self.assertIn("found `@id`; write `id`", said["/id"])
         # All the examples are taken as they are; only the two names are corrected.
-        written = {
-            pointer[1:]: json.loads("{" + fix[len("write `") : -1] + "}").get(pointer[1:])
-            for pointer, fix in said.items()
-            if fix.startswith('write `"')
-        }
-        origin = json.loads(said["/origin"][len("write `") : -1])
-        second = {**written, "id": first["@id"], "type": first["@type"], "origin": origin}
+        second: Any = {"id": "offer-1", "type": types}
+        second["origin"] = json.loads(said["/origin"][len("write `") : -1])
+        for fix in said.values():
+            if fix.startswith('write `"'):
+                second.update(json.loads("{" + fix[len("write `") : -1] + "}"))
         said = {found.pointer: found.fix for found in coarinbox.validate(second)}
         self.assertEqual(set(said), {"/id", "/type"})
         self.assertIn('"urn:uuid:…"', said["/id"])
         types = json.loads(re.search(r"mean (\[.*?\])", said["/type"])[1])  # type: ignore[index]
-        third = {**second, "id": OFFER_ID, "type": types}
-        self.assertEqual(coarinbox.validate(third), [])
+        self.assertEqual(coarinbox.validate({**second, "id": OFFER_ID, "type": types}), [])
 
 
-# URIs, and whether they are absolute URIs and HTTP URIs.
-URIS = [
-    ("https://example.org/a", True, True),
-    ("HTTPS://EXAMPLE.ORG/", True, True),
-    ("http://localhost/", True, True),
-    ("http://inbox:8080/", True, True),
-    ("http://my_host.org/", True, True),
-    ("http://exämple.org/ö", True, True),
-    ("http://192.168.0.1:80/", True, True),
-    ("http://[2001:db8::7]:8080/x", True, True),
-    ("http://[2001:db8::7]", True, True),
-    ("http://user:secret@example.org/", True, True),
-    ("https://example.org?q", True, True),
-    ("https://example.org/%20~a!$&'()*+,;=:@?a[b]=c/?#f/?", True, True),
-    ("https://example.org/?", True, True),
-    ("https://example.org/#", True, True),
-    ("https://example.org:99999/", True, True),
-    ("urn:uuid:94ecae35-dcfd-4182-8550-22c7164fe23f", True, False),
-    ("info:doi/10.5555/1", True, False),
-    ("mailto:a@example.org", True, False),
-    ("ftp://example.org/x", True, False),
-    ("file:///etc/x", True, False),
-    ("a+b.c-d:", True, False),
-    ("", False, False),
-    ("urn", False, False),
-    ("/a/b", False, False),
-    ("//example.org/a", False, False),
-    ("example.org/a", False, False),
-    ("1http://example.org/", False, False),
-    ("http:", False, False),
-    ("https:", False, False),
-    ("https:///x", False, False),
-    ("http:x", False, False),
-    ("http:/x", False, False),
-    ("http://", False, False),
-    ("http:///x", False, False),
-    ("http://?x", False, False),
-    ("http://:80/", False, False),
-    ("http://example.org:/", False, False),
-    ("http://example.org:port/", False, False),
-    ("http://example.org:80x/", False, False),
-    ("http://a@b@example.org/", False, False),
-    ("http://2001:db8::7/", False, False),
-    ("http://[2001:db8::g]/", False, False),
-    ("http://[::1/", False, False),
-    ("http://[::1]x/", False, False),
-    ("http://[]/", False, False),
-    ("https://example.org/a b", False, False),
-    ("https://example.org/a\n", False, False),
-    ("https://example.org/\x00", False, False),
-    ("https://example.org/\x7f", False, False),
-    ("https://example.org/\u00a0", False, False),
-    ("https://example.org/\u2028", False, False),
-    ("https://example.org/\ud800", False, False),
-    ("https://example.org/#a#b", False, False),
-    *((f"https://example.org/{character}", False, False) for character in '<>"{}|\\^`'),
-]
+HTTP_URIS = """
+    https://example.org/a HTTPS://EXAMPLE.ORG/ http://localhost/ http://inbox:8080/
+    http://my_host.org/ http://exämple.org/ö http://192.168.0.1:80/ http://[2001:db8::7]:8080/x
+    http://[2001:db8::7] http://user:secret@example.org/ https://example.org?q
+    https://example.org/%20~a!$&'()*+,;=:@?a[b]=c/?#f/? https://example.org/? https://example.org/#
+    https://example.org:99999/
+""".split()
+OTHER_URIS = f"""
+    urn:uuid:{UUID} info:doi/10.5555/1 mailto:a@example.org ftp://example.org/x file:///etc/x
+    a+b.c-d:
+""".split()
+NO_URIS = """
+    urn /a/b //example.org/a example.org/a 1http://example.org/ http: https: https:///x http:x
+    http:/x http:// http:///x http://?x http://:80/ http://example.org:/ http://example.org:port/
+    http://example.org:80x/ http://a@b@example.org/ http://2001:db8::7/ http://[2001:db8::g]/
+    http://[::1/ http://[::1]x/ http://[]/ https://example.org/#a#b
+""".split()
+# fmt: off
+NO_URIS += ["", *(f"https://example.org/{rest}" for rest in (
+    "a b", "a\n", "\0", "\x7f", "\u00a0", "\u2028", "\ud800", *'<>"{}|\\^`'))]
+# fmt: on
 
 
-class JsonTest(unittest.TestCase):
-    def test_nesting_that_is_too_deep_is_called_that(self) -> None:
-        for text in (b"[" * 101 + b"]" * 101, b'{"a":' * 101 + b"1" + b"}" * 101, b"[" * 10**5):
-            with self.assertRaises(coarinbox.NestedTooDeeplyError) as caught:
-                coarinbox.parse(text)
-            self.assertEqual(str(caught.exception), "nested more than 100 levels deep")
-        self.assertEqual(coarinbox.parse(b"[" * 100 + b"]" * 100)[0][0][:0], [])
-        with self.assertRaises(ValueError) as other:
-            coarinbox.parse(b"[")
-        self.assertNotIsInstance(other.exception, coarinbox.NestedTooDeeplyError)
+class TextTest(unittest.TestCase):
+    """Numbers, characters, and URIs."""
+
+    def test_numbers_are_what_they_were_written_as(self) -> None:
+        found = coarinbox.parse(b"[1, -2, 1.5, 1e2, 9007199254740993]")
+        self.assertEqual(repr(found), "[1, -2, 1.5, 100.0, 9007199254740993]")
 
     def test_what_shows_nothing_is_escaped(self) -> None:
         for text in ("plain", "Ünïcödé 漢字", "a b", "", "\N{CHECK MARK}"):
             self.assertEqual(coarinbox.escape_controls(text), text)
         hidden = "\n\x00\x1b\x7f\u00a0\u200b\u202e\u2028\ufeff\u3164\u2800\u034f\ufe0f\u115f\uffa0"
-        for character in hidden:
+        for character in hidden + "\U000e0101":
             escaped = json.dumps(character)[1:-1]
             self.assertEqual(coarinbox.escape_controls(f"a{character}ß"), f"a{escaped}ß")
-        self.assertEqual(coarinbox.escape_controls("x\U000e0101"), "x\\udb40\\udd01")
 
-
-class UriTest(unittest.TestCase):
     def test_absolute_and_http_uris(self) -> None:
-        self.assertGreater(len(URIS), 50)
-        for uri, absolute, http_uri in URIS:
-            with self.subTest(uri=uri):
-                self.assertEqual((E, "/id", "id-absolute-uri") not in codes({"id": uri}), absolute)
-                where = {"origin": {"id": uri}}
-                found = (E, "/origin/id", "origin.id-http-uri") not in codes(where)
-                self.assertEqual(found, http_uri)
+        for uris, absolute, http_uri in [
+            (HTTP_URIS, True, True), (OTHER_URIS, True, False), (NO_URIS, False, False),
+        ]:  # fmt: skip
+            for uri in uris:
+                with self.subTest(uri=uri):
+                    found = {code for _, _, code in codes({"id": uri, "origin": {"id": uri}})}
+                    self.assertEqual("id-absolute-uri" not in found, absolute)
+                    self.assertEqual("origin.id-http-uri" not in found, http_uri)
 
-    def test_a_long_one_takes_no_longer_than_its_length(self) -> None:
-        for uri in ("http://" + "a@" * 10**6, "http://[" + ":" * 10**6, "a:" + "?" * 10**6 + " "):
+    def test_a_long_uri_takes_no_longer_than_its_length(self) -> None:
+        for uri in ("http://" + "a@" * 10**5, "http://[" + ":" * 10**5, "a:" + "?" * 10**5 + " "):
             coarinbox.validate({"id": uri})
 
 
@@ -1130,115 +850,71 @@ class UriTest(unittest.TestCase):
 
 
 class Case(NamedTuple):
-    """Something seen in the field: a document, what becomes of it, and what must be said."""
+    """Something seen in the field, and what must be said about it.
+
+    It is refused by default if something of level E is expected, strictly if of level M as well.
+    """
 
     name: str
     document: Any
-    expect: list[tuple[str, str, str, str]] = []  # pointer, level, a text in it, who refuses it
-    default: int = 201
-    strict: int = 201
-    never: tuple[str, ...] = ()  # pointers at which there must be no finding
+    expect: list[tuple[str, ...]] = []  # pointer, level, a text in it, receivers who refuse it
     media_type: str = JSON_LD
-
-
-def renamed(document: Any) -> Any:
-    """Write `@id` and `@type` for `id` and `type`, as JSON-LD would without a context."""
-    if isinstance(document, dict):
-        return {
-            {"id": "@id", "type": "@type"}.get(name, name): renamed(value)
-            for name, value in document.items()
-        }
-    return document
 
 
 def offer(**changes: Any) -> Any:
     return altered("Request Review", **changes)
 
 
-OLD_CONTEXT = ["https://www.w3.org/ns/activitystreams", "https://purl.org/coar/notify"]
 # Rebuilt after public reports, templates and the documentation or source of the software named.
 # fmt: off
+EXPANDED = json.dumps(offer()).replace('"id"', '"@id"').replace('"type"', '"@type"')
 CASES = [
     Case("plain JSON, as sciety, Invenio and an OJS plugin send it", offer(),
-         [("", S, "application/ld+json", "DSpace"), ("", S, "found `application/json`", "EPrints"),
-          ("", S, "", "PCI")], media_type="application/json"),
+         [("", S, f"found `application/json`; send `Content-Type: {JSON_LD}`",
+           "DSpace", "EPrints", "PCI")], media_type="application/json"),
     Case("a service result is not cited",
-         altered("Announce Service Result", object__cite_as=ABSENT),
-         never=("/object/ietf:cite-as",)),
+         altered("Announce Service Result", object__cite_as=ABSENT)),
     Case("the type of an actor as a full IRI: DSpace issue 12838",
-         offer(actor__type="https://www.w3.org/ns/activitystreams#Person"),
-         [("/actor/type", E, "`Person`", "")], 400, 400),
-    Case("@id and @type", {**renamed(offer())},
-         [("/id", E, "@id", ""), ("/type", E, "@type", ""), ("/origin/id", E, "@id", ""),
-          ("/actor/type", M, "@type", "")], 400, 400),
+         offer(actor__type=f"{AS2}#Person"), [("/actor/type", E, "`Person`")]),
+    Case("@id and @type, as JSON-LD without a context", json.loads(EXPANDED),
+         [("/id", E, "@id"), ("/type", E, "@type"), ("/origin/id", E, "@id"),
+          ("/target/id", E, ""), ("/object/id", E, ""), ("/actor/type", M, "@type")]),
     Case("types in another order, which PCI joins and PREreview compares",
-         offer(type=["coar-notify:ReviewAction", "Offer"]),
-         [("/type", S, "", "PCI"), ("/type", S, "", "PREreview")]),
-    Case("no name", offer(actor__name=ABSENT),
-         [("/actor/name", S, "", "PREreview"), ("/actor/name", S, "", "PCI")]),
+         offer(type=["coar-notify:ReviewAction", "Offer"]), [("/type", S, "", "PCI", "PREreview")]),
+    Case("no name", offer(actor__name=ABSENT), [("/actor/name", S, "", "PREreview", "PCI")]),
     Case("Request Ingest, which DSpace ships", offer(type=["Offer", "coar-notify:IngestAction"]),
-         [("/type", E, "removed", "")], 400, 400),
-    Case("a bare UUID, as Software Heritage's documentation asks for",
-         offer(id="11111111-2222-4333-8444-555555555555"),
-         [("/id", E, "urn:uuid:11111111-2222-4333-8444-555555555555", "Software Heritage")],
-         400, 400),
+         [("/type", E, "removed")]),
+    Case("a bare UUID, as Software Heritage's documentation asks for", offer(id=UUID),
+         [("/id", E, f"write `urn:uuid:{UUID}`", "Software Heritage")]),
     Case("a space before a URI, as in Software Heritage's documentation",
-         altered("Announce Relationship", object=
-                 {**RELATIONSHIP, "as:object": " https://repository.example.org/preprint/421"}),
-         [("/object/as:object", E, "white space", "")], 400, 400),
+         altered("Announce Relationship", **{"object__as:object": f" {PREPRINT['id']}"}),
+         [("/object/as:object", E, "white space"), ("/context/id", M, "equal")]),
     Case("an HTTP id", offer(id="https://repository.example.org/n/1"),
-         [("/id", S, "", "Software Heritage")]),
+         [("/id", S, "write `urn:uuid:…` with a new UUID", "Software Heritage")]),
     Case("an empty citation, as in the workflow of PCI and sciety",
-         altered("Announce Review", object__cite_as=""),
-         [("/object/ietf:cite-as", S, "it is empty", "")]),
+         altered("Announce Review", object__cite_as=""), [("/object/ietf:cite-as", S, "is empty")]),
     Case("0.9's url: sciety issue 3543, DSpace issue 9449",
          offer(object={**PREPRINT, "ietf:item": None, "url": PREPRINT["ietf:item"]}),
-         [("/object/ietf:item", M, "found `url`", "")], strict=400),
+         [("/object/ietf:item", M, "found `url`")]),
     Case("null among the types", offer(actor__type=["Person", None]),
-         [("/actor/type", E, "", "")], 400, 400),
+         [("/actor/type", E, 'write `"Person"`')]),
     Case("a stub of an Offer", altered("Accept", object={"id": OFFER_ID, "type": "Offer"}),
-         [("/object/type", S, "complete", "")]),
-    Case("a text in place of origin", offer(origin="https://repository.example.org/"),
-         [("/origin", E, '{"id": "https://repository.example.org/"', "")], 400, 400),
-    # Those that follow are ours.
+         [("/object/type", S, "write the complete Offer, without its `@context`")]),
+    Case("a text in place of origin", offer(origin=JOURNAL["id"]),
+         [("/origin", E, f'write `{{"id": "{JOURNAL["id"]}", "type": "Service", "inbox": "http')]),
     Case("PREreview's first sender: no urn:uuid:, a DOI as id, no type",
-         offer(at_context=OLD_CONTEXT, id="3f9a52a5-6b0e-4a3e-8a39-9f6f2a1e7a10", object=
-               {"id": "10.5555/2026.02.07.1", "ietf:cite-as": "https://doi.org/10.5555/1"}),
-         [("/@context", S, "write `https://coar-notify.net`", ""), ("/id", E, "urn:uuid:3f9a", ""),
-          ("/object/id", E, "https://doi.org/10.5555/2026.02.07.1", ""),
-          ("/object/type", M, "Page", ""), ("/object/ietf:item", M, "mediaType", "")], 400, 400),
-    Case("DSpace's template: a slash after the namespace, the submitter by e-mail",
-         offer(at_context=["https://www.w3.org/ns/activitystreams", "https://coar-notify.net/"],
-               actor={"id": "mailto:author@example.org", "name": "DSpace", "type": "Person"}),
-         [("/@context", S, "found `https://coar-notify.net/`", ""), ("/actor/id", S, "HTTP", "")]),
-    Case("DSpace's review templates lack an ActivityStreams type: issue 12828",
-         offer(object__type=["sorg:AboutPage"]),
-         [("/object/type", M, '["Page", "sorg:AboutPage"]', "")], strict=400),
+         offer(at_context=[AS2, PURL], id=UUID,
+               object={"id": "10.5555/2026.02.07.1", "ietf:cite-as": "https://doi.org/10.5555/1"}),
+         [("/@context", S, f"write `{COAR}`"), ("/id", E, f"write `urn:uuid:{UUID}`"),
+          ("/object/id", E, "write `https://doi.org/10.5555/2026.02.07.1`"),
+          ("/object/type", M, "Page"), ("/object/ietf:item", M, "mediaType")]),
     Case("WEKO notifies a person about its own workflow",
-         altered("Request Endorsement",
-                 target={**JOURNAL, "type": "Person"}, actor={**AUTHOR, "name": None},
-                 object={"id": "https://weko.example.org/records/1",
-                         "type": ["Page", "sorg:WebPage"]},
-                 context={"id": "https://weko.example.org/workflow/activity/detail/A-1",
-                          "type": ["Page", "sorg:WebPage"]}),
-         [("/target/type", S, "Service", ""), ("/actor/name", S, "", "PCI"),
-          ("/object/ietf:item", M, "", ""), ("/object/ietf:cite-as", S, "", "PCI"),
-          ("/object/type", S, "sorg:AboutPage", "")], strict=400),
-    Case("WEKO accepts with a second type",
-         altered("Accept", type=["Accept", "coar-notify:ReviewAction"]), never=("/type",)),
-    Case("Hyrax: page in lower case, a record's number as UUID, no file",
-         offer(id="urn:uuid:w3763671x", object={**PREPRINT, "type": ["page", "sorg:AboutPage"],
-                                                "ietf:item": {}}),
-         [("/object/type", M, "found `page`; write `Page`", ""), ("/id", S, "", "DSpace"),
-          ("/id", S, "", "Software Heritage"), ("/object/ietf:item/id", M, "missing", ""),
-          ("/object/ietf:item/mediaType", M, "application/pdf", "")], strict=400),
-    Case("Invenio: the inbox identifies the sender, the user an e-mail address",
-         altered("Request Endorsement", origin={**REPOSITORY, "id": REPOSITORY["inbox"]},
-                 actor={"id": "mailto:jane@example.org", "name": "jane", "type": "Person"}),
-         [("/actor/id", S, "HTTP URI", "")], never=("/origin/id",)),
-    Case("PCI announces an endorsement of a page known by its id alone",
-         altered("Announce Endorsement", object__type=["Page", "sorg:WebPage"],
-                 context={"id": PREPRINT["id"]}), never=("/context/type", "/object/type")),
+         altered("Request Endorsement", actor__name=ABSENT, target__type="Person",
+                 object={"id": "https://weko.example.org/1", "type": ["Page", "sorg:WebPage"]},
+                 context={"id": "https://weko.example.org/A-1", "type": ["Page", "sorg:WebPage"]}),
+         [("/target/type", S, "Service"), ("/actor/name", S, "", "PCI"),
+          ("/object/ietf:item", M, ""), ("/object/ietf:cite-as", S, "", "PCI"),
+          ("/object/type", S, "sorg:AboutPage")]),
     Case("Software Heritage is told of a mention: SWHIDs, no id of the relationship",
          altered("Announce Relationship",
                  object={"as:subject": "https://journal.example.com/item/1",
@@ -1246,141 +922,60 @@ CASES = [
                          "as:object": "swh:1:dir:ec88e5b901c034d5a91aa133e824d65cff3788a3"},
                  context={"id": "swh:1:dir:ec88e5b901c034d5a91aa133e824d65cff3788a3",
                           "type": ["sorg:SoftwareSourceCode"]}),
-         [("/object/id", E, "missing", ""), ("/object/type", E, '"Relationship"', ""),
-          ("/context/id", E, "HTTP URI", ""), ("/context/type", M, "ActivityStreams", "")],
-         400, 400, never=("/object/as:object",)),
-    Case("inReplyTo as an object, as in the drafts",
-         altered("Announce Review", inReplyTo={"@id": OFFER_ID, "@type": "Offer"}),
-         [("/inReplyTo", E, f"write `{OFFER_ID}`", "")], 400, 400),
-    Case("in_reply_to and ldp:inbox, as in the drafts",
-         {**altered("Reject", inReplyTo=ABSENT, target={"id": REPOSITORY["id"], "type": "Service",
-                    "ldp:inbox": REPOSITORY["inbox"]}), "in_reply_to": OFFER_ID},
-         [("/inReplyTo", E, "found `in_reply_to`", ""), ("/target/inbox", M, "`ldp:inbox`", "")],
-         400, 400),
-    Case("the specification's own Offer in an answer lacks a type",
-         altered("Tentatively Accept", object__object__type="sorg:AboutPage"),
-         [("/object/object/type", S, "ActivityStreams", "")]),
-    Case("an Accept embeds the Offer with its @context",
-         altered("Accept", object=offer()), [("/object/@context", S, "left out", "")]),
-    Case("the vocabulary's identifier in place of the type",
-         altered("Announce Review", type=["Announce",
-                 "https://purl.org/coar/notify_vocabulary/review-action/"]),
-         [("/type", S, '["Announce", "coar-notify:ReviewAction"] (Announce Review)', "")]),
-    Case("an underscore in the prefix", altered("Announce Review",
-                                                type=["Announce", "coar_notify:ReviewAction"]),
-         [("/type", S, "found `coar_notify:ReviewAction`", "")]),
-    Case("HAL: an ORCID iD without its URL", offer(actor__id="0000-0002-1825-0097"),
-         [("/actor/id", E, "https://orcid.org/0000-0002-1825-0097", "")], 400, 400),
-    Case("Episciences: the actor as a text", altered("Announce Review", actor="Episciences"),
-         [("/actor", E, '"type": "Person"', "")], 400, 400),
-    Case("Dataverse: an own context among those that are wanted, first",
-         altered("Announce Relationship", at_context=[{"dv": "https://dataverse.example.org/"},
-                 "https://www.w3.org/ns/activitystreams", "https://coar-notify.net"]),
-         [("/@context", S, "begin with", "PREreview")]),
-    Case("UUIDs as Java and .NET may print them",
-         offer(id="URN:UUID:94ECAE35-DCFD-4182-8550-22C7164FE23F"),
-         [("/id", S, "write `urn:uuid:94ecae35", "DSpace"), ("/id", S, "", "Software Heritage")]),
-    Case("a UUID without hyphens", offer(id="urn:uuid:94ecae35dcfd4182855022c7164fe23f"),
-         [("/id", S, "write `urn:uuid:94ecae35-", "DSpace")]),
-    Case("no inbox to answer to", offer(origin__inbox=ABSENT), [("/origin/inbox", S, "", "PCI")]),
-    Case("a list of one object, as JSON-LD processors write it",
-         offer(object=[PREPRINT]), [("/object", E, "object", "")], 400, 400),
-    Case("a report about another notification",
-         altered("Unprocessable Notification", object={"id": "urn:uuid:other"}),
-         [("/inReplyTo", S, "urn:uuid:other", "")]),
-    Case("the client of coarnotify adds a profile", offer(), never=("",),
-         media_type=f'{JSON_LD};profile="https://www.w3.org/ns/activitystreams"'),
+         [("/object/id", E, "missing"), ("/object/type", E, '"Relationship"'),
+          ("/context/id", E, "HTTP URI"), ("/context/type", M, "ActivityStreams"),
+          ("/context/type", S, "sorg:AboutPage")]),
+]
+# The examples of the specification 1.0.1: their structure, other values.
+ARTICLE = {**REVIEW, "type": ["Page", "sorg:WebPage"], "ietf:cite-as": REVIEW["id"]}
+DATASET = changed(PREPRINT, "ietf:item", {"id": "https://repository.example.org/data.zip",
+                  "type": ["Object", "sorg:Dataset"], "mediaType": "application/zip"})
+# On all pages, the object of the embedded Offer has no ActivityStreams type.
+EMBEDDED_OFFER = changed(ACCEPT["object"], "object.type", "sorg:AboutPage")
+CASES += [
+    Case("Announce Endorsement",
+         altered("Announce Endorsement", object=ARTICLE, context={"id": PREPRINT["id"]})),
+    Case("Announce Review", altered("Announce Review", context={"id": PREPRINT["id"]})),
+    Case("Announce Service Result",
+         altered("Announce Service Result", type=["Announce"], context={"id": PREPRINT["id"]},
+                 object={"id": REVIEW["id"], "type": ["Page", "sorg:WebPage"]})),
+    Case("Announce Relationship",
+         altered("Announce Relationship", actor=EDITORS, context=DATASET, inReplyTo=ABSENT,
+                 object__id="URN:UUID:74FFF356-0632-44D9-B176-888DA85758DC")),
+    *(Case(name, altered(name, object=EMBEDDED_OFFER, summary="Withdrawn because …"),
+           [("/object/object/type", S, "ActivityStreams")])
+      for name in ("Accept", "Reject", "Tentatively Accept", "Tentatively Reject", "Undo Offer")),
 ]
 # fmt: on
 
 
 class FieldCasesTest(unittest.TestCase):
-    """What is said about things that were seen in the field."""
+    """What is said about things that were seen in the field, and about the specification's own."""
 
     def judge(self, case: Case, mode: Any) -> coarinbox.Assessment:
-        here = [coarinbox.lookup(case.document, "target.inbox")]
-        arrival = coarinbox.Arrival(case.media_type, [url for url in here if isinstance(url, str)])
-        return coarinbox.assess(case.document, mode, arrival)
+        inbox = coarinbox.lookup(case.document, "target.inbox")
+        here = [inbox] if isinstance(inbox, str) else []
+        return coarinbox.assess(case.document, mode, coarinbox.Arrival(case.media_type, here))
 
-    def test_there_are_many(self) -> None:
-        self.assertGreater(len(CASES), 30)
-        self.assertEqual(len({case.name for case in CASES}), len(CASES))
+    def test_each_gets_its_findings_and_no_other(self) -> None:
+        for case in CASES:
+            with self.subTest(case.name):
+                errors, warnings = self.judge(case, True)
+                found = {(each.pointer, each.level): each for each in errors + warnings}
+                for pointer, level, text, *receivers in case.expect:
+                    self.assertIn(text, found[pointer, level].message)
+                    self.assertLessEqual(set(receivers), set(found[pointer, level].refused_by))
+                if "@id" not in case.name:  # where everything is missing
+                    self.assertEqual(set(found), {(place[0], place[1]) for place in case.expect})
 
     def test_each_gets_its_status(self) -> None:
         for case in CASES:
-            for mode, expected in ((True, case.default), ("strict", case.strict)):
+            levels = {level for _, level, *_ in case.expect}
+            for mode, refused in ((True, {E}), ("strict", {E, M})):
                 with self.subTest(case.name, mode=mode):
                     judgement = self.judge(case, mode)
-                    self.assertEqual(judgement.status if judgement.errors else 201, expected)
-
-    def test_each_gets_its_findings(self) -> None:
-        for case in CASES:
-            judgement = self.judge(case, True)
-            findings = judgement.errors + judgement.warnings
-            for pointer, level, text, receiver in case.expect:
-                with self.subTest(case.name, pointer=pointer, text=text, receiver=receiver):
-                    self.assertTrue([
-                        found for found in findings
-                        if (found.pointer, found.level) == (pointer, level)
-                        and text in found.message
-                        and receiver in ("", *found.refused_by)
-                    ], "\n".join(map(repr, findings)))  # fmt: skip
-            with self.subTest(case.name):
-                self.assertFalse(set(case.never) & {found.pointer for found in findings})
-
-    def test_nothing_else_is_found_but_what_each_is_about(self) -> None:
-        for case in CASES:
-            places = {pointer for pointer, *_ in case.expect}
-            if case.expect and "@id" not in case.name:
-                for found in self.judge(case, True).errors:
-                    with self.subTest(case.name, found=str(found)):
-                        self.assertIn(found.pointer, places)
-
-
-class SpecificationExamplesTest(unittest.TestCase):
-    """The examples of the specification 1.0.1, rebuilt: their structure, other values."""
-
-    ARTICLE = {**REVIEW, "type": ["Page", "sorg:WebPage"], "ietf:cite-as": REVIEW["id"]}
-    BARE = {"id": PREPRINT["id"]}
-    DATASET = {
-        **PREPRINT,
-        "ietf:item": {
-            "id": "https://repository.example.org/preprint/421/data.zip",
-            "type": ["Object", "sorg:Dataset"],
-            "mediaType": "application/zip",
-        },
-    }
-    # The embedded Offer, whose object has no ActivityStreams type on any of these pages.
-    OFFER = changed(
-        changed(answer("Accept", "coar-notify:EndorsementAction")["object"],
-                "object.ietf:item.type", ["Page", "sorg:AboutPage"]),
-        "object.type", "sorg:AboutPage",
-    )  # fmt: skip
-    LAB = {"id": "https://lab.example.org", "name": "The Lab", "type": "Organization"}
-
-    def test_the_requests_and_announcements_have_no_finding(self) -> None:
-        documents = [
-            altered("Request Endorsement"),
-            altered("Request Review"),
-            altered("Announce Endorsement", object=self.ARTICLE, context=self.BARE),
-            altered("Announce Review", object__cite_as=ABSENT, object=REVIEW, context=self.BARE),
-            altered("Announce Service Result", type=["Announce"], context=self.BARE,
-                    object={"id": REVIEW["id"], "type": ["Page", "sorg:WebPage"]}),
-            altered("Announce Relationship", actor=self.LAB, context=self.DATASET,
-                    inReplyTo=ABSENT, object={**RELATIONSHIP, "id": RELATIONSHIP["id"].upper()}),
-            altered("Unprocessable Notification"),
-        ]  # fmt: skip
-        for document in documents:
-            with self.subTest(document["type"]):
-                self.assertEqual(coarinbox.validate(document), [])
-
-    def test_the_answers_embed_an_offer_that_lacks_a_type(self) -> None:
-        answers = ("Accept", "Reject", "Tentatively Accept", "Tentatively Reject", "Undo Offer")
-        for name in answers:
-            with self.subTest(name):
-                document = altered(name, object=self.OFFER, summary="Withdrawn because …")
-                expected = {(S, "/object/object/type", "object.type-as2-object")}
-                self.assertEqual(codes(document), expected)
+                    self.assertEqual(judgement.errors != [], levels & refused != set())
+                    self.assertEqual(judgement.status, 400)
 
 
 # --- Receivers and modes -------------------------------------------------------------------------
@@ -1389,30 +984,16 @@ class SpecificationExamplesTest(unittest.TestCase):
 class ReceiversTest(unittest.TestCase):
     """What production receivers refuse, and what an inbox that plays one of them does."""
 
-    OTHERS = (True, "strict")
-
-    def test_who_refuses_what(self) -> None:
-        listed = {each["name"]: each["refuses"] for each in coarinbox.receivers()}
+    def test_each_is_listed_with_a_source_and_refuses_by_codes_of_rules(self) -> None:
+        codes = {rule["code"] for rule in coarinbox.constraints()} | {"content-type-exact"}
         names = ["DSpace", "EPrints", "PCI", "PREreview", "Software Heritage"]
-        self.assertEqual(list(listed), names)
-        for each in coarinbox.receivers():
-            self.assertTrue(each["source"].startswith("https://"))
-            self.assertTrue(each["refuses"])
-
-    def test_each_code_that_a_receiver_refuses_is_one_of_a_rule(self) -> None:
-        codes = {entry["code"] for entry in coarinbox.constraints()} | {"content-type-exact"}
-        for receiver in coarinbox.RECEIVERS:
+        self.assertEqual([each["name"] for each in coarinbox.receivers()], names)
+        for listed, receiver in zip(coarinbox.receivers(), coarinbox.RECEIVERS):
+            self.assertTrue(listed["source"].startswith("https://"))
+            self.assertEqual(listed["refuses"], [refusal.what for refusal in receiver.refusals])
             for refusal in receiver.refusals:
-                with self.subTest(receiver.name, what=refusal.what):
-                    self.assertTrue(refusal.codes or refusal.rules)
-                    self.assertLessEqual(set(refusal.codes), codes)
-
-    def test_a_receiver_is_named_for_the_notification_itself_only(self) -> None:
-        document = altered("Accept", object__actor__name=ABSENT, object__id="https://a.example/1",
-                           inReplyTo="https://a.example/1")  # fmt: skip
-        found = coarinbox.validate(document)
-        self.assertEqual({each.pointer for each in found}, {"/object/actor/name", "/object/id"})
-        self.assertEqual({each.refused_by for each in found}, {()})
+                self.assertTrue(refusal.codes or refusal.rules)
+                self.assertLessEqual(set(refusal.codes), codes, refusal.what)
 
     def test_each_receiver_plays_its_part(self) -> None:
         url = JOURNAL["inbox"]
@@ -1421,310 +1002,228 @@ class ReceiversTest(unittest.TestCase):
         plain = coarinbox.Arrival("application/json; charset=utf-8", [url])
         again = coarinbox.Arrival(JSON_LD, [url], "20261125_120000")
         elsewhere = coarinbox.Arrival(JSON_LD, ["http://localhost:5005/inbox"])
-        swapped = offer(type=["coar-notify:ReviewAction", "Offer"])
-        nameless = offer(actor__name=ABSENT)
-        short = offer(id="urn:uuid:94ecae35dcfd4182855022c7164fe23f")
-        tail = offer(type=["Offer", "coar-notify:ReviewAction", "ReviewRequest"])
         for document, arrival, refusing in [
             (offer(), exact, ""),
+            (offer(object__type="sorg:AboutPage"), exact, ""),  # level M
             (offer(), profile, "EPrints 415"),
             (offer(), plain, "DSpace 415, EPrints 415, PCI 415"),
             (offer(), again, "PCI 400, Software Heritage 400"),
             (offer(), elsewhere, "Software Heritage 400"),
             (offer(id="https://a.example/1"), exact, "Software Heritage 400"),
             (offer(id="tag:a.example,2026:1"), exact, "DSpace 400, Software Heritage 400"),
-            (short, exact, "DSpace 400"),
-            (swapped, exact, "PCI 400, PREreview 400"),
-            (nameless, exact, "PCI 400, PREreview 400"),
+            (offer(id=f"urn:uuid:{UUID.replace('-', '')}"), exact, "DSpace 400"),
+            (offer(type=["Offer", "coar-notify:ReviewAction", "ReviewRequest"]), exact,
+             "Software Heritage 400"),
+            (altered("Announce Review", type=["Announce", "ReviewAction"]),
+             coarinbox.Arrival(JSON_LD, [REPOSITORY["inbox"]]), "Software Heritage 400"),
             (offer(actor=ABSENT), exact, "PCI 400, PREreview 400"),
             (offer(object__cite_as=ABSENT), exact, "PCI 400"),
             (offer(origin__inbox=ABSENT), exact, "PCI 400"),
-            (offer(at_context=NOTIFICATIONS["Accept"]["@context"][::-1]), exact, "PREreview 400"),
+            (offer(at_context=[COAR, AS2]), exact, "PREreview 400"),
             (offer(origin__type=["Service"]), exact, "PREreview 400"),
             (offer(target__type=["Service"]), exact, "PREreview 400"),
-            (tail, exact, "Software Heritage 400"),
-            (altered("Announce Review", type=["Announce", "ReviewAction"]),
-             coarinbox.Arrival(JSON_LD, [REPOSITORY["inbox"]]), "Software Heritage 400"),
-            (offer(object__type="sorg:AboutPage"), exact, ""),  # level M
         ]:  # fmt: skip
-            judgements = {
-                each.name: coarinbox.assess(document, each.name, arrival)
-                for each in coarinbox.RECEIVERS
-            }
-            seen = [
-                f"{name} {judgement.status}"
-                for name, judgement in judgements.items()
-                if judgement.errors
-            ]
             with self.subTest(refusing, document=document):
-                self.assertEqual(", ".join(seen), refusing)
-                for mode in self.OTHERS[: 1 if refusing == "" else 2]:
+                played = (
+                    (each.name, coarinbox.assess(document, each.name, arrival))
+                    for each in coarinbox.RECEIVERS
+                )
+                refused = [f"{name} {found.status}" for name, found in played if found.errors]
+                self.assertEqual(", ".join(refused), refusing)
+                for mode in (True, "strict")[: 2 if refusing else 1]:
                     self.assertEqual(coarinbox.assess(document, mode, arrival).errors, [])
 
     def test_what_one_receiver_alone_refuses_is_a_finding_in_its_mode_only(self) -> None:
         document = offer(origin__type=["Service"])
-        self.assertEqual(coarinbox.validate(document), [])
+        self.assertEqual(coarinbox.assess(document, "PCI"), ([], []))
         ((error,), warnings) = coarinbox.assess(document, "PREreview")
         self.assertEqual((error.level, error.pointer), (S, "/origin/type"))
-        self.assertEqual(error.refused_by, ("PREreview",))
-        self.assertEqual(warnings, [])
-        self.assertEqual(coarinbox.assess(document, "PCI"), ([], []))
-
-    def test_level_e_is_refused_by_all(self) -> None:
-        for receiver in coarinbox.RECEIVERS:
-            judgement = coarinbox.assess(offer(origin=ABSENT), receiver.name)
-            self.assertEqual([each.code for each in judgement.errors], ["origin-required"])
-
-    def test_a_finding_in_one_line_names_who_refuses_it(self) -> None:
-        (found,) = coarinbox.validate(offer(actor__name=ABSENT))
-        self.assertTrue(str(found).endswith(" (refused by PCI, PREreview)"), str(found))
-        self.assertEqual(found.as_json()["refused_by"], ("PCI", "PREreview"))
-        (found,) = coarinbox.validate(offer(target__inbox=ABSENT))
-        self.assertEqual(str(found), found.message)
-        self.assertNotIn("refused_by", found.as_json())
+        self.assertEqual((error.refused_by, warnings), (("PREreview",), []))
+        for receiver in coarinbox.RECEIVERS:  # level E is refused by all
+            errors, _ = coarinbox.assess(offer(origin=ABSENT), receiver.name)
+            self.assertEqual([each.code for each in errors], ["origin-required"])
 
 
 class ArrivalTest(unittest.TestCase):
     """What depends on the delivery, not on the document."""
 
-    def found(self, document: Any, *arrival: Any) -> list[tuple[str, str, str]]:
+    def found(self, document: Any, *arrival: Any) -> list[tuple[str, str, str, str]]:
         found = coarinbox.delivery_findings(document, coarinbox.Arrival(*arrival))
-        self.assertLessEqual({each.level for each in found}, {S})
-        return [(each.code, each.pointer, each.fix) for each in found]
+        return [(each.level, each.code, each.pointer, each.fix) for each in found]
 
-    def test_the_media_type(self) -> None:
+    def test_the_media_type_and_an_id_that_was_delivered_before(self) -> None:
         for given in (JSON_LD, f"{JSON_LD}; charset=utf-8", "Application/LD+JSON ;profile=x"):
             self.assertEqual(self.found(OFFER, given), [])
         for given in ("application/json", "application/activity+json; x=y", "application/ld+jsonx"):
-            ((code, pointer, fix),) = self.found(OFFER, given)
-            self.assertEqual((code, pointer), ("content-type", ""))
-            self.assertEqual(fix, f"found `{given}`; send `Content-Type: {JSON_LD}`")
-
-    def test_an_id_that_was_delivered_before(self) -> None:
-        ((code, pointer, fix),) = self.found(OFFER, JSON_LD, [], "20261125_120000")
-        self.assertEqual((code, pointer), ("id-repeated", "/id"))
-        self.assertEqual(fix, "it was delivered before, as 20261125_120000")
-
-    def test_another_inbox_than_where_it_was_posted(self) -> None:
-        for inbox, posted_to, elsewhere in [
-            ("http://localhost:5005/inbox", ["http://localhost:5005/inbox"], False),
-            ("HTTP://LocalHost:5005/inbox", ["http://localhost:5005/inbox?status=503"], False),
-            (
-                "http://a.example/inbox?x",
-                ["http://b.example/inbox", "http://a.example/inbox"],
-                False,
-            ),
-            ("http://a.example:80/inbox", ["http://a.example/inbox"], False),
-            ("https://a.example/inbox", ["https://a.example:443/inbox"], False),
-            ("http://a.example:443/inbox", ["http://a.example/inbox"], True),
-            ("http://a.example/inbox/", ["http://a.example/inbox"], True),
-            ("http://a.example/Inbox", ["http://a.example/inbox"], True),
-            ("https://a.example/inbox", ["http://a.example/inbox"], True),
-            ("http://a.example/inbox", [], False),
-            ("mailto:a@example.org", ["http://a.example/inbox"], False),
-            (ABSENT, ["http://a.example/inbox"], False),
-        ]:
-            with self.subTest(inbox, posted_to=posted_to):
-                document = changed(OFFER, "target.inbox", inbox)
-                fix = f"write `{posted_to[0]}`" if posted_to else ""
-                expected = [("target.inbox-elsewhere", "/target/inbox", fix)] if elsewhere else []
-                self.assertEqual(self.found(document, JSON_LD, posted_to), expected)
-
-    def test_any_document_can_arrive(self) -> None:
+            fix = f"found `{given}`; send `Content-Type: {JSON_LD}`"
+            self.assertEqual(self.found(OFFER, given), [(S, "content-type", "", fix)])
+        fix = "it was delivered before, as 20261125_120000"
+        found = self.found(OFFER, JSON_LD, [], "20261125_120000")
+        self.assertEqual(found, [(S, "id-repeated", "/id", fix)])
         documents: list[Any] = [None, [], 5, "text", {}, {"id": [], "target": []}, {"type": "Undo"}]
         for document in documents:
             found = self.found(document, "text/x", ["http://a.example/"], "name")
-            self.assertEqual([code for code, *_ in found], ["content-type", "id-repeated"])
+            self.assertEqual([code for _, code, *_ in found], ["content-type", "id-repeated"])
+
+    def test_another_inbox_than_where_it_was_posted(self) -> None:
+        http, https = "http://a.example/inbox", "https://a.example/inbox"
+        for inbox, posted_to, elsewhere in [
+            (http, [http], False), ("HTTP://A.Example/inbox", [f"{http}?status=503"], False),
+            (f"{http}?x", ["http://b.example/", http], False), (http, [], False),
+            ("http://a.example:80/inbox", [http], False), (ABSENT, [http], False),
+            (https, ["https://a.example:443/inbox"], False), ("mailto:a@a.example", [http], False),
+            ("http://a.example:443/inbox", [http], True), (f"{http}/", [http], True),
+            ("http://a.example/Inbox", [http], True), (https, [http], True),
+        ]:  # fmt: skip
+            with self.subTest(inbox, posted_to=posted_to):
+                found = self.found(offer(target__inbox=inbox), JSON_LD, posted_to)
+                finding = (S, "target.inbox-elsewhere", "/target/inbox", f"write `{http}`")
+                self.assertEqual(found, [finding] if elsewhere else [])
 
 
 class ModesTest(unittest.TestCase):
-    """What VALIDATE_INCOMING may be, and what follows."""
+    """What each value of VALIDATE_INCOMING refuses, and what it warns about."""
+
+    FAULTY = altered("Accept", actor=ABSENT, target__inbox=ABSENT)  # levels S and M
+    INVALID = changed(FAULTY, "origin", ABSENT)  # levels S, M and E
 
     def test_names_in_any_case(self) -> None:
         for value, mode in [
-            (True, True), (False, False), ("strict", "strict"), ("Strict", "strict"),
+            (True, True), (False, False), ("strict", "strict"), ("Strict", "strict"), ("", None),
             ("dspace", "DSpace"), ("SOFTWARE HERITAGE", "Software Heritage"), ("pci", "PCI"),
-            ("COARNOTIFY", "coarnotify"), ("", None), ("lax", None), (1, None), (None, None),
+            ("COARNOTIFY", "coarnotify"), ("lax", None), (1, None), (None, None),
         ]:  # fmt: skip
-            with self.subTest(value=value):
-                self.assertIs(type(coarinbox.mode_of(value)), type(mode))
-                self.assertEqual(coarinbox.mode_of(value), mode)
+            found = coarinbox.mode_of(value)
+            self.assertEqual((found, type(found)), (mode, type(mode)), value)
 
-    def test_settings_hold_the_name_in_its_right_case(self) -> None:
-        self.assertEqual(coarinbox.Settings(VALIDATE_INCOMING="pci").VALIDATE_INCOMING, "PCI")
-        with self.assertRaisesRegex(coarinbox.ConfigurationError, '"coarnotify" or a receiver'):
-            coarinbox.Settings(VALIDATE_INCOMING="Zenodo")
-
-    def test_anything_but_an_object_or_a_list_is_refused_in_every_mode(self) -> None:
-        for mode in (True, False, "strict", "DSpace", "coarnotify"):
-            for document in (json.dumps(ACCEPT), "text", 5, None, True):
-                judgement = coarinbox.assess(document, mode, coarinbox.Arrival(JSON_LD))
-                self.assertEqual([each.pointer for each in judgement.errors], [""])
-                self.assertEqual(judgement.status, 400)
-
-    def test_without_validation_there_are_warnings_only(self) -> None:
-        documents: list[Any] = [[], {}, REFUSED]
-        for document in documents:
-            errors, warnings = coarinbox.assess(document, False)
-            self.assertEqual((errors, warnings), ([], coarinbox.validate(document)))
+    def test_what_each_mode_refuses_and_warns_about(self) -> None:
+        for mode, document, errors, warnings in [
+            (True, ACCEPT, "", ""), (True, self.FAULTY, "", "MS"), (True, self.INVALID, "E", "MS"),
+            (True, [ACCEPT], "E", ""), (True, "text", "E", ""), ("strict", ACCEPT, "", ""),
+            ("strict", self.FAULTY, "M", "S"), ("strict", self.INVALID, "EM", "S"),
+            (False, ACCEPT, "", ""), (False, self.INVALID, "", "EMS"), (False, [ACCEPT], "", "E"),
+            (False, [], "", "E"), (False, "text", "E", ""), ("PCI", 5, "E", ""),
+        ]:  # fmt: skip
+            with self.subTest(mode=mode, document=document):
+                with coarinbox.running(VALIDATE_INCOMING=mode) as inbox:
+                    answer = send(inbox.url, addressed(document, inbox.url))
+                    self.assertEqual(answer.status, 400 if errors else 201)
+                    self.assertEqual(len(inbox.notifications), 0 if errors else 1)
+                for name, levels in (("errors", errors), ("warnings", warnings)):
+                    found = sorted(each["level"] for each in answer.json().get(name, []))
+                    self.assertEqual("".join(found), levels)
 
     def test_the_most_important_findings_come_first(self) -> None:
         found = coarinbox.validate({"id": 5, "actor": {}})
-        kept, left_out = coarinbox.most_important(found, limit=4)
-        self.assertEqual([each.level for each in kept], [E] * 4)
-        self.assertEqual(left_out, len(found) - 4)
-        kept, left_out = coarinbox.most_important(found)
-        self.assertEqual((sorted(kept), left_out), (sorted(found), 0))
-        self.assertEqual([each.level for each in kept], sorted(each.level for each in found))
+        ordered = [each.level for each in sorted(found, key=lambda each: each.level)]
+        for limit, length in ((4, 4), (100, len(found))):
+            kept, left_out = coarinbox.most_important(found, limit=limit)
+            self.assertEqual([each.level for each in kept], ordered[:length])
+            self.assertEqual(left_out, len(found) - length)
         self.assertEqual(len(coarinbox.most_important(found * 50)[0]), 100)
 
     def test_without_the_library_its_mode_cannot_be_set(self) -> None:
+        coarinbox.coarnotify_server.cache_clear()
+        wanted = "'coarnotify', which cannot .*; pip install coarnotify$"
         with unittest.mock.patch.dict(sys.modules, {"coarnotify.server": None}):
-            coarinbox.coarnotify_server.cache_clear()
-            with self.assertRaisesRegex(
-                coarinbox.ConfigurationError,
-                "'coarnotify', which cannot .*; pip install coarnotify$",
-            ):
+            with self.assertRaisesRegex(coarinbox.ConfigurationError, wanted):
                 coarinbox.Settings(VALIDATE_INCOMING="coarnotify")
-
-
-class ConstraintsTest(unittest.TestCase):
-    def test_the_rules_by_pattern_are_those_of_the_whole_list(self) -> None:
-        levels = {rule["code"]: rule["levels"] for rule in coarinbox.constraints()}
-        for pattern in coarinbox.PATTERNS:
-            rules = coarinbox.constraints_of(pattern)
-            self.assertGreater(len(rules), 40)
-            for rule in rules:
-                self.assertEqual(levels[rule["code"]][pattern.name], rule["level"])
-                members = {"code", "member", "demand", "level", "refused_by"}
-                self.assertEqual(set(rule), members)
-
-    def test_a_rule_names_the_receivers_that_may_refuse_what_breaks_it(self) -> None:
-        refused_by = {rule["code"]: rule["refused_by"] for rule in coarinbox.constraints()}
-        self.assertEqual(refused_by["type-order"], ["PCI", "PREreview"])
-        self.assertEqual(refused_by["id-preferred"], ["DSpace", "Software Heritage"])
-        self.assertEqual(refused_by["target.id-required"], [])
-
-    def test_each_level_has_a_word_for_people(self) -> None:
-        words = {level: meaning.word for level, meaning in coarinbox.LEVELS.items()}
-        self.assertEqual(words, {"E": "error", "M": "must", "S": "should"})
 
 
 # --- The coarnotify package as an oracle ---------------------------------------------------------
 
+needs_coarnotify = unittest.skipUnless(
+    importlib.util.find_spec("coarnotify"), "the coarnotify package is not installed"
+)
+# fmt: off
 VALUES: list[Any] = [ABSENT, None, True, 1.5, "text", [], {}, ["x"], {"id": "https://a.example/"}]
 TYPES: list[Any] = [
     "Accept", "Offer", ["Offer"], ["coar-notify:ReviewAction", "Offer"], "Announce",
     ["Announce", "Announce"], ["Announce", "coar-notify:IngestAction"], ["Accept", "Reject"],
     ["Accept", 5], ["Accept", {}], 5, [5], ["Undo", "x:Y"], "Flag", "Nothing", "Person",
     ["Person"], ["x:Y", "Service"], "Page", ["Page", "x:Y"],
-]  # fmt: skip
-# URIs of which coarinbox and coarnotify think differently, and who accepts them.
-HOSTS = ["inbox:8080", "my_host.org", "a.b", "-a.org", "a..org", "ex%61mple.org"]
+]
+# fmt: on
+# URIs of which coarinbox and coarnotify think differently, by who accepts them.
 URI_DIFFERENCES = {
-    **{f"http://{host}/": "coarinbox" for host in HOSTS},
-    "http://exämple.org/ö": "coarinbox",
-    "https://example.org/%20~a!$&'()*+,;=:@?a[b]=c/?#f/?": "coarinbox",
-    "https://example.org/?": "coarinbox",
-    "https://example.org/#": "coarinbox",
-    "file:///etc/x": "coarinbox",
-    "https://example.org/a\n": "coarnotify",
-    "http:": "coarnotify",
-    "https:": "coarnotify",
-    "http:x": "coarnotify",
-    "http:/x": "coarnotify",
-    "http://[::1/": "coarnotify",
-    "http://[::1]x/": "coarnotify",
-    "http://2001:db8::7/": "coarnotify",
+    "coarinbox": """
+        http://inbox:8080/ http://my_host.org/ http://a.b/ http://-a.org/ http://a..org/
+        http://ex%61mple.org/ http://exämple.org/ö https://example.org/? https://example.org/#
+        https://example.org/%20~a!$&'()*+,;=:@?a[b]=c/?#f/? file:///etc/x
+    """.split(),
+    "coarnotify": [
+        "https://example.org/a\n",
+        *"http: https: http:x http:/x http://[::1/ http://[::1]x/ http://2001:db8::7/".split(),
+    ],
 }
-ANSWERS = ("Accept", "Reject", "Tentatively Accept", "Tentatively Reject", "Undo Offer")
+URIS = sorted({*HTTP_URIS, *OTHER_URIS, *NO_URIS, *itertools.chain(*URI_DIFFERENCES.values())})
 URI_MEMBERS = ("id", "origin.id", "context.id")
+ANSWERS = ("Accept", "Reject", "Tentatively Accept", "Tentatively Reject", "Undo Offer")
 
 
-class Mutation(NamedTuple):
-    """A changed notification; member and pattern are those of the innermost notification in it."""
+class Change(NamedTuple):
+    """A changed member, with the pattern of the innermost notification that it is a member of."""
 
-    document: Any
     pattern: str
     member: str
     value: Any
 
 
-# What the two think differently of, who accepts it, and whether a mutation is of that kind.
-DIFFERENCES: list[tuple[str, str, Any]] = [
-    (
-        "the members of an Announce that coarnotify does not look at",
-        "coarnotify",
-        lambda change: (
-            change.pattern.startswith("Announce")
-            and change.member.split(".")[0] in ("origin", "target", "object", "actor", "inReplyTo")
-        ),
-    ),
-    (
-        "an id that is missing, because coarnotify invents one",
-        "coarnotify",
-        lambda change: (
-            (change.member in ("id", "object.id") and change.value in (ABSENT, None))
-            or (change.member == "object" and change.value == {})
-        ),
-    ),
-    (
-        "a type that holds something else than strings",
-        "coarnotify",
-        lambda change: change.member == "type" and not isinstance(change.value, str),
-    ),
-    (
-        "an actor's type that is a list",
-        "coarinbox",
-        lambda change: change.member == "actor.type" and isinstance(change.value, list),
-    ),
-    *(
-        (f"the URI {uri!r}", who, lambda change, uri=uri: change.value == uri)
-        for uri, who in URI_DIFFERENCES.items()
-    ),
-]
+def mutation(document: Any, *changes: tuple[str, Any]) -> tuple[Any, list[Change]]:
+    """Change members of a notification; returns it with the changes."""
+    result = document
+    for member, value in changes:
+        result = changed(result, member, value)
+    return result, [innermost(document, member, value) for member, value in changes]
 
 
-def innermost(document: Any, member: str) -> tuple[str, str]:
-    """Follow a member into embedded notifications; returns the pattern there, and the rest."""
+def innermost(document: Any, member: str, value: Any) -> Change:
+    """Follow a member into embedded notifications."""
     pattern = coarinbox.pattern_of(document)
     assert pattern
     embedded = pattern.name in ANSWERS and coarinbox.pattern_of(document["object"])
     if embedded and member.startswith("object."):
-        return innermost(document["object"], member[len("object.") :])
-    return pattern.name, member
+        return innermost(document["object"], member[len("object.") :], value)
+    return Change(pattern.name, member, value)
 
 
-# They embed the same offer as an Accept, which is looked at by the same code.
-LIKE_ACCEPT = ("Reject", "Tentatively Accept", "Tentatively Reject")
-
-
-def single_mutations() -> Iterator[Mutation]:
-    """Change each member of each notification: to other types, to other URIs, to nothing."""
-    uris = list(dict.fromkeys([*(uri for uri, _, _ in URIS), *URI_DIFFERENCES]))
+def mutations() -> Iterator[tuple[Any, list[Change]]]:
+    """Change one member of each notification, two of them, and one where it is embedded."""
     for number, (name, document) in enumerate(NOTIFICATIONS.items()):
-        some = uris[number % 3 :: 3]  # which makes all of them in any three patterns
-        for member in members({**document, "object": None} if name in LIKE_ACCEPT else document):
+        names, uris = members(document), URIS[number % 3 :: 3]  # all in any three patterns
+        # The other answers embed the same Offer as an Accept, which is looked at by the same code.
+        like_accept = name in ANSWERS[1:-1]
+        for member in members({**document, "object": None} if like_accept else document):
             values = VALUES + (TYPES if member.endswith("type") else [])
-            for value in values + (some if member in URI_MEMBERS else []):
-                yield Mutation(
-                    changed(document, member, value), *innermost(document, member), value
-                )
-
-
-def embedded_mutations() -> Iterator[Mutation]:
-    """Embed each notification in an answer, and change each member of it."""
-    for document in NOTIFICATIONS.values():
+            for value in values + (uris if member in URI_MEMBERS else []):
+                yield mutation(document, (member, value))
+        for first, second in zip(names, names[5:] + names[:5]):
+            if not (second.startswith(first) or first.startswith(second)):
+                for one, other in zip(VALUES[::3], VALUES[1::3]):
+                    yield mutation(document, (first, one), (second, other))
         embedding = {**ACCEPT, "inReplyTo": document["id"], "object": document}
-        embedding = changed(embedding, "object.@context", ABSENT)
-        for member in members(embedding["object"]):
-            for value in (ABSENT, "text"):
-                altered = changed(embedding, f"object.{member}", value)
-                yield Mutation(altered, *innermost(embedding, f"object.{member}"), value)
+        for member, value in itertools.product(names, (ABSENT, "text")):
+            if member != "@context":
+                yield mutation(embedding, (f"object.{member}", value))
 
 
-def accepted_by_coarinbox(document: Any) -> bool:
-    return all(found.level != E for found in coarinbox.validate(document))
+# What the two think differently of, who accepts it, and whether a change is of that kind.
+# fmt: off
+DIFFERENCES: list[tuple[str, str, Callable[[Change], bool]]] = [
+    ("the members of an Announce that coarnotify does not look at", "coarnotify",
+     lambda change: change.pattern.startswith("Announce")
+     and change.member.split(".")[0] in ("origin", "target", "object", "actor", "inReplyTo")),
+    ("an id that is missing, because coarnotify invents one", "coarnotify",
+     lambda change: (change.member in ("id", "object.id") and change.value in (ABSENT, None))
+     or (change.member == "object" and change.value == {})),
+    ("a type that holds something else than strings", "coarnotify",
+     lambda change: change.member == "type" and not isinstance(change.value, str)),
+    ("an actor's type that is a list", "coarinbox",
+     lambda change: change.member == "actor.type" and isinstance(change.value, list)),
+    *((f"the URI {uri!r}", who, lambda change, uri=uri: change.value == uri)
+      for who, uris in URI_DIFFERENCES.items() for uri in uris),
+]
+# fmt: on
 
 
 @functools.cache
@@ -1746,34 +1245,44 @@ def accepted_by_coarnotify(document: Any) -> bool:
     return True
 
 
-def who_accepts(document: Any) -> str | None:
-    """Tell who of the two accepts a notification alone; None when they agree."""
-    ours, theirs = accepted_by_coarinbox(document), accepted_by_coarnotify(document)
-    return None if ours == theirs else "coarinbox" if ours else "coarnotify"
-
-
+@needs_coarnotify
 class CoarnotifyTest(unittest.TestCase):
-    """Differences that no single mutation shows, and the mode that asks the library itself."""
+    """What the library accepts, and the mode that asks the library itself."""
 
-    def setUp(self) -> None:
-        if not importlib.util.find_spec("coarnotify"):
-            self.skipTest("the coarnotify package is not installed")
+    def test_it_agrees_about_thousands_of_faults_but_for_the_known_differences(self) -> None:
+        seen: set[str] = set()
+        for document, changes in mutations():
+            ours = not coarinbox.assess(document, True).errors
+            theirs = accepted_by_coarnotify(document)
+            if ours != theirs:
+                accepted_by = "coarinbox" if ours else "coarnotify"
+                known = [
+                    what for what, who, applies in DIFFERENCES
+                    if who == accepted_by and any(map(applies, changes))
+                ]  # fmt: skip
+                self.assertTrue(known, f"only {accepted_by} accepts {document}")
+                seen.update(known[:1] if len(changes) == 1 else ())
+        self.assertEqual(seen, {what for what, _, _ in DIFFERENCES})
 
-    def test_a_json_text_that_holds_a_document_is_accepted_by_coarnotify_alone(self) -> None:
-        text = json.dumps(ACCEPT)
-        coarnotify_server().receive(text)  # raises what it refuses
-        self.assertFalse(accepted_by_coarinbox(text))
-        self.assertEqual(len(coarinbox.assess(text, "coarnotify").errors), 1)
+    def test_it_accepts_all_samples_and_replies(self) -> None:
+        documents = [coarinbox.sample(name) for name in NOTIFICATIONS]
+        offers = [coarinbox.sample(name) for name in REQUESTS]
+        documents += [coarinbox.reply(offer, name) for offer in offers for name in REPLIES]
+        self.assertEqual(len(documents), 30)
+        for document in documents:
+            coarnotify_server().receive(json.dumps(document))  # raises what it does not like
 
-    def test_without_validation_coarinbox_accepts_what_coarnotify_still_refuses(self) -> None:
-        self.assertFalse(accepted_by_coarnotify({"type": "Accept"}))
-        with self.assertRaises(Exception):  # noqa: B017
-            coarnotify_server().receive([], validate=False)
-        self.assertEqual(coarinbox.assess({"type": "Accept"}, False).errors, [])
-        self.assertEqual(coarinbox.assess([], False).errors, [])
+    def test_differences_that_no_fault_shows(self) -> None:
+        coarnotify_server().receive(json.dumps(ACCEPT))  # a text; raises what it refuses
+        self.assertTrue(coarinbox.assess(json.dumps(ACCEPT), "coarnotify").errors)
+        refused: list[Any] = [[], {"type": "Accept"}]
+        for document in refused:
+            with self.assertRaises(Exception):  # noqa: B017
+                coarnotify_server().receive(document, validate=False)
+            self.assertEqual(coarinbox.assess(document, False).errors, [])
 
     def test_its_mode_refuses_what_it_refuses_in_its_words(self) -> None:
-        document = altered("Request Review", origin__id="mailto:a@example.org", actor__type="Robot")
+        document = offer(origin__id="mailto:a@example.org", actor__type="Robot")
         before = copy.deepcopy(document)
         errors, warnings = coarinbox.assess(document, "coarnotify")
         self.assertEqual(document, before)
@@ -1784,386 +1293,183 @@ class CoarnotifyTest(unittest.TestCase):
             self.assertTrue(found.message.startswith("coarnotify: "), found.message)
         self.assertIn("URL scheme must be http or https", str(errors))
 
-    def test_its_mode_accepts_what_it_accepts(self) -> None:
-        for name, document in NOTIFICATIONS.items():
-            with self.subTest(name):
-                self.assertEqual(coarinbox.assess(document, "coarnotify"), ([], []))
-        document = altered("Announce Review", origin=ABSENT)
-        errors, warnings = coarinbox.assess(document, "coarnotify")
+    def test_its_mode_agrees_with_it(self) -> None:
+        self.assertEqual(coarinbox.assess(ACCEPT, "coarnotify"), ([], []))
+        errors, warnings = coarinbox.assess(altered("Announce Review", origin=ABSENT), "coarnotify")
         self.assertEqual((errors, [each.level for each in warnings]), ([], [E]))
+        for document, changes in itertools.islice(mutations(), 0, None, 25):
+            errors, _ = coarinbox.assess(document, "coarnotify")
+            self.assertEqual(errors == [], accepted_by_coarnotify(document), changes)
 
     def test_where_it_crashes_it_refuses(self) -> None:
         deep: Any = {}
         for _ in range(90):
             deep = {**ACCEPT, "object": deep}
-        nothing: list[Any] = [{}, [], {"type": {}}, {"type": "Nothing"}, deep]
-        for document in [*nothing, altered("Accept", actor=5)]:
-            with self.subTest(document=str(document)[:80]):
-                errors, _ = coarinbox.assess(document, "coarnotify")
-                self.assertTrue(errors)
-                self.assertLess(len(str(errors)), 100_000)
-        ((unknown,), _) = coarinbox.assess({"type": "Nothing"}, "coarnotify")
-        self.assertEqual(unknown.pointer, "/type")
-
-    def test_its_mode_agrees_with_it(self) -> None:
-        for change in list(single_mutations())[::25]:
-            errors, _ = coarinbox.assess(change.document, "coarnotify")
-            with self.subTest(change=change):
-                self.assertEqual(errors == [], accepted_by_coarnotify(change.document))
-
-
-class MutationTest(InboxTest):
-    """Thousands of notifications, each with one fault or two."""
-
-    def test_coarnotify_agrees_but_for_the_known_differences(self) -> None:
-        if not importlib.util.find_spec("coarnotify"):
-            self.skipTest("the coarnotify package is not installed")
-        mutations = [*single_mutations(), *embedded_mutations()]
-        self.assertGreater(len(mutations), 3000)
-        seen = set()
-        for change in mutations:
-            accepted_by = who_accepts(change.document)
-            if accepted_by:
-                known = [
-                    what
-                    for what, who, applies in DIFFERENCES
-                    if who == accepted_by and applies(change)
-                ]
-                self.assertTrue(known, f"only {accepted_by} accepts {change}")
-                seen.add(known[0])
-        self.assertEqual(seen, {what for what, _, _ in DIFFERENCES})
-
-    def test_coarnotify_agrees_about_two_faults_at_once(self) -> None:
-        if not importlib.util.find_spec("coarnotify"):
-            self.skipTest("the coarnotify package is not installed")
-        pairs = list(self.pairs())
-        self.assertGreater(len(pairs), 1000)
-        for document, changes in pairs:
-            accepted_by = who_accepts(document)
-            known = [
-                what
-                for what, who, applies in DIFFERENCES
-                if who == accepted_by and any(applies(change) for change in changes)
-            ]
-            self.assertTrue(not accepted_by or known, f"only {accepted_by} accepts {document}")
-
-    def pairs(self) -> Iterator[tuple[Any, list[Mutation]]]:
-        for document in NOTIFICATIONS.values():
-            names = members(document)
-            for first, second in zip(names, names[5:] + names[:5]):
-                if not (second.startswith(first) or first.startswith(second)):
-                    for one, other in zip(VALUES[::3], VALUES[1::3]):
-                        altered = changed(changed(document, first, one), second, other)
-                        changes = [
-                            Mutation(altered, *innermost(document, first), one),
-                            Mutation(altered, *innermost(document, second), other),
-                        ]
-                        yield altered, changes
-
-    def test_over_http_each_gets_its_verdict_and_nothing_is_a_fault_of_ours(self) -> None:
-        mutations = [*single_mutations(), *embedded_mutations()]
-        documents = [change.document for change in mutations[::10]]
-        self.assertGreater(len(documents), 500)
-        for start in range(0, len(documents), 20):
-            some = documents[start : start + 20]
-            bodies = [json.dumps(document).encode() for document in some]
-            requests = [post_head(f"Content-Length: {len(body)}") + body for body in bodies]
-            answers = raw(self.server, b"".join(requests), "half-close")
-            self.assertEqual(
-                [answer.status for answer in answers],
-                [201 if accepted_by_coarinbox(document) else 400 for document in some],
-            )
+        documents: list[Any] = ["text", {}, [], {"type": {}}, deep, {"type": "Nothing"}]
+        for document in documents:
+            errors, _ = coarinbox.assess(document, "coarnotify")
+            self.assertEqual([each.level for each in errors], [E], str(document)[:80])
+            self.assertLess(len(str(errors)), 100_000)
+        self.assertEqual(errors[0].pointer, "/type")
 
 
 # --- Properties ----------------------------------------------------------------------------------
 
 
-def shuffled(value: Any, order: Any) -> Any:
-    """Copy a document with the members of each object in another order."""
-    if isinstance(value, list):
-        return [shuffled(child, order) for child in value]
-    if not isinstance(value, dict):
-        return value
-    items = [(name, shuffled(child, order)) for name, child in value.items()]
-    order.shuffle(items)
-    return dict(items)
-
-
+@unittest.skipUnless(importlib.util.find_spec("hypothesis"), "hypothesis is not installed")
 class PropertiesTest(unittest.TestCase):
     """What holds for any document, whether arbitrary JSON or nearly a notification."""
 
-    def setUp(self) -> None:
-        if not importlib.util.find_spec("hypothesis"):
-            self.skipTest("the hypothesis package is not installed")
+    def check(self, document: Any, choice: Any) -> None:
+        before = copy.deepcopy(document)
+        findings = coarinbox.validate(document)
+        self.assertEqual(document, before)
+        shuffled = json.loads(
+            json.dumps(document),
+            object_pairs_hook=lambda members: dict(choice.sample(members, len(members))),
+        )
+        self.assertEqual(coarinbox.validate(shuffled), findings)
+        json.dumps([finding.as_json() for finding in findings], allow_nan=False)
+        arrival = coarinbox.Arrival(choice.choice([JSON_LD, "x/y"]), ["http://a.example/"], "x")
+        for mode in ("DSpace", "PREreview", "Software Heritage"):
+            errors, warnings = coarinbox.assess(document, mode, arrival)
+            for found in errors + warnings:
+                self.assertTrue(found.message.endswith(found.fix))
+                self.assertLess(len(found.message), 2000)
+                self.assertEqual(coarinbox.Finding.from_json(found.as_json()), found)
+            for found in warnings:
+                self.assertNotEqual(found.level, E)
+                self.assertNotIn(mode, found.refused_by)
 
-    def for_any_document(self, check: Callable[..., None], examples: int = 100) -> None:
-        """Call a function with documents, each beside a source of random choices."""
+    def test_it_is_judged_whatever_it_holds_in_any_order_and_is_not_changed(self) -> None:
         import hypothesis
-        from hypothesis import strategies
+        from hypothesis import strategies as some
 
         paths = [path for document in NOTIFICATIONS.values() for path in members(document)]
         names = sorted({name for path in paths for name in path.split(".")})
-        texts = [value for value in [*TYPES, *URI_DIFFERENCES, *names] if isinstance(value, str)]
-        scalars = (
-            strategies.none()
-            | strategies.booleans()
-            | strategies.integers()
-            | strategies.floats(allow_nan=False, allow_infinity=False)
-            | strategies.text()
-            | strategies.sampled_from(texts)
-        )
-        anything = strategies.recursive(
-            scalars,
-            lambda inner: (
-                strategies.lists(inner, max_size=4)
-                | strategies.dictionaries(
-                    strategies.sampled_from(names) | strategies.text(), inner, max_size=6
-                )
-            ),
-            max_leaves=30,
-        )
+        texts = [value for value in [*TYPES, *URIS, *names] if isinstance(value, str)]
+        numbers = some.integers() | some.floats(allow_nan=False, allow_infinity=False)
+        scalars = some.none() | some.booleans() | numbers | some.text() | some.sampled_from(texts)
+        keys = some.sampled_from(names) | some.text()
 
-        @strategies.composite
-        def nearly(draw: Any) -> Any:
-            document = draw(strategies.sampled_from(list(NOTIFICATIONS.values())))
-            places = strategies.sampled_from(sorted(members(document)))
-            for member in draw(strategies.lists(places, max_size=4)):
+        def nested(inner: Any) -> Any:
+            return some.lists(inner, max_size=4) | some.dictionaries(keys, inner, max_size=6)
+
+        def altered(document: Any, changes: dict[str, Any]) -> Any:
+            for member, value in changes.items():
                 with contextlib.suppress(KeyError, TypeError, AttributeError):  # its parent is gone
-                    document = changed(document, member, draw(anything))
+                    document = changed(document, member, value)
             return document
 
-        decorate = hypothesis.given(anything | nearly(), strategies.randoms(use_true_random=False))
-        limits = hypothesis.settings(
-            max_examples=examples, deadline=None, database=None, derandomize=True
-        )
-        limits(decorate(check))()
-
-    def test_validate_neither_raises_nor_changes_the_document(self) -> None:
-        def check(document: Any, order: Any) -> None:
-            before = copy.deepcopy(document)
-            findings = coarinbox.validate(document)
-            self.assertEqual(document, before)
-            self.assertEqual(coarinbox.validate(document), findings)
-            json.dumps([finding.as_json() for finding in findings], allow_nan=False)
-
-        self.for_any_document(check)
-
-    def test_the_order_of_members_means_nothing(self) -> None:
-        def check(document: Any, order: Any) -> None:
-            other = shuffled(document, order)
-            self.assertEqual(coarinbox.validate(document), coarinbox.validate(other))
-
-        self.for_any_document(check)
-
-    def test_strict_refuses_whatever_the_default_refuses(self) -> None:
-        def check(document: Any, order: Any) -> None:
-            refused, _ = coarinbox.assess(document, True)
-            strictly, warnings = coarinbox.assess(document, "strict")
-            self.assertLessEqual(set(map(str, refused)), set(map(str, strictly)))
-            self.assertEqual(len(strictly + warnings), len(coarinbox.validate(document)))
-
-        self.for_any_document(check)
-
-    def test_a_finding_says_where_what_and_who(self) -> None:
-        def check(document: Any, order: Any) -> None:
-            arrival = coarinbox.Arrival(order.choice([JSON_LD, "x/y"]), ["http://a.example/"], "x")
-            for mode in ("DSpace", "PREreview", "Software Heritage"):
-                errors, warnings = coarinbox.assess(document, mode, arrival)
-                for found in errors + warnings:
-                    self.assertTrue(found.message.endswith(found.fix))
-                    self.assertLess(len(found.message), 2000)
-                    self.assertEqual(coarinbox.Finding.from_json(found.as_json()), found)
-                for found in warnings:
-                    self.assertNotEqual(found.level, E)
-                    self.assertNotIn(mode, found.refused_by)
-
-        self.for_any_document(check)
-
-    def test_what_was_sent_is_what_comes_back(self) -> None:
-        with coarinbox.running(VALIDATE_INCOMING=False) as inbox:
-
-            def check(document: Any, order: Any) -> None:
-                if not isinstance(document, (dict, list)):
-                    document = [document]
-                form = {"ensure_ascii": order.random() < 0.5, "indent": order.choice([None, 0, 3])}
-                octets = json.dumps(document, **form).encode("utf-8", "surrogatepass")
-                octets = order.choice([b"", b" \r\n"]) + octets + order.choice([b"", b"\t\n"])
-                answer = send(inbox.url, octets)
-                if answer.status == 201:
-                    got = ask(inbox.server, "GET", path_of(answer.headers["Location"]))
-                    self.assertEqual(got.body, octets)
-                else:  # half a surrogate pair is no UTF-8, and some numbers are too large
-                    with self.assertRaises(ValueError):
-                        coarinbox.parse(octets)
-
-            self.for_any_document(check, examples=50)
+        anything = some.recursive(scalars, nested, max_leaves=30)
+        changes = some.dictionaries(some.sampled_from(paths), anything, max_size=4)
+        nearly = some.builds(altered, some.sampled_from([*NOTIFICATIONS.values()]), changes)
+        check = hypothesis.given(anything | nearly, some.randoms(use_true_random=False))(self.check)
+        limits: dict[str, Any] = {"max_examples": 150, "deadline": None, "database": None}
+        hypothesis.settings(derandomize=True, **limits)(check)()
 
 
 # --- Samples and replies -------------------------------------------------------------------------
 
 REQUESTS = ("Request Endorsement", "Request Review")
-REPLIES = (
-    "Accept", "Announce Endorsement", "Announce Review", "Announce Service Result", "Reject",
-    "Tentatively Accept", "Tentatively Reject", "Unprocessable Notification", "Undo Offer",
-)  # fmt: skip
-
-
-def findings_of(document: Any) -> list[str]:
-    return [f"{each.level} {each.pointer} {each.code}" for each in coarinbox.validate(document)]
+ANNOUNCEMENTS = ("Announce Endorsement", "Announce Review", "Announce Service Result")
+REPLIES = tuple(sorted((*ANSWERS, *ANNOUNCEMENTS, "Unprocessable Notification")))
 
 
 class SampleTest(unittest.TestCase):
-    def test_there_is_one_of_each_pattern_without_any_finding(self) -> None:
+    def test_each_is_new_and_clean_between_services_that_can_be_chosen(self) -> None:
         for name in NOTIFICATIONS:
-            with self.subTest(name):
-                document = coarinbox.sample(name)
-                pattern = coarinbox.pattern_of(document)
-                self.assertEqual(pattern and pattern.name, name)
-                self.assertEqual(findings_of(document), [])
-                self.assertEqual(document["target"]["inbox"], "http://localhost:5005/inbox")
-
-    @unittest.skipUnless(importlib.util.find_spec("coarnotify"), "coarnotify is not installed")
-    def test_coarnotify_accepts_all_of_them_and_all_replies(self) -> None:
-        documents = [coarinbox.sample(name) for name in NOTIFICATIONS]
-        offers = [coarinbox.sample(name) for name in REQUESTS]
-        documents += [coarinbox.reply(offer, name) for offer in offers for name in REPLIES]
-        self.assertEqual(len(documents), 30)
-        for document in documents:
-            coarnotify_server().receive(json.dumps(document))  # raises what it does not like
-
-    def test_each_has_an_id_of_its_own_and_shares_nothing(self) -> None:
-        for name in NOTIFICATIONS:
-            first, second = coarinbox.sample(name), coarinbox.sample(name)
+            first, second = coarinbox.sample(name), coarinbox.sample(name.upper())
+            self.assertEqual((codes(first), codes(second)), (set(), set()))
             self.assertNotEqual(first["id"], second["id"])
             first["origin"]["id"] = first["object"]["id"] = "changed"
             self.assertNotIn("changed", json.dumps([second, coarinbox.sample(name)]))
-
-    def test_the_services_can_be_chosen(self) -> None:
-        for name in NOTIFICATIONS:
-            with self.subTest(name):
-                document = coarinbox.sample(name, origin=JOURNAL, target=REPOSITORY)
-                self.assertEqual((document["origin"], document["target"]), (JOURNAL, REPOSITORY))
-                self.assertEqual(findings_of(document), [])
-
-    def test_the_service_that_answers_acts_for_itself(self) -> None:
-        other = {**JOURNAL, "id": "https://reviews.example.net/"}
-        document = coarinbox.sample("Accept", origin=other, in_reply_to=OFFER)
-        self.assertEqual((document["origin"], document["actor"]["id"]), (other, other["id"]))
-        self.assertEqual(findings_of(document), [])
-
-    def test_an_answer_embeds_an_offer_between_the_same_services(self) -> None:
-        for name in ("Accept", "Undo Offer"):
             document = coarinbox.sample(name, origin=JOURNAL, target=REPOSITORY)
-            offer = document["object"]
-            ends = (offer["origin"], offer["target"])
-            swapped = name == "Accept"
-            self.assertEqual(ends, (REPOSITORY, JOURNAL) if swapped else (JOURNAL, REPOSITORY))
+            self.assertEqual((document["origin"], document["target"]), (JOURNAL, REPOSITORY))
+            self.assertEqual(codes(document), set())
+            pattern, offered = coarinbox.pattern_of(document), document["object"]
+            self.assertEqual(pattern and pattern.name, name)
+            if name in ANSWERS:
+                ends = (JOURNAL, REPOSITORY) if name == "Undo Offer" else (REPOSITORY, JOURNAL)
+                self.assertEqual((offered["origin"], offered["target"]), ends)
 
     def test_it_can_answer_an_offer(self) -> None:
-        offer = NOTIFICATIONS["Request Review"]
+        other = {**JOURNAL, "id": "https://reviews.example.net/"}
         for name in (*REPLIES, "Announce Relationship"):
             with self.subTest(name):
-                document = coarinbox.sample(name, in_reply_to=offer)
-                self.assertEqual(document["inReplyTo"], offer["id"])
-                self.assertEqual(findings_of(document), [])
-                elsewhere = coarinbox.sample(name, in_reply_to=offer, target=EDITORS)
-                self.assertEqual(elsewhere["target"], EDITORS)
+                document = coarinbox.sample(name, in_reply_to=OFFER, origin=other, target=EDITORS)
+                self.assertEqual(document["inReplyTo"], OFFER["id"])
+                self.assertEqual((document["origin"], document["target"]), (other, EDITORS))
+                actor = AUTHOR if name == "Undo Offer" else other  # a service acts for itself
+                self.assertEqual(document["actor"]["id"], actor["id"])
+                self.assertEqual(codes(coarinbox.sample(name, in_reply_to=OFFER)), set())
         for name in REQUESTS:
             with self.assertRaisesRegex(ValueError, f"{name} .* answers no Offer"):
-                coarinbox.sample(name, in_reply_to=offer)
-
-    def test_names_are_taken_in_any_case(self) -> None:
-        for name in NOTIFICATIONS:
-            for spelt in (name, name.lower(), name.upper()):
-                self.assertEqual(coarinbox.find_pattern(spelt).name, name)
+                coarinbox.sample(name, in_reply_to=OFFER)
 
     def test_an_unknown_name_gets_the_list_and_a_suggestion_if_one_is_close(self) -> None:
         for name, suggestion in [
-            ("requets review", "did you mean Request Review?"),
-            ("Tentative Accept", "did you mean Tentatively Accept?"),
-            ("ANNOUNCE-REVIEW", "did you mean Announce Review?"),
-            ("", ""), ("zebra", ""), ("x" * 1000, ""), ("a\nb", ""),
+            ("requets review", "Request Review"), ("Tentative Accept", "Tentatively Accept"),
+            ("ANNOUNCE-REVIEW", "Announce Review"), ("", ""), ("zebra", ""), ("x" * 1000, ""),
+            ("a\nb", ""),
         ]:  # fmt: skip
             with self.subTest(name), self.assertRaises(ValueError) as caught:
                 coarinbox.sample(name)
             text = str(caught.exception)
             self.assertIn(", ".join(NOTIFICATIONS), text)
-            self.assertIn(suggestion, text)
-            self.assertEqual("did you mean" in text, suggestion != "")
+            self.assertEqual(text.partition("; did you mean ")[2].strip("?"), suggestion)
             self.assertLess(len(text), 500)
             self.assertNotIn("\n", text)
 
 
 class ReplyTest(unittest.TestCase):
-    def test_a_clean_offer_gets_clean_replies(self) -> None:
-        for request_ in REQUESTS:
-            offer = NOTIFICATIONS[request_]
-            before = json.dumps(offer)
-            for name in REPLIES:
-                with self.subTest(request_, reply=name):
-                    document = coarinbox.reply(offer, name)
-                    self.assertEqual(coarinbox.pattern_of(document), coarinbox.find_pattern(name))
-                    self.assertEqual(findings_of(document), [])
-                    self.assertEqual(document["inReplyTo"], offer["id"])
-                    document["target"]["id"] = document["object"]["id"] = "changed"
-                    self.assertEqual(json.dumps(offer), before)
-
-    def test_it_goes_from_the_target_of_the_offer_to_its_origin(self) -> None:
-        offer = NOTIFICATIONS["Request Review"]
-        for name in REPLIES:
-            document = coarinbox.reply(offer, name)
-            ends = (document["origin"], document["target"])
-            undo = name == "Undo Offer"
-            self.assertEqual(ends, (REPOSITORY, JOURNAL) if undo else (JOURNAL, REPOSITORY))
-            self.assertEqual(document["actor"]["id"], AUTHOR["id"] if undo else JOURNAL["id"])
-
-    def test_what_it_is_about(self) -> None:
-        offer = NOTIFICATIONS["Request Endorsement"]
-        embedded = changed(offer, "@context", ABSENT)
-        for name in ANSWERS:
-            self.assertEqual(coarinbox.reply(offer, name)["object"], embedded)
-        for name in ("Announce Endorsement", "Announce Review", "Announce Service Result"):
-            document = coarinbox.reply(offer, name)
-            self.assertEqual(document["context"], offer["object"])
-            self.assertNotEqual(document["object"]["id"], offer["object"]["id"])
-        unprocessable = coarinbox.reply(offer, "Unprocessable Notification")
-        self.assertEqual(unprocessable["object"]["id"], offer["id"])
+    def test_a_clean_offer_gets_clean_replies_from_its_target_to_its_origin(self) -> None:
+        for offered, name in itertools.product(map(NOTIFICATIONS.get, REQUESTS), REPLIES):
+            with self.subTest(offered["type"], reply=name):
+                before = json.dumps(offered)
+                document = coarinbox.reply(offered, name)
+                self.assertEqual(coarinbox.pattern_of(document), coarinbox.find_pattern(name))
+                self.assertEqual(codes(document), set())
+                self.assertEqual(document["inReplyTo"], offered["id"])
+                ends, undo = (document["origin"], document["target"]), name == "Undo Offer"
+                self.assertEqual(ends, (REPOSITORY, JOURNAL) if undo else (JOURNAL, REPOSITORY))
+                self.assertEqual(document["actor"]["id"], AUTHOR["id"] if undo else JOURNAL["id"])
+                if name in ANSWERS:
+                    self.assertEqual(document["object"], changed(offered, "@context", ABSENT))
+                elif name in ANNOUNCEMENTS:
+                    self.assertEqual(document["context"], offered["object"])
+                    self.assertNotEqual(document["object"]["id"], offered["object"]["id"])
+                else:
+                    self.assertEqual(document["object"]["id"], offered["id"])
+                document["target"]["id"] = document["object"]["id"] = "changed"
+                self.assertEqual(json.dumps(offered), before)
 
     def test_its_findings_are_due_to_the_offer(self) -> None:
-        offer = NOTIFICATIONS["Request Review"]
-        changes = [(name, value) for name in members(offer) for value in (ABSENT, None, 5, [], {})]
-        self.assertGreater(len(changes), 100)
+        names = [name for name in members(OFFER) if name not in ("id", "type")]
+        replies = ("Accept", "Announce Review", "Undo Offer", "Unprocessable Notification")
         faulty = 0
-        for member, value in changes:
-            altered = changed(offer, member, value)
-            for name in REPLIES if member not in ("id", "type") else ():
-                found = coarinbox.validate(coarinbox.reply(altered, name))
-                faulty += found != []
-                if found:
-                    self.assertTrue(coarinbox.validate(altered), (name, member, value, found))
-        self.assertGreater(faulty, 100)
+        for member, value in itertools.product(names, (ABSENT, None, 5, [], {})):
+            offered = changed(OFFER, member, value)
+            if any(codes(coarinbox.reply(offered, name)) for name in replies):
+                self.assertTrue(coarinbox.validate(offered), (member, value))
+                faulty += 1
+        self.assertGreater(faulty, 50)
 
-    def test_what_cannot_be_answered(self) -> None:
-        offer = NOTIFICATIONS["Request Review"]
+    def test_any_offer_can_be_answered_and_nothing_else(self) -> None:
+        types = ["coar-notify:New", "Offer"]
+        self.assertEqual(coarinbox.reply(offer(type=types))["object"]["type"], types)
+        no_offer, no_id = "an object whose type includes Offer", "its id is not an absolute URI"
         for document, reason in [
-            (None, "an object whose type includes Offer"),
-            ([offer], "an object whose type includes Offer"),
-            (ACCEPT, "an object whose type includes Offer"),
-            (changed(offer, "type", ABSENT), "an object whose type includes Offer"),
-            (changed(offer, "id", ABSENT), "its id is not an absolute URI"),
-            (changed(offer, "id", "offer-1"), "its id is not an absolute URI"),
-        ]:
-            with self.subTest(reason), self.assertRaisesRegex(ValueError, reason):
+            (None, no_offer), ([OFFER], no_offer), (ACCEPT, no_offer),
+            (offer(type=ABSENT), no_offer), (offer(id=ABSENT), no_id), (offer(id="1"), no_id),
+        ]:  # fmt: skip
+            with self.assertRaisesRegex(ValueError, reason):
                 coarinbox.reply(document)
         for name in (*REQUESTS, "Announce Relationship"):
             with self.assertRaisesRegex(ValueError, f"{name} answers no Offer.*: Accept, "):
-                coarinbox.reply(offer, name)
+                coarinbox.reply(OFFER, name)
         with self.assertRaisesRegex(ValueError, "did you mean Reject?"):
-            coarinbox.reply(offer, "Rejct")
-
-    def test_any_offer_can_be_answered(self) -> None:
-        offer = changed(NOTIFICATIONS["Request Review"], "type", ["coar-notify:New", "Offer"])
-        self.assertEqual(coarinbox.reply(offer)["object"]["type"], ["coar-notify:New", "Offer"])
+            coarinbox.reply(OFFER, "Rejct")
 
 
 # --- LDN -----------------------------------------------------------------------------------------
@@ -2172,117 +1478,74 @@ class ReplyTest(unittest.TestCase):
 class LdnTest(InboxTest):
     """The demands of W3C Linked Data Notifications on a receiver (sections 3.1 and 3.3)."""
 
-    def test_must_answer_a_post_with_201_and_a_location_to_retrieve_it_from(self) -> None:
+    def here(self, path: str) -> str:
         host, port = address(self.server)
-        document = changed(ACCEPT, "target.inbox", f"http://{host}:{port}/inbox")
+        return f"http://{host}:{port}{path}"
+
+    def test_must_answer_a_post_with_201_and_a_location_to_retrieve_it_from(self) -> None:
+        document = changed(ACCEPT, "target.inbox", self.here("/inbox"))
         answer = self.post(document)
-        self.assertEqual(answer.status, 201)
+        self.assertEqual((answer.status, answer.headers["Content-Type"]), (201, "application/json"))
         location = answer.headers["Location"]
-        self.assertRegex(location, f"^http://{host}:{port}/inbox/{coarinbox.NAME}$")
-        retrieved = self.ask("GET", path_of(location))
-        self.assertEqual((retrieved.status, retrieved.json()), (200, document))
+        self.assertRegex(location, f"^{self.here('/inbox/')}{coarinbox.NAME}$")
+        self.assertEqual(fetch(location).json(), document)
         receipt: dict[str, Any] = {"location": location, "pattern": "Accept", "warnings": []}
         self.assertEqual(answer.json(), receipt)
 
-    def test_must_accept_json_ld_with_or_without_a_profile(self) -> None:
+    @with_settings(RESPONSE_STATUS=202)
+    def test_must_answer_202_with_the_status_in_the_body(self) -> None:
+        answer = self.post()
+        self.assertEqual((answer.status, answer.headers["Location"]), (202, None))
+        self.assertEqual(answer.json()["pattern"], "Accept")
+        self.assertEqual(fetch(answer.json()["location"]).body, BODY)
+
+    def test_must_accept_json_ld_with_or_without_a_profile_and_should_say_so(self) -> None:
         for content_type in [
-            "application/ld+json",
-            'application/ld+json;profile="https://www.w3.org/ns/activitystreams"',
+            "application/ld+json", f'application/ld+json;profile="{AS2}"',
             'application/ld+json; profile="http://example.org/profile"; charset=utf-8',
-            "APPLICATION/LD+JSON ; charset=UTF-8",
-            "application/json",
-            "application/activity+json",
-        ]:
-            with self.subTest(content_type):
-                answer = self.post(Content_Type=content_type, Slug="mine")
-                self.assertEqual(answer.status, 201)
+            "APPLICATION/LD+JSON ; charset=UTF-8", "application/json", "application/activity+json",
+        ]:  # fmt: skip
+            answer = self.post(Content_Type=content_type, Slug="mine")
+            self.assertEqual(answer.status, 201, content_type)
+        answer = self.ask("OPTIONS", "/inbox")
+        self.assertEqual((answer.status, answer.body), (204, b""))
+        accepted = "application/ld+json, application/json, application/activity+json"
+        self.assertEqual(answer.headers["Accept-Post"], accepted)
 
     def test_must_list_the_notifications_with_the_requested_url_as_subject(self) -> None:
-        locations = sorted(self.post().headers["Location"] for _ in range(3))
-        host, port = address(self.server)
+        locations = {self.post().headers["Location"] for _ in range(3)}
         for path in ("/inbox", "/inbox/", "/inbox?status=503"):
-            with self.subTest(path):
-                answer = self.ask("GET", path, headers={"Accept": JSON_LD})
-                self.assertEqual(answer.status, 200)
-                self.assertEqual(answer.headers["Content-Type"], JSON_LD)
-                listing = answer.json()
-                self.assertEqual(listing["@context"], {"ldp": "http://www.w3.org/ns/ldp#"})
-                self.assertEqual(listing["@id"], f"http://{host}:{port}{path}")
-                self.assertEqual(listing["@type"], "ldp:Container")
-                self.assertEqual(
-                    sorted(entry["@id"] for entry in listing["ldp:contains"]), locations
-                )
-
-    def test_must_offer_every_notification_as_json_ld(self) -> None:
-        location = self.post().headers["Location"]
-        for accept in ("application/ld+json", "*/*", "application/json", "text/turtle", ""):
-            with self.subTest(accept=accept):
-                answer = self.ask("GET", path_of(location), headers={"Accept": accept})
-                self.assertEqual((answer.status, answer.headers["Content-Type"]), (200, JSON_LD))
+            answer = self.ask("GET", path, headers={"Accept": JSON_LD})
+            self.assertEqual((answer.status, answer.headers["Content-Type"]), (200, JSON_LD))
+            listing = answer.json()
+            self.assertEqual({entry["@id"] for entry in listing.pop("ldp:contains")}, locations)
+            context = {"ldp": "http://www.w3.org/ns/ldp#"}
+            expected = {"@context": context, "@id": self.here(path), "@type": "ldp:Container"}
+            self.assertEqual(listing, expected)
 
     def test_should_refuse_what_breaks_a_constraint_and_say_where_they_stand(self) -> None:
         answer = self.post({"@id": "", "http://www.w3.org/ns/ldp#contains": []})
         self.assert_problem(answer, 400)
-        link = answer.headers["Link"]
-        self.assertIn('rel="http://www.w3.org/ns/ldp#constrainedBy"', link)
-        constraints = path_of(link.partition("<")[2].partition(">")[0])
-        self.assertEqual(self.ask("GET", constraints).status, 200)
-        self.assertEqual(self.post().headers["Link"], link)
-        for method in ("GET", "HEAD", "OPTIONS"):  # clients may look before they post
-            self.assertEqual(self.ask(method, "/inbox").headers["Link"], link)
+        constraints = self.here("/constraints")
+        link = f'<{constraints}>; rel="http://www.w3.org/ns/ldp#constrainedBy"'
+        self.assertEqual(answer.headers["Link"], link)
+        self.assertEqual(fetch(constraints).status, 200)
 
-    def test_should_advertise_what_may_be_posted(self) -> None:
-        answer = self.ask("OPTIONS", "/inbox")
-        self.assertEqual((answer.status, answer.body), (204, b""))
-        self.assertEqual(
-            answer.headers["Accept-Post"],
-            "application/ld+json, application/json, application/activity+json",
-        )
-        self.assertEqual(
-            set(answer.headers["Allow"].split(", ")), {"GET", "HEAD", "POST", "DELETE", "OPTIONS"}
-        )
-
-    def test_is_discovered_through_a_link(self) -> None:
-        host, port = address(self.server)
-        link = f'<http://{host}:{port}/inbox>; rel="http://www.w3.org/ns/ldp#inbox"'
-        for method in ("GET", "HEAD"):
-            self.assertEqual(self.ask(method, "/").headers["Link"], link)
-
-    def test_the_verbs_may_come_all_at_once(self) -> None:
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            answers = [
-                pool.submit(self.ask, method, "/inbox", BODY if method == "POST" else None)
-                for method in ["OPTIONS", "POST", "GET"] * 20
-            ]
-            statuses = [answer.result().status for answer in answers]
-        self.assertEqual(statuses, [204, 201, 200] * 20)
-        self.assertEqual(len(self.listed()), 20)
-
-    def test_must_advertise_the_inbox_in_json_ld_where_that_is_preferred(self) -> None:
-        for accept in ("application/ld+json", "application/ld+json, text/html;q=0.9"):
-            answer = self.ask("GET", "/", headers={"Accept": accept})
-            self.assertEqual(answer.headers["Content-Type"], JSON_LD)
-            self.assertIn("ldp#inbox", answer.headers["Link"])
-            host, port = address(self.server)
-            self.assertEqual(answer.json()["ldp:inbox"], {"@id": f"http://{host}:{port}/inbox"})
-        for accept in ("*/*", "text/html, application/ld+json"):
-            answer = self.ask("GET", "/", headers={"Accept": accept})
-            self.assertEqual(answer.headers["Content-Type"], "text/html; charset=utf-8")
-
-
-class QueuedTest(InboxTest):
-    settings = {"RESPONSE_STATUS": 202}
-
-    def test_must_answer_202_with_the_status_in_the_body(self) -> None:
-        answer = self.post()
-        self.assertEqual(answer.status, 202)
-        self.assertNotIn("Location", answer.headers)
-        self.assertEqual(answer.json()["pattern"], "Accept")
-        self.assertEqual(self.ask("GET", path_of(answer.json()["location"])).body, BODY)
-
-
-def path_of(url: str) -> str:
-    return "/" + url.split("/", 3)[3]
+    def test_is_discovered_through_a_link_or_json_ld_where_that_is_preferred(self) -> None:
+        inbox = self.here("/inbox")
+        html = "text/html; charset=utf-8"
+        for method, accept, content_type in [
+            ("GET", "application/ld+json", JSON_LD),
+            ("GET", "application/ld+json, text/html;q=0.9", JSON_LD),
+            ("GET", "*/*", html), ("GET", "text/html, application/ld+json", html),
+            ("HEAD", "*/*", html),
+        ]:  # fmt: skip
+            answer = self.ask(method, "/", headers={"Accept": accept})
+            link = f'<{inbox}>; rel="http://www.w3.org/ns/ldp#inbox"'
+            self.assertEqual(answer.headers["Link"], link)
+            self.assertEqual(answer.headers["Content-Type"], content_type, accept)
+            if content_type == JSON_LD:
+                self.assertEqual(answer.json()["ldp:inbox"], {"@id": inbox})
 
 
 # --- HTTP ----------------------------------------------------------------------------------------
@@ -2294,16 +1557,10 @@ class ResourcesTest(InboxTest):
         for path in ("/", "/inbox", location, "/constraints", "/deliveries", "/nothing"):
             with self.subTest(path):
                 got, head = self.ask("GET", path), self.ask("HEAD", path)
-                self.assertEqual(head.body, b"")
-                self.assertEqual(head.status, got.status)
+                self.assertEqual((head.status, head.body), (got.status, b""))
                 self.assertEqual(int(head.headers["Content-Length"]), len(got.body))
                 for name in ("Content-Type", "Link", "Vary"):
                     self.assertEqual(head.headers[name], got.headers[name])
-
-    def test_a_receipt_is_json(self) -> None:
-        self.assertEqual(self.post().headers["Content-Type"], "application/json")
-
-    def test_an_answer_to_head_is_its_head(self) -> None:
         with connect(self.server, b"HEAD /constraints HTTP/1.0\r\n\r\n") as connection:
             received = b"".join(iter(lambda: connection.recv(65536), b""))
         self.assertTrue(received.startswith(b"HTTP/1.1 200 OK\r\n"), received[:50])
@@ -2312,46 +1569,34 @@ class ResourcesTest(InboxTest):
         self.assertIn(f"\r\nServer: coarinbox/{coarinbox.__version__}\r\n".encode(), received)
 
     def test_a_deleted_notification_is_gone(self) -> None:
-        kept, gone = (path_of(self.post().headers["Location"]) for _ in range(2))
-        self.assertEqual(self.ask("DELETE", gone).status, 204)
-        self.assert_problem(self.ask("GET", gone), 404)
-        self.assert_problem(self.ask("DELETE", gone), 404)
-        self.assertEqual([path_of(url) for url in self.listed()], [kept])
+        kept, gone = (self.post().headers["Location"] for _ in range(2))
+        self.assertEqual(fetch(gone, "DELETE").status, 204)
+        self.assert_problem(fetch(gone), 404)
+        self.assert_problem(fetch(gone, "DELETE"), 404)
+        self.assertEqual(self.listed(), [kept])
 
-    def test_deleting_the_inbox_empties_it_for_the_next_test(self) -> None:
-        for _ in range(3):
-            self.post()
-        answer = self.ask("DELETE", "/inbox")
-        # RFC 9110 section 8.6
-        self.assertEqual((answer.status, answer.headers["Content-Length"]), (204, None))
-        self.assertEqual(self.listed(), [])
-        self.assert_serves()
-
-    def test_emptying_the_inbox_copes_with_others_who_do_the_same(self) -> None:
-        for _ in range(50):
-            self.post()
+    def test_deleting_the_inbox_empties_it_whoever_else_does_the_same(self) -> None:
+        raw(self.server, post_to() * 50, "half-close")
+        self.assertEqual(len(self.listed()), 50)
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            emptied = list(pool.map(lambda _: self.ask("DELETE", "/inbox").status, range(4)))
-        self.assertEqual(emptied, [204] * 4)
-        self.assertEqual(self.stored(), [])
+            answers = list(pool.map(lambda _: self.ask("DELETE", "/inbox"), range(4)))
+        found = [(answer.status, answer.headers["Content-Length"]) for answer in answers]
+        self.assertEqual(found, [(204, None)] * 4)  # RFC 9110 section 8.6
+        self.assertEqual((self.stored(), self.listed()), ([], []))
+        self.assert_serves()
 
     def test_what_a_resource_cannot_do_is_405_with_what_it_can(self) -> None:
         location = path_of(self.post().headers["Location"])
-        for path, works in {
-            "/": "GET",
-            "/constraints": "GET",
-            "/deliveries": "GET",
-            "/inbox": "GET, POST, DELETE",
-            location: "GET, DELETE",
-        }.items():
-            allowed = {*works.split(", "), "HEAD", "OPTIONS"}
-            for method in ("PUT", "PATCH", "TRACE", "CONNECT", "BREW", "get"):
+        for path, works in [
+            ("/", "GET"), ("/constraints", "GET"), ("/deliveries", "GET"),
+            ("/inbox", "GET, POST, DELETE"), (location, "GET, DELETE"),
+        ]:  # fmt: skip
+            for method in ("OPTIONS", "PUT", "PATCH", "TRACE", "CONNECT", "BREW", "get"):
                 with self.subTest(path, method=method):
                     answer = self.ask(method, path)
-                    self.assert_problem(answer, 405)
-                    self.assertEqual(set(answer.headers["Allow"].split(", ")), allowed)
-            answer = self.ask("OPTIONS", path)
-            self.assertEqual(set(answer.headers["Allow"].split(", ")), allowed)
+                    allowed = set(answer.headers["Allow"].split(", "))
+                    self.assertEqual(allowed, {*works.split(", "), "HEAD", "OPTIONS"})
+                    self.assertEqual(answer.status, 204 if method == "OPTIONS" else 405)
         self.assert_problem(self.ask("POST", location, BODY), 405)
         self.assert_problem(self.ask("BREW", "/nothing"), 404)
 
@@ -2366,95 +1611,80 @@ class ResourcesTest(InboxTest):
             with self.subTest(other[:99]):
                 for method in (b"GET", b"DELETE"):
                     head = get_head(target=f"/inbox/{other}").replace(b"GET", method, 1)
-                    (answer,) = raw(self.server, head, "half-close")
-                    self.assert_problem(answer, 404)
+                    self.assert_problem(self.ask_raw(head), 404)
         self.assertEqual(self.stored(), [name])
 
-    def test_the_request_line_may_hold_a_whole_url(self) -> None:
+    def test_the_request_line_may_hold_a_whole_url_and_doubled_slashes(self) -> None:
         for target, status in [
             ("http://localhost", 200), ("http://localhost?q=x", 200), ("http://evil.example/", 421),
             ("HTTP://localhost/inbox?close=1", 200),
         ]:  # fmt: skip
-            (answer,) = raw(self.server, get_head(target=target), "half-close")
-            self.assertEqual(answer.status, status)
+            self.assertEqual(self.ask_raw(get_head(target=target)).status, status)
+        for path in (b"//inbox", b"///inbox/", b"http://localhost//inbox"):
+            self.assertEqual(self.ask_raw(post_to().replace(b"/inbox", path, 1)).status, 201)
+        self.assertEqual(len(self.ask("GET", "/deliveries").json()["deliveries"]), 3)
 
-    def test_a_page_is_for_those_who_prefer_html(self) -> None:
-        location = path_of(self.post().headers["Location"])
-        browser = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
-        for accept, is_html in [
-            (browser, True),
-            ("text/html", True),
-            ("text/*", True),
-            ("TEXT/HTML ; Q=0.9, application/ld+json;q=0.8", True),
-            ("text/html, application/ld+json;q=0", True),
-            ('application/ld+json;profile="a,b";q=0.4, text/html;q=0.5', True),
-            ("*/*", False),
-            ("text/html, application/ld+json", False),
-            ("text/html;q=0.5, application/json", False),
-            ("text/html;q=0.5, application/*", False),
-            ("text/html, application/json;q=1.0", False),
-            ("text/html;q=0", False),
-            ("application/ld+json;q=0.2, */*;q=0.1", False),
-            ("text/html;q=0.001, */*;q=0.01", False),
-        ]:
-            for path in ("/inbox", "/inbox?close=1&times=2", location, "/constraints"):
-                with self.subTest(accept, path=path):
-                    answer = self.ask("GET", path, headers={"Accept": accept})
-                    self.assertEqual(answer.status, 200)
-                    self.assertEqual(
-                        answer.headers["Content-Type"].startswith("text/html"), is_html
-                    )
-                    self.assertEqual(answer.headers["Vary"], "Accept, Origin")
-                    self.assertEqual(answer.headers["X-Content-Type-Options"], "nosniff")
-
-    def test_a_page_shows_what_was_sent_as_text(self) -> None:
-        hostile = "<script>alert(1)</script>\"'&"
-        location = path_of(self.post(changed(ACCEPT, "summary", hostile)).headers["Location"])
-        answer = self.ask("GET", location, headers={"Accept": "text/html"})
-        self.assertNotIn(b"<script>alert", answer.body)
-        self.assertIn(b"&lt;script&gt;alert", answer.body)
-        self.assertIn("default-src 'none'", answer.headers["Content-Security-Policy"])
-        self.assertEqual(answer.headers["Referrer-Policy"], "same-origin")
+    def test_a_notification_is_json_ld_but_for_those_who_prefer_html(self) -> None:
+        location = path_of(self.post(changed(ACCEPT, "summary", "<b>&")).headers["Location"])
+        for path, (is_page, accept) in itertools.product([location, "/inbox?close=1&times=2"], [
+            (True, "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"),
+            (True, "text/html"), (True, "text/*"), (True, "text/html, application/ld+json;q=0"),
+            (True, "TEXT/HTML ; Q=0.9, application/ld+json;q=0.8"),
+            (True, 'application/ld+json;profile="a,b";q=0.4, text/html;q=0.5'),
+            (False, "*/*"), (False, "application/json"), (False, "text/turtle"), (False, ""),
+            (False, "text/html, application/ld+json"), (False, "text/html;q=0"),
+            (False, "text/html;q=0.5, application/json"), (False, "text/html;q=0.5, application/*"),
+            (False, "text/html, application/json;q=1.0"),
+            (False, "application/ld+json;q=0.2, */*;q=0.1"),
+            (False, "text/html;q=0.001, */*;q=0.01"),
+        ]):  # fmt: skip
+            with self.subTest(accept, path=path):
+                answer = self.ask("GET", path, headers={"Accept": accept})
+                content_type = "text/html; charset=utf-8" if is_page else JSON_LD
+                self.assertEqual(answer.headers["Content-Type"], content_type)
+                self.assertEqual(answer.headers["Vary"], "Accept, Origin")
+                self.assertEqual(answer.headers["X-Content-Type-Options"], "nosniff")
+                if is_page:
+                    self.assertNotIn(b"<b>&", answer.body)
+                    self.assertIn("default-src 'none'", answer.headers["Content-Security-Policy"])
+                    self.assertEqual(answer.headers["Referrer-Policy"], "same-origin")
 
     def test_the_constraints_are_the_rules(self) -> None:
         listed = self.ask("GET", "/constraints").json()
         self.assertEqual(listed["constraints"], coarinbox.constraints())
-        self.assertEqual(listed["specification"], coarinbox.SPECIFICATION)
-        self.assertEqual(listed["levels"]["M"]["word"], "must")
         self.assertEqual(listed["receivers"], coarinbox.receivers())
-        required, valid = listed["constraints"][:2]
-        everywhere = dict.fromkeys(NOTIFICATIONS, "E")
-        self.assertEqual(required, {
+        self.assertEqual(listed["specification"], SPECIFICATION)
+        words = {level: meaning["word"] for level, meaning in listed["levels"].items()}
+        self.assertEqual((words, listed["refused"]), ({E: "error", M: "must", S: "should"}, ["E"]))
+        self.assertEqual(listed["constraints"][0], {
             "code": "notification-required", "member": "", "demand": "be present",
-            "levels": everywhere, "refused_by": [],
+            "levels": dict.fromkeys(NOTIFICATIONS, "E"), "refused_by": [],
         })  # fmt: skip
-        self.assertEqual(valid["demand"], "be an object")
-        self.assertEqual(listed["refused"], ["E"])
+        self.assertEqual(listed["constraints"][1]["demand"], "be an object")
         page = self.ask("GET", "/constraints", headers={"Accept": "text/html"}).body.decode()
         self.assertIn("<title>Request Review · coarinbox</title>", page)
-        for constraint in listed["constraints"]:
-            if "Request Review" in constraint["levels"]:
-                self.assertIn(f'id="{constraint["code"]}"', page)
+
+
+class HostTest(InboxTest):
+    """By which names an inbox may be called, and what its URLs are then."""
 
     def test_urls_are_those_that_the_client_uses(self) -> None:
         for host in (
             "localhost:12345", "LOCALHOST", "inbox.localhost", "127.9.9.9:80", "[::1]:80",
             "localhost.", "[::ffff:127.0.0.1]:80",
         ):  # fmt: skip
-            with self.subTest(host):
-                location = self.post(Host=host).headers["Location"]
-                self.assertTrue(location.startswith(f"http://{host}/inbox/"), location)
+            location = self.post(Host=host).headers["Location"]
+            self.assertTrue(location.startswith(f"http://{host}/inbox/"), location)
 
     def test_only_http_1_0_may_come_without_a_host(self) -> None:
         """RFC 9112 section 3.2; then URLs are those of the address bound."""
-        head = post_head(f"Content-Length: {len(BODY)}").replace(b"Host: localhost\r\n", b"")
-        (answer,) = raw(self.server, head.replace(b"HTTP/1.1", b"HTTP/1.0") + BODY)
+        data = post_to().replace(b"Host: localhost\r\n", b"")
+        answer = self.ask_raw(data.replace(b"HTTP/1.1", b"HTTP/1.0"))
         self.assertEqual(answer.status, 201)
         self.assertTrue(answer.headers["Location"].startswith(self.server.base + "/inbox/"))
-        whole_url = head.replace(b" /inbox", b" http://localhost/inbox")
-        for without_host in (head, whole_url):
-            (answer,) = raw(self.server, without_host + BODY)
-            self.assertIn("Host", self.assert_problem(answer, 400)["detail"])
+        for without_host in (data, data.replace(b" /inbox", b" http://localhost/inbox")):
+            problem = self.assert_problem(self.ask_raw(without_host, "read"), 400)
+            self.assertIn("Host", problem["detail"])
 
     def test_the_names_of_other_sites_are_refused_on_loopback(self) -> None:
         for host in ("evil.example", "localhost.evil.example", "10.0.0.1", "notlocalhost", "[::2]"):
@@ -2464,57 +1694,17 @@ class ResourcesTest(InboxTest):
         self.assertEqual(self.stored(), [])
 
     def test_a_malformed_host_is_refused(self) -> None:
-        for host in (
-            "a b",
-            "localhost:x",
-            "localhost:123456",
-            "<script>",
-            "localhost/x",
-            "user@localhost",
-            "[::1",
-            "ö",
-        ):
-            with self.subTest(host):
-                (answer,) = raw(self.server, get_head(host=host), "half-close")
-                self.assert_problem(answer, 400)
-        for head in (get_head("Host: a"), get_head(target="http://localhost/", host="a b")):
-            (answer,) = raw(self.server, head, "half-close")
-            self.assert_problem(answer, 400)
-
-    def test_requests_share_a_connection(self) -> None:
-        connection = http.client.HTTPConnection(*address(self.server), timeout=10)
-        self.addCleanup(connection.close)
-        for method, path, status in [
-            ("POST", "/inbox", 201), ("GET", "/inbox", 200), ("HEAD", "/inbox", 200),
-            ("OPTIONS", "/inbox", 204), ("GET", "/nothing", 404), ("DELETE", "/inbox", 204),
-        ]:  # fmt: skip
-            answer = ask_on(connection, method, path, BODY if method == "POST" else None)
-            self.assertEqual(answer.status, status)
-            self.assertIsNotNone(connection.sock, f"{method} {path} ended the connection")
-        self.assertEqual(ask_on(connection, "POST", "/inbox", {}).status, 400)
-        self.assertIsNotNone(connection.sock, "a body that was read needs no new connection")
-
-    def test_requests_may_come_before_the_answers(self) -> None:
-        answers = raw(self.server, post_to() * 5, "half-close")
-        self.assertEqual([answer.status for answer in answers], [201] * 5)
-
-    def test_http_1_0_and_close_end_the_connection(self) -> None:
+        hosts = ("a b", "localhost:x", "localhost:123456", "<script>", "localhost/x",
+                 "user@localhost", "[::1", "ö")  # fmt: skip
         for head in (
-            b"GET /inbox HTTP/1.0\r\n\r\n",
-            b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
-            b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: x ,\tClose\r\n\r\n",
-        ):
-            (answer,) = raw(self.server, head)
-            self.assertEqual((answer.status, answer.headers["Connection"]), (200, "close"))
-        requests = b"GET /inbox HTTP/1.0\r\nConnection: keep-alive\r\n\r\n" * 2
-        answers = raw(self.server, requests, "half-close")
-        self.assertEqual([answer.headers["Connection"] for answer in answers], ["keep-alive"] * 2)
+            *(get_head(host=host) for host in hosts), get_head("Host: a"),
+            get_head(target="http://localhost/", host="a b"),
+        ):  # fmt: skip
+            with self.subTest(head):
+                self.assert_problem(self.ask_raw(head), 400)
 
-
-class BaseUrlTest(InboxTest):
-    settings = {"BASE_URL": "https://inbox.example.org/tunnel/"}
-
-    def test_it_goes_into_every_url_and_may_be_the_host(self) -> None:
+    @with_settings(BASE_URL="https://inbox.example.org/tunnel/")
+    def test_base_url_goes_into_every_url_and_may_be_the_host(self) -> None:
         base = "https://inbox.example.org/tunnel"
         answer = self.post(Host="inbox.example.org")
         self.assertEqual(answer.status, 201)
@@ -2524,13 +1714,10 @@ class BaseUrlTest(InboxTest):
         self.assertIn(f"<{base}/inbox>", self.ask("GET", "/").headers["Link"])
         self.assertIn(f"<{base}/constraints>", self.post({}).headers["Link"])
         self.assert_problem(self.post(Host="other.example.org"), 421)
-        (answer,) = raw(self.server, b"GET /inbox HTTP/1.0\r\n\r\n")
+        answer = self.ask_raw(b"GET /inbox HTTP/1.0\r\n\r\n")
         self.assertEqual(answer.json()["@id"], f"{base}/inbox")
 
-
-class EverywhereTest(InboxTest):
-    settings = {"HOST": "0.0.0.0"}
-
+    @with_settings(HOST="0.0.0.0")
     def test_an_inbox_that_is_open_to_others_answers_to_every_name(self) -> None:
         answer = self.post(Host="coarinbox:5005")
         self.assertTrue(answer.headers["Location"].startswith("http://coarinbox:5005/inbox/"))
@@ -2538,7 +1725,7 @@ class EverywhereTest(InboxTest):
 
 class LogTest(InboxTest):
     def test_each_finding_has_a_line_for_clients_that_hide_the_answer(self) -> None:
-        self.post(ValidationModeTest.INVALID)
+        self.post(ModesTest.INVALID)
         delivery, *lines = self.log_lines()
         (name,) = (each["name"] for each in self.ask("GET", "/deliveries").json()["deliveries"])
         page = f"{self.server.base}/deliveries/{name}"
@@ -2547,8 +1734,14 @@ class LogTest(InboxTest):
         self.assertIn(f"  {missing}", lines)
         self.assertEqual([line[:4] for line in lines], ["  E ", "  M ", "  S "])
 
+    def test_a_request_has_one_line_whatever_it_says(self) -> None:
+        raw(self.server, b"GET /\x1b[31m\rforged HTTP/1.1\r\n\r\n")
+        self.ask("GET", "/%0aforged")
+        lines = self.log_lines()
+        self.assertEqual(len(lines), 4, lines)  # each with the reason of the refusal
+        for line in lines:
+            self.assertTrue(line.isprintable(), line)
 
-class ScriptLogTest(InboxTest):
     def test_what_the_script_of_a_page_asks_for_is_not_worth_a_line(self) -> None:
         script = {"Sec-Fetch-Dest": "empty", "Sec-Fetch-Site": "same-origin"}
         self.ask("GET", "/", headers=script)
@@ -2558,137 +1751,71 @@ class ScriptLogTest(InboxTest):
         self.assertEqual(len(self.log_lines()), 2)
 
 
-class ValidationModeTest(unittest.TestCase):
-    """What each value of VALIDATE_INCOMING refuses, and what it warns about."""
-
-    FAULTY = changed(changed(ACCEPT, "actor", ABSENT), "target.inbox", ABSENT)  # levels S and M
-    INVALID = changed(FAULTY, "origin", ABSENT)  # levels S, M and E
-
-    def check(self, mode: Any, expected: list[tuple[Any, int, str, str]]) -> None:
-        for document, status, errors, warnings_ in expected:
-            with (
-                self.subTest(document=document),
-                coarinbox.running(VALIDATE_INCOMING=mode) as inbox,
-            ):
-                answer = send(inbox.url, addressed(document, inbox.url))
-                self.assertEqual(answer.status, status)
-                self.assertEqual(len(inbox.notifications), 1 if status == 201 else 0)
-                for name, levels in (("errors", errors), ("warnings", warnings_)):
-                    found = (entry["level"] for entry in answer.json().get(name, []))
-                    self.assertEqual("".join(sorted(found)), levels)
-
-    def test_true_refuses_what_coarnotify_refuses(self) -> None:
-        self.check(True, [
-            (ACCEPT, 201, "", ""),
-            (self.FAULTY, 201, "", "MS"),
-            (self.INVALID, 400, "E", "MS"),
-            ([ACCEPT], 400, "E", ""),
-            ("text", 400, "E", ""),
-        ])  # fmt: skip
-
-    def test_strict_refuses_whatever_breaks_a_must(self) -> None:
-        self.check("strict", [
-            (ACCEPT, 201, "", ""),
-            (self.FAULTY, 400, "M", "S"),
-            (self.INVALID, 400, "EM", "S"),
-        ])  # fmt: skip
-
-    def test_false_refuses_only_what_is_neither_object_nor_array(self) -> None:
-        self.check(False, [
-            (ACCEPT, 201, "", ""),
-            (self.INVALID, 201, "", "EMS"),
-            ([ACCEPT], 201, "", "E"),
-            ([], 201, "", "E"),
-            ("text", 400, "E", ""),
-            (5, 400, "E", ""),
-        ])  # fmt: skip
-
-
 # --- Bad input -----------------------------------------------------------------------------------
 
 
 class BadBodyTest(InboxTest):
-    """Bodies that are no notification: 400, nothing stored, and the connection is kept."""
-
-    def refuse(self, body: bytes, *, says: str) -> None:
-        problem = self.assert_problem(self.post(body), 400)
-        self.assertIn(says, problem["detail"])
+    def test_a_body_that_is_no_notification_is_refused_and_not_stored(self) -> None:
+        for says, bodies in {
+            "the body is empty": [b""],
+            "the body is not JSON": [
+                b" ", b"{", b"{}{}", b"{'id': 1}", b"<rdf/>", b'{"a": 1,}', b"\0", b"nul",
+            ],
+            "not UTF-8": [
+                b'{"id": "\xff"}', b'"\xc3"', b"\xed\xa0\x80", BODY.decode().encode("utf-16"),
+            ],
+            "byte order mark": [b"\xef\xbb\xbf" + BODY],
+            "NaN is not JSON": [b'{"id": NaN}'],
+            "Infinity is not JSON": [b'{"id": Infinity}', b'{"id": -Infinity}'],
+            "too large": [  # which receivers disagree about
+                b'{"id": %s}' % number
+                for number in (b"9" * 5000, b"-" + b"9" * 5000, b"1e400", b"9" * 10**5)
+            ],
+            "the document is nested more than 100 levels deep": [
+                start * depth + b"1" + end * depth
+                for depth in (101, 1000, 100_000) for start, end in ((b"[", b"]"), (b'{"":', b"}"))
+            ],
+            "": [b"[" * 101, b"[" * 100_000, b'{"":' * 100_000],
+            "not a valid notification": [
+                b"null", b"true", b"5", b'"text"', b"[]", b"[1]", b"[%s]" % BODY,
+                json.dumps(BODY.decode()).encode(),
+            ],
+        }.items():  # fmt: skip
+            for body in bodies:
+                with self.subTest(body[:99]):
+                    self.assertIn(says, self.assert_problem(self.post(body), 400)["detail"])
         self.assertEqual(self.stored(), [])
-
-    def test_not_json(self) -> None:
-        self.refuse(b"", says="the body is empty")
-        for body in (b" ", b"{", b"{}{}", b"{'id': 1}", b"<rdf/>", b'{"a": 1,}', b"\0", b"nul"):
-            with self.subTest(body):
-                self.refuse(body, says="not JSON")
-
-    def test_not_utf_8(self) -> None:
-        for body in (b'{"id": "\xff"}', BODY.decode().encode("utf-16"), b'"\xc3"', b"\xed\xa0\x80"):
-            with self.subTest(body):
-                self.refuse(body, says="not UTF-8")
-
-    def test_a_byte_order_mark(self) -> None:
-        self.refuse(b"\xef\xbb\xbf" + BODY, says="byte order mark")
-
-    def test_constants_that_are_not_json(self) -> None:
-        for name in (b"NaN", b"Infinity", b"-Infinity"):
-            self.refuse(b'{"id": %s}' % name, says=f"{name.decode()} is not JSON")
-
-    def test_numbers_that_receivers_disagree_about(self) -> None:
-        for number in (b"9" * 5000, b"-" + b"9" * 5000, b"1e400", b"9" * 10**6):
-            self.refuse(b'{"id": %s}' % number, says="too large")
-
-    def test_nesting(self) -> None:
-        for depth in (coarinbox.MAX_DEPTH + 1, 1000, 100_000):
-            for start, end in ((b"[", b"]"), (b'{"":', b"}")):
-                with self.subTest(start, depth=depth):
-                    self.refuse(start * depth + b"1" + end * depth, says="nested more than 100")
-                    self.refuse(start * depth, says="")
-
-    def test_nesting_up_to_the_limit_is_accepted(self) -> None:
-        document: Any = "x"
-        for _ in range(coarinbox.MAX_DEPTH - 1):
-            document = [document]
-        self.assertEqual(self.post({**ACCEPT, "x:deep": document}).status, 201)
-
-    def test_an_encoded_json_string(self) -> None:
-        self.refuse(json.dumps(json.dumps(ACCEPT)).encode(), says="not a valid notification")
-
-    def test_scalars_and_lists(self) -> None:
-        for body in (b"null", b"true", b"5", b'"text"', b"[]", b"[1]", b"[" + BODY + b"]"):
-            with self.subTest(body):
-                self.refuse(body, says="not a valid notification")
 
     def test_every_byte_is_kept(self) -> None:
         for body in (
             BODY + b" \n", b"\t" + BODY, BODY.replace(b'", "', b'" ,\n"'),
             BODY.replace(b"J. Carberry", "Jürg, \U0001f600".encode()),
             BODY.replace(b"J. Carberry", rb"\ud800\u0000"),
-            BODY[:-1] + b', "id": "urn:uuid:94ecae35-dcfd-4182-8550-22c7164fe23f"}',
+            BODY[:-1] + b', "id": "urn:uuid:%s"}' % UUID.encode(),
+            BODY[:-1] + b', "x:deep": %s}' % (b"[" * 99 + b"]" * 99),  # up to the limit
         ):  # fmt: skip
-            with self.subTest(body):
-                answer = self.post(body)
-                self.assertEqual(answer.status, 201, answer.body)
-                self.assertEqual(self.ask("GET", path_of(answer.headers["Location"])).body, body)
+            answer = self.post(body)
+            self.assertEqual(answer.status, 201, answer.body)
+            self.assertEqual(fetch(answer.headers["Location"]).body, body)
 
     def test_the_wrong_type_or_coding(self) -> None:
-        for name, value in [
-            ("Content-Type", "text/plain"), ("Content-Type", "text/html"), ("Content-Type", ""),
-            ("Content-Type", "application/xml"), ("Content-Type", "application/jsonld"),
-            ("Content-Type", "json"), ("Content-Type", "application/+json"),
-            ("Content-Type", "multipart/form-data; boundary=x"), ("Content-Type", "image/svg+json"),
-            ("Content-Encoding", "gzip"), ("Content-Encoding", "identity, br"),
+        for name, helpful, advice, values in [
+            ("Content-Type", "Accept-Post", "application/ld+json, ", [
+                "text/plain", "text/html", "", "application/xml", "application/jsonld", "json",
+                "application/+json", "multipart/form-data; boundary=x", "image/svg+json",
+            ]),
+            ("Content-Encoding", "Accept-Encoding", "identity", ["gzip", "br", "identity, br"]),
         ]:  # fmt: skip
-            with self.subTest(name, value=value):
-                answer = self.ask("POST", "/inbox", BODY, {name: value})
-                self.assert_problem(answer, 415)
-                helpful = "Accept-Post" if name == "Content-Type" else "Accept-Encoding"
-                self.assertIn(helpful, answer.headers)
-                self.assertIn("constrainedBy", answer.headers["Link"])
+            for value in values:
+                with self.subTest(name, value=value):
+                    answer = self.ask("POST", "/inbox", BODY, {name: value})
+                    self.assert_problem(answer, 415)
+                    self.assertIn("constrainedBy", answer.headers["Link"])
+                    self.assertIn(advice, answer.headers[helpful])
         untyped = post_to().replace(f"Content-Type: {JSON_LD}\r\n".encode(), b"")
-        (answer,) = raw(self.server, untyped, "half-close")
-        self.assertIn("Content-Type is missing,", self.assert_problem(answer, 415)["detail"])
+        problem = self.assert_problem(self.ask_raw(untyped), 415)
+        self.assertIn("Content-Type is missing,", problem["detail"])
         self.assertEqual(self.post(Content_Encoding="Identity").status, 201)
-        self.assertEqual(self.post(Content_Encoding="br").headers["Accept-Encoding"], "identity")
 
 
 def chunked(body: bytes, size: int, extension: bytes = b"", trailer: bytes = b"") -> bytes:
@@ -2698,12 +1825,15 @@ def chunked(body: bytes, size: int, extension: bytes = b"", trailer: bytes = b""
 
 
 CHUNKED = "Transfer-Encoding: chunked"
-# Requests that end before their body does.
-UNFINISHED = [
-    post_head(f"Content-Length: {len(BODY) + 1}") + BODY,
-    *(post_head(CHUNKED) + chunks
-      for chunks in (b"", b"5", b"5\r\nhel", b"5\r\nhello", b"5\r\nhello\r\n")),
-]  # fmt: skip
+# Requests that end before their body does, and what there is of it.
+UNFINISHED = {
+    post_head(f"Content-Length: {len(BODY) + 1}") + BODY: BODY,
+    post_head(CHUNKED): b"",
+    post_head(CHUNKED) + b"5": b"",
+    post_head(CHUNKED) + b"5\r\nhel": b"hel",
+    post_head(CHUNKED) + b"5\r\nhello": b"hello",
+    post_head(CHUNKED) + b"5\r\nhello\r\n": b"hello",
+}
 
 
 def read_requests(data: bytes, size: int) -> list[Any]:
@@ -2732,14 +1862,14 @@ class ReadRequestTest(unittest.TestCase):
 
     def read(self, data: bytes) -> list[coarinbox.Request]:
         """Read the same requests out of all bytes at once, out of 7 at a time, and out of each."""
-        whole, *others = (read_requests(data, size) for size in (len(data), 7, 1))
+        sizes = (len(data), 7, 1) if len(data) < 10_000 else (len(data), 997)
+        whole, *others = (read_requests(data, size) for size in sizes)
         for requests in others:
-            self.assertEqual([*map(self.facts, requests)], [*map(self.facts, whole)])
+            self.assertEqual([*map(self.describe, requests)], [*map(self.describe, whole)])
         return whole
 
-    def facts(self, request: coarinbox.Request) -> dict[str, Any]:
-        problem = request.problem and (request.problem.status, request.problem.detail)
-        return {**vars(request), "problem": problem}
+    def describe(self, request: coarinbox.Request) -> str:
+        return f"{vars(request)} {request.problem}"
 
     def read_one(self, data: bytes) -> coarinbox.Request:
         (request,) = self.read(data)
@@ -2747,7 +1877,7 @@ class ReadRequestTest(unittest.TestCase):
         return request
 
     def assert_refused(self, data: bytes, status: int, reason: str = "") -> None:
-        with self.subTest(data[:60]):
+        with self.subTest(data[:200]):
             *_, request = self.read(data)
             assert request.problem
             self.assertEqual(request.problem.status, status, request.problem)
@@ -2755,26 +1885,20 @@ class ReadRequestTest(unittest.TestCase):
             self.assertTrue(request.unread)  # so that no other request can follow
 
     def test_what_a_request_says(self) -> None:
-        for data, method, target, version, host in [
-            (b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", "GET", "/", "HTTP/1.1", "a"),
-            (b"brew /x?y#z HTTP/1.0\r\n\r\n", "brew", "/x?y#z", "HTTP/1.0", ""),
-            (b"OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n", "OPTIONS", "*", "HTTP/1.1", "a"),
-            (b"GET http://b:80/x HTTP/1.1\r\nHost: a\r\n\r\n", "GET", "/x", "HTTP/1.1", "b:80"),
-            (b"GET HTTPS://b?y HTTP/1.1\r\nHost: a\r\n\r\n", "GET", "/?y", "HTTP/1.1", "b"),
-            (b"GET //x//y HTTP/1.9\r\nHost: a\r\n\r\n", "GET", "/x//y", "HTTP/1.9", "a"),
+        for data, *expected in [
+            (b"GET / HTTP/1.1\r\nHost: a", "GET", "/", "HTTP/1.1", "a"),
+            (b"brew /x?y#z HTTP/1.0", "brew", "/x?y#z", "HTTP/1.0", ""),
+            (b"OPTIONS * HTTP/1.1\r\nHost: a", "OPTIONS", "*", "HTTP/1.1", "a"),
+            (b"GET http://b:80/x HTTP/1.1\r\nHost: a", "GET", "/x", "HTTP/1.1", "b:80"),
+            (b"GET HTTPS://b?y HTTP/1.1\r\nHost: a", "GET", "/?y", "HTTP/1.1", "b"),
+            (b"GET //x//y HTTP/1.9\r\nHost: a", "GET", "/x//y", "HTTP/1.9", "a"),
         ]:
-            with self.subTest(data):
-                request = self.read_one(data)
-                found = (request.method, request.target, request.version, request.host)
-                self.assertEqual(found, (method, target, version, host))
-
-    def test_headers(self) -> None:
+            found = self.read_one(data + b"\r\n\r\n")
+            self.assertEqual([found.method, found.target, found.version, found.host], expected)
         lines = "X-Trace:a", "x-TRACE: \tb c\t ", "Empty:", "!#$%&'*+.^_`|~: x", "Latin: \xfc"
-        request = self.read_one("\r\n".join(["GET / HTTP/1.1", *lines, "", ""]).encode("latin-1"))
-        self.assertEqual(
-            request.headers,
-            {"x-trace": "a, b c", "empty": "", "!#$%&'*+.^_`|~": "x", "latin": "\xfc"},
-        )
+        found = self.read_one("\r\n".join(["GET / HTTP/1.1", *lines, "", ""]).encode("latin-1"))
+        headers = {"x-trace": "a, b c", "empty": "", "!#$%&'*+.^_`|~": "x", "latin": "\xfc"}
+        self.assertEqual(found.headers, headers)
 
     def test_bodies(self) -> None:
         right = f"Content-Length: {len(BODY)}"
@@ -2786,22 +1910,12 @@ class ReadRequestTest(unittest.TestCase):
             post_head(CHUNKED) + chunked(BODY, 100, extension=b' ; name="value"'),
             post_head(CHUNKED) + chunked(BODY, 100, trailer=b"X-Checksum: 1\r\n"),
             post_head(CHUNKED) + chunked(BODY, 999).replace(b"3d", b"0003D"),
+            *(post_to().replace(b"POST", method) for method in (b"GET", b"DELETE", b"PUT")),
         ]
-        for data in bodies:
-            with self.subTest(data[:200]):
-                self.assertEqual(self.read_one(data).body, BODY)
-        self.assertEqual([request.body for request in self.read(b"".join(bodies))], [BODY] * 8)
-        for method in (b"GET", b"DELETE", b"PUT"):  # others may have one too
-            request = self.read_one(bodies[0].replace(b"POST", method))
-            self.assertEqual(request.body, BODY)
-
-    def test_a_body_of_the_largest_size(self) -> None:
-        body = BODY + b" " * (4000 - len(BODY))
-        for data in (
-            post_head("Content-Length: 4000") + body,
-            post_head(CHUNKED) + chunked(body, 999),
-        ):
-            self.assertEqual(self.read_one(data).body, body)
+        self.assertEqual([request.body for request in self.read(b"".join(bodies))], [BODY] * 11)
+        largest = BODY + b" " * (4000 - len(BODY))
+        for data in (post_to(body=largest), post_head(CHUNKED) + chunked(largest, 999)):
+            self.assertEqual(self.read_one(data).body, largest)
 
     def test_requests_follow_each_other(self) -> None:
         data = b"\r\n\r\n\nGET / HTTP/1.1\r\n\r\n" + post_to() + b"\r\nGET /x HTTP/1.1\r\n\r\n\r\n"
@@ -2813,8 +1927,8 @@ class ReadRequestTest(unittest.TestCase):
         whole = b"DELETE /inbox HTTP/1.1\r\nHost: localhost\r\n\r\n"
         for data in [*(whole[:end] for end in range(1, len(whole))), *UNFINISHED]:
             self.assert_refused(data, 400, "the input has ended")
-        bodies = [bytes(self.read(data)[0].body) for data in UNFINISHED]
-        self.assertEqual(bodies, [BODY, b"", b"", b"hel", b"hello", b"hello"])
+        for data, body in UNFINISHED.items():
+            self.assertEqual(self.read(data)[0].body, body)
 
     def test_malformed_request_lines(self) -> None:
         for line in (
@@ -2841,35 +1955,31 @@ class ReadRequestTest(unittest.TestCase):
         self.assert_refused(folded, 400, "header line 2 is malformed")
 
     def test_heads_that_are_too_long(self) -> None:
-        line = b"GET / HTTP/1.1\r\n"
-        self.assertEqual(len(self.read_one(line + b"X: y\r\n" * 100 + b"\r\n").fields), 100)
+        line, long = b"GET / HTTP/1.1\r\n", b"X: " + b"y" * 995 + b"\r\n"
+        for lines, count in ((b"X: y\r\n" * 100, 100), (long * 65, 65)):
+            self.assertEqual(len(self.read_one(line + lines + b"\r\n").fields), count)
         self.assert_refused(line + b"X: y\r\n" * 101, 431, "more than 100 header lines")
         self.assert_refused(line + b"X: " + b"y" * 70_000, 431, "65536")
-        long = b"X: " + b"y" * 995 + b"\r\n"
-        self.assertEqual(len(self.read_one(line + long * 65 + b"\r\n").fields), 65)
         self.assert_refused(line + long * 66, 431, "65536")  # the limit is for all of them
         self.assert_refused(b"GET /" + b"x" * 60_000 + line[5:] + long * 6, 431, "65536")
         for trailer in (b"X: y\r\n" * 101, b"X: " + b"y" * 70_000):
             self.assert_refused(post_head(CHUNKED) + b"0\r\n" + trailer, 431)
 
-    def test_lengths_that_are_missing_or_wrong(self) -> None:
+    def test_lengths_that_are_missing_or_wrong_or_contradict_each_other(self) -> None:
         self.assert_refused(post_head() + BODY, 411)
         self.assert_refused(post_head().replace(b"POST", b"PUT"), 411)
+        right, wrong = f"Content-Length: {len(BODY)}", f"Content-Length: {len(BODY) + 1}"
         for length in ("-1", "+5", "5.0", "0x5", "1e3", "five", "5, 5", "5 5", "²", "1_000", ""):
             self.assert_refused(post_head(f"Content-Length: {length}") + BODY, 400)
-
-    def test_lengths_that_contradict_each_other(self) -> None:
-        right, wrong = f"Content-Length: {len(BODY)}", f"Content-Length: {len(BODY) + 1}"
-        self.assert_refused(post_head(right, wrong) + BODY, 400)
-        self.assert_refused(post_head(right, right) + BODY, 400)  # RFC 9110 section 8.6
-        self.assert_refused(post_head(right, CHUNKED) + chunked(BODY, 100), 400)
-        for coding in (
-            "gzip, chunked", "identity", "\x0bchunked", "chunked\xa0", "chunked, chunked", "x", "",
+        for lines in ((right, wrong), (right, right)):  # RFC 9110 section 8.6
+            self.assert_refused(post_head(*lines) + BODY, 400)
+        for head in (
+            post_head(right, CHUNKED), post_head(CHUNKED).replace(b"HTTP/1.1", b"HTTP/1.0"),
+            *(post_head(f"Transfer-Encoding: {coding}") for coding in (
+                "gzip, chunked", "chunked, chunked", "identity", "\x0bchunked", "chunked\xa0", "",
+            )),
         ):  # fmt: skip
-            head = post_head(f"Transfer-Encoding: {coding}")
             self.assert_refused(head + chunked(BODY, 100), 400)
-        old = post_head(CHUNKED).replace(b"HTTP/1.1", b"HTTP/1.0")
-        self.assert_refused(old + chunked(BODY, 100), 400)
         smuggled = b"GET /constraints HTTP/1.1\r\nHost: localhost\r\n\r\n"
         for lengths in (("0", "43"), ("43", "0"), ("x", "0")):
             head = get_head(*(f"Content-Length: {length}" for length in lengths))
@@ -2877,70 +1987,73 @@ class ReadRequestTest(unittest.TestCase):
 
     def test_bodies_over_the_limit(self) -> None:
         large = b"x" * 4001
-        self.assert_refused(post_head("Content-Length: 4001"), 413)
-        self.assert_refused(post_head("Content-Length: 4001") + large, 413)
-        self.assert_refused(post_head("Content-Length: " + "9" * 5000), 413)
-        self.assert_refused(post_head(CHUNKED) + chunked(large, 1000), 413)
-        self.assert_refused(post_head(CHUNKED) + b"fffffffffffffff\r\n", 413)
+        for data in (
+            post_head("Content-Length: 4001"), post_head("Content-Length: " + "9" * 5000),
+            post_to(body=large), post_head(CHUNKED) + chunked(large, 1000),
+            post_head(CHUNKED) + b"fffffffffffffff\r\n",
+        ):  # fmt: skip
+            self.assert_refused(data, 413)
 
     def test_broken_chunks(self) -> None:
         for chunks in [
             b"x\r\n", b"\r\n", b"-5\r\nhello\r\n0\r\n\r\n", b"0x5\r\nhello\r\n0\r\n\r\n",
             b"5\r\nhello, too long\r\n0\r\n\r\n", b"5\nhello\n0\n\n", b" 5\r\nhello\r\n0\r\n\r\n",
-            b"5\r\nhello\n0\r\n\r\n",
-            b"5\r\nhelloXX0\r\n\r\n", b"5\r\nhelloX\n0\r\n\r\n", b"5;a\rb\r\nhello\r\n0\r\n\r\n",
-            b"5;\0\r\nhello\r\n0\r\n\r\n", b"5" * 17 + b"\r\n", b"5;" + b"x" * 2000 + b"\r\nhello",
+            b"5\r\nhello\n0\r\n\r\n", b"5\r\nhelloXX0\r\n\r\n", b"5\r\nhelloX\n0\r\n\r\n",
+            b"5;a\rb\r\nhello\r\n0\r\n\r\n", b"5;\0\r\nhello\r\n0\r\n\r\n", b"5" * 17 + b"\r\n",
+            b"5;" + b"x" * 2000 + b"\r\nhello",
         ]:  # fmt: skip
             self.assert_refused(post_head(CHUNKED) + chunks, 400, "malformed")
 
-    def test_a_caller_may_refuse_a_request_by_its_head(self) -> None:
-        incoming = coarinbox.Incoming()
-        incoming.data += post_to()
-        reader = coarinbox.read_request(incoming, max_body=4000)
-        request, problem = next(reader), coarinbox.Problem(401, "the token is missing")
-        assert request
-        with self.assertRaises(StopIteration) as end:
-            reader.throw(problem)
-        self.assertIs(end.exception.value, request)
-        self.assertEqual((request.problem, request.body), (problem, b""))
-
 
 class FramingTest(InboxTest):
-    """The same over connections."""
+    """Which requests share a connection, and which end it."""
 
     settings = {"MAX_CONTENT_LENGTH": 4000}
 
-    def refuse(self, data: bytes, status: int, then: str = "read") -> None:
-        """Expect one answer, after which the server closes the connection."""
-        (answer,) = raw(self.server, data, then)
-        self.assert_problem(answer, status)
-        self.assertEqual(answer.headers["Connection"], "close")
-        self.assertEqual(self.stored(), [])
+    def test_requests_share_a_connection(self) -> None:
+        connection = http.client.HTTPConnection(*address(self.server), timeout=10)
+        self.addCleanup(connection.close)
+        for method, path, body, status in [
+            ("POST", "/inbox", BODY, 201), ("GET", "/inbox", None, 200), ("HEAD", "/", None, 200),
+            ("OPTIONS", "/inbox", None, 204), ("GET", "/nothing", None, 404),
+            ("DELETE", "/inbox", None, 204), ("POST", "/inbox", b"{}", 400),
+        ]:  # fmt: skip
+            self.assertEqual(ask_on(connection, method, path, body).status, status)
+            self.assertIsNotNone(connection.sock, f"{method} {path} ended the connection")
 
-    def test_chunks(self) -> None:
-        request = post_head(CHUNKED) + chunked(BODY, 100)
-        answers = raw(self.server, request * 2, "half-close")
-        self.assertEqual([answer.status for answer in answers], [201, 201])
-        for url in self.listed():
-            self.assertEqual(self.ask("GET", path_of(url)).body, BODY)
-
-    def test_slashes_that_are_doubled_are_logged_as_well(self) -> None:
-        for path in ("//inbox", "///inbox/", "http://localhost//inbox"):
-            self.assertEqual(self.ask("POST", path, ACCEPT).status, 201)
-        self.assertEqual(len(self.ask("GET", "/deliveries").json()["deliveries"]), 3)
+    def test_http_1_0_and_close_end_the_connection(self) -> None:
+        old = b"GET /inbox HTTP/1.0\r\n\r\n"
+        for head in (old, get_head("Connection: close"), get_head("Connection: x ,\tClose")):
+            answer = self.ask_raw(head, "read")
+            self.assertEqual((answer.status, answer.headers["Connection"]), (200, "close"))
+        requests = b"GET /inbox HTTP/1.0\r\nConnection: keep-alive\r\n\r\n" * 2
+        answers = raw(self.server, requests, "half-close")
+        self.assertEqual([answer.headers["Connection"] for answer in answers], ["keep-alive"] * 2)
 
     def test_a_refusal_ends_the_connection(self) -> None:
-        self.refuse(post_head(), 411)
-        self.refuse(post_head("Content-Length: 5, 5") + BODY, 400)
-        self.refuse(post_head(CHUNKED) + b"x\r\n", 400)
-        self.refuse(post_head("Content-Length: 4001"), 413)
-        self.refuse(b"GARBAGE\r\n", 400)
-        self.refuse(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505)
-        self.refuse(b"GET /" + b"x" * 70_000, 414)
-        self.refuse(get_head(*["X: y"] * 100), 431)
-        for data in UNFINISHED:
-            self.refuse(data, 400, "half-close")
-        self.assert_serves()
+        for data, status in [
+            (post_head(), 411), (post_head("Content-Length: 5, 5") + BODY, 400),
+            (post_head(CHUNKED) + b"x\r\n", 400), (post_head("Content-Length: 4001"), 413),
+            (post_head("Content-Length: 5000", "Expect: 100-continue"), 413),
+            (post_head("Content-Length: 5", "Expect: 100-continue").replace(b"ld+", b"x"), 415),
+            (b"GARBAGE\r\n", 400), (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
+            (b"GET /" + b"x" * 70_000, 414), (get_head(*["X: y"] * 100), 431),
+        ]:  # fmt: skip
+            with self.subTest(data[:99]):
+                answer = self.ask_raw(data, "read")
+                self.assert_problem(answer, status)
+                self.assertEqual(answer.headers["Connection"], "close")
+        self.assertEqual(self.stored(), [])
+        raw(self.server, (post_head(CHUNKED) + chunked(BODY, 100)) * 2, "half-close")
+        self.assertEqual([fetch(url).body for url in self.listed()], [BODY, BODY])
+
+    def test_a_request_that_breaks_off_is_not_carried_out(self) -> None:
+        self.post()
+        for data in (get_head(target="/inbox").replace(b"GET", b"DELETE")[:-2], *UNFINISHED):
+            answer = self.ask_raw(data)
+            self.assertIn("ended before", self.assert_problem(answer, 400)["detail"])
+            self.assertEqual(answer.headers["Connection"], "close")
+        self.assertEqual(len(self.stored()), 1)
 
     def test_a_body_that_nobody_needs_is_no_request(self) -> None:
         smuggled = get_head(target="/smuggled")
@@ -2975,21 +2088,6 @@ class FramingTest(InboxTest):
                 read.set()
                 self.assertEqual(connection.recv(12), b"HTTP/1.1 100")
 
-    def test_100_continue_does_not_come_when_it_is_not(self) -> None:
-        self.refuse(post_head("Content-Length: 5000", "Expect: 100-continue"), 413)
-        head = post_head("Content-Length: 5", "Expect: 100-continue").replace(b"ld+json", b"xml")
-        self.refuse(head, 415)
-
-
-class BadRequestTest(InboxTest):
-    """Clients that misbehave."""
-
-    def test_a_request_that_breaks_off_is_not_carried_out(self) -> None:
-        self.post()
-        (answer,) = raw(self.server, b"DELETE /inbox HTTP/1.1\r\nHost: localhost\r\n", "half-close")
-        self.assertIn("ended before", self.assert_problem(answer, 400)["detail"])
-        self.assertEqual(len(self.stored()), 1)
-
     def test_a_client_that_resets_the_connection_leaves_no_traceback(self) -> None:
         for data in (b"POST /in", post_head("Content-Length: 99"), post_head(), b""):
             connection = connect(self.server, data)
@@ -2998,14 +2096,6 @@ class BadRequestTest(InboxTest):
         self.assert_serves()
         self.server.server_close()  # waits for the connections above
         self.assertFalse([line for line in self.log if line.exc_info])
-
-    def test_the_log_holds_one_line_for_a_request_whatever_it_says(self) -> None:
-        raw(self.server, b"GET /\x1b[31m\rforged HTTP/1.1\r\n\r\n")
-        raw(self.server, get_head(target="/%0aforged"), "half-close")
-        lines = self.log_lines()
-        self.assertEqual(len(lines), 4, lines)  # each with the reason of the refusal
-        for line in lines:
-            self.assertTrue(line.isprintable(), line)
 
 
 class StallTest(InboxTest):
@@ -3026,46 +2116,37 @@ class StallTest(InboxTest):
         deliveries = self.ask("GET", "/deliveries").json()["deliveries"]
         self.assertEqual([each["status"] for each in deliveries], [408] * len(UNFINISHED))
         bodies = sorted(each["body"] for each in deliveries)
-        self.assertEqual(bodies, sorted(["", "", "hel", "hello", "hello", BODY.decode()]))
+        self.assertEqual(bodies, sorted(body.decode() for body in UNFINISHED.values()))
 
     def test_a_client_that_does_not_read_its_answer_is_disconnected(self) -> None:
         name = "20200101_000000_" + "a" * 32
-        pathlib.Path(self.server.store.directory, f"{name}.json").write_bytes(b" " * 30_000_000)
+        pathlib.Path(self.server.store.directory, f"{name}.json").write_bytes(b" " * 10_000_000)
         with connect(self.server, get_head(target=f"/inbox/{name}")) as connection:
             connection.recv(1)
             self.wait_until(lambda: "timed out" in "".join(self.log_lines()))
         self.assert_serves()
 
+    @unittest.mock.patch("coarinbox.LINGER", 0.05)
     def test_input_without_a_pause_or_an_end_is_not_read_for_ever(self) -> None:
-        begun = post_head("Content-Length: 1000000")
-        for head, data in ((b"", b"\r\n" * 100), (begun, b"x"), (get_head()[:-2], b"X: y\r\n")):
-            with self.subTest(data), unittest.mock.patch("coarinbox.LINGER", 0.05):
-                with connect(self.server, head) as connection:
-                    started = time.monotonic()
-                    with self.assertRaises(ConnectionError):
-                        while time.monotonic() < started + 10:
-                            connection.sendall(data)
+        def flood(head: bytes, data: bytes) -> None:
+            with connect(self.server, head) as connection, self.assertRaises(ConnectionError):
+                started = time.monotonic()
+                while time.monotonic() < started + 10:
+                    connection.sendall(data)
+
+        heads = b"", post_head("Content-Length: 1000000"), get_head()[:-2]
+        with concurrent.futures.ThreadPoolExecutor(3) as pool:
+            list(pool.map(flood, heads, (b"\r\n" * 100, b"x", b"X: y\r\n")))
         self.assertIn("REQUEST_TIMEOUT", "".join(self.log_lines()))
         self.assert_serves()
 
     def test_a_request_that_drips_gets_no_more_time_than_one_that_stalls(self) -> None:
         with connect(self.server) as connection:
             begun = time.monotonic()
-            over = threading.Event()
-
-            def drip() -> None:
-                with contextlib.suppress(OSError):
-                    for byte in post_head("X: " + "y" * 10_000):
-                        connection.sendall(bytes([byte]))
-                        if over.wait(0.02):
-                            break
-
-            dripping = threading.Thread(target=drip)
-            dripping.start()
+            while not select.select([connection], [], [], 0.02)[0]:
+                self.assertLess(time.monotonic() - begun, 5)
+                connection.sendall(b"G")
             self.assert_problem(answer_on(connection), 408)
-            self.assertLess(time.monotonic() - begun, 5)
-            over.set()
-            dripping.join()
 
 
 # --- Storage -------------------------------------------------------------------------------------
