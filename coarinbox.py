@@ -4945,7 +4945,8 @@ def check_site(request: Request, server: InboxServer) -> None:
 def quality(media_type: str, accept: str) -> float:
     """Weigh a media type, from 0 to 1, by an Accept header (RFC 9110 section 12.5.1)."""
     weights: dict[str, float] = {}
-    for element in re.sub('"[^"]*"', "", accept.lower()).split(","):
+    # Browsers send some 200 characters; thousands of types would hold up others.
+    for element in re.sub('"[^"]*"', "", accept[:2000].lower()).split(","):
         name, *parameters = (part.strip() for part in element.split(";"))
         weight = next((part[2:] for part in parameters if part.startswith("q=")), "")
         known = re.fullmatch(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?", weight)
@@ -5781,11 +5782,14 @@ class Connection:
         self.close()
 
     def close(self) -> None:
+        if self.state is State.CLOSED:
+            return
         paused, self.state = self.state is State.PAUSING, State.CLOSED
         self.watch()
         self.server.listeners.remove(self)
         self.server.connections.pop(self, None)
         self.socket.close()
+        del self.overdue  # it refers to the connection, so the request would stay in memory
         if paused:
             self.resume(ConnectionAbortedError())
 

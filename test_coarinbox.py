@@ -18,6 +18,7 @@ import datetime
 import doctest
 import errno
 import functools
+import gc
 import glob
 import hashlib
 import html.parser
@@ -5286,6 +5287,13 @@ class CheckTest(ProgramTest):
 # --- Sending -------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def constants(**values: Any) -> Iterator[None]:
+    """Give constants of the module other values in a block or, as a decorator, in a test."""
+    with unittest.mock.patch.multiple("coarinbox", **values):
+        yield
+
+
 class Received(NamedTuple):
     """A request that a receiver got."""
 
@@ -5294,60 +5302,74 @@ class Received(NamedTuple):
     body: bytes
 
 
-class ReceiverHandler(socketserver.StreamRequestHandler):
-    server: Receiver
-
-    def handle(self) -> None:
-        with contextlib.suppress(OSError):  # the sender may leave at any time
-            line = self.rfile.readline().decode().rpartition(" ")[0]
-            headers = http.client.parse_headers(self.rfile)
-            body = self.rfile.read(int(headers.get("Content-Length", 0)))
-            self.server.received.append(Received(line, headers, body))
-            answer = self.server.answers.get(line) or self.server.answers.get("", NOT_FOUND)
-            for data in [answer] if isinstance(answer, bytes) else answer():
-                self.wfile.write(data)
-
-
 class Receiver(socketserver.ThreadingTCPServer):
-    """A receiver that gives the answers it is told to, bytes or a function that yields them.
+    """A receiver that gives one answer, or one for each method and path.
 
-    They are known by method and path; that of the empty string is for everything else.
+    An answer is bytes, or a function that yields them.
     """
 
-    block_on_close = False
+    daemon_threads, block_on_close = True, False
 
-    def __init__(self, answers: dict[str, Any]) -> None:
-        super().__init__(("127.0.0.1", 0), ReceiverHandler)
-        self.answers, self.received = answers, list[Received]()
+    def __init__(self, answers: Any) -> None:
+        super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.read_body: Callable[[Any, int], bytes] = lambda stream, length: stream.read(length)
+        self.reset(answers)
+
+    def reset(self, answers: Any) -> None:
+        self.answers = answers
+        self.received: list[Received] = []
 
     @property
     def lines(self) -> list[str]:
-        return [request_.line for request_ in self.received]
+        return [each.line for each in self.received]
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        with contextlib.suppress(OSError), request.makefile("rb") as stream:  # who sends may leave
+            line = stream.readline().decode().rpartition(" ")[0]
+            headers = http.client.parse_headers(stream)
+            body = self.read_body(stream, int(headers.get("Content-Length", 0)))
+            self.received.append(Received(line, headers, body))
+            one_for_each = isinstance(self.answers, dict)
+            answer = self.answers.get(line, NOT_FOUND) if one_for_each else self.answers
+            for data in [answer] if isinstance(answer, bytes) else answer():
+                request.sendall(data)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass  # of TLS, when a sender does not like the certificate
 
 
 @contextlib.contextmanager
-def receiving(
-    answers: dict[str, Any] | bytes | Callable[[], Iterator[bytes]],
-    tls: tuple[str, str] | None = None,
-) -> Iterator[Receiver]:
-    with Receiver(answers if isinstance(answers, dict) else {"": answers}) as receiver:
-        receiver.daemon_threads = True
+def receiving(answers: Any, tls: tuple[str, str] | None = None) -> Iterator[Receiver]:
+    """Run a receiver until the block ends."""
+    with Receiver(answers) as receiver:
         if tls:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(*tls)
             receiver.socket = context.wrap_socket(receiver.socket, server_side=True)
             receiver.url = receiver.url.replace("http:", "https:")
-        thread = threading.Thread(target=receiver.serve_forever, args=(0.02,))
+        thread = threading.Thread(target=receiver.serve_forever, args=(0.002,))
         thread.start()
         try:
             yield receiver
         finally:
             receiver.shutdown()
             thread.join()
+
+
+class LateAnswer:
+    """An answer that a receiver does not give before `due` is set."""
+
+    def __init__(self) -> None:
+        self.arrived, self.due = threading.Semaphore(0), threading.Event()
+
+    def __call__(self) -> Iterator[bytes]:
+        self.arrived.release()
+        self.due.wait(10)
+        yield CREATED
+
+    def wait_for_request(self) -> None:
+        assert self.arrived.acquire(timeout=10)
 
 
 def http_answer(status: int, body: str = "", **headers: str) -> bytes:
@@ -5362,6 +5384,10 @@ NOT_FOUND = http_answer(404)
 
 
 def endless(start: bytes, data: bytes, pause: float = 0) -> Callable[[], Iterator[bytes]]:
+    """Make an answer without an end; after a head that says so, in chunks."""
+    if b"chunked" in start:
+        data = b"%x\r\n%b\r\n" % (len(data), data)
+
     def answer() -> Iterator[bytes]:
         yield start
         while True:
@@ -5378,10 +5404,17 @@ def free_port() -> int:
 
 
 class SendingTest(unittest.TestCase):
-    def assert_fails(self, reason: str, url: str, **options: Any) -> str:
+    def setUp(self) -> None:
+        context = receiving(CREATED)
+        self.receiver = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+
+    def assert_fails(self, reason: str, url: str, document: Any = ACCEPT, **options: Any) -> str:
         """Expect that there is no answer, and that the text that says why is one line."""
+        started = time.monotonic()
         with self.assertRaises(coarinbox.SendError) as caught:
-            coarinbox.send(ACCEPT, url, **options)
+            coarinbox.send(document, url, **options)
+        self.assertLess(time.monotonic() - started, 5)
         text = str(caught.exception)
         self.assertRegex(text, reason)
         self.assertNotIn("\n", text)
@@ -5389,76 +5422,55 @@ class SendingTest(unittest.TestCase):
 
 
 class SendTest(SendingTest):
-    def test_an_inbox_stores_what_is_sent_and_says_where(self) -> None:
+    def test_an_inbox_says_where_it_stored_something_or_what_is_wrong_with_it(self) -> None:
         with coarinbox.running() as inbox:
             answer = coarinbox.send(ACCEPT, inbox.url)
-            self.assertTrue(answer.accepted)
-            self.assertEqual((answer.status, answer.url), (201, inbox.url))
+            self.assertEqual((answer.status, answer.accepted, answer.url), (201, True, inbox.url))
             self.assertTrue(answer.location.startswith(f"{inbox.url}/2"), answer.location)
             self.assertEqual(json.loads(answer.body)["pattern"], "Accept")
-            (delivery,) = inbox.deliveries
-            self.assertEqual(delivery.notification, ACCEPT)
-
-    def test_an_inbox_says_what_it_refuses(self) -> None:
-        with coarinbox.running() as inbox:
-            document = addressed(changed(ACCEPT, "origin", ABSENT), inbox.url)
-            answer = coarinbox.send(document, inbox.url)
+            page = inbox.url.replace("/inbox", "/")  # which advertises the inbox
+            self.assertEqual(coarinbox.send(OFFER, page).url, inbox.url)
+            self.assertEqual(inbox.notifications, [ACCEPT, OFFER])
+            answer = coarinbox.send(altered("Accept", origin=ABSENT), inbox.url)
             self.assertEqual((answer.status, answer.accepted), (400, False))
-            detail, finding = answer.reasons()
+            detail, finding, *_ = answer.reasons()
             self.assertIn("not a valid notification", detail)
             self.assertRegex(finding, "^E /origin origin is missing")
 
-    def test_bytes_are_sent_as_they_are(self) -> None:
-        with receiving(CREATED) as receiver:
-            for body in (b"", b" {} ", b"not JSON \xff\n", b"x" * 20_000_000):
-                self.assertEqual(coarinbox.send(body, f"{receiver.url}/inbox").status, 201)
-                self.assertEqual(receiver.received.pop().body, body)
-
     def test_a_request_as_it_arrives(self) -> None:
-        with receiving(CREATED) as receiver:
-            host = receiver.url.replace("127.0.0.1", "localhost")
-            answer = coarinbox.send({"a": "ö"}, f"{host}/ä/%C3%A4?q=ö b&c=[1]".replace(" ", "%20"))
-            (request_,) = receiver.received
-            self.assertEqual(request_.line, "POST /%C3%A4/%C3%A4?q=%C3%B6%20b&c=[1]")
-            self.assertEqual(json.loads(request_.body), {"a": "ö"})
-            self.assertEqual(request_.headers.get_all("Host"), [host.partition("//")[2]])
-            self.assertEqual(request_.headers.get_all("Content-Type"), [JSON_LD])
-            self.assertIsNone(request_.headers["Authorization"])
-            self.assertEqual(answer.location, f"{host}/inbox/1")
+        host = self.receiver.url.replace("127.0.0.1", "localhost")
+        answer = coarinbox.send({"a": "ö"}, f"{host}/ä/%C3%A4?q=ö b&c=[1]".replace(" ", "%20"))
+        request_ = self.receiver.received.pop()
+        self.assertEqual(request_.line, "POST /%C3%A4/%C3%A4?q=%C3%B6%20b&c=[1]")
+        self.assertEqual(json.loads(request_.body), {"a": "ö"})
+        self.assertEqual(request_.headers.get_all("Host"), [host.partition("//")[2]])
+        self.assertEqual(request_.headers.get_all("Content-Type"), [JSON_LD])
+        self.assertIsNone(request_.headers["Authorization"])
+        self.assertEqual(answer.location, f"{host}/inbox/1")
+        for body in (b"", b" {} ", b"not JSON \xff\n", b"x" * 20_000_000):  # as they are
+            self.assertEqual(coarinbox.send(body, f"{host}/inbox").status, 201)
+            self.assertEqual(self.receiver.received.pop().body, body)
 
     def test_proxies_of_the_environment_are_ignored(self) -> None:
         proxy = f"http://127.0.0.1:{free_port()}"
         with unittest.mock.patch.dict(os.environ, http_proxy=proxy, HTTP_PROXY=proxy, no_proxy=""):
-            with receiving(CREATED) as receiver:
-                self.assertEqual(coarinbox.send(ACCEPT, receiver.url).status, 201)
+            self.assertEqual(coarinbox.send(ACCEPT, self.receiver.url).status, 201)
 
     def test_urls_that_cannot_be_used(self) -> None:
-        for url, reason in [
-            ("ftp://localhost/inbox", "^ftp://localhost/inbox: the URL is unusable"),
-            ("file:///etc/passwd", "^file:///etc/passwd: the URL is unusable"),
-            ("localhost:5005/inbox", "the URL is unusable: expected http://HOST"),
-            ("/inbox", "the URL is unusable"),
-            ("", "the URL is unusable"),
-            ("http://", "the URL is unusable"),
-            ("http://localhost:99999/", "the URL is unusable: Port out of range"),
-            ("http://[::1/", "the URL is unusable"),
-            ("http://localhost/a b", "the URL is unusable"),
-            ("http://localhost/a\r\nX: y", "the URL is unusable"),
-            ("http://a..b/", "the host is unknown"),
-            ("http://nowhere.invalid/", "nowhere.invalid/: the host is unknown"),
-        ]:
-            with self.subTest(url):
-                self.assert_fails(reason, url)
-
-    def test_passwords_in_urls_are_neither_sent_nor_shown(self) -> None:
-        with receiving(CREATED) as receiver:
-            for host in ("user:secret@", "secret@[", "secret@secret@"):
-                text = self.assert_fails("://…@", receiver.url.replace("//", f"//{host}"))
-                self.assertNotIn("secret", text)
-            self.assertEqual(receiver.received, [])
+        for reason, urls in {
+            "the host is unknown": ["http://a..b/", "http://nowhere.invalid/"],
+            "the URL is unusable: expected http://HOST": ["localhost:5005/inbox"],
+            "the URL is unusable: Port out of range": ["http://localhost:99999/"],
+            "the URL is unusable": ["ftp://localhost/inbox", "file:///etc/passwd", "/inbox", "",
+                                    "http://", "http://[::1/", "http://localhost/a b",
+                                    "http://localhost/a\r\nX: y"],
+        }.items():  # fmt: skip
+            for url in urls:
+                with self.subTest(url):
+                    self.assert_fails(f": {reason}", url)
 
     def test_what_fails_is_named(self) -> None:
-        self.assert_fails("Connection refused", f"http://127.0.0.1:{free_port()}/")
+        url = f"{self.receiver.url}/inbox"
         failures: list[tuple[Any, str]] = [
             (b"", "the receiver closed the connection without an answer"),
             (b"SSH-2.0-OpenSSH\r\n\r\n", "the answer is not HTTP: SSH-2.0"),
@@ -5466,110 +5478,90 @@ class SendTest(SendingTest):
             (endless(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"), "the answer is not HTTP: .* headers"),
         ]
         for answer, reason in failures:
-            with self.subTest(reason), receiving(answer) as receiver:
-                self.assert_fails(f"^{receiver.url}/inbox: {reason}", f"{receiver.url}/inbox")
+            with self.subTest(reason):
+                self.receiver.reset(answer)
+                self.assert_fails(f"^{url}: {reason}", url)
+        self.assert_fails("Connection refused", f"http://127.0.0.1:{free_port()}/")
+        self.assert_fails("TLS failed: ", url.replace("http:", "https:"))
 
+    def test_secrets_in_a_url_or_a_token_that_is_unusable_are_neither_sent_nor_shown(self) -> None:
+        url, texts = self.receiver.url, []
+        for user in ("user:secret@", "secret@[", "secret@secret@"):
+            texts.append(self.assert_fails("://…@", url.replace("//", f"//{user}")))
+        for token in ("a\r\nX: secret", "a\nsecret", "secret\r", " secret", "", "secret\0"):
+            texts.append(self.assert_fails("the token must be", url, token=token))
+        self.assertNotIn("secret", "".join(texts))
+        self.assertEqual(self.receiver.received, [])
 
-class TokenToSendTest(SendingTest):
     def test_a_token_is_sent_as_bearer(self) -> None:
         with coarinbox.running(TOKEN="sécret") as inbox:
             self.assertEqual(coarinbox.send(ACCEPT, inbox.url).status, 401)
             self.assertEqual(coarinbox.send(ACCEPT, inbox.url, token="sécret").status, 201)
-        with receiving(CREATED) as receiver:
-            coarinbox.send(ACCEPT, receiver.url, token="abc")
-            self.assertEqual(receiver.received[0].headers["Authorization"], "Bearer abc")
 
-    def test_one_that_would_add_headers_is_refused_before_anything_is_sent(self) -> None:
-        with receiving(CREATED) as receiver:
-            for token in ("a\r\nX: secret", "a\nsecret", "secret\r", " secret", "", "secret\0"):
-                with self.subTest(token):
-                    text = self.assert_fails("the token must be", receiver.url, token=token)
-                    self.assertNotIn("secret", text)
-            self.assertEqual(receiver.received, [])
-
-    def test_it_is_dropped_when_the_origin_changes(self) -> None:
-        with receiving(CREATED) as other, receiving({}) as receiver:
-            receiver.answers["POST /here"] = http_answer(307, Location="/there")
-            receiver.answers["POST /there"] = http_answer(308, Location=f"{other.url}/inbox")
-            receiver.answers["POST /page"] = NOT_ALLOWED
-            receiver.answers["GET /page"] = http_answer(200, Link=f"<{other.url}>; rel={LDP_INBOX}")
-            for path, lines in [
-                ("/here", ["POST /here", "POST /there"]),
-                ("/page", ["POST /page", "GET /page"]),
-            ]:
-                coarinbox.send(ACCEPT, receiver.url + path, token="abc")
-                self.assertEqual(receiver.lines, lines)
-                for request_ in receiver.received:
-                    self.assertEqual(request_.headers["Authorization"], "Bearer abc")
+    def test_a_token_is_dropped_when_the_origin_changes(self) -> None:
+        with receiving(CREATED) as other:
+            link = f"<{other.url}>; rel={LDP_INBOX}"
+            self.receiver.reset({
+                "POST /here": http_answer(307, Location="/there"),
+                "POST /there": http_answer(308, Location=f"{other.url}/inbox"),
+                "POST /page": NOT_ALLOWED, "GET /page": http_answer(200, Link=link),
+            })  # fmt: skip
+            for path in ("/here", "/page"):
+                coarinbox.send(ACCEPT, self.receiver.url + path, token="abc")
                 self.assertIsNone(other.received.pop().headers["Authorization"])
-                receiver.received.clear()
+        expected = ["POST /here", "POST /there", "POST /page", "GET /page"]
+        self.assertEqual(self.receiver.lines, expected)
+        tokens = {each.headers["Authorization"] for each in self.receiver.received}
+        self.assertEqual(tokens, {"Bearer abc"})
 
+    def test_redirects_307_and_308_are_followed_with_the_body_and_others_are_not(self) -> None:
+        new, created = f"{self.receiver.url}/new/inbox", f"{self.receiver.url}/inbox/1"
+        for status in (300, 301, 302, 303, 304, 307, 308):
+            moved = http_answer(status, Location="new/inbox")
+            self.receiver.reset({"POST /old": moved, "POST /new/inbox": CREATED})
+            answer = coarinbox.send(ACCEPT, f"{self.receiver.url}/old")
+            bodies = [json.loads(each.body) for each in self.receiver.received]
+            if status in (307, 308):
+                self.assertEqual((answer.url, answer.location), (new, created))
+                self.assertEqual((answer.status, bodies), (201, [ACCEPT] * 2))
+            else:
+                self.assertEqual((answer.location, answer.status, bodies), (new, status, [ACCEPT]))
+        self.receiver.reset(http_answer(307))  # without Location
+        self.assertEqual(coarinbox.send(ACCEPT, self.receiver.url).status, 307)
 
-class RedirectTest(SendingTest):
-    def test_307_and_308_are_followed_with_the_body(self) -> None:
-        for status in (307, 308):
-            with receiving({"POST /new/inbox": CREATED}) as receiver:
-                receiver.answers["POST /old"] = http_answer(status, Location="new/inbox")
-                answer = coarinbox.send(ACCEPT, f"{receiver.url}/old")
-                self.assertEqual((answer.status, answer.url), (201, f"{receiver.url}/new/inbox"))
-                self.assertEqual(answer.location, f"{receiver.url}/inbox/1")
-                self.assertEqual(
-                    [json.loads(each.body) for each in receiver.received], [ACCEPT] * 2
-                )
-
-    def test_others_are_not(self) -> None:
-        for status in (300, 301, 302, 303, 304):
-            with receiving(http_answer(status, Location="/new")) as receiver:
-                answer = coarinbox.send(ACCEPT, f"{receiver.url}/old")
-                self.assertEqual((answer.status, answer.accepted), (status, False))
-                self.assertEqual(answer.location, f"{receiver.url}/new")
-                self.assertEqual(receiver.lines, ["POST /old"])
-        with receiving(http_answer(307)) as receiver:  # without Location
-            self.assertEqual(coarinbox.send(ACCEPT, receiver.url).status, 307)
-
-    def test_five_at_most(self) -> None:
-        with receiving(
-            {f"POST /{n}": http_answer(307, Location=f"/{n + 1}") for n in range(5)}
-        ) as to:
-            to.answers["POST /5"] = CREATED
-            self.assertEqual(coarinbox.send(ACCEPT, f"{to.url}/0").status, 201)
-        with receiving(http_answer(307, Location="/")) as receiver:
-            self.assert_fails("more than 5 redirects", receiver.url)
-            self.assertEqual(len(receiver.received), 6)
-
-    def test_they_lead_to_http_only(self) -> None:
-        for location in ("file:///etc/passwd", "ftp://localhost/", "http://[::1", "data:,x"):
-            with receiving(http_answer(307, Location=location)) as receiver:
-                self.assert_fails("the URL is unusable", receiver.url)
+    def test_five_redirects_are_followed_at_most(self) -> None:
+        moved = {f"POST /{n}": http_answer(307, Location=f"/{n + 1}") for n in range(5)}
+        self.receiver.reset({**moved, "POST /5": CREATED})
+        self.assertEqual(coarinbox.send(ACCEPT, f"{self.receiver.url}/0").status, 201)
+        self.receiver.reset(http_answer(307, Location="/"))
+        self.assert_fails("more than 5 redirects", self.receiver.url)
+        self.assertEqual(len(self.receiver.received), 6)
 
 
 LDP_INBOX = '"http://www.w3.org/ns/ldp#inbox"'
 
 # Resources that advertise the inbox at /inbox: media type, body, Link header.
+# fmt: off
 ADVERTISING: dict[str, tuple[str, str, str]] = {
     "Link": ("text/plain", "", f"</inbox>; rel={LDP_INBOX}"),
     "Link, not quoted": ("", "", f"</inbox>;rel={LDP_INBOX[1:-1]}"),
     "Link, among others": (
-        "text/html",
-        '<link rel="ldp:inbox" href="/other">',
-        f'<a,b>; rel="next"; title="x; y, z", </inbox> ; title="a" ; REL={LDP_INBOX}, <c>; rel=d',
-    ),
+        "text/html", '<link rel="ldp:inbox" href="/other">',
+        f'<a,b>; rel="next"; title="x; y, z", </inbox> ; title="a" ; REL={LDP_INBOX}, <c>; rel=d'),
     "Link, several relations": ("", "", f'</inbox>; rel="me {LDP_INBOX[1:]}'),
     "JSON-LD": (JSON_LD, '{"inbox": "/inbox"}', ""),
     "JSON-LD, prefix": (JSON_LD, '{"ldp:inbox": {"@id": "/inbox"}}', ""),
     "JSON-LD, expanded": (JSON_LD, f'[{{{LDP_INBOX}: [{{"@id": "/inbox"}}]}}]', ""),
     "JSON-LD, graph": ("application/json", '{"@graph": [{}, {"inbox": {"id": "/inbox"}}]}', ""),
     "JSON-LD, of several": (
-        JSON_LD, '[{"@id": "/x", "inbox": "/x/inbox"}, {"id": "/a/page", "inbox": "/inbox"}]', "",
-    ),
+        JSON_LD, '[{"@id": "/x", "inbox": "/x/inbox"}, {"id": "/a/page", "inbox": "/inbox"}]', ""),
     "HTML link": ("text/html", f"<link REL={LDP_INBOX} href=/inbox>", ""),
     "HTML anchor": ("text/html; charset=utf-8", '<p>é<a rel="x ldp:inbox" href="/inbox">i</a>', ""),
     "RDFa": ("application/xhtml+xml", '<p property="ldp:inbox" resource="/inbox"/>', ""),
     "HTML base": ("text/html", '<base href="/"><link rel="ldp:inbox" href="inbox">', ""),
     "HTML, the first": (
-        "text/html", '<a rel="ldp:inbox" href="/inbox"><a rel="ldp:inbox" href="/other">', "",
-    ),
-}  # fmt: skip
+        "text/html", '<a rel="ldp:inbox" href="/inbox"><a rel="ldp:inbox" href="/other">', ""),
+}
 SILENT: dict[str, tuple[str, str, str]] = {
     "nothing": ("", "", ""),
     "another relation": ("", "", '</inbox>; rel="ldp#inbox"; title=inbox'),
@@ -5582,308 +5574,177 @@ SILENT: dict[str, tuple[str, str, str]] = {
     "odd JSON": (JSON_LD, '[5, null, {"inbox": 5}, {"inbox": []}, {"inbox": {"@id": {}}}]', ""),
     "itself": ("", "", f"</a/page>; rel={LDP_INBOX}"),
 }
+# fmt: on
+
+
+def resource(kind: str, body: str, link: str) -> bytes:
+    headers = {"Content_Type": kind, "Link": link}
+    return http_answer(200, body, **{name: value for name, value in headers.items() if value})
 
 
 class DiscoveryTest(SendingTest):
-    def page(self, kind: str, body: str, link: str) -> bytes:
-        headers = {"Content_Type": kind, "Link": link}
-        return http_answer(200, body, **{name: value for name, value in headers.items() if value})
+    def send(self, page: bytes, refusal: bytes = NOT_ALLOWED, **more: bytes) -> coarinbox.Answer:
+        """Send to a page, as if it were an inbox."""
+        answers = {f"GET /a/{path}": answer for path, answer in {"page": page, **more}.items()}
+        self.receiver.reset({"POST /inbox": CREATED, "POST /a/page": refusal, **answers})
+        return coarinbox.send(ACCEPT, f"{self.receiver.url}/a/page")
 
     def test_a_resource_leads_to_its_inbox(self) -> None:
-        for name, resource in ADVERTISING.items():
-            with self.subTest(name), receiving({"POST /inbox": CREATED}) as receiver:
-                receiver.answers["POST /a/page"] = NOT_ALLOWED
-                receiver.answers["GET /a/page"] = self.page(*resource)
-                answer = coarinbox.send(ACCEPT, f"{receiver.url}/a/page")
-                self.assertEqual((answer.status, answer.url), (201, f"{receiver.url}/inbox"))
-                self.assertEqual(receiver.lines, ["POST /a/page", "GET /a/page", "POST /inbox"])
-                self.assertEqual(json.loads(receiver.received[2].body), ACCEPT)
+        for name, advertising in ADVERTISING.items():
+            with self.subTest(name):
+                answer = self.send(resource(*advertising))
+                self.assertEqual((answer.status, answer.url), (201, f"{self.receiver.url}/inbox"))
+                expected = ["POST /a/page", "GET /a/page", "POST /inbox"]
+                self.assertEqual(self.receiver.lines, expected)
+                self.assertEqual(json.loads(self.receiver.received[2].body), ACCEPT)
 
     def test_where_nothing_is_advertised_the_first_answer_counts(self) -> None:
-        for name, resource in SILENT.items():
-            with self.subTest(name), receiving({"POST /inbox": CREATED}) as receiver:
-                receiver.answers["POST /a/page"] = http_answer(405, '{"detail": "not here"}')
-                receiver.answers["GET /a/page"] = self.page(*resource)
-                answer = coarinbox.send(ACCEPT, f"{receiver.url}/a/page")
+        link = f"</inbox>; rel={LDP_INBOX}"
+        pages = {name: resource(*silent) for name, silent in SILENT.items()}
+        for name, page in {**pages, "404": http_answer(404, Link=link), "no HTTP": b"?"}.items():
+            with self.subTest(name):
+                answer = self.send(page, http_answer(405, '{"detail": "not here"}'))
                 self.assertEqual((answer.status, answer.reasons()), (405, ["not here"]))
-                self.assertEqual(receiver.lines, ["POST /a/page", "GET /a/page"])
+                self.assertEqual(self.receiver.lines, ["POST /a/page", "GET /a/page"])
 
-    def test_an_inbox_gets_one_request_whatever_it_answers(self) -> None:
+    def test_only_answers_of_what_is_no_inbox_make_it_look_for_one(self) -> None:
+        page = resource(*ADVERTISING["Link"])
         for status in (200, 202, 204, 400, 401, 409, 415, 422, 429, 500, 503):
-            with receiving(http_answer(status)) as receiver:
-                self.assertEqual(coarinbox.send(ACCEPT, receiver.url).status, status)
-                self.assertEqual(len(receiver.received), 1)
-
-    def test_answers_of_resources_that_are_no_inboxes(self) -> None:
+            self.assertEqual(self.send(page, http_answer(status)).status, status)
+            self.assertEqual(self.receiver.lines, ["POST /a/page"])
         for status in (403, 404, 405, 501):
-            with receiving({"POST /inbox": CREATED, "POST /page": http_answer(status)}) as receiver:
-                receiver.answers["GET /page"] = self.page(*ADVERTISING["Link"])
-                self.assertEqual(coarinbox.send(ACCEPT, f"{receiver.url}/page").status, 201)
+            self.assertEqual(self.send(page, http_answer(status)).status, 201)
 
     def test_a_page_that_has_moved(self) -> None:
         for status in (301, 302, 303, 307, 308):
-            with receiving({"POST /inbox": CREATED, "POST /doi": NOT_ALLOWED}) as receiver:
-                receiver.answers["GET /doi"] = http_answer(status, Location="/page")
-                receiver.answers["GET /page"] = self.page(*ADVERTISING["HTML link"])
-                self.assertEqual(coarinbox.send(ACCEPT, f"{receiver.url}/doi").status, 201)
-
-    def test_a_page_that_cannot_be_read(self) -> None:
-        for answer in (http_answer(404, Link=f"</inbox>; rel={LDP_INBOX}"), b"what?"):
-            with receiving({"POST /": NOT_ALLOWED, "GET /": answer}) as receiver:
-                self.assertEqual(coarinbox.send(ACCEPT, receiver.url).status, 405)
+            moved = http_answer(status, Location="new")
+            self.assertEqual(self.send(moved, new=resource(*ADVERTISING["Link"])).status, 201)
 
     def test_an_inbox_that_cannot_be_used(self) -> None:
         for inbox in ("http://[x", "mailto:inbox@example.org"):
-            with receiving({"POST /": NOT_ALLOWED}) as receiver:
-                receiver.answers["GET /"] = http_answer(200, Link=f"<{inbox}>; rel={LDP_INBOX}")
-                self.assert_fails("the URL is unusable", receiver.url)
-
-    def test_coarinbox_advertises_its_inbox(self) -> None:
-        with coarinbox.running() as inbox:
-            answer = coarinbox.send(ACCEPT, inbox.url.replace("/inbox", "/"))
-            self.assertEqual((answer.status, answer.url), (201, inbox.url))
-            self.assertEqual(inbox.notifications, [ACCEPT])
+            with self.assertRaisesRegex(coarinbox.SendError, "the URL is unusable"):
+                self.send(http_answer(200, Link=f"<{inbox}>; rel={LDP_INBOX}"))
 
 
 class DeadlineTest(SendingTest):
     """However a receiver is slow, the time for it is limited, and so is what is read of it."""
 
-    def setUp(self) -> None:
-        self.start = time.monotonic()
+    LARGE = b"x" * 20_000_000  # more than fits into the buffers of a connection
 
-    def tearDown(self) -> None:
-        self.assertLess(time.monotonic() - self.start, 5)
-
-    def test_a_receiver_that_does_not_answer(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as silent:  # does not read either
+    def test_a_receiver_that_does_not_answer_nor_read(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
             url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
-            self.assert_fails(f"^{url}: timed out$", url, timeout=0.2)
-            with self.assertRaisesRegex(coarinbox.SendError, "timed out"):
-                coarinbox.send(b"x" * 30_000_000, url, timeout=0.2)
-            self.assert_fails("timed out", url.replace("http:", "https:"), timeout=0.2)
+            self.assert_fails(f"^{url}: timed out$", url, timeout=0.05)
+            self.assert_fails("timed out", url, self.LARGE, timeout=0.05)
+            self.assert_fails("timed out", url.replace("http:", "https:"), timeout=0.05)
 
-    def test_a_head_that_drips(self) -> None:
-        with receiving(endless(b"HTTP/1.1 200 OK\r\nX: ", b"x", 0.02)) as receiver:
-            self.assert_fails("timed out", receiver.url, timeout=0.3)
-
-    def test_a_body_that_drips_does_not_change_the_status(self) -> None:
-        for head in (b"", b"Content-Length: 10000\r\n", b"Transfer-Encoding: chunked\r\n"):
-            data = b"1\r\nx\r\n" if b"chunked" in head else b"x"
-            dripping = endless(b"HTTP/1.1 201 Created\r\n" + head + b"\r\n", data, 0.02)
-            with self.subTest(head), receiving(dripping) as receiver:
-                answer = coarinbox.send(ACCEPT, receiver.url, timeout=0.3)
-                self.assertEqual(answer.status, 201)
-                self.assertRegex(answer.body, b"^x+$")
-
-    def test_redirects_and_discovery_do_not_start_it_anew(self) -> None:
-        def slow() -> Iterator[bytes]:
-            threading.Event().wait(0.15)
+    def test_a_head_that_drips_or_redirects_or_comes_too_late(self) -> None:
+        def redirect() -> Iterator[bytes]:
+            threading.Event().wait(0.04)
             yield http_answer(307, Location="/")
 
-        with receiving({"": slow}) as receiver:
-            self.assert_fails("timed out", receiver.url, timeout=0.4)
-            self.assertLess(len(receiver.received), 4)
+        dripping = endless(b"HTTP/1.1 200 OK\r\nX: ", b"x", 0.01)
+        for answer, timeout, requests in ((dripping, 0.1, 1), (redirect, 0.1, 3), (CREATED, 0, 0)):
+            self.receiver.reset(answer)
+            self.assert_fails("timed out", self.receiver.url, timeout=timeout)
+            self.assertLessEqual(len(self.receiver.received), requests)
 
-    def test_a_time_that_is_over(self) -> None:
-        with receiving(CREATED) as receiver:
-            self.assert_fails("timed out", receiver.url, timeout=0)
-            self.assertEqual(receiver.received, [])
-
-    def test_64_kib_are_read_at_most(self) -> None:
-        for head in (b"", b"Content-Length: 99999999\r\n", b"Transfer-Encoding: chunked\r\n"):
-            data = b"3e8\r\n" + b"x" * 1000 + b"\r\n" if b"chunked" in head else b"x" * 1000
-            flood = endless(b"HTTP/1.1 201 Created\r\n" + head + b"\r\n", data)
-            with self.subTest(head), receiving(flood) as receiver:
-                answer = coarinbox.send(ACCEPT, receiver.url)
-                self.assertEqual(answer.status, 201)
-                self.assertTrue(60_000 < len(answer.body) < 65_536, len(answer.body))
-        with receiving(endless(b"HTTP/1.1 201 Created\r\nX: ", b"x" * 1000)) as receiver:
-            coarinbox.send(ACCEPT, receiver.url)
+    def test_a_body_that_drips_or_never_ends_does_not_change_the_status(self) -> None:
+        for headers in (b"", b"Content-Length: 99999999\r\n", b"Transfer-Encoding: chunked\r\n"):
+            head = b"HTTP/1.1 201 Created\r\n" + headers + b"\r\n"
+            for pause, size, least, most in ((0.01, 1, 1, 1000), (0, 1000, 60_000, 65_535)):
+                self.receiver.reset(endless(head, b"x" * size, pause))
+                timeout = 0.15 if pause else 10
+                received = coarinbox.send(ACCEPT, self.receiver.url, timeout=timeout)
+                self.assertEqual((received.status, {*received.body}), (201, {ord("x")}))
+                self.assertTrue(least <= len(received.body) <= most, len(received.body))
+        self.receiver.reset(endless(b"HTTP/1.1 201 Created\r\nX: ", b"x" * 1000))
+        coarinbox.send(ACCEPT, self.receiver.url)  # a header without an end
 
     def test_a_whole_body_is_not_waited_for_longer(self) -> None:
         def answer() -> Iterator[bytes]:
             yield http_answer(201, "whole")
             threading.Event().wait(10)
 
-        with receiving(answer) as receiver:
-            self.assertEqual(coarinbox.send(ACCEPT, receiver.url).body, b"whole")
-
-    def test_a_refusal_comes_before_everything_is_sent(self) -> None:
-        with coarinbox.running(MAX_CONTENT_LENGTH=10) as inbox:
-            answer = coarinbox.send(b"x" * 20_000_000, inbox.url)
-            self.assertEqual(answer.status, 413)
-
-    def accept_one(self, serve: Callable[[socket.socket], object]) -> str:
-        """Serve one connection in a thread; returns the URL."""
-        listener = socket.create_server(("127.0.0.1", 0))
-        self.addCleanup(listener.close)
-
-        def run() -> None:
-            with listener.accept()[0] as connection, contextlib.suppress(OSError):
-                serve(connection)
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        self.addCleanup(thread.join)
-        return f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        self.receiver.reset(answer)
+        self.assertEqual(coarinbox.send(ACCEPT, self.receiver.url).body, b"whole")
 
     @unittest.skipUnless(sys.platform == "linux", "elsewhere a reset may overtake the answer")
     def test_a_receiver_that_answers_and_resets_the_connection(self) -> None:
-        url = self.accept_one(lambda connection: connection.send(http_answer(413)))
-        self.assertEqual(coarinbox.send(b"x" * 20_000_000, url).status, 413)
+        self.receiver.reset(http_answer(413))
+        self.receiver.read_body = lambda stream, length: b""
+        self.assertEqual(coarinbox.send(self.LARGE, self.receiver.url).status, 413)
 
     def test_a_receiver_that_reads_slowly(self) -> None:
-        def read_slowly(connection: socket.socket) -> None:
-            while connection.recv(50_000):
+        def read_slowly(stream: Any, length: int) -> bytes:
+            while stream.read(100_000):
                 threading.Event().wait(0.01)
+            return b""
 
-        url = self.accept_one(read_slowly)
-        with self.assertRaisesRegex(coarinbox.SendError, "timed out"):
-            coarinbox.send(b"x" * 30_000_000, url, timeout=0.5)
-        self.assertLess(time.monotonic() - self.start, 3)
-
-
-def certificate_in(directory: str) -> tuple[str, str]:
-    """Make a certificate for localhost and 127.0.0.1; returns its file and that of its key."""
-    if not shutil.which("openssl"):
-        raise unittest.SkipTest("making a certificate needs openssl")
-    certificate, key = f"{directory}/cert.pem", f"{directory}/key.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
-         "-nodes", "-days", "2", "-subj", "/CN=localhost",
-         "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
-         "-keyout", key, "-out", certificate],
-        check=True, capture_output=True, timeout=60,
-    )  # fmt: skip
-    return certificate, key
+        self.receiver.read_body = read_slowly
+        self.assert_fails("timed out", self.receiver.url, self.LARGE * 4, timeout=0.3)
 
 
-class TlsToSendTest(SendingTest):
-    tls: tuple[str, str]
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        directory = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(directory.cleanup)
-        cls.tls = certificate_in(directory.name)
-
-    def test_a_private_authority_can_be_trusted(self) -> None:
-        with unittest.mock.patch.dict(os.environ, SSL_CERT_FILE=self.tls[0]):
-            with coarinbox.running(SSL_CERT=self.tls[0], SSL_KEY=self.tls[1]) as inbox:
-                self.assertTrue(inbox.url.startswith("https:"), inbox.url)
-                self.assertEqual(coarinbox.send(ACCEPT, inbox.url).status, 201)
-            drip = endless(b"HTTP/1.1 201 Created\r\n\r\n", b"x", 0.02)
-            with receiving(drip, self.tls) as receiver:
-                self.assertEqual(coarinbox.send(ACCEPT, receiver.url, timeout=0.5).status, 201)
-
-    def test_a_certificate_that_is_not_trusted(self) -> None:
-        with receiving(CREATED, self.tls) as receiver:
-            reason = "TLS failed: certificate verify failed: .*self.signed.*; set SSL_CERT_FILE"
-            self.assert_fails(reason, receiver.url)
-            self.assertEqual(receiver.received, [])
-
-    def test_the_certificate_must_have_the_name_of_the_url(self) -> None:
-        with unittest.mock.patch.dict(os.environ, SSL_CERT_FILE=self.tls[0]):
-            with receiving(CREATED, self.tls) as receiver:
-                port = receiver.server_address[1]
-                with self.assertRaisesRegex(coarinbox.SendError, "TLS failed: .*reviews.example"):
-                    url = f"https://reviews.example.net:{port}/"
-                    coarinbox.post(ACCEPT, url, ["127.0.0.1"])
-                answer = coarinbox.post(ACCEPT, f"https://localhost:{port}/", ["127.0.0.1"])
-                self.assertEqual(answer.status, 201)
-                self.assertEqual(len(receiver.received), 1)
-
-    def test_a_receiver_without_tls(self) -> None:
-        with receiving(CREATED) as receiver:
-            self.assert_fails("TLS failed: ", receiver.url.replace("http:", "https:"))
-
-
-class ReplyAddressTest(SendingTest):
-    """Where a reply to an Offer may go, and that it goes nowhere else."""
+class ReplyRulesTest(SendingTest):
+    """Where a reply to an Offer may go, that it goes nowhere else, and when it is tried again."""
 
     def test_the_address_is_that_of_the_client(self) -> None:
-        for addresses, client, allowed in [
-            (["192.0.2.1"], "192.0.2.1", ["192.0.2.1"]),
-            (["192.0.2.1", "192.0.2.2"], "192.0.2.2", ["192.0.2.2"]),
-            (["192.0.2.1"], "192.0.2.2", []),
-            (["::1", "127.0.0.1"], "127.0.0.1", ["::1", "127.0.0.1"]),
-            (["::1", "127.0.0.1"], "::1", ["::1", "127.0.0.1"]),
-            (["127.0.0.1"], "::ffff:127.0.0.1", ["127.0.0.1"]),
-            (["::ffff:127.0.0.1"], "::1", ["::ffff:127.0.0.1"]),
-            (["::ffff:192.0.2.1"], "192.0.2.1", ["::ffff:192.0.2.1"]),
-            (["::ffff:192.0.2.1"], "127.0.0.1", []),
-            (["127.0.0.2", "0.0.0.0", "::"], "127.0.0.1", []),
-            (["2001:db8:0::1"], "2001:db8::1", ["2001:db8:0::1"]),
-            (["fe80::1%eth0"], "fe80::1%eth1", []),
-            ([], "127.0.0.1", []),
-        ]:
-            with self.subTest(addresses=addresses, client=client):
-                self.assertEqual(coarinbox.addresses_of_client(addresses, client), allowed)
+        for client, allowed, others in [
+            ("192.0.2.1", "192.0.2.1 ::ffff:192.0.2.1", "192.0.2.2"),
+            ("127.0.0.1", "::1 127.0.0.1", "127.0.0.2 0.0.0.0 :: ::ffff:192.0.2.1"),
+            ("::1", "::1 127.0.0.1 ::ffff:127.0.0.1", "::2"),
+            ("::ffff:127.0.0.1", "127.0.0.1", "::ffff:127.0.0.2"),
+            ("2001:db8::1", "2001:db8:0::1", "2001:db8::2"), ("fe80::1%eth1", "", "fe80::1%eth0"),
+        ]:  # fmt: skip
+            with self.subTest(client):
+                addresses = [*others.split(), *allowed.split()]
+                selected = coarinbox.addresses_of_client(addresses, client)
+                self.assertEqual(selected, allowed.split())
 
-    def test_the_addresses_of_a_url(self) -> None:
-        self.assertIn("127.0.0.1", coarinbox.addresses_of("http://localhost:5005/inbox"))
-        self.assertEqual(coarinbox.addresses_of("https://127.0.0.1/"), ["127.0.0.1"])
-        self.assertEqual(coarinbox.addresses_of("http://[::1]:80/"), ["::1"])
-        for url in ("http://nowhere.invalid/", "file:///etc/passwd", "http://127.0.0.1@localhost/"):
-            with self.subTest(url), self.assertRaises(coarinbox.SendError):
-                coarinbox.addresses_of(url)
-
-    def test_the_host_of_the_url_is_not_looked_up_again(self) -> None:
-        with receiving(CREATED) as receiver:
-            port = receiver.server_address[1]
-            url = f"http://reviews.example.net:{port}/inbox"
-            self.assertEqual(coarinbox.post(ACCEPT, url, ["127.0.0.1"]).status, 201)
-            (request_,) = receiver.received
-            self.assertEqual(request_.headers["Host"], f"reviews.example.net:{port}")
-
-    def test_all_addresses_are_tried(self) -> None:
-        with receiving(CREATED) as receiver:
-            for addresses in (["::1", "127.0.0.1"], ["127.0.0.1", "::1"]):
-                self.assertEqual(coarinbox.post(ACCEPT, receiver.url, addresses).status, 201)
+    def test_all_addresses_are_tried_and_the_host_is_not_looked_up_again(self) -> None:
+        host = f"reviews.example.net:{self.receiver.server_address[1]}"
+        for addresses in (["127.0.0.1"], ["::1", "127.0.0.1"], ["127.0.0.1", "::1"]):
+            answer = coarinbox.post(ACCEPT, f"http://{host}/inbox", addresses)
+            self.assertEqual(answer.status, 201)
+            self.assertEqual(self.receiver.received.pop().headers["Host"], host)
         with self.assertRaises(coarinbox.SendError):
-            coarinbox.post(ACCEPT, receiver.url, ["::1", "127.0.0.1"])
+            coarinbox.post(ACCEPT, f"http://127.0.0.1:{free_port()}/", ["::1", "127.0.0.1"])
 
     def test_redirects_and_pages_lead_nowhere(self) -> None:
+        link = f"</inbox>; rel={LDP_INBOX}"
         for status in (307, 308, 404, 405):
-            link = f"</inbox>; rel={LDP_INBOX}"
-            with receiving(http_answer(status, Location="/inbox", Link=link)) as receiver:
-                answer = coarinbox.post(ACCEPT, f"{receiver.url}/page", ["127.0.0.1"])
-                self.assertEqual((answer.status, receiver.lines), (status, ["POST /page"]))
+            self.receiver.reset(http_answer(status, Location="/inbox", Link=link))
+            answer = coarinbox.post(ACCEPT, f"{self.receiver.url}/page", ["127.0.0.1"])
+            self.assertEqual((answer.status, self.receiver.lines), (status, ["POST /page"]))
 
-
-class RetryTest(unittest.TestCase):
-    def test_how_long_to_wait(self) -> None:
-        date = "Thu, 01 Jan 2026 00:00:{:02} GMT"
-        for tries, status, headers, delay in [
-            (1, None, {}, 2), (2, None, {}, 4), (3, None, {}, None),
-            (1, 500, {}, 2), (2, 503, {}, 4), (3, 503, {}, None), (1, 429, {}, 2),
-            (1, 200, {}, None), (1, 201, {}, None), (1, 307, {}, None), (1, 400, {}, None),
-            (1, 404, {}, None), (1, 408, {}, None), (1, 201, {"Retry-After": "1"}, None),
-            (1, 429, {"Retry-After": "7"}, 7), (2, 503, {"Retry-After": "0"}, 0),
-            (1, 429, {"Retry-After": "60"}, 60), (1, 429, {"Retry-After": "3600"}, 60),
-            (3, 429, {"Retry-After": "7"}, None),
-            (1, 429, {"Retry-After": date.format(9), "Date": date.format(4)}, 5),
-            (1, 429, {"Retry-After": date.format(4), "Date": date.format(9)}, 0),
-            (1, 429, {"Retry-After": date.format(9)}, 2),
-            (1, 429, {"Retry-After": date.format(9), "Date": "yesterday"}, 2),
-            (1, 429, {"Retry-After": "-1"}, 2), (1, 429, {"Retry-After": "soon"}, 2),
-            (1, 429, {"Retry-After": "9" * 99}, 2),
+    def test_how_long_to_wait_before_the_next_try(self) -> None:
+        early, late = "Thu, 01 Jan 2026 00:00:04 GMT", "Thu, 01 Jan 2026 00:00:09 GMT"
+        for tries, status, after, date, delay in [
+            (1, None, "", "", 2), (2, None, "", "", 4), (3, None, "", "", None),
+            (1, 500, "", "", 2), (2, 503, "", "", 4), (3, 503, "", "", None), (1, 429, "", "", 2),
+            (1, 200, "", "", None), (1, 201, "", "", None), (1, 307, "", "", None),
+            (1, 400, "", "", None), (1, 404, "", "", None), (1, 408, "", "", None),
+            (1, 201, "1", "", None), (1, 429, "7", "", 7), (2, 503, "0", "", 0),
+            (1, 429, "60", "", 60), (1, 429, "3600", "", 60), (3, 429, "7", "", None),
+            (1, 429, late, early, 5), (1, 429, early, late, 0), (1, 429, late, "", 2),
+            (1, 429, late, "yesterday", 2), (1, 429, "-1", "", 2), (1, 429, "soon", "", 2),
+            (1, 429, "9" * 99, "", 2),
         ]:  # fmt: skip
-            with self.subTest(tries=tries, status=status, headers=headers):
+            with self.subTest(tries=tries, status=status, after=after, date=date):
+                headers = {"Retry-After": after, "Date": date}
                 self.assertEqual(coarinbox.retry_delay(tries, status, headers), delay)
-
-    def test_the_headers_of_an_answer_will_do(self) -> None:
-        with receiving(http_answer(503, retry_after="3")) as receiver:
-            answer = coarinbox.send(ACCEPT, receiver.url)
-            self.assertEqual(coarinbox.retry_delay(1, answer.status, answer.headers), 3)
 
 
 class ConverseTest(ProgramTest):
     """`--sample` and `--send`."""
 
-    def write(self, name: str, document: Any, inbox: str = JOURNAL["inbox"]) -> str:
-        (self.directory / name).write_text(json.dumps(addressed(document, inbox)))
-        return name
+    def setUp(self) -> None:
+        super().setUp()
+        self.write("good.json", ACCEPT)
+        self.write("bad.json", altered("Accept", origin=ABSENT))
+
+    def write(self, name: str, document: Any) -> None:
+        (self.directory / name).write_text(json.dumps(document))
 
     def test_a_sample_is_printed(self) -> None:
         done = self.invoke("--sample", "request review")
@@ -5891,26 +5752,6 @@ class ConverseTest(ProgramTest):
         self.assertIn('  "type": [', done.output)
         document = json.loads("\n".join(done.output))
         self.assertEqual(coarinbox.pattern_of(document), coarinbox.find_pattern("Request Review"))
-
-    def test_an_unknown_pattern_gets_the_list(self) -> None:
-        for more in ([], ["--send", "http://127.0.0.1:9/"]):
-            line = self.fail_to_start("--sample", "Request Revue", *more)
-            self.assertIn("did you mean Request Review?", line)
-            self.assertIn(", ".join(NOTIFICATIONS), line)
-
-    def test_files_are_sent(self) -> None:
-        with coarinbox.running() as inbox:
-            offer, accept = (addressed(document, inbox.url) for document in (OFFER, ACCEPT))
-            self.write("offer.json", offer, inbox.url)
-            status, lines, errors = self.invoke(
-                "--send", inbox.url, "offer.json", "-", stdin=json.dumps(accept)
-            )
-            self.assertEqual(status, 0, errors)
-            named = [line.rpartition("/")[0] for line in lines]
-            self.assertEqual(
-                named, [f"{name}: 201 Created {inbox.url}" for name in ("offer.json", "-")]
-            )
-            self.assertEqual(inbox.notifications, [offer, accept])
 
     def test_a_sample_is_sent_and_addressed_to_the_inbox(self) -> None:
         with coarinbox.running(VALIDATE_INCOMING="strict") as inbox:
@@ -5921,58 +5762,60 @@ class ConverseTest(ProgramTest):
             self.assertEqual((delivery.findings, delivery.pattern), ([], "Accept"))
             self.assertEqual(delivery.notification["target"]["inbox"], inbox.url)
 
-    def test_the_reasons_of_the_receiver_are_shown(self) -> None:
+    def test_an_unknown_pattern_gets_the_list(self) -> None:
+        for more in ([], ["--send", "http://127.0.0.1:9/"]):
+            line = self.fail_to_start("--sample", "Request Revue", *more)
+            self.assertIn("did you mean Request Review?", line)
+            self.assertIn(", ".join(NOTIFICATIONS), line)
+
+    def test_files_are_sent_and_what_is_wrong_with_them_is_shown(self) -> None:
         with coarinbox.running() as inbox:
-            self.write("bad.json", changed(ACCEPT, "origin", ABSENT), inbox.url)
-            self.write("good.json", ACCEPT, inbox.url)
-            status, lines, _ = self.invoke("--send", inbox.url, "bad.json", "good.json")
-        self.assertEqual(status, 1)
-        self.assertEqual(lines[0], "bad.json: 400 Bad Request")
-        self.assertTrue(lines[2].startswith("  E /origin origin is missing"), lines)
-        self.assertTrue(lines[-1].startswith("good.json: 201"), lines)
+            good, files = addressed(ACCEPT, inbox.url), ("good.json", "-", "bad.json")
+            self.write("good.json", good)
+            stdin = json.dumps(addressed(OFFER, inbox.url))
+            status, lines, _ = self.invoke("--send", inbox.url, *files, stdin=stdin)
+            self.assertEqual(status, 1)
+            for line, name in zip(lines, ("good.json", "-")):
+                self.assertTrue(line.startswith(f"{name}: 201 Created {inbox.url}/"), line)
+            self.assertEqual(lines[2], "bad.json: 400 Bad Request")
+            self.assertTrue(lines[4].startswith("  E /origin origin is missing"), lines)
+            self.assertEqual(inbox.notifications, [good, json.loads(stdin)])
+            self.assertEqual(self.invoke("--send", inbox.url, "good.json").status, 0)
 
     def test_what_a_receiver_says_cannot_forge_lines(self) -> None:
-        self.write("good.json", ACCEPT)
-        odd = json.dumps(
-            {"message": "one\ntwo: \x1b[31m" + "x" * 1000, "errors": [5, {}], "warnings": 5}
-        )
-        with receiving(http_answer(400, odd, Location="/\x1b[31m")) as receiver:
+        odd = {"message": "one\ntwo: \x1b[31m" + "x" * 1000, "errors": [5, {}], "warnings": 5}
+        with receiving(http_answer(400, json.dumps(odd), Location="/\x1b[31m")) as receiver:
             status, lines, _ = self.invoke("--send", receiver.url, "good.json")
         self.assertEqual((status, len(lines)), (1, 4), lines)
         self.assertTrue(all(line.isprintable() and len(line) < 400 for line in lines), lines)
 
-    def test_a_page_that_ignores_what_is_sent_has_not_accepted_it(self) -> None:
-        self.write("good.json", ACCEPT)
-        for status in (200, 204):
+    def test_what_is_no_inbox_has_not_accepted_it(self) -> None:
+        """A page may ignore what is sent to it."""
+        for status, phrase, reason in [
+            (200, "OK", "answers 201 or 202"), (204, "No Content", "answers 201 or 202"),
+            (405, "Method Not Allowed", "no inbox"),
+        ]:  # fmt: skip
             with receiving(http_answer(status)) as receiver:
                 done = self.invoke("--send", receiver.url, "good.json")
-                self.assertEqual(done.status, 1)
-                self.assertIn("answers 201 or 202", done.output[1])
+            first, second = done.output
+            self.assertEqual((done.status, first), (1, f"good.json: {status} {phrase}"))
+            self.assertIn(reason, second)
         with receiving(http_answer(202)) as receiver:
             done = self.invoke("--send", receiver.url, "good.json", "good.json")
             self.assertEqual((done.status, done.output), (0, ["good.json: 202 Accepted"] * 2))
 
-    def test_what_is_no_inbox(self) -> None:
-        self.write("good.json", ACCEPT)
-        with receiving(NOT_ALLOWED) as receiver:
-            status, (first, second), _ = self.invoke("--send", receiver.url, "good.json")
-        self.assertEqual((status, first), (1, "good.json: 405 Method Not Allowed"))
-        self.assertIn("no inbox", second)
-
     def test_what_cannot_be_read_or_reached(self) -> None:
         with coarinbox.running() as inbox:
-            self.write("good.json", ACCEPT, inbox.url)
+            self.write("good.json", addressed(ACCEPT, inbox.url))
             status, lines, errors = self.invoke("--send", inbox.url, "none.json", ".", "good.json")
         self.assertEqual((status, len(lines)), (2, 1))
         self.assertIn("coarinbox: none.json: No such file", errors)
         self.assertIn("coarinbox: .: ", errors)
         url = f"http://127.0.0.1:{free_port()}/inbox"
-        status, lines, errors = self.invoke("--send", url, "good.json")
-        self.assertEqual((status, lines), (2, []))
-        self.assertEqual(errors, f"coarinbox: good.json: {url}: Connection refused\n")
+        done = self.invoke("--send", url, "good.json")
+        self.assertEqual(done, (2, [], f"coarinbox: good.json: {url}: Connection refused\n"))
 
     def test_a_token_is_sent_and_never_shown(self) -> None:
-        self.write("good.json", ACCEPT)
         with coarinbox.running(TOKEN="s3cret") as inbox:
             for token, expected in [("s3cret", 0), ("s3cret\n", 2), ("s3cret2", 1)]:
                 done = self.invoke("--send", inbox.url, "--token", token, "good.json")
@@ -6010,40 +5853,32 @@ class ArrivedTest(InboxTest):
         return warnings
 
     def test_a_media_type_that_production_refuses(self) -> None:
+        self.assertEqual(self.findings(self.offer()), [])
         (found,) = self.findings(self.offer(), "application/json")
         self.assertEqual((found["code"], found["level"], found["pointer"]), ("content-type", S, ""))
         self.assertEqual(found["refused_by"], ["DSpace", "EPrints", "PCI"])
         self.assertIn("send `Content-Type: application/ld+json`", found["message"])
-        line = next(line for line in self.log_lines() if "Content-Type" in line)
-        self.assertTrue(line.endswith("(refused by DSpace, EPrints, PCI)"), line)
-        for kind in (JSON_LD, "Application/LD+JSON ;profile=x"):
-            self.assertEqual(self.findings(self.offer(), kind), [])
+        logged = "\n".join(self.log_lines())
+        self.assertRegex(logged, r"(?m)Content-Type.* \(refused by DSpace, EPrints, PCI\)$")
 
     def test_the_url_that_was_posted_to(self) -> None:
-        port = address(self.server)[1]
-        for inbox, path, host, is_elsewhere in [
-            (self.here, "/inbox", f"127.0.0.1:{port}", False),
-            (self.here, "/inbox?status=503&times=9", f"127.0.0.1:{port}", False),
-            (f"{self.here}?a=b", "/inbox", f"127.0.0.1:{port}", False),
-            (f"{self.here}/", "/inbox/", f"127.0.0.1:{port}", False),
-            ("http://Inbox.Localhost/inbox", "/inbox", "inbox.localhost", False),
-            (f"http://localhost:{port}/inbox", "/inbox", "inbox.localhost", False),  # as given out
-            (self.here, "/inbox", "inbox.localhost", True),
-            (f"http://127.0.0.1:{port + 1}/inbox", "/inbox", f"127.0.0.1:{port}", True),
-            (f"{self.here}/", "/inbox", f"127.0.0.1:{port}", True),
-        ]:
-            with self.subTest(inbox, path=path, host=host):
-                answer = self.ask("POST", path, self.offer(inbox), {"Host": host})
-                (delivery,) = self.ask("GET", "/deliveries?limit=1").json()["deliveries"]
-                found = [finding["code"] for finding in delivery["findings"]]
-                self.assertEqual(found, ["target.inbox-elsewhere"] * is_elsewhere, answer)
-
-    def test_a_base_url_counts_as_well(self) -> None:
-        public = "https://inbox.example.org"
-        with coarinbox.running(BASE_URL=f"{public}/") as inbox:
-            for url, count in [(f"{public}:443/inbox", 0), (f"{public}/", 1), (inbox.url, 1)]:
-                answer = send(inbox.url, self.offer(url))
-                self.assertEqual(len(answer.json()["warnings"]), count, answer)
+        public, local = "https://inbox.example.org", self.server.local  # localhost, with the port
+        with serving(BASE_URL=f"{public}/") as proxied:
+            for server, inbox, path, host, is_elsewhere in [
+                (self.server, f"{self.here}/", "/inbox/", "", False),
+                (self.server, self.here, "/inbox?status=503&times=9", "", False),
+                (self.server, f"{self.here}/", "/inbox", "", True),
+                (self.server, "http://Inbox.Localhost/inbox", "/inbox", "inbox.localhost", False),
+                (self.server, f"{local}/inbox", "/inbox", "inbox.localhost", False),  # as given out
+                (self.server, self.here, "/inbox", "inbox.localhost", True),
+                (proxied, f"{public}:443/inbox", "/inbox", "", False),
+                (proxied, f"{proxied.local}/inbox", "/inbox", "", True),
+            ]:
+                with self.subTest(inbox, path=path, host=host):
+                    ask(server, "POST", path, self.offer(inbox), {"Host": host} if host else {})
+                    (delivery,) = ask(server, "GET", "/deliveries?limit=1").json()["deliveries"]
+                    found = [each["code"] for each in delivery["findings"]]
+                    self.assertEqual(found, ["target.inbox-elsewhere"] * is_elsewhere)
 
     def test_an_id_counts_as_repeated_while_it_is_stored(self) -> None:
         first, other = self.offer(), self.offer()
@@ -6061,6 +5896,20 @@ class ArrivedTest(InboxTest):
         self.ask("DELETE", "/inbox")
         self.assertEqual(self.findings(first), [])
 
+    def test_ids_are_known_after_a_restart(self) -> None:
+        """They are read from the log in the background: a while may pass until then."""
+        offers = [{**OFFER, "id": f"urn:x:\u00fc{number}"} for number in range(3)]
+        store = self.server.store.directory
+        with coarinbox.running(STORE_DIR=store) as inbox, receiving(CREATED) as receiver:
+            locations = [send(inbox.url, each).headers["Location"] for each in offers]
+            inbox.send(offers[1], receiver.url)
+            self.assertEqual(ask(inbox.server, "DELETE", path_of(locations[2])).status, 204)
+        with coarinbox.running(STORE_DIR=store) as inbox:
+            self.wait_until(lambda: b"id-repeated" in send(inbox.url, offers[0]).body)
+            answers = [send(inbox.url, offer).body.decode() for offer in offers[1:]]
+            self.assertIn(f"before, as {last_part(locations[1])}", answers[0])
+            self.assertNotIn("id-repeated", answers[1])
+
     def test_errors_come_before_warnings(self) -> None:
         problem = self.assert_problem(self.post(REFUSED), 400)
         self.assertEqual(list(problem)[-2:], ["errors", "warnings"])
@@ -6069,57 +5918,33 @@ class ArrivedTest(InboxTest):
 
     def test_each_answer_of_the_inbox_names_its_constraints(self) -> None:
         link = '</constraints>; rel="http://www.w3.org/ns/ldp#constrainedBy"'
-        asked: list[tuple[str, Any, int]] = [
-            ("GET", None, 200), ("HEAD", None, 200), ("OPTIONS", None, 204), ("POST", ACCEPT, 201),
-            ("POST", REFUSED, 400), ("POST", b"no", 400), ("PUT", ACCEPT, 405),
-            ("DELETE", None, 204),
-        ]  # fmt: skip
-        for method, body, status in asked:
-            answer = self.ask(method, "/inbox", body)
-            links = re.sub("<http://[^/]*", "<", ", ".join(answer.headers.get_all("Link", [])))
-            self.assertEqual((answer.status, links), (status, link), method)
+        for method, body in [
+            ("GET", None), ("HEAD", None), ("OPTIONS", None), ("DELETE", None), ("PUT", ACCEPT),
+            ("POST", ACCEPT), ("POST", REFUSED), ("POST", b"no"),
+        ]:  # fmt: skip
+            links = self.ask(method, "/inbox", body).headers.get_all("Link", [])
+            self.assertEqual([re.sub("<http://[^/]*", "<", each) for each in links], [link])
         page = self.ask("GET", "/inbox", headers=HTML)
         self.assertRegex(", ".join(page.headers.get_all("Link", [])), "#(inbox.*#c|c.*#inbox)")
 
-    def test_ids_are_known_after_a_restart(self) -> None:
-        """They are read from the log in the background: a while may pass until then."""
-        offers = [{**OFFER, "id": f"urn:x:\u00fc{number}"} for number in range(3)]
-        with tempfile.TemporaryDirectory() as store, receiving(CREATED) as receiver:
-            with coarinbox.running(STORE_DIR=store) as inbox:
-                locations = [send(inbox.url, each).headers["Location"] for each in offers]
-                inbox.send(offers[1], receiver.url)
-                self.assertEqual(ask(inbox.server, "DELETE", path_of(locations[2])).status, 204)
-            with coarinbox.running(STORE_DIR=store) as inbox:
-                self.wait_until(lambda: b"id-repeated" in send(inbox.url, offers[0]).body)
-                answers = [send(inbox.url, offer).body.decode() for offer in offers[1:]]
-                self.assertIn(f"before, as {last_part(locations[1])}", answers[0])
-                self.assertNotIn("id-repeated", answers[1])
 
-
-class ReceiverModeTest(ProgramTest):
+class ReceiverModeTest(unittest.TestCase):
     """An inbox that plays a receiver, or the coarnotify library."""
 
     def test_it_refuses_what_the_receiver_refuses(self) -> None:
         table: list[tuple[str, str, dict[str, Any], int, str]] = [
             ("dspace", "application/json", {}, 415, "content-type"),
             ("DSpace", JSON_LD, {"id": "tag:a.example,2026:1"}, 400, "id-preferred"),
-            ("DSpace", JSON_LD, {"origin": ABSENT}, 400, "origin-required"),
             ("DSpace", f"{JSON_LD};profile=x", {}, 201, ""),
             ("eprints", f"{JSON_LD};profile=x", {}, 415, "content-type-exact"),
-            ("software heritage", JSON_LD, {"target.inbox": "http://a.example/"}, 400,
-             "target.inbox-elsewhere"),
-            ("pci", JSON_LD, {"object.ietf:cite-as": ABSENT}, 400, "object.ietf:cite-as-required"),
-            ("pci", JSON_LD, {"target.inbox": ABSENT}, 201, ""),  # level M
-        ]  # fmt: skip
-        for mode, kind, change, status, code in table:
-            with (
-                self.subTest(mode, change=change),
-                coarinbox.running(VALIDATE_INCOMING=mode) as inbox,
-            ):
-                document = addressed(OFFER, inbox.url)
-                for member, value in change.items():
-                    document = changed(document, member, value)
-                answer = ask(inbox.server, "POST", "/inbox", document, {"Content-Type": kind})
+            ("software heritage", JSON_LD, {}, 400, "target.inbox-elsewhere"),
+            ("pci", JSON_LD, {"object__cite_as": ABSENT}, 400, "object.ietf:cite-as-required"),
+            ("pci", JSON_LD, {"target__inbox": ABSENT}, 201, ""),  # level M
+        ]
+        for mode, kind, changes, status, code in table:
+            with self.subTest(mode, changes=changes), serving(VALIDATE_INCOMING=mode) as server:
+                document = altered("Request Review", **changes)
+                answer = ask(server, "POST", "/inbox", document, {"Content-Type": kind})
                 found = [each["code"] for each in answer.json().get("errors", [])]
                 self.assertEqual((answer.status, found), (status, [code] if code else []))
                 self.assertEqual("Accept-Post" in answer.headers, status == 415)
@@ -6134,13 +5959,6 @@ class ReceiverModeTest(ProgramTest):
             self.assertEqual(codes, [{"coarnotify"}, {"actor.id-absolute-uri", "id-repeated"}])
             (error,) = problem["errors"]
             self.assertEqual((error["level"], error["pointer"]), (E, "/actor/id"))
-
-    def test_without_the_library_it_does_not_start(self) -> None:
-        path = self.config("VALIDATE_INCOMING = 'CoarNotify'; PORT = 0")
-        with unittest.mock.patch.dict(sys.modules, {"coarnotify.server": None}):
-            coarinbox.coarnotify_server.cache_clear()
-            line = self.fail_to_start("--config", path)
-        self.assertTrue(line.endswith("; pip install coarnotify\n"), line)
 
 
 # --- The other half ------------------------------------------------------------------------------
@@ -6190,6 +6008,9 @@ def other_address() -> str:
     return ""
 
 
+NEEDS_IPV6 = unittest.skipUnless(has_ipv6(), "there is no IPv6")
+
+
 class SamplesTest(InboxTest):
     settings = {"VALIDATE_INCOMING": "strict"}
 
@@ -6198,28 +6019,25 @@ class SamplesTest(InboxTest):
         self.assertEqual(list(listed), list(coarinbox.RULES))
         for name, url in listed.items():
             answer = self.ask("GET", path_of(url))
-            self.assertEqual((answer.status, answer.headers["Content-Type"]), (200, JSON_LD))
-            sent = self.post(answer.json())
-            self.assertEqual((sent.status, sent.json()["warnings"]), (201, []), name)
-            self.assertEqual(sent.json()["pattern"], name)
+            self.assertEqual(answer.headers["Content-Type"], JSON_LD)
+            receipt = self.post(answer.json()).json()
+            self.assertEqual((receipt["pattern"], receipt["warnings"]), (name, []))
 
     def test_names_in_any_case_and_a_list_for_others(self) -> None:
         for name in ("request%20review", "REQUEST%20Review"):
-            document = self.ask("GET", f"/samples/{name}").json()
-            self.assertEqual(document["type"], OFFER["type"])
+            self.assertEqual(self.ask("GET", f"/samples/{name}").json()["type"], OFFER["type"])
         for name in ("request+review", "Request", "x%2Fy", "%ff", "%00"):
             problem = self.assert_problem(self.ask("GET", f"/samples/{name}"), 404)
             self.assertIn(", ".join(coarinbox.RULES), problem["detail"])
         self.assert_problem(self.ask("GET", "/samples/Accept?x=1"), 400)
 
-    def test_it_is_addressed_as_the_client_sees_the_inbox(self) -> None:
-        first, second = (self.ask("GET", "/samples/Accept", headers={"Host": "inbox.localhost:8"})
-                         for _ in range(2))  # fmt: skip
-        self.assertEqual(first.json()["target"]["inbox"], "http://inbox.localhost:8/inbox")
-        self.assertNotEqual(first.json()["id"], second.json()["id"])
-        with serving(BASE_URL="https://a.example/b/") as server:
-            target = ask(server, "GET", "/samples/Undo%20Offer").json()["target"]
-            self.assertEqual(target["inbox"], "https://a.example/b/inbox")
+    def test_each_is_new_and_addressed_as_the_client_sees_the_inbox(self) -> None:
+        with serving(BASE_URL="https://a.example/b/") as proxied:
+            samples = [ask(server, "GET", "/samples/Accept", None, {"Host": "a.localhost:8"}).json()
+                       for server in (self.server, self.server, proxied)]  # fmt: skip
+        inboxes = [each["target"]["inbox"] for each in samples]
+        self.assertEqual(inboxes[1:], ["http://a.localhost:8/inbox", "https://a.example/b/inbox"])
+        self.assertEqual(len({each["id"] for each in samples}), 3)
 
 
 class AutoReplyTest(unittest.TestCase):
@@ -6240,10 +6058,9 @@ class AutoReplyTest(unittest.TestCase):
                 self.assertEqual(seen, list(zip(patterns, directions.split())))
                 clean = [(each.status, each.findings) for each in inbox.deliveries]
                 self.assertEqual(clean, [(201, [])] * 4)
-            ours, *replied = reviews.deliveries
-            to = {(each.via, each.target) for each in replied}
+            to = {(each.via, each.target) for each in reviews.deliveries[1:]}
             self.assertEqual(to, {("REPLIES", repository.url)})
-            times = [datetime.datetime.fromisoformat(each.time[:-1]) for each in [ours, *replied]]
+            times = [datetime.datetime.fromisoformat(e.time[:-1]) for e in reviews.deliveries]
             for earlier, later in zip(times, times[1:]):  # to the millisecond
                 self.assertGreaterEqual((later - earlier).total_seconds(), 0.049)
             self.assertEqual(reviews.notifications, [offer])
@@ -6252,22 +6069,18 @@ class AutoReplyTest(unittest.TestCase):
         tunnel, far = {"X-Forwarded-For": "203.0.113.9"}, {"REPLY_TO": "{partner}"}
         other, nowhere = "its host is not 127.0.0.1, which delivered", "no origin.inbox to reply to"
         table: list[tuple[dict[str, Any], str | None, dict[str, str], str]] = [
-            ({}, "{partner}", {}, ""),
-            ({}, "http://localhost:{port}/", {}, ""),
-            ({}, "http://192.0.2.1:{port}/", {}, other),
-            ({}, "http://127.0.0.2:{port}/", {}, other),
-            ({}, "http://0.0.0.0:{port}/", {}, other),
+            ({}, "{partner}", {}, ""), ({}, "http://localhost:{port}/", {}, ""),
+            ({}, "http://192.0.2.1:{port}/", {}, other), ({}, "http://127.0.0.2/", {}, other),
+            ({}, "http://0.0.0.0:{port}/", {}, other), ({}, "mailto:a@b.example", {}, nowhere),
             ({}, "http://127.0.0.1@192.0.2.1/", {}, "a user name or a password"),
-            ({}, "http://nowhere.invalid/", {}, "the host is unknown"),
-            ({}, "mailto:a@b.example", {}, nowhere),
-            ({}, None, {}, nowhere),
+            ({}, "http://nowhere.invalid/", {}, "the host is unknown"), ({}, None, {}, nowhere),
             ({"BASE_URL": "http://a.example/"}, "{partner}", {}, "behind a proxy"),
             ({}, "{partner}", tunnel, "behind a proxy"),
             ({}, "{partner}", {"forwarded": "for=127.0.0.1"}, "behind a proxy"),
             ({}, "{partner}", {"X-Pad": "x" * 17_000, **tunnel}, "behind a proxy"),
             ({"BASE_URL": "http://a.example/", **far}, "http://192.0.2.1/", tunnel, ""),
             (far, None, {}, ""),
-        ]
+        ]  # fmt: skip
         for settings, origin, headers, reason in table:
             with self.subTest(settings=settings, origin=origin), receiving(CREATED) as receiver:
                 urls = {"partner": receiver.url, "port": receiver.server_address[1]}
@@ -6276,10 +6089,10 @@ class AutoReplyTest(unittest.TestCase):
                     partner = origin.format(**urls) if origin else ABSENT
                     offer = changed(offer_between("", inbox.url), "origin.inbox", partner)
                     answer = ask(inbox.server, "POST", "/inbox", offer, headers)
-                    out = inbox.wait_for(direction="out", status="")
+                    (out,) = sent_by(inbox, 1)
                     self.assertIn(reason, out.detail)
-                    self.assertEqual((out.status, len(receiver.received)),
-                                     (0, 0) if reason else (201, 1))  # fmt: skip
+                    expected = (0, 0) if reason else (201, 1)
+                    self.assertEqual((out.status, len(receiver.received)), expected)
                     self.assertEqual(out.about["inReplyTo"], offer["id"])
                     path = path_of(answer.json()["location"])
                     page = ask(inbox.server, "GET", path, headers=HTML).body
@@ -6289,7 +6102,7 @@ class AutoReplyTest(unittest.TestCase):
                         self.assertEqual(sent["target"]["inbox"], out.target)
                         self.assertEqual(sent["object"], changed(offer, "@context", ABSENT))
 
-    @unittest.skipUnless(has_ipv6(), "there is no IPv6")
+    @NEEDS_IPV6
     def test_both_loopbacks_are_one_host(self) -> None:
         with replying("Accept", HOST="::1") as inbox, receiving(CREATED) as receiver:
             coarinbox.send(offer_between(receiver.url, inbox.url), inbox.url)
@@ -6306,12 +6119,11 @@ class AutoReplyTest(unittest.TestCase):
             statuses = [send(url, offer).status for _ in range(3)]
             self.assertEqual(statuses, [503, 202, 202])
             replied = [each.about["inReplyTo"] for each in sent_by(inbox, 2)]
-            self.assertEqual(replied, [offer["id"]] * 2)
-            self.assertEqual(len(receiver.received), 2)
+            self.assertEqual((replied, len(receiver.received)), ([offer["id"]] * 2, 2))
 
     def test_an_offer_without_an_id_cannot_be_answered(self) -> None:
         with replying("Accept", VALIDATE_INCOMING=False, REPLY_TO="http://127.0.0.1:9/") as inbox:
-            send(inbox.url, changed(OFFER, "id", ABSENT))
+            send(inbox.url, altered("Request Review", id=ABSENT))
             (out,) = sent_by(inbox, 1)
             self.assertEqual(out.status, 0)
             self.assertIn("its id is not an absolute URI", out.detail)
@@ -6326,23 +6138,19 @@ class AutoReplyTest(unittest.TestCase):
         for query, statuses in [
             ("?status=503&times=2&retry-after=0", [503, 503, 201]),
             ("?status=429&times=1&retry-after=0", [429, 201]),
-            ("?status=500&times=9", [500, 500, 500]),
-            ("?close=1&times=9", [0, 0, 0]),
+            ("?status=500&times=9", [500, 500, 500]), ("?close=1&times=9", [0, 0, 0]),
             ("?status=400&times=9", [400]),
-        ]:
-            patch = unittest.mock.patch("coarinbox.retry_delay", without_waiting)
-            with self.subTest(query), patch, coarinbox.running() as partner:
-                with replying("Accept", "Reject") as inbox:
+        ]:  # fmt: skip
+            with self.subTest(query), constants(retry_delay=without_waiting):
+                with coarinbox.running() as partner, replying("Accept", "Reject") as inbox:
                     coarinbox.send(offer_between(partner.url + query, inbox.url), inbox.url)
                     sent = sent_by(inbox, 2 * len(statuses))
-                    expected = [
-                        (pattern, status, status == 201)
-                        for pattern in ("Accept", "Reject") for status in statuses
-                    ]  # fmt: skip
-                    seen = [(each.pattern, each.status, not each.detail) for each in sent]
-                    self.assertEqual(seen, expected)
-                    # A retry has the id of the first attempt.
-                    self.assertEqual(len({each.about["id"] for each in sent}), 2)
+                expected = [(name, each, each == 201)
+                            for name in ("Accept", "Reject") for each in statuses]  # fmt: skip
+                seen = [(each.pattern, each.status, not each.detail) for each in sent]
+                self.assertEqual(seen, expected)
+                ids = {each.about["id"] for each in sent}  # those of the first attempts
+                self.assertEqual(len(ids), 2)
 
     def test_nothing_goes_on_for_ever(self) -> None:
         """Two inboxes that reply to each other come to an end, and so does one by itself."""
@@ -6357,50 +6165,25 @@ class AutoReplyTest(unittest.TestCase):
             first.assert_none(pattern="Request Review", direction="out")
             second.assert_none(direction="out")
 
-    def test_undo_offer_stops_what_is_still_to_come(self) -> None:
-        arrived, undone = threading.Event(), threading.Event()
-
-        def answer_late() -> Iterator[bytes]:
-            arrived.set()
-            undone.wait(10)
-            yield CREATED
-
-        answers = {"POST /late": answer_late, "POST /": CREATED}
-        with receiving(answers) as partner, replying("Accept", "Reject") as inbox:
-            offer, other = (offer_between(partner.url + path, inbox.url) for path in ("/late", "/"))
-            coarinbox.send(offer, inbox.url)
-            self.assertTrue(arrived.wait(10))
-            coarinbox.send(coarinbox.reply(offer, "Undo Offer"), inbox.url)
-            undone.set()
-            coarinbox.send(other, inbox.url)
-            sent = sent_by(inbox, 3)  # what was on its way is logged
-            late = [each.pattern for each in sent if each.target.endswith("/late")]
-            self.assertEqual((late, len(partner.received)), (["Accept"], 3))
-
-    def test_undo_offer_leaves_the_replies_to_other_offers_alone(self) -> None:
-        arrived, undone = threading.Semaphore(0), threading.Event()
-
-        def answer_late() -> Iterator[bytes]:
-            arrived.release()
-            undone.wait(10)
-            yield CREATED
-
-        with receiving(answer_late) as partner, replying("Accept", "Reject") as inbox:
+    def test_undo_offer_stops_what_is_still_to_come_for_this_offer(self) -> None:
+        late = LateAnswer()
+        with receiving(late) as partner, replying("Accept", "Reject") as inbox:
             offer, other = (offer_between(partner.url, inbox.url) for _ in range(2))
             for document in (offer, other):
                 coarinbox.send(document, inbox.url)
-                self.assertTrue(arrived.acquire(timeout=10))
+                late.wait_for_request()
             coarinbox.send(coarinbox.reply(offer, "Undo Offer"), inbox.url)
-            undone.set()
-            counts = collections.Counter(each.about["inReplyTo"] for each in sent_by(inbox, 3))
-            self.assertEqual(counts, {offer["id"]: 1, other["id"]: 2})
+            late.due.set()
+            sent = {(each.about["inReplyTo"], each.pattern) for each in sent_by(inbox, 3)}
+            # What was on its way is logged.
+            expected = [(offer, "Accept"), (other, "Accept"), (other, "Reject")]
+            self.assertEqual(sent, {(document["id"], pattern) for document, pattern in expected})
+            self.assertEqual(len(partner.received), 3)
 
     def test_without_a_thread_no_reply_is_sent(self) -> None:
         with replying("Accept") as inbox, receiving(CREATED) as receiver:
             offer = offer_between(receiver.url, inbox.url)
-            no_thread = RuntimeError("can't start new thread")
-            patch = unittest.mock.patch("threading.Thread.start", side_effect=no_thread)
-            with self.assertLogs("coarinbox", logging.ERROR), patch:
+            with self.assertLogs("coarinbox", logging.ERROR), NO_THREAD:
                 self.assertEqual(send(inbox.url, offer).status, 201)
                 (out,) = sent_by(inbox, 1)
             self.assertEqual((out.status, receiver.received), (0, []))
@@ -6426,14 +6209,11 @@ class AutoReplyTest(unittest.TestCase):
             self.assertEqual((out.about["inReplyTo"], len(receiver.received)), (other["id"], 1))
 
     def test_the_end_of_the_inbox_drops_what_is_still_to_come_and_says_so(self) -> None:
-        started = time.monotonic()
         with self.assertLogs("coarinbox", logging.INFO) as logged:
             with replying("Accept", REPLY_DELAY=600) as inbox:
                 inbox.send(offer_between(inbox.url, inbox.url), inbox.url)
-        self.assertRegex(
-            "".join(logged.output), "the inbox stops; replies that were to come are dropped"
-        )
-        self.assertLess(time.monotonic() - started, 5)
+        reason = "the inbox stops; replies that were to come are dropped"
+        self.assertIn(reason, "".join(logged.output))
 
 
 class SendAgainTest(DeliveriesTest):
@@ -6469,8 +6249,8 @@ class SendAgainTest(DeliveriesTest):
                     answer = self.send(wanted)
                     (out,) = self.deliveries("?direction=out&limit=1")
                     body = answer.json() if answer.body else None
-                    self.assertEqual((answer.status, body),
-                                     (303, None) if wanted is form else (201, out))  # fmt: skip
+                    answered = (303, None) if wanted is form else (201, out)
+                    self.assertEqual((answer.status, body), answered)
                     path = path_of(answer.headers["Location"])
                     self.assertEqual(self.ask("GET", path).json(), out)
                     self.assertEqual((out["target"], out["status"]), (self.url, 201))
@@ -6485,7 +6265,7 @@ class SendAgainTest(DeliveriesTest):
     def test_what_cannot_be_sent(self) -> None:
         accept = last_part(self.post(ACCEPT).headers["Location"])
         self.post(b"no JSON")
-        broken = self.names()[0]
+        broken, to = self.names()[0], {"to": self.url}
         missing = self.name[:-1] + ("0" if self.name[-1] != "0" else "1")
         for wanted, name, status in [
             ({}, "", 400), ([], "", 400), (b"", "", 400), (b"{", "", 400), (b"\xff", "", 400),
@@ -6493,20 +6273,18 @@ class SendAgainTest(DeliveriesTest):
             ({"to": "ftp://a.example/"}, "", 400), ({"to": "/inbox"}, "", 400),
             ({"to": "file:///etc/passwd"}, "", 400), ({"to": [self.url]}, "", 400),
             ({"to": self.url.replace("//", "//user:secret@")}, "", 400),
-            ({"to": self.url, "two": 2}, "", 400), ({"to": self.url, "pattern": 5}, "", 400),
-            ({"to": self.url}, missing, 404), ({"to": self.url}, "x", 404),
-            ({"to": self.url, "pattern": "Accept"}, accept, 409),
-            ({"to": self.url, "pattern": "Accept"}, broken, 409),
-            ({"to": self.url, "pattern": "Request Review"}, "", 409),
-            ({"to": self.url, "pattern": "Announce Relationship"}, "", 409),
+            ({**to, "two": 2}, "", 400), ({**to, "pattern": 5}, "", 400),
+            (to, missing, 404), (to, "x", 404), ({**to, "document": "x" * 1_100_000}, "", 413),
+            ({**to, "pattern": "Accept"}, accept, 409), ({**to, "pattern": "Accept"}, broken, 409),
+            ({**to, "pattern": "Request Review"}, "", 409),
+            ({**to, "pattern": "Announce Relationship"}, "", 409),
             (f"to={self.url}&pattern=Undo", "", 409),
-            ({"to": self.url, "document": "x" * 1_100_000}, "", 413),
         ]:  # fmt: skip
             with self.subTest(str(wanted)[:80], name=name):
                 problem = self.assert_problem(self.send(wanted, name), status)
                 self.assertNotIn("secret", str(problem))
         self.ask("DELETE", f"/inbox/{self.name}")
-        for wanted in ({"to": self.url}, {"to": self.url, "pattern": "Accept"}):
+        for wanted in (to, {**to, "pattern": "Accept"}):
             self.assert_problem(self.send(wanted), 404)
         self.assertEqual(self.ask("GET", f"/deliveries/{self.name}/send").status, 405)
         self.assertEqual(self.receiver.received, [])
@@ -6514,45 +6292,41 @@ class SendAgainTest(DeliveriesTest):
         self.assertNotIn(b"secret", self.path.read_bytes())
 
     def test_a_reply_to_a_service_that_is_only_named(self) -> None:
-        offer = changed(OFFER, "origin", REPOSITORY["id"])
-        self.assertEqual(self.post(offer).status, 400)
+        self.assertEqual(self.post(altered("Request Review", origin=REPOSITORY["id"])).status, 400)
         answer = self.send({"to": self.url, "pattern": "Accept"}, self.names()[0])
         self.assertEqual(answer.json()["status"], 201)
         replied = json.loads(self.receiver.received.pop().body)
         self.assertEqual(replied["target"], REPOSITORY["id"])
 
     def test_whatever_became_of_it_is_the_answer(self) -> None:
-        nobody = self.send({"to": f"http://127.0.0.1:{free_port()}/"}).json()
-        self.assertEqual(nobody["status"], 0)
-        self.assertIn("Connection refused", nobody["detail"])
-        huge = http_answer(400, "x" * 9_000_000)
+        here = "http://{}:{}".format(*address(self.server))
         table: list[tuple[Any, int, str]] = [
-            (b"", 0, "closed the connection"),
-            (b"SSH-2.0\r\n", 0, "not HTTP"),
+            (f"http://127.0.0.1:{free_port()}/", 0, "Connection refused"),
+            (f"{here}/inbox", 201, ""), (f"{here}/deliveries/{self.name}/send", 400, ""),
+            (b"", 0, "closed the connection"), (b"SSH-2.0\r\n", 0, "not HTTP"),
+            (http_answer(307, Location="file:///etc/passwd"), 0, "unusable"),
+            (http_answer(308, Location=self.url), 201, ""),
             (http_answer(503, '{"detail": "later"}'), 503, "later"),
-            (http_answer(400, '{"detail": "no\\n\\u001b[31mway"}'), 400, "no"), (huge, 400, ""),
+            (http_answer(400, '{"detail": "no\\n\\u001b[31mway"}'), 400, "no"),
+            (http_answer(400, "x" * 9_000_000), 400, ""),
             (b"HTTP/1.1 200 \xff\r\nContent-Length: 2\r\nX: \xff\r\n\r\n\xff\xff", 200, ""),
         ]  # fmt: skip
-        for answer, status, detail in table:
-            with self.subTest(status=status, detail=detail), receiving(answer) as receiver:
-                out = self.send({"to": receiver.url})
-                self.assertEqual(out.status, 201)
-                self.assertEqual(out.json()["status"], status)
-                self.assertIn(detail, out.json()["detail"])
-                self.assertLess(len(out.body), 150_000)
-                self.assertIn(out.json()["name"], "".join(self.log_lines()))
-                self.assertIn(detail, "".join(self.log_lines()))
+        with receiving({}) as receiver:
+            for answer, status, detail in table:
+                with self.subTest(status=status, detail=detail):
+                    receiver.reset(answer)
+                    out = self.send({"to": answer if isinstance(answer, str) else receiver.url})
+                    self.assertEqual((out.status, out.json()["status"]), (201, status))
+                    self.assertIn(detail, out.json()["detail"])
+                    self.assertLess(len(out.body), 150_000)
+                    logged = "\n".join(self.log_lines())
+                    self.assertIn(detail, logged)
+                    self.assertIn(out.json()["name"], logged)
         page = self.ask("GET", f"/deliveries/{self.name}", headers=HTML).body.decode()
         for each in self.deliveries("?direction=out"):
             self.assertIn(each["name"], page)
-        self.assertEqual(self.statuses("?direction=out&status=400"), [400, 400])
+        self.assertEqual(self.statuses("?direction=out&status=400"), [400] * 3)
         self.assertTrue(all(line.isprintable() for line in self.log_lines()))
-
-    def test_redirects_are_followed_by_hand(self) -> None:
-        with receiving(http_answer(308, Location=self.url)) as receiver:
-            self.assertEqual(self.send({"to": receiver.url}).json()["target"], self.url)
-        with receiving(http_answer(307, Location="file:///etc/passwd")) as receiver:
-            self.assertEqual(self.send({"to": receiver.url}).json()["status"], 0)
 
     def test_the_same_bytes_are_sent_again(self) -> None:
         """They may be large, or no JSON, and what was sent can be sent again too."""
@@ -6563,29 +6337,16 @@ class SendAgainTest(DeliveriesTest):
                 self.assertEqual(self.send({"to": self.url}, self.names()[0]).status, 201)
                 self.assertEqual(self.receiver.received.pop().body, sent)
 
-    def test_to_itself(self) -> None:
-        """A notification says nothing of where to send it."""
-        here = "http://{}:{}".format(*address(self.server))
-        for path, status in [("inbox", 201), (f"deliveries/{self.name}/send", 400)]:
-            self.assertEqual(self.send({"to": f"{here}/{path}"}).json()["status"], status)
-        self.assertEqual(self.statuses(), [400, 201, 201, 201])
-
-    @unittest.skipUnless(has_ipv6(), "there is no IPv6")
-    def test_an_ipv6_address(self) -> None:
-        with coarinbox.running(HOST="::1") as inbox:
-            self.assertEqual(self.send({"to": inbox.url}).json()["status"], 201)
-            self.assertEqual(inbox.notifications, [OFFER])
-
     def test_strangers_and_other_sites_may_not(self) -> None:
         token, tunnel = {"Authorization": "Bearer s3cret"}, {"X-Forwarded-For": "127.0.0.1"}
-        site, form = {"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}
-        public = {"BASE_URL": "http://127.0.0.1/"}
+        site, form = {"Origin": FOREIGN}, {"Sec-Fetch-Site": "cross-site"}
+        public, closed = {"BASE_URL": "http://127.0.0.1/"}, {"TOKEN": "s3cret"}
         table: list[tuple[dict[str, Any], dict[str, str], int]] = [
             ({}, {}, 201), ({}, tunnel, 403), ({}, {"Forwarded": "for=_x"}, 403), (public, {}, 403),
-            ({"TOKEN": "s3cret"}, {}, 401), ({"TOKEN": "s3cret"}, token, 201),
-            ({"TOKEN": "s3cret", **public}, {**token, **tunnel}, 201),
+            (closed, {}, 401), (closed, token, 201),
+            ({**closed, **public}, {**token, **tunnel}, 201),
             ({"CORS_ORIGINS": "*"}, site, 403), ({"CORS_ORIGINS": "*"}, form, 403),
-            ({"TOKEN": "s3cret", "CORS_ORIGINS": "*"}, {**token, **site}, 403),
+            ({**closed, "CORS_ORIGINS": "*"}, {**token, **site}, 403),
         ]  # fmt: skip
         for settings, headers, status in table:
             with self.subTest(settings=settings, headers=headers), serving(**settings) as server:
@@ -6608,15 +6369,29 @@ class SendAgainTest(DeliveriesTest):
                 self.assertEqual(self.send({"to": self.url}, name, far, **headers).status, status)
                 self.assertEqual(len(self.receiver.received), status == 201)
 
+    def test_a_receiver_that_never_answers_is_no_hindrance(self) -> None:
+        late = LateAnswer()
+        with receiving(late) as silent, contextlib.ExitStack() as clients:
+            to = json.dumps({"to": silent.url}).encode()
+            sending = post_to(f"/../deliveries/{self.name}/send", to).replace(b"/inbox/..", b"")
+            for _ in range(10):  # more than there are threads
+                clients.enter_context(connect(self.server, sending))
+            for _ in range(8):
+                late.wait_for_request()
+            self.assert_serves()
+            self.assertEqual(self.deliveries("?direction=out"), [])
+            clients.enter_context(connect(self.server, post_head("Content-Length: 9")))
+            self.server.stop(within=0.1)  # requests in flight do not keep it from ending
+            self.wait_until(self.server.stopped.is_set)
+
+    @constants(GATHER=0)
     def test_listeners_hear_of_both_directions(self) -> None:
-        with (
-            Listener(self.server) as both,
-            Listener(self.server, "/deliveries?direction=in") as in_,
-        ):
-            self.send({"to": self.url})
-            self.post(ACCEPT)
-            heard = [each.event().data["direction"] for each in (both, both, in_)]
-            self.assertEqual(heard, ["out", "in", "in"])
+        with Listener(self.server) as both:
+            with Listener(self.server, "/deliveries?direction=in") as in_:
+                self.send({"to": self.url})
+                self.post(ACCEPT)
+                heard = [each.event().data["direction"] for each in (both, both, in_)]
+        self.assertEqual(heard, ["out", "in", "in"])
 
 
 class SendingDoubleTest(unittest.TestCase):
@@ -6661,210 +6436,111 @@ class SendingDoubleTest(unittest.TestCase):
                     inbox.send(ACCEPT, nobody)
 
 
-class TwoInboxesTest(ProgramTest):
-    """A repository and a review service, each a process."""
-
-    def start(self, stack: contextlib.ExitStack, name: str, settings: str = "") -> Program:
-        path = self.directory / f"{name}.cfg"
-        path.write_text(f"VALIDATE_INCOMING = 'strict'; FSYNC = False; {settings}")
-        more = ["--port", "0", "--config", str(path), "--store", str(self.directory / name)]
-        return stack.enter_context(running(self.command(*more), cwd=self.directory))
-
-    def test_they_hold_a_conversation(self) -> None:
-        replies = ["Tentatively Accept", "Accept", "Announce Review"]
-        with contextlib.ExitStack() as stack:
-            repository = self.start(stack, "repository")
-            reviews = self.start(stack, "reviews", f"REPLIES = {replies}; REPLY_DELAY = 0")
-            listeners = [stack.enter_context(Listener(each)) for each in (repository, reviews)]
-            offer = offer_between(repository.url, reviews.url)
-            (self.directory / "offer.json").write_text(json.dumps(offer))
-            done = self.invoke("--send", reviews.url, "offer.json")
-            self.assertEqual((done.status, len(done.output)), (0, 1), done)
-            for listener, patterns in zip(listeners, (replies, ["Request Review", *replies])):
-                events = [listener.event().data for _ in patterns]
-                self.assertEqual([each["pattern"] for each in events], patterns)
-                for each in events:
-                    self.assertEqual((each["status"], each["findings"]), (201, []))
-
-    def test_a_receiver_that_never_answers_is_no_hindrance(self) -> None:
-        arrived, never = threading.Semaphore(0), threading.Event()
-
-        def silence() -> Iterator[bytes]:
-            arrived.release()
-            never.wait(30)
-            yield b""
-
-        with contextlib.ExitStack() as stack:
-            receiver = stack.enter_context(receiving(silence))
-            stack.callback(never.set)
-            inbox = self.start(stack, "inbox", "REPLIES = ['Accept', 'Reject']; REPLY_DELAY = 0")
-            offer = offer_between(receiver.url, inbox.url)
-            name = last_part(inbox.ask("POST", "/inbox", offer).headers["Location"])
-            body = json.dumps({"to": receiver.url}).encode()
-            head = f"POST /deliveries/{name}/send HTTP/1.1\r\nHost: localhost\r\n"
-            waiting = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
-            for _ in range(10):  # more than there are threads
-                stack.enter_context(connect(inbox, waiting))
-            for _ in range(8):
-                self.assertTrue(arrived.acquire(timeout=10))
-            started = time.monotonic()
-            self.assertEqual(inbox.ask("POST", "/inbox", ACCEPT).status, 201)
-            self.assertEqual(inbox.ask("GET", "/deliveries").status, 200)
-            self.assertLess(time.monotonic() - started, SOON)
-            started = time.monotonic()
-            status, log = inbox.stop()
-            self.assertEqual(status, 0)
-            self.assertLess(time.monotonic() - started, 4)
-            self.assertIn("the inbox stops; replies", log)
-            self.assertNotIn("Traceback", log)
-
-
 # --- Faults --------------------------------------------------------------------------------------
 
 
-def post_until_it_ends(inbox: Program, acknowledged: list[str], document: bytes) -> None:
-    """Send a notification again and again, on one connection, and note where each is stored."""
-    connection = http.client.HTTPConnection(*inbox.server_address, timeout=10)
-    with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(connection):
-        while True:
-            answer = ask_on(connection, "POST", "/inbox", document)
-            assert answer.status == 201, answer
-            acknowledged.append(path_of(answer.headers["Location"]))
+def drop_in(server: Any, body: bytes = BODY) -> str:
+    """Put a file into the store, as another program would; returns its path in the inbox."""
+    name = coarinbox.new_name()
+    pathlib.Path(server.store.directory, f"{name}.json").write_bytes(body)
+    return f"/inbox/{name}"
+
+
+NEEDS_SPARSE_FILES = unittest.skipUnless(os.name == "posix", "files may have no holes")
 
 
 class UnderLoadTest(ProgramTest):
-    document = json.dumps({**ACCEPT, "summary": "x" * 20_000}).encode()
-
-    @contextlib.contextmanager
-    def load(self, *inboxes: Program) -> Iterator[list[str]]:
-        """Let four clients send to each inbox, from before the block until the inbox ends."""
+    def test_two_inboxes_on_one_store_that_are_ended_lose_nothing_and_list_all(self) -> None:
+        """SIGTERM leaves no request without its answer. One of them syncs, the other does not."""
+        document = json.dumps(altered("Accept", summary="x" * 20_000)).encode()
         acknowledged: list[str] = []
-        threads = [
-            threading.Thread(target=post_until_it_ends, args=(inbox, acknowledged, self.document))
-            for inbox in inboxes * 4
-        ]
-        for thread in threads:
-            thread.start()
-        try:
-            while len(acknowledged) < 100 and any(map(threading.Thread.is_alive, threads)):
-                time.sleep(0)
-            yield acknowledged
-        finally:
-            for inbox in inboxes:
-                inbox.process.terminate()
-            for thread in threads:
-                thread.join()
 
-    def stored(self) -> set[str]:
-        files = (self.directory / "notifications").glob("*.json")
-        return {f"/inbox/{file.stem}" for file in files if file.read_bytes() == self.document}
+        def post_until_it_ends(inbox: Program) -> None:
+            connection = http.client.HTTPConnection(*inbox.server_address, timeout=10)
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                while True:
+                    answer = ask_on(connection, "POST", "/inbox", document)
+                    acknowledged.append(path_of(answer.headers["Location"]))
+            connection.close()
 
-    def test_sigterm_leaves_no_request_that_had_begun_without_its_answer(self) -> None:
-        for fsync in (True, False):
-            path = self.config(f"FSYNC = {fsync}")
-            command = self.command("--port", "0", "--config", path)
-            with running(command, cwd=self.directory) as inbox:
-                with self.load(inbox) as acknowledged:
-                    status, log = inbox.stop()
-            self.assertEqual(status, 0)
-            self.assertNotIn("Traceback", log)
-            self.assertGreaterEqual(len(acknowledged), 100)
-            self.assertEqual(self.stored(), set(acknowledged))
-            self.assertEqual(len(files_in(self.directory / "notifications")), len(acknowledged))
-            shutil.rmtree(self.directory / "notifications")
-
-    def test_two_inboxes_on_one_store_lose_nothing_and_list_everything(self) -> None:
         command = self.command("--port", "0")
         with contextlib.ExitStack() as stack:
-            inboxes = [stack.enter_context(running(command, cwd=self.directory)) for _ in range(2)]
-            with self.load(*inboxes) as acknowledged:
-                known = set(acknowledged)
-                for inbox in inboxes:
-                    contained = inbox.ask("GET", "/inbox").json()["ldp:contains"]
-                    self.assertLessEqual(known, {path_of(entry["@id"]) for entry in contained})
-                    lines = inbox.ask("GET", "/deliveries?limit=1000").json()["deliveries"]
-                    self.assertLessEqual(known, {f"/inbox/{line['name']}" for line in lines})
-        self.assertEqual(self.stored(), set(acknowledged))
-        log = (self.directory / "notifications/deliveries.jsonl").read_text().split("\n")
-        names = [json.loads(line)["name"] for line in log if line]
-        self.assertEqual(sorted(f"/inbox/{name}" for name in names), sorted(acknowledged))
+            environments = [environment(COARNOTIFY_FSYNC=text) for text in ("True", "False")]
+            inboxes = [stack.enter_context(running(command, cwd=self.directory, env=each))
+                       for each in environments]  # fmt: skip
+            pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(8))
+            senders = [pool.submit(post_until_it_ends, inbox) for inbox in inboxes * 4]
+            while len(acknowledged) < 100 and not any(each.done() for each in senders):
+                time.sleep(0)
+            known = set(acknowledged)
+            for inbox in inboxes:
+                contained = inbox.ask("GET", "/inbox").json()["ldp:contains"]
+                self.assertLessEqual(known, {path_of(each["@id"]) for each in contained})
+                lines = inbox.ask("GET", "/deliveries?limit=1000").json()["deliveries"]
+                self.assertLessEqual(known, {f"/inbox/{line['name']}" for line in lines})
+            for status, log in [inbox.stop() for inbox in inboxes]:
+                self.assertEqual((status, "Traceback" in log), (0, False), log)
+            self.assertEqual([each.result() for each in senders], [None] * 8)
+        store = self.directory / "notifications"
+        whole = [name for name in files_in(store) if (store / name).read_bytes() == document]
+        log = (store / "deliveries.jsonl").read_text()
+        names = sorted(json.loads(line)["name"] for line in log.splitlines() if line)
+        self.assertEqual([f"/inbox/{name}" for name in names], sorted(acknowledged))
+        self.assertEqual((whole, files_in(store)), ([f"{name}.json" for name in names],) * 2)
 
+    @unittest.skipUnless(PROC, "the limit of descriptors needs a POSIX shell")
+    def test_when_they_are_used_up_nothing_is_lost_and_service_resumes(self) -> None:
+        command = self.command("--port", "0", GRACE=0.02, PAUSE=0.02)
+        limited = ["sh", "-c", 'ulimit -n 24 && exec "$@"', "sh", *command]
+        with running(limited, cwd=self.directory) as inbox:
+            with contextlib.ExitStack() as clients:
+                for _ in range(40):
+                    clients.enter_context(connect(inbox))
+                statuses = [inbox.ask("POST", "/inbox", ACCEPT).status for _ in range(10)]
+            self.assertLessEqual(set(statuses), {201, 500})
+            while statuses[-1] == 500 or len(statuses) == 10:  # until it sees that they have left
+                statuses.append(inbox.ask("POST", "/inbox", ACCEPT).status)
+            status, log = inbox.stop()
+        self.assertEqual((status, "Traceback" in log), (0, False), log)
+        self.assertIn("Too many open files", log)
+        waited = log.count("a connection could not be accepted")
+        self.assertTrue(0 < waited < 500, waited)  # it does not try again and again
+        stored = files_in(self.directory / "notifications")
+        self.assertEqual(len(stored), statuses.count(201))
 
-class BadConnectionsTest(ProgramTest):
-    """A thousand connections that are bad for others, where 256 are served at once.
-
-    In good time means: the first answer after the others have had their time (`GRACE`) for each
-    256 of them, and then each at once.
-    """
-
-    GRACE = 0.1
-    LARGE = "20200101_000000_" + "a" * 32  # more than fits into the buffers of a connection
-
-    def setUp(self) -> None:
-        super().setUp()
-        path = self.config("FSYNC = False; MAX_CONNECTIONS = 256")
-        command = self.command("--port", "0", "--config", path, GRACE=self.GRACE)
-        program = running(command, cwd=self.directory)
-        self.inbox = program.__enter__()
-        self.addCleanup(program.__exit__, None, None, None)
-        (self.directory / f"notifications/{self.LARGE}.json").write_bytes(b" " * 5_000_000)
-
-    def connect(self, data: bytes) -> socket.socket:
-        connection = socket.socket()
-        self.addCleanup(connection.close)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.settimeout(10)
-        connection.connect(self.inbox.server_address)
-        connection.sendall(data)
-        return connection
-
-    def drip(self, connections: list[socket.socket], over: threading.Event) -> None:
-        """Send a header line on each, and read a byte from each, until it is over."""
-        for connection in connections:
-            connection.setblocking(False)
-        while not over.wait(self.GRACE * 0.8):
-            for connection in connections:
-                with contextlib.suppress(OSError):
-                    connection.send(b"X: y\r\n")
-                    connection.recv(1)
-
-    def assert_served_in_good_time(self, *kinds: bytes) -> None:
-        kind = itertools.islice(itertools.cycle(kinds), 1000)
-        bad = [(data, self.connect(data)) for data in kind]
-        self.assertEqual(len(bad), 1000)
-        begun = [connection for data, connection in bad if data]
-        over = threading.Event()
-        thread = threading.Thread(target=self.drip, args=(begun, over))
-        thread.start()
-        try:
-            for patience in (8, *[2] * 20):
-                started = time.monotonic()
-                self.assertEqual(self.inbox.ask("POST", "/inbox", ACCEPT).status, 201)
-                self.assertLess(time.monotonic() - started, patience)
-            if PROC:
-                descriptors = os.listdir(f"/proc/{self.inbox.process.pid}/fd")
-                self.assertLess(len(descriptors), 2 * 256 + 50)
-        finally:
-            over.set()
-            thread.join()
-
-    def test_that_send_nothing(self) -> None:
-        self.assert_served_in_good_time(b"")
-
-    def test_that_never_end_their_request_or_do_not_read_the_answer(self) -> None:
-        endless = (b"", b"POST /inbox HT", b"GET / HTTP/1.1\r\nHost: localhost\r\n")
-        deaf = f"GET /inbox/{self.LARGE} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
-        self.assert_served_in_good_time(*endless * 8, deaf)
+    @NEEDS_SPARSE_FILES
+    def test_a_signal_ends_it_at_once_though_clients_and_receivers_wait(self) -> None:
+        """Ten searches kept it for 16 seconds, and SIGHUP killed it."""
+        path = self.config("REPLIES = ['Accept']; REPLY_DELAY = 0; FSYNC = False")
+        command, store = self.command("--port", "0", "--config", path), self.directory / "store"
+        store.mkdir()
+        with (store / "deliveries.jsonl").open("wb") as log_of_nothing:
+            log_of_nothing.truncate(2**36)  # it takes long to read, and no room on the disk
+        with contextlib.ExitStack() as stack:
+            late = LateAnswer()
+            silent = stack.enter_context(receiving(late))
+            inbox = stack.enter_context(running([*command, "--store", str(store)]))
+            for _ in range(2):
+                inbox.ask("POST", "/inbox", offer_between(silent.url, inbox.url))
+                late.wait_for_request()
+            search = get_head(target="/deliveries?q=x")
+            search_page = get_head("Accept: text/html", target="/deliveries?q=x")
+            for data in (post_to("?delay=9999"), search, search_page, b""):
+                stack.enter_context(connect(inbox, data))
+            stack.enter_context(Listener(inbox))
+            self.assertEqual(inbox.ask("POST", "/inbox", ACCEPT).status, 201)
+            started = time.monotonic()
+            status, log = inbox.stop(signal.SIGHUP)
+            self.assertLess(time.monotonic() - started, coarinbox.STOP_WITHIN - 0.1)
+            self.assertEqual((status, "Traceback" in log), (0, False), log)
+            self.assertIn("the inbox stops; replies", log)
 
 
 class ScarcityTest(InboxTest):
-    settings = {"MAX_CONNECTIONS": 2}
+    """More clients than are served at once."""
 
-    def grant(self, seconds: float) -> None:
-        """Let clients have some seconds before they are disconnected to make room."""
-        patch = unittest.mock.patch("coarinbox.GRACE", seconds)
-        patch.start()
-        self.addCleanup(patch.stop)
+    settings = {"MAX_CONNECTIONS": 2}
+    head = post_head(f"Content-Length: {len(BODY)}", "Expect: 100-continue")
 
     def connect(self, data: bytes = b"") -> socket.socket:
         """Open a connection that lasts as long as the test, and send something on it."""
@@ -6872,170 +6548,136 @@ class ScarcityTest(InboxTest):
         self.addCleanup(connection.close)
         return connection
 
+    def assert_answered(self, *connections: socket.socket) -> None:
+        self.assertEqual({answer_on(connection).status for connection in connections}, {201})
+
     def test_idle_connections_make_room(self) -> None:
-        first, second, third = (
-            http.client.HTTPConnection(*address(self.server), timeout=10) for _ in range(3)
-        )
-        for connection in (first, second, third):
-            self.addCleanup(connection.close)
-            self.assertEqual(ask_on(connection, "POST", "/inbox", ACCEPT).status, 201)
-        self.assertEqual(first.sock.recv(1), b"", "the one that was idle longest is still open")
-        for connection in (second, third):
-            self.assertEqual(ask_on(connection, "POST", "/inbox", ACCEPT).status, 201)
+        first, second, third = clients = [self.connect() for _ in range(3)]
+        for client in clients:
+            client.sendall(post_to())
+            self.assert_answered(client)
+        self.assertEqual(first.recv(1), b"", "the one that was idle longest is still open")
+        for client in (second, third):
+            client.sendall(post_to())
+        self.assert_answered(second, third)
 
-    def test_requests_that_do_not_end_make_room(self) -> None:
-        self.grant(0.05)
-        slow = self.connect(post_head("Content-Length: 9"))
-        self.connect(b"POST /in")
-        self.assertEqual(self.post().status, 201)
-        answer = answer_on(slow)
-        self.assertIn("MAX_CONNECTIONS", self.assert_problem(answer, 503)["detail"])
-        self.assertEqual(answer.headers["Retry-After"], "1")
+    @constants(GRACE=0.02)
+    def test_slow_clients_make_room_and_are_told_so(self) -> None:
+        """They do not end their request, wait for a simulated delay or do not read the answer."""
+        large = drop_in(self.server, b" " * 10_000_000)
+        unfinished = post_head("Content-Length: 9")
+        for data in (unfinished, post_to("?delay=60"), get_head(target=large)):
+            with connect(self.server, data) as first, connect(self.server, data) as second:
+                self.assert_serves()
+                if data.startswith(b"POST"):
+                    answer = answer_on(first)
+                    problem = self.assert_problem(answer, 503)
+                    self.assertIn("MAX_CONNECTIONS", problem["detail"])
+                    headers = [answer.headers[name] for name in ("Retry-After", "Connection")]
+                    self.assertEqual(headers, ["1", "close"])
+                    second.setblocking(False)
+                    with self.assertRaises(BlockingIOError):  # one was enough
+                        second.recv(1)
 
-    def test_clients_that_do_not_read_their_answers_make_room(self) -> None:
-        name = "20200101_000000_" + "a" * 32
-        pathlib.Path(self.server.store.directory, f"{name}.json").write_bytes(b" " * 30_000_000)
-        self.grant(0.05)
-        for _ in range(2):
-            deaf = self.connect(get_head(target=f"/inbox/{name}"))
-            deaf.recv(1)  # the answer has begun
-        self.assert_serves()
+    @with_settings(MAX_CONNECTIONS=32)
+    @constants(GRACE=0.05)
+    def test_a_crowd_of_bad_clients_delays_others_only_until_each_had_its_time(self) -> None:
+        large, over = drop_in(self.server, b" " * 5_000_000), threading.Event()
+        kinds = (b"", b"POST /inbox HT", get_head()[:-2], get_head(target=large))
+        crowd = [self.connect(data) for data in kinds * 32]
+        for connection in crowd:
+            connection.setblocking(False)
 
-    def test_clients_in_a_simulated_delay_make_room(self) -> None:
-        self.grant(0.05)
-        first, second = (self.connect(post_to("?delay=60")) for _ in range(2))
-        self.assert_serves()
-        answer = answer_on(first)
-        self.assertIn("MAX_CONNECTIONS", self.assert_problem(answer, 503)["detail"])
-        self.assertEqual(answer.headers["Connection"], "close")
-        second.setblocking(False)
-        with self.assertRaises(BlockingIOError):  # one was enough
-            second.recv(1)
+        def drip() -> None:
+            """Send a header line on each, and read a byte from each, until it is over."""
+            while not over.wait(0.04):
+                for connection in crowd:
+                    with contextlib.suppress(OSError):
+                        connection.send(b"X: y\r\n")
+                        connection.recv(1)
 
-    def test_the_end_may_come_while_there_is_no_room(self) -> None:
-        self.grant(60)
-        head = post_head(f"Content-Length: {len(BODY)}", "Expect: 100-continue")
-        begun = [self.connect(head) for _ in range(2)]
-        for connection in begun:
-            self.assertIn(b" 100 ", connection.recv(99))
-        with unittest.mock.patch("coarinbox.PAUSE", 0):
-            self.server.stop()
-            self.wait_until(lambda: not can_connect(address(self.server)))
-            for connection in begun:
-                connection.sendall(BODY)
-                self.assertEqual(answer_on(connection).status, 201)
+        thread = threading.Thread(target=drip)
+        thread.start()
+        self.addCleanup(thread.join)
+        self.addCleanup(over.set)
+        for patience in (5, *[1] * 10):
+            started = time.monotonic()
+            self.assert_serves()
+            self.assertLess(time.monotonic() - started, patience)
+            self.assertLessEqual(len(self.server.connections), 2 * 32)
 
-    def test_requests_that_have_just_begun_do_not(self) -> None:
-        self.grant(60)
-        head = post_head(f"Content-Length: {len(BODY)}", "Expect: 100-continue")
-        first, second = self.connect(head), self.connect(head[:20])
+    @constants(GRACE=60)
+    def test_clients_that_have_just_come_do_not(self) -> None:
+        first, second = self.connect(self.head), self.connect(self.head[:20])
         third = self.connect(post_to())
-        second.sendall(head[20:])
+        second.sendall(self.head[20:])
         for connection in (first, second):  # by now the third one has been noticed
             self.assertIn(b" 100 ", connection.recv(99))
-        for connection in (first, second):
             connection.sendall(BODY)
-        for connection in (first, second, third):
-            self.assertEqual(answer_on(connection).status, 201)
-
-    def test_new_connections_have_time_to_begin(self) -> None:
-        self.grant(60)
+        self.assert_answered(first, second, third)
         for connection in [self.connect() for _ in range(5)]:
-            connection.sendall(b"GET /constraints HTTP/1.0\r\n\r\n")
-            self.assertEqual(answer_on(connection).status, 200)
+            connection.sendall(post_to().replace(b"HTTP/1.1", b"HTTP/1.0"))
+            self.assert_answered(connection)
+
+    @constants(GRACE=60, PAUSE=0)
+    def test_the_end_may_come_while_there_is_no_room(self) -> None:
+        begun = [self.connect(self.head) for _ in range(2)]
+        for connection in begun:
+            self.assertIn(b" 100 ", connection.recv(99))
+        self.server.stop()
+        self.wait_until(lambda: not can_connect(address(self.server)))
+        for connection in begun:
+            connection.sendall(BODY)
+        self.assert_answered(*begun)
 
     def test_requests_that_have_arrived_come_before_new_connections(self) -> None:
-        with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
-            limits: dict[str, Any] = {"MAX_CONNECTIONS": 2, "PORT": 0, "FSYNC": False}
-            settings = coarinbox.Settings(STORE_DIR=directory, **limits)
+        limits: dict[str, Any] = {"MAX_CONNECTIONS": 2, "PORT": 0, "FSYNC": False}
+        settings = coarinbox.Settings(STORE_DIR=self.server.store.directory, **limits)
+        request = post_head(f"Content-Length: {len(BODY)}", "Connection: close") + BODY
+        with contextlib.ExitStack() as stack:
             server = stack.enter_context(coarinbox.InboxServer(settings))
-            request = post_head(f"Content-Length: {len(BODY)}", "Connection: close") + BODY
             waiting = [stack.enter_context(connect(server, request)) for _ in range(12)]
             threading.Thread(target=server.serve_forever).start()
-            for connection in waiting:
-                self.assertEqual(answer_on(connection).status, 201)
+            self.assert_answered(*waiting)
 
-    def test_a_client_that_sends_many_requests_at_once_does_not_hold_up_others(self) -> None:
-        with connect(self.server) as greedy:
-            thread = threading.Thread(target=greedy.sendall, args=(post_to() * 300,))
-            thread.start()
-            with greedy.makefile("rb") as stream:
-                self.assertEqual(read_answer(stream.readline(), stream).status, 201)
-                self.assertEqual(self.ask("GET", "/constraints").status, 200)
-                self.assertLess(len(self.stored()), 300)
-                for _ in range(299):
-                    self.assertEqual(read_answer(stream.readline(), stream).status, 201)
-            thread.join()
-        self.assertEqual(len(self.stored()), 300)
-
-    def test_pipelined_requests_that_take_long_do_not_hold_up_others(self) -> None:
-        with connect(self.server, get_head() * 200) as greedy, greedy.makefile("rb") as stream:
-            reading = threading.Thread(
-                target=lambda: [read_answer(stream.readline(), stream) for _ in range(200)]
-            )
-            reading.start()
-            self.assertEqual(self.ask("GET", "/health").status, 204)
-            answered = sum('"GET /constraints' in line for line in self.log_lines())
-            self.assertLess(answered, 200)
-            reading.join()
-
-    def test_a_slow_disk_does_not_hold_up_others(self) -> None:
-        path = path_of(self.post().headers["Location"])
-        open_file, begun, answered = os.open, threading.Event(), threading.Event()
-
-        def open_later(name: Any, *arguments: Any, **more: Any) -> int:
-            if str(name).endswith(path[7:] + ".json"):
-                begun.set()
-                self.assertTrue(answered.wait(10))
-            return open_file(name, *arguments, **more)
-
-        with unittest.mock.patch("os.open", open_later):
-            with concurrent.futures.ThreadPoolExecutor(1) as pool:
-                slow = pool.submit(self.ask, "GET", path)
-                self.assertTrue(begun.wait(10))
-                self.assertEqual(self.post().status, 201)
-                answered.set()
-                self.assertEqual(slow.result().body, BODY)
+    def test_pipelined_requests_do_not_hold_up_others(self) -> None:
+        greedy = self.connect(get_head() * 30)
+        self.assertEqual(self.ask("GET", "/health").status, 204)
+        self.assertLess(len(self.log_lines()), 30)
+        greedy.shutdown(socket.SHUT_WR)
+        while greedy.recv(1_000_000):
+            pass
+        self.assertEqual(len(self.log_lines()), 30)
 
     def test_a_slow_reader_holds_up_nobody_and_gets_everything(self) -> None:
-        name, body = "20200101_000000_" + "a" * 32, bytes(range(256)) * 40_000
-        pathlib.Path(self.server.store.directory, f"{name}.json").write_bytes(body)
-        slow = self.connect(get_head(target=f"/inbox/{name}"))
-        for _ in range(3):
-            self.assertEqual(self.post().status, 201)
-        with slow.makefile("rb") as stream:
-            self.assertEqual(read_answer(stream.readline(), stream).body, body)
+        body = bytes(range(256)) * 40_000
+        with self.connect(get_head(target=drop_in(self.server, body))).makefile("rb") as slow:
+            for _ in range(3):
+                self.assert_serves()
+            self.assertEqual(read_answer(slow.readline(), slow).body, body)
 
+    @constants(PAUSE=0.01)
     def test_when_the_system_has_no_more_descriptors_new_connections_wait(self) -> None:
         self.errors_expected = True
         for number in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
             error = OSError(number, os.strerror(number))
-            line = f"a connection could not be accepted: {error}"
             with unittest.mock.patch("socket.socket.accept", side_effect=error):
                 connection = self.connect()
-                self.wait_until(lambda line=line: line in self.log_lines())  # type: ignore[misc]
+                self.wait_until(lambda line=str(error): line in "".join(self.log_lines()))  # type: ignore[misc]
             with connection:
                 self.assert_serves()
+        self.assertIn("a connection could not be accepted", self.log_lines()[0])
 
+    @constants(LINGER=60)
     def test_floods_do_not_hold_up_others(self) -> None:
-        with unittest.mock.patch("coarinbox.LINGER", 60):  # after a refusal it is still read
-            for first, then in ((b"", b"\r\n" * 1000), (b"garbage\r\n", b"x" * 65536)):
-                self.assert_served_during_flood(first, then)
-
-    def assert_served_during_flood(self, first: bytes, then: bytes) -> None:
-        over = threading.Event()
-
-        def flood() -> None:
-            with connect(self.server, first) as connection, contextlib.suppress(OSError):
-                while not over.is_set():
-                    connection.sendall(then)
-
-        thread = threading.Thread(target=flood)
-        thread.start()
-        for _ in range(5):
-            self.assertEqual(self.post().status, 201)
-        over.set()
-        thread.join()
+        for first, then in ((b"", b"\r\n" * 1000), (b"garbage\r\n", b"x" * 65536)):  # read on
+            with self.connect(first) as flooding:
+                flooding.setblocking(False)
+                for _ in range(5):
+                    with contextlib.suppress(BlockingIOError):
+                        while flooding.send(then):
+                            pass
+                    self.assert_serves()
 
     def test_it_does_not_spin_while_it_is_full(self) -> None:
         for query in ("?delay=.2", "?delay=.2", ""):
@@ -7043,28 +6685,6 @@ class ScarcityTest(InboxTest):
         used = time.process_time()
         self.assertNotEqual(client.recv(12), b"")
         self.assertLess(time.process_time() - used, 0.08)
-
-    def test_a_clock_that_is_set_back(self) -> None:
-        self.post()
-        with unittest.mock.patch("time.time", return_value=0.0):
-            earlier = path_of(self.post().headers["Location"])
-        self.assertIn("/19700101_000000_", earlier)
-        self.assertEqual(self.ask("GET", earlier).body, BODY)
-        self.assertEqual(len(self.listed()), 2)
-        deliveries = self.ask("GET", "/deliveries").json()["deliveries"]
-        self.assertEqual(earlier, f"/inbox/{deliveries[0]['name']}")
-
-    def test_a_store_that_is_taken_away_and_put_back(self) -> None:
-        first = path_of(self.post().headers["Location"])
-        directory = self.server.store.directory
-        os.rename(directory, directory + ".away")
-        second = path_of(self.post().headers["Location"])
-        statuses = [self.ask("GET", path).status for path in (first, second)]
-        self.assertEqual(statuses, [404, 200])
-        shutil.rmtree(directory)
-        os.rename(directory + ".away", directory)
-        self.assertEqual(self.ask("GET", first).body, BODY)
-        self.assertEqual(self.post().status, 201)
 
 
 class BugTest(InboxTest):
@@ -7076,43 +6696,36 @@ class BugTest(InboxTest):
         super().setUp()
         self.addCleanup(self.server.bugs.clear)  # at the end of `running`, they would be raised
 
-    def test_a_bug_between_requests(self) -> None:
+    def test_a_bug_between_requests_or_in_one_does_not_end_the_service(self) -> None:
         self.server.post(lambda: 1 / 0)
         self.wait_until(lambda: bool(self.server.bugs))
+        with unittest.mock.patch("coarinbox.InboxHandler.respond", side_effect=ValueError("odd")):
+            self.assertEqual(raw(self.server, get_head()), [])
         self.assert_serves()
-        self.assertIsInstance(self.server.bugs[0], ZeroDivisionError)
+        self.assertEqual([str(bug) for bug in self.server.bugs], ["division by zero", "odd"])
 
     def test_a_line_break_in_a_header_does_not_split_the_answer(self) -> None:
         for line_break in ("\r\n", "\n", "\r"):
-            with unittest.mock.patch("coarinbox.ACCEPT_POST", f"x{line_break}Set-Cookie: y"):
+            with constants(ACCEPT_POST=f"x{line_break}Set-Cookie: y"):
                 answer = self.ask("OPTIONS", "/inbox")
             self.assert_problem(answer, 500)
             self.assertNotIn("Set-Cookie", answer.headers)
             self.assertIsInstance(self.server.bugs.pop(), ValueError)
 
+    @constants(TURN=0)  # so that the beginning is sent by itself
     def test_a_bug_in_the_middle_of_an_answer_cuts_it_off(self) -> None:
         def select(*_: object) -> Iterator[tuple[coarinbox.Delivery, bytes]]:
             yield coarinbox.Delivery(), b"{}"
             raise ZeroDivisionError
 
         with unittest.mock.patch.object(self.server.deliveries, "select_lines", select):
-            with unittest.mock.patch("coarinbox.TURN", 0):  # the beginning is sent by itself
-                with self.assertRaises(http.client.IncompleteRead):
-                    self.ask("GET", "/deliveries")
+            with self.assertRaises(http.client.IncompleteRead):
+                self.ask("GET", "/deliveries")
         self.assertIsInstance(self.server.bugs[0], ZeroDivisionError)
         self.assert_serves()
 
-    def test_a_bug_outside_of_requests_ends_the_connection(self) -> None:
-        with unittest.mock.patch("coarinbox.InboxHandler.respond", side_effect=ValueError("odd")):
-            self.assertEqual(raw(self.server, get_head()), [])
-        self.assertEqual([str(bug) for bug in self.server.bugs], ["odd"])
-        self.assert_serves()
-
     def test_a_bug_at_the_end_does_not_prevent_it(self) -> None:
-        def on_stop(connection: Any) -> None:
-            raise ValueError("odd")
-
-        with unittest.mock.patch("coarinbox.Connection.on_stop", on_stop):
+        with unittest.mock.patch("coarinbox.Connection.on_stop", lambda connection: 1 / 0):
             with connect(self.server) as idle:
                 self.assert_serves()  # the idle connection has been accepted, too
                 self.server.stop()
@@ -7122,33 +6735,15 @@ class BugTest(InboxTest):
 class DepartureTest(InboxTest):
     """Clients that leave."""
 
-    def test_nothing_of_them_stays(self) -> None:
-        for data in (b"", post_head("Content-Length: 9"), get_head(), post_to("?delay=60")):
+    def test_nothing_of_them_stays_but_a_line_in_the_log(self) -> None:
+        for data in (b"", get_head(), post_head("Content-Length: 9"), post_to("?delay=60")):
+            self.ask("DELETE", "/inbox")
             connect(self.server, data).close()
-            self.assert_serves()  # the connection before has been accepted, too
+            self.assertEqual(self.ask("GET", "/health").status, 204)  # after it was accepted
             self.wait_until(lambda: not self.server.connections)
-
-    def test_a_client_that_leaves_during_a_delay_has_a_line_in_the_log(self) -> None:
-        connect(self.server, post_to("?delay=60")).close()
-        self.wait_until(lambda: self.ask("GET", "/deliveries").json()["deliveries"] != [])
         (delivery,) = self.ask("GET", "/deliveries").json()["deliveries"]
         self.assertEqual((delivery["status"], delivery["simulated"]), (0, True))
         self.assertEqual(self.stored(), [])
-
-    def test_a_search_for_a_client_that_has_left_ends(self) -> None:
-        def find_nothing(*_: object) -> Iterator[None]:
-            return itertools.repeat(None)
-
-        endless: Any = {"select": find_nothing, "select_lines": find_nothing}
-        with unittest.mock.patch.multiple(self.server.deliveries, **endless):
-            for kind in ("text/html", "application/json"):
-                head = get_head(f"Accept: {kind}", target="/deliveries?q=x")
-                with connect(self.server, head) as connection:
-                    connection.shutdown(socket.SHUT_WR)
-                    while connection.recv(65536):
-                        pass
-        self.assertIn("the client has left", "".join(self.log_lines()))
-        self.assert_serves()
 
     def test_a_client_that_sends_on_during_a_delay_is_disconnected(self) -> None:
         """Nobody reads what it sends, so that its leaving would go unnoticed."""
@@ -7165,40 +6760,11 @@ class DepartureTest(InboxTest):
             self.assertEqual(raw(self.server, b""), [])
         self.assert_serves()
 
-    def test_idle_connections_are_closed_at_the_end(self) -> None:
-        connection = http.client.HTTPConnection(*address(self.server), timeout=10)
-        self.addCleanup(connection.close)
-        self.assertEqual(ask_on(connection, "GET", "/").headers["Connection"], "keep-alive")
-        self.server.server_close()
-        self.assertEqual(connection.sock.recv(1), b"")
-
 
 class ShortWriteTest(InboxTest):
     """A disk that takes only a part of what is written to it."""
 
     errors_expected = True
-
-    def test_what_is_cut_is_not_stored(self) -> None:
-        with self.disk_that_cuts(BODY[:1] + BODY[1:20]):
-            self.assert_problem(self.post(), 507)
-        self.assertEqual(files_in(self.server.store.directory), [])
-        self.assert_serves()
-
-    def test_a_line_of_the_log_that_is_cut_is_passed_over(self) -> None:
-        with self.disk_that_cuts(b'{"name"'):
-            self.assertEqual(self.post().status, 201)
-        self.assertIn(f"not be logged: [Errno {errno.ENOSPC}]", "".join(self.log_lines()))
-        name = path_of(self.post().headers["Location"])[7:]
-        listed = self.ask("GET", "/deliveries").json()["deliveries"]
-        self.assertEqual([each["name"] for each in listed], [name])
-
-    def test_what_cannot_be_logged_is_adopted_once(self) -> None:
-        name = coarinbox.new_name()
-        pathlib.Path(self.server.store.directory, f"{name}.json").write_bytes(BODY)
-        with self.disk_that_cuts(b'{"name"'):
-            first, second = (self.ask("GET", f"/deliveries/{name}").json() for _ in range(2))
-        self.assertEqual((first["name"], first), (name, second))
-        self.assertEqual("".join(self.log_lines()).count("not be logged"), 1)
 
     @contextlib.contextmanager
     def disk_that_cuts(self, start: bytes) -> Iterator[None]:
@@ -7211,51 +6777,49 @@ class ShortWriteTest(InboxTest):
         with unittest.mock.patch("os.write", short):
             yield
 
+    def test_what_is_cut_is_not_stored(self) -> None:
+        with self.disk_that_cuts(BODY[:20]):
+            self.assert_problem(self.post(), 507)
+        self.assertEqual(files_in(self.server.store.directory), [])
+        self.assert_serves()
 
-class DescriptorsTest(ProgramTest):
-    @unittest.skipUnless(PROC, "the limit of descriptors needs a POSIX shell")
-    def test_when_they_are_used_up_nothing_is_lost_and_service_resumes(self) -> None:
-        command = ["sh", "-c", 'ulimit -n 24 && exec "$@"', "sh", *self.command("--port", "0")]
-        with running(command, cwd=self.directory) as inbox:
-            with contextlib.ExitStack() as clients:
-                for _ in range(60):
-                    clients.enter_context(connect(inbox))
-                statuses = [inbox.ask("POST", "/inbox", ACCEPT).status for _ in range(20)]
-            self.assertLessEqual(set(statuses), {201, 500})
-            while statuses[-1] == 500 or len(statuses) == 20:  # until it sees that they have left
-                statuses.append(inbox.ask("POST", "/inbox", ACCEPT).status)
-            status, log = inbox.stop()
-        self.assertEqual(status, 0)
-        self.assertNotIn("Traceback", log)
-        self.assertIn("Too many open files", log)
-        waited = log.count("a connection could not be accepted")
-        self.assertTrue(0 < waited < 500, waited)  # it does not try again and again
-        stored = [
-            name for name in files_in(self.directory / "notifications") if "jsonl" not in name
-        ]
-        self.assertEqual(len(stored), statuses.count(201))
+    def test_a_line_of_the_log_that_is_cut_is_passed_over(self) -> None:
+        with self.disk_that_cuts(b'{"name"'):
+            self.assertEqual(self.post().status, 201)
+        self.assertIn(f"not be logged: [Errno {errno.ENOSPC}]", "".join(self.log_lines()))
+        name = last_part(self.post().headers["Location"])
+        listed = self.ask("GET", "/deliveries").json()["deliveries"]
+        self.assertEqual([each["name"] for each in listed], [name])
+
+    def test_what_cannot_be_logged_is_adopted_once(self) -> None:
+        path = drop_in(self.server).replace("/inbox/", "/deliveries/")
+        with self.disk_that_cuts(b'{"name"'):
+            first, second = (self.ask("GET", path).json() for _ in range(2))
+        self.assertEqual((first["name"], first), (last_part(path), second))
+        self.assertEqual("".join(self.log_lines()).count("not be logged"), 1)
 
 
 class ManyTest(InboxTest):
     """Lists that are too long to be sent at once: each entry is a part of its own here."""
 
-    def setUp(self) -> None:
-        super().setUp()
-        patch = unittest.mock.patch("coarinbox.TURN", 0)
-        patch.start()
-        self.addCleanup(patch.stop)
-        self.names = sorted(coarinbox.new_name() for _ in range(200))
-        for name in self.names:
-            pathlib.Path(self.server.store.directory, f"{name}.json").write_bytes(BODY)
-
+    @constants(TURN=0)
     def test_a_long_list_is_sent_in_pieces_and_in_order(self) -> None:
-        with contextlib.closing(http.client.HTTPConnection(*address(self.server))) as connection:
+        paths = sorted(drop_in(self.server) for _ in range(40))
+        connection = http.client.HTTPConnection(*address(self.server), timeout=10)
+        with contextlib.closing(connection):
             answer = ask_on(connection, "GET", "/inbox")
             listed = [path_of(entry["@id"]) for entry in answer.json()["ldp:contains"]]
-            self.assertEqual(listed, [f"/inbox/{name}" for name in self.names])
-            self.assertEqual(answer.headers["Transfer-Encoding"], "chunked")
-            self.assertEqual(answer.headers["Connection"], "keep-alive")
+            self.assertEqual(listed, paths)
+            headers = [answer.headers[name] for name in ("Transfer-Encoding", "Connection")]
+            self.assertEqual(headers, ["chunked", "keep-alive"])
             self.assertEqual(ask_on(connection, "POST", "/inbox", ACCEPT).status, 201)
+        # Some clients know no chunks.
+        with connect(self.server, b"GET /inbox HTTP/1.0\r\nConnection: keep-alive\r\n\r\n") as old:
+            received = b"".join(iter(lambda: old.recv(65536), b""))
+        head, _, body = received.partition(b"\r\n\r\n")
+        self.assertNotIn(b"chunked", head)
+        self.assertIn(b"Connection: close", head)
+        self.assertEqual(len(json.loads(body)["ldp:contains"]), 41)
 
     def test_one_thread_reads_them_all(self) -> None:
         """Several would make the loop wait for the interpreter's lock."""
@@ -7265,121 +6829,154 @@ class ManyTest(InboxTest):
             threads.add(threading.get_ident())
             return take_turn(items)
 
-        with unittest.mock.patch("coarinbox.take_turn", take_turn_here):
+        self.post()
+        with constants(take_turn=take_turn_here, TURN=0):
             for path in ("/inbox", "/deliveries", "/deliveries?q=x", "/"):
                 self.assertEqual(self.ask("GET", path).status, 200)
         self.assertEqual(len(threads), 1)
 
-    def test_a_long_list_for_clients_that_know_no_chunks(self) -> None:
-        with connect(self.server, b"GET /inbox HTTP/1.0\r\nConnection: keep-alive\r\n\r\n") as old:
-            received = b"".join(iter(lambda: old.recv(65536), b""))
-        head, _, body = received.partition(b"\r\n\r\n")
-        self.assertNotIn(b"chunked", head)
-        self.assertIn(b"Connection: close", head)
-        self.assertEqual(len(json.loads(body)["ldp:contains"]), 200)
 
-
-class TokenTest(InboxTest):
+class TokenTest(DeliveriesTest):
     settings = {"TOKEN": "s3cret: ü"}
+    basic = "Basic " + base64.b64encode("browser:s3cret: ü".encode()).decode()
 
     def test_every_request_must_carry_it(self) -> None:
-        token = "s3cret: ü".encode()
-        wrong_basic = base64.b64encode(b"s3cret:wrong").decode()
+        wrong = base64.b64encode(b"s3cret:wrong").decode()
         for authorization in [
             None, "", "Bearer", "Bearer wrong", "Bearer s3cret: u", "Basic", "Basic ?", "Digest x",
-            "Digest s3cret: \xc3\xbc", "Basic s3cret: \xc3\xbc", "Basic \xff",
-            f"Basic {wrong_basic}", "s3cret",
+            "Digest s3cret: \xc3\xbc", "Basic s3cret: \xc3\xbc", "Basic \xff", f"Basic {wrong}",
+            "s3cret",
         ]:  # fmt: skip
-            for method, path in (
-                ("POST", "/inbox"),
-                ("GET", "/"),
-                ("GET", "/deliveries"),
-                ("OPTIONS", "/inbox"),
-                ("GET", "/x"),
-            ):
-                with self.subTest(authorization, method=method):
-                    headers = {} if authorization is None else {"Authorization": authorization}
-                    answer = self.ask(method, path, BODY if method == "POST" else None, headers)
+            headers = {} if authorization is None else {"Authorization": authorization}
+            for asked in ("POST /inbox", "GET /", "GET /deliveries", "OPTIONS /inbox", "GET /x"):
+                with self.subTest(asked, authorization=authorization):
+                    body = BODY if asked.startswith("POST") else None
+                    answer = self.ask(*asked.split(), body, headers)
                     self.assert_problem(answer, 401)
                     challenges = answer.headers.get_all("WWW-Authenticate") or []
                     schemes = [challenge.split()[0] for challenge in challenges]
                     self.assertEqual(schemes, ["Bearer", "Basic"])
-        basic = base64.b64encode(b"anybody:" + token).decode()
-        for scheme in ("Bearer ", "Token "):  # the latter is what Software Heritage takes
-            headers = {"Authorization": scheme + token.decode("latin-1")}
-            self.assertEqual(self.ask("POST", "/inbox", BODY, headers).status, 201)
-        headers = {"Authorization": f"basic {basic}"}
-        self.assertEqual(self.ask("POST", "/inbox", BODY, headers).status, 201)
+        token = "s3cret: ü".encode().decode("latin-1")
+        # Software Heritage takes the second one.
+        for authorization in (f"Bearer {token}", f"Token {token}", self.basic.replace("B", "b", 1)):
+            self.assertEqual(self.post(Authorization=authorization).status, 201)
         self.assertEqual(len(self.stored()), 3)
 
     def test_the_first_notification_to_try_it_goes_with_it(self) -> None:
-        headers = {**HTML, "Authorization": b"Bearer " + "s3cret: ü".encode()}
-        page = self.ask("GET", "/", headers=headers).body.decode()
+        page = self.ask("GET", "/", headers={**HTML, "Authorization": self.basic}).body.decode()
         self.assertIn('/inbox -H "Authorization: Bearer $TOKEN" --data', Page(page).one("pre").text)
 
     def test_the_events_too(self) -> None:
         with Listener(self.server) as listener:
             self.assertEqual(listener.stream.status, 401)
-        authorization = "Basic " + base64.b64encode("browser:s3cret: ü".encode()).decode()
-        with Listener(self.server, Authorization=authorization) as listener:
-            self.assertEqual(self.ask("POST", "/inbox", BODY).status, 401)
+        with Listener(self.server, Authorization=self.basic) as listener:
+            self.assertEqual(self.post().status, 401)
             self.assertEqual(listener.event().data["status"], 401)
+
+    def test_what_strangers_send_is_not_logged(self) -> None:
+        """6 MB of headers became 37 MB of log, without the token."""
+        token = {"Authorization": self.basic}
+        for status, headers in [
+            (401, {"X-Mine": "unwanted"}), (401, {"Authorization": "Bearer unwanted"}),
+            (421, {**token, "Host": "evil.example"}), (403, {**token, "Origin": FOREIGN}),
+        ]:  # fmt: skip
+            document = altered("Request Review", id="urn:x:unwanted")
+            answer = self.ask("POST", "/inbox", document, headers)
+            problem, line = self.assert_problem(answer, status), self.lines()[-1]
+            self.assertNotIn("unwanted", json.dumps(line))
+            self.assertFalse(line["headers"])
+            self.assertEqual((line["client"], line["target"]), (address(self.server)[0], "/inbox"))
+            self.assertEqual((line["status"], line["detail"]), (status, problem["detail"]))
+        self.assertEqual(len(self.lines()), 4)
+
+    def test_health_is_for_everybody_and_leaves_no_line_in_the_log(self) -> None:
+        for method in ("GET", "HEAD"):
+            answer = self.ask(method, "/health")
+            self.assertEqual((answer.status, answer.body), (204, b""))
+        self.assertEqual(self.log_lines(), [])
 
 
 class EmbeddedTest(unittest.TestCase):
+    """A server that another program runs."""
+
+    def setUp(self) -> None:
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        settings = coarinbox.Settings(PORT=0, STORE_DIR=directory.name, FSYNC=False)
+        self.server = coarinbox.InboxServer(settings)
+
     def test_the_end_of_the_block_ends_the_server_whatever_happens_in_it(self) -> None:
-        with tempfile.TemporaryDirectory() as directory:
-            settings = coarinbox.Settings(PORT=0, STORE_DIR=directory)
-            with self.assertRaises(ZeroDivisionError), coarinbox.InboxServer(settings) as server:
-                thread = threading.Thread(target=server.serve_forever)
-                thread.start()
-                self.assertEqual(ask(server, "POST", "/inbox", ACCEPT).status, 201)
-                raise ZeroDivisionError
-            thread.join(10)
-            self.assertFalse(thread.is_alive())
-            server.serve_forever()  # too late, and over at once
+        thread = threading.Thread(target=self.server.serve_forever)
+        with self.assertRaises(ZeroDivisionError), self.server:
+            thread.start()
+            self.assertEqual(ask(self.server, "POST", "/inbox", ACCEPT).status, 201)
+            raise ZeroDivisionError
+        thread.join(10)
+        self.assertFalse(thread.is_alive())
+        self.server.serve_forever()  # too late, and over at once
 
     def test_clients_that_have_already_connected_are_answered_before_the_end(self) -> None:
-        with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
-            settings = coarinbox.Settings(PORT=0, STORE_DIR=directory, FSYNC=False)
-            server = stack.enter_context(coarinbox.InboxServer(settings))
-            waiting = [stack.enter_context(connect(server, post_to())) for _ in range(100)]
-            server.stop()
-            server.serve_forever()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.server)
+            waiting = [stack.enter_context(connect(self.server, post_to())) for _ in range(100)]
+            self.server.stop()
+            self.server.serve_forever()
             self.assertEqual([answer_on(each).status for each in waiting], [201] * 100)
 
     def test_an_inbox_that_never_served_can_be_ended(self) -> None:
-        with tempfile.TemporaryDirectory() as directory:
-            settings = coarinbox.Settings(PORT=0, STORE_DIR=directory)
-            with coarinbox.InboxServer(settings) as server:
-                server.shutdown()
-                server.serve_forever()
+        with self.server:
+            self.server.shutdown()
+            self.server.serve_forever()
 
 
-class TlsTest(ProgramTest):
+class TlsTest(SendingTest):
+    directory: str
     certificate: str
     key: str
+    context: ssl.SSLContext
 
     @classmethod
     def setUpClass(cls) -> None:
+        """Make a certificate for localhost and 127.0.0.1."""
+        if not shutil.which("openssl"):
+            raise unittest.SkipTest("making a certificate needs openssl")
         directory = tempfile.TemporaryDirectory()
         cls.addClassCleanup(directory.cleanup)
-        cls.certificate, cls.key = certificate_in(directory.name)
+        cls.directory = directory.name
+        cls.certificate, cls.key = f"{cls.directory}/cert.pem", f"{cls.directory}/key.pem"
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+             "-nodes", "-days", "2", "-subj", "/CN=localhost",
+             "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
+             "-keyout", cls.key, "-out", cls.certificate],
+            check=True, capture_output=True, timeout=60,
+        )  # fmt: skip
+        cls.context = ssl.create_default_context(cafile=cls.certificate)
+
+    def serving(self, **settings: Any) -> Any:
+        return serving(**{"SSL_CERT": self.certificate, "SSL_KEY": self.key, **settings})
+
+    def connect(self, server: Any, data: bytes = b"") -> ssl.SSLSocket:
+        connection = socket.create_connection(address(server), timeout=10)
+        secure = self.context.wrap_socket(connection, server_hostname="localhost")
+        self.addCleanup(secure.close)
+        secure.sendall(data)
+        return secure
 
     def test_https(self) -> None:
-        context = ssl.create_default_context(cafile=self.certificate)
-        with serving(SSL_CERT=self.certificate, SSL_KEY=self.key, REQUEST_TIMEOUT=1) as server:
+        large = altered("Accept", summary="x" * 900_000)  # TLS sends 16 KiB at most at once
+        with self.serving(REQUEST_TIMEOUT=1) as server:
             self.assertTrue(server.base.startswith("https://localhost:"))
-            with socket.create_connection(address(server)):  # stalls in the handshake
-                for _ in range(2):
-                    connection = http.client.HTTPSConnection(
-                        *address(server), timeout=10, context=context
-                    )
-                    answer = ask_on(connection, "POST", "/inbox", ACCEPT)
+            where = address(server)
+            with socket.create_connection(where):  # stalls in the handshake
+                client = http.client.HTTPSConnection(*where, timeout=10, context=self.context)
+                for document in (ACCEPT, large):
+                    answer = ask_on(client, "POST", "/inbox", document)
                     self.assertEqual(answer.status, 201)
                     self.assertTrue(answer.headers["Location"].startswith("https://127.0.0.1:"))
-                    self.assertEqual(ask_on(connection, "GET", "/inbox").status, 200)
-                    connection.close()
+                    path = path_of(answer.headers["Location"])
+                    self.assertEqual(ask_on(client, "GET", path).json(), document)
+                client.close()
             with self.assertLogs("coarinbox", "INFO") as caught:
                 with contextlib.suppress(OSError):
                     self.assertEqual(raw(server, b"GET / HTTP/1.1\r\n\r\n"), [])
@@ -7387,49 +6984,25 @@ class TlsTest(ProgramTest):
             self.assertFalse([line for line in caught.records if line.exc_info])
 
     @unittest.skipUnless(hasattr(ssl, "OP_IGNORE_UNEXPECTED_EOF"), "needs Python 3.10")
+    @constants(GRACE=0.02)
     def test_who_is_cut_off_for_the_sake_of_others_is_told_so(self) -> None:
-        context = ssl.create_default_context(cafile=self.certificate)
-        settings = {"SSL_CERT": self.certificate, "SSL_KEY": self.key, "MAX_CONNECTIONS": 1}
-        with serving(**settings) as server, contextlib.ExitStack() as clients:
-
-            def connect() -> ssl.SSLSocket:
-                connection = socket.create_connection(address(server), timeout=10)
-                secure = context.wrap_socket(connection, server_hostname="localhost")
-                return clients.enter_context(secure)
-
-            clients.enter_context(unittest.mock.patch("coarinbox.GRACE", 0.05))
-            first = connect()
-            first.sendall(post_head("Content-Length: 9") + b"x")
-            connect()  # which waits until there is room
-            with first.makefile("rb") as stream:
-                self.assertEqual(read_answer(stream.readline(), stream).status, 503)
+        with self.serving(MAX_CONNECTIONS=1) as server:
+            first = self.connect(server, post_head("Content-Length: 9") + b"x")
+            self.connect(server)  # which waits until there is room
+            self.assertEqual(answer_on(first).status, 503)
 
     def test_requests_that_come_at_once_are_all_answered(self) -> None:
         """The second lies where nobody but TLS knows of it: the first is just as long as a read."""
         last = post_head("Content-Length: 0", "Connection: close")
         first = post_head("Content-Length: 0", "X: ")
         padding = b"x" * (io.DEFAULT_BUFFER_SIZE - len(first))
-        first = first.replace(b"X: ", b"X: " + padding)
-        context = ssl.create_default_context(cafile=self.certificate)
-        with serving(SSL_CERT=self.certificate, SSL_KEY=self.key) as server:
-            with socket.create_connection(address(server), timeout=10) as connection:
-                with context.wrap_socket(connection, server_hostname="localhost") as secure:
-                    secure.sendall(first + last)
-                    with secure.makefile("rb") as stream:
-                        for _ in range(2):
-                            self.assertEqual(read_answer(stream.readline(), stream).status, 400)
+        with self.serving() as server:
+            secure = self.connect(server, first.replace(b"X: ", b"X: " + padding) + last)
+            with secure.makefile("rb") as stream:
+                answers = [read_answer(stream.readline(), stream).status for _ in range(2)]
+                self.assertEqual(answers, [400, 400])
 
-    def test_a_body_of_many_records(self) -> None:
-        """TLS sends 16 KiB at most at once."""
-        document = changed(ACCEPT, "summary", "x" * 900_000)
-        context = ssl.create_default_context(cafile=self.certificate)
-        with coarinbox.running(SSL_CERT=self.certificate, SSL_KEY=self.key) as inbox:
-            where = address(inbox.server)
-            connection = http.client.HTTPSConnection(*where, timeout=10, context=context)
-            with contextlib.closing(connection):
-                self.assertEqual(ask_on(connection, "POST", "/inbox", document).status, 201)
-            self.assertEqual(inbox.notifications, [document])
-
+    @constants(TURN=0)
     def test_a_client_that_breaks_the_encryption_is_disconnected(self) -> None:
         """Even while a thread works for it, which then works for nobody."""
         begun, gone = threading.Semaphore(0), threading.Semaphore(0)
@@ -7439,60 +7012,77 @@ class TlsTest(ProgramTest):
             begun.release()
             self.assertTrue(gone.acquire(timeout=10))
 
-        context = ssl.create_default_context(cafile=self.certificate)
-        with contextlib.ExitStack() as stack:
-            server = stack.enter_context(serving(SSL_CERT=self.certificate, SSL_KEY=self.key))
-            stack.enter_context(unittest.mock.patch("coarinbox.TURN", 0))
-            slow: Any = {"select": search, "select_lines": search}
-            stack.enter_context(unittest.mock.patch.multiple(server.deliveries, **slow))
-            log = stack.enter_context(self.assertLogs("coarinbox", "INFO")).output
-            for number, kind in enumerate(("text/html", "application/json"), 1):
-                connection = socket.create_connection(address(server), timeout=10)
-                secure = context.wrap_socket(connection, server_hostname="localhost")
-                stack.enter_context(secure)
-                secure.sendall(get_head(f"Accept: {kind}", target="/deliveries"))
-                self.assertTrue(begun.acquire(timeout=10))
-                socket.socket.send(secure, b"not encrypted")
-                deadline = time.monotonic() + 10
-                while "".join(log).count("connection lost") < number:
-                    self.assertLess(time.monotonic(), deadline, log)
-                    time.sleep(0)
-                gone.release(2)
-                other = http.client.HTTPSConnection(*address(server), timeout=10, context=context)
-                stack.callback(other.close)
-                self.assertEqual(ask_on(other, "GET", "/", headers=HTML).status, 200)
-                self.assertTrue(begun.acquire(timeout=10))
-            self.assertEqual("".join(log).count("connection lost"), 2, log)
+        slow: Any = {"select": search, "select_lines": search}
+        with self.serving() as server, self.assertLogs("coarinbox", "INFO") as log:
+            with unittest.mock.patch.multiple(server.deliveries, **slow):
+                for number, kind in enumerate(("text/html", "application/json"), 1):
+                    head = get_head(f"Accept: {kind}", target="/deliveries")
+                    secure = self.connect(server, head)
+                    self.assertTrue(begun.acquire(timeout=10))
+                    socket.socket.send(secure, b"not encrypted")
+                    deadline = time.monotonic() + 10
+                    while "".join(log.output).count("connection lost") < number:
+                        self.assertLess(time.monotonic(), deadline, log.output)
+                        time.sleep(0)
+                    gone.release(2)
+                    other = self.connect(server, head)
+                    self.assertTrue(begun.acquire(timeout=10))
+                    self.assertEqual(answer_on(other).status, 200)
+            self.assertEqual("".join(log.output).count("connection lost"), 2, log.output)
 
     def test_old_versions_of_the_protocol_are_refused(self) -> None:
         hello = b"\x03\x02" + bytes(32) + b"\x00" + b"\x00\x02\x00\x2f" + b"\x01\x00"  # TLS 1.1
         record = b"\x01" + len(hello).to_bytes(3, "big") + hello
-        with serving(SSL_CERT=self.certificate, SSL_KEY=self.key) as server:
-            with socket.create_connection(address(server), timeout=10) as connection:
-                connection.sendall(b"\x16\x03\x01" + len(record).to_bytes(2, "big") + record)
-                alert = connection.recv(100)
+        record = b"\x16\x03\x01" + len(record).to_bytes(2, "big") + record
+        with self.serving() as server, connect(server, record) as connection:
+            alert = connection.recv(100)
         self.assertEqual((alert[:1], alert[5:]), (b"\x15", b"\x02\x46"))  # protocol_version
 
     def test_files_that_cannot_be_used(self) -> None:
-        for text in (
-            'SSL_CERT = "none.pem"',
-            f"SSL_CERT = {self.key!r}",
-            f"SSL_CERT = {self.certificate!r}",
-        ):
-            line = self.fail_to_start("--port", "0", "--config", self.config(text))
-            self.assertIn("SSL_CERT", line)
-            self.assertIn("expected a certificate and its key, not encrypted, in PEM", line)
-
-    def test_an_encrypted_key_is_refused_and_not_asked_about(self) -> None:
         encrypted = f"{self.directory}/encrypted.pem"
         encrypt = ["openssl", "pkey", "-in", self.key, "-aes256", "-passout", "pass:x"]
         subprocess.run([*encrypt, "-out", encrypted], check=True, capture_output=True)
-        with self.assertRaisesRegex(coarinbox.ConfigurationError, "not encrypted"):
-            with serving(SSL_CERT=self.certificate, SSL_KEY=encrypted):
-                self.fail("it runs")
+        for settings in (
+            {"SSL_CERT": "none.pem"}, {"SSL_CERT": self.key}, {"SSL_KEY": None},
+            {"SSL_KEY": encrypted},  # its password is not asked for
+        ):  # fmt: skip
+            expected = "SSL_CERT.*; expected a certificate and its key, not encrypted, in PEM"
+            with self.subTest(settings):
+                with self.assertRaisesRegex(coarinbox.ConfigurationError, expected):
+                    self.serving(**settings).__enter__()
+
+    def test_a_private_authority_can_be_trusted(self) -> None:
+        with unittest.mock.patch.dict(os.environ, SSL_CERT_FILE=self.certificate):
+            with self.serving() as server:
+                self.assertEqual(coarinbox.send(ACCEPT, f"{server.base}/inbox").status, 201)
+            drip = endless(b"HTTP/1.1 201 Created\r\n\r\n", b"x", 0.01)
+            with receiving(drip, (self.certificate, self.key)) as receiver:
+                self.assertEqual(coarinbox.send(ACCEPT, receiver.url, timeout=0.2).status, 201)
+
+    def test_the_certificate_must_be_trusted_and_have_the_name_of_the_url(self) -> None:
+        with receiving(CREATED, (self.certificate, self.key)) as receiver:
+            port = receiver.server_address[1]
+            reason = "TLS failed: certificate verify failed: .*self.signed.*; set SSL_CERT_FILE"
+            self.assert_fails(reason, receiver.url)
+            self.assertEqual(receiver.received, [])
+            with unittest.mock.patch.dict(os.environ, SSL_CERT_FILE=self.certificate):
+                with self.assertRaisesRegex(coarinbox.SendError, "TLS failed: .*reviews.example"):
+                    url = f"https://reviews.example.net:{port}/"
+                    coarinbox.post(ACCEPT, url, ["127.0.0.1"])
+                answer = coarinbox.post(ACCEPT, f"https://localhost:{port}/", ["127.0.0.1"])
+            self.assertEqual((answer.status, len(receiver.received)), (201, 1))
+
+
+NEEDS_PYDEVD = unittest.skipUnless(importlib.util.find_spec("pydevd"), "pydevd is not installed")
 
 
 class DebuggerTest(ProgramTest):
+    def debugged(self, port: int) -> Any:
+        """Run an inbox that attaches to an editor at a port."""
+        path = self.config(f'DEBUG_PYCHARM_SERVER = "127.0.0.1"\nDEBUG_PYCHARM_PORT = {port}')
+        command = self.command("-d", "--port", "0", "--config", path)
+        return running(command, cwd=self.directory)
+
     def test_without_the_package_one_line_says_what_to_install(self) -> None:
         with unittest.mock.patch.dict(sys.modules, pydevd=None):
             with unittest.mock.patch("coarinbox.run") as run:
@@ -7502,33 +7092,26 @@ class DebuggerTest(ProgramTest):
         (server,) = run.call_args.args
         server.server_close()
 
-    @unittest.skipUnless(importlib.util.find_spec("pydevd"), "the pydevd package is not installed")
+    @NEEDS_PYDEVD
     def test_it_connects_to_the_server_that_waits(self) -> None:
+        def accept(editor: socket.socket) -> socket.socket:
+            connection, _ = editor.accept()
+            connection.sendall(b"501\t1\t0.1\n101\t3\t\n")  # version, run
+            return connection
+
         with socket.create_server(("127.0.0.1", 0)) as editor:
             editor.settimeout(20)
-            port = editor.getsockname()[1]
-            path = self.config(f'DEBUG_PYCHARM_SERVER = "127.0.0.1"\nDEBUG_PYCHARM_PORT = {port}')
-            command = self.command("-d", "--port", "0", "--config", path)
             with concurrent.futures.ThreadPoolExecutor(1) as pool:
-                accepted = pool.submit(self.accept_the_debugger, editor)
-                with running(command, cwd=self.directory) as inbox:
+                accepted = pool.submit(accept, editor)
+                with self.debugged(editor.getsockname()[1]) as inbox:
                     with accepted.result():
                         self.assertEqual(inbox.ask("POST", "/inbox", ACCEPT).status, 201)
                     # The editor has ended, and the inbox has not.
                     self.assertEqual(inbox.ask("POST", "/inbox", ACCEPT).status, 201)
 
-    def accept_the_debugger(self, editor: socket.socket) -> socket.socket:
-        connection, _ = editor.accept()
-        connection.sendall(b"501\t1\t0.1\n101\t3\t\n")  # version, run
-        return connection
-
-    @unittest.skipUnless(importlib.util.find_spec("pydevd"), "the pydevd package is not installed")
+    @NEEDS_PYDEVD
     def test_without_a_server_it_says_so_and_serves(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as other:
-            port = other.getsockname()[1]
-        path = self.config(f'DEBUG_PYCHARM_SERVER = "127.0.0.1"\nDEBUG_PYCHARM_PORT = {port}')
-        command = self.command("-d", "--port", "0", "--config", path)
-        with running(command, cwd=self.directory) as inbox:
+        with self.debugged(free_port()) as inbox:
             self.assertIn("no debugger: 127.0.0.1", "\n".join(inbox.banner))
             self.assertEqual(inbox.ask("GET", "/inbox").status, 200)
 
@@ -7538,34 +7121,23 @@ class DebuggerTest(ProgramTest):
         with unittest.mock.patch.dict(sys.modules, pydevd=debugger):
             with self.assertLogs("coarinbox", "WARNING") as caught:
                 coarinbox.attach_debugger("editor.example", 6000)
-        self.assertEqual(
-            caught.output, ["WARNING:coarinbox:no debugger: editor.example:6000: refused"]
-        )
+        expected = "WARNING:coarinbox:no debugger: editor.example:6000: refused"
+        self.assertEqual(caught.output, [expected])
         options = {"stdoutToServer": True, "stderrToServer": True, "suspend": False}
         debugger.settrace.assert_called_once_with("editor.example", port=6000, **options)
 
 
 # --- Bounds --------------------------------------------------------------------------------------
 
-# These tests limit what one client can cost the others. They talk to a live server only, and use no
-# private names. Docstrings give what the same input did to version 0.1.0. Times are bounds against
-# a standstill, not measurements: they leave room for a machine that is busy with something else.
+# What one client can cost the others has limits. Docstrings give what the same input did to version
+# 0.1.0. Times are bounds against a standstill, not measurements: they leave room for a machine that
+# is busy with something else.
 
-SOON = 2.0  # seconds within which a POST is answered, whatever else goes on
 LONG = 60_000  # bytes: nearly as many as the head of a request may have
 FOREIGN = "https://evil.example"
-
-
-def process_status(inbox: Program, field: str) -> int:
-    """Read what the system says about a process: KiB of memory, or threads."""
-    text = pathlib.Path(f"/proc/{inbox.process.pid}/status").read_text()
-    return int(re.findall(rf"(?m)^{field}:\s+(\d+)", text)[0])
-
-
-def processor_seconds(inbox: Program) -> float:
-    """Read how much processor time a process has used."""
-    fields = pathlib.Path(f"/proc/{inbox.process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+NO_THREAD = unittest.mock.patch(
+    "threading.Thread.start", side_effect=RuntimeError("can't start new thread")
+)
 
 
 class HeadTest(InboxTest):
@@ -7584,60 +7156,21 @@ class HeadTest(InboxTest):
             "Transfer-Encoding": ["chunked" + " " * LONG + "x", "," * LONG],
         }
         lines = [f"{name}: {value}" for name, listed in values.items() for value in listed]
-        heads = [head(line) for line in lines for head in (get_head, post_head)]
+        heads = [post_head(line) for line in lines]
         for host in ("localhost:" + "1" * LONG, "[" + ":" * LONG, "a." * (LONG // 2)):
             heads.append(get_head(host=host))
         for target in ("/inbox?" + "&" * LONG, "/" * LONG, "/deliveries?limit=" + "0" * LONG):
             heads.append(get_head(target=target))
         for head in heads:
-            started = time.monotonic()
+            started = time.process_time()
             with connect(self.server, head) as connection:
                 self.assertEqual(connection.recv(9), b"HTTP/1.1 ")
-            self.assertLess(time.monotonic() - started, 1, head[:80])
+            self.assertLess(time.process_time() - started, 1, head[:80])
 
-
-class StrangerTest(DeliveriesTest):
-    """Clients that have not shown yet that they may use this inbox."""
-
-    settings = {"TOKEN": "secret"}
-
-    def test_what_they_send_is_not_logged(self) -> None:
-        """6 MB of headers became 37 MB of log, without the token."""
-        token = {"Authorization": "Bearer secret"}
-        for status, headers in [
-            (401, {}), (401, {"Authorization": "Bearer unwanted"}),
-            (421, {**token, "Host": "evil.example"}), (403, {**token, "Origin": FOREIGN}),
-        ]:  # fmt: skip
-            document = changed(OFFER, "id", "urn:x:unwanted")
-            answer = self.ask("POST", "/inbox", document, {"X-Mine": "unwanted", **headers})
-            self.assert_problem(answer, status)
-            line = self.lines()[-1]
-            self.assertNotIn("unwanted", json.dumps(line))
-            self.assertFalse(line["headers"])
-            self.assertEqual((line["client"], line["target"]), (address(self.server)[0], "/inbox"))
-            self.assertEqual((line["status"], line["detail"]), (status, answer.json()["detail"]))
-        self.assertEqual(len(self.lines()), 4)
-
-    def test_health_is_for_everybody_and_leaves_no_line_in_the_log(self) -> None:
-        for method in ("GET", "HEAD"):
-            answer = self.ask(method, "/health")
-            self.assertEqual((answer.status, answer.body), (204, b""))
-        self.assertEqual(self.log_lines(), [])
-
-    def test_a_preflight_needs_no_token(self) -> None:
-        preflight = {"Origin": FOREIGN, "Access-Control-Request-Method": "POST"}
-        with serving(TOKEN="secret", CORS_ORIGINS=FOREIGN) as server:
-            self.assertEqual(ask(server, "OPTIONS", "/inbox", headers=preflight).status, 204)
-            self.assertEqual(ask(server, "OPTIONS", "/inbox").status, 401)
-
-
-class EarlyErrorTest(InboxTest):
-    """Errors that are known before the body has come."""
-
-    def test_they_are_answered_at_once_and_can_be_read_later(self) -> None:
+    def test_its_errors_are_answered_at_once_and_can_be_read_later(self) -> None:
         head = post_head("Content-Length: 5000000")
         for status, data in [
-            (413, head), (413, post_head("Transfer-Encoding: chunked") + b"4c4b40\r\n"),
+            (413, head), (413, post_head(CHUNKED) + b"4c4b40\r\n"),
             (421, head.replace(b"localhost", b"evil.example")), (400, head[:-2] + b"malformed\r\n"),
             (403, post_head("Content-Length: 999999", f"Origin: {FOREIGN}")),
         ]:  # fmt: skip
@@ -7648,13 +7181,14 @@ class EarlyErrorTest(InboxTest):
                 self.assertEqual(answer_on(connection).status, status)
                 self.assertEqual(connection.recv(1), b"")  # and no reset
 
-    def test_later_input_is_discarded_for_two_seconds_only(self) -> None:
+    @constants(LINGER=0.2)
+    def test_later_input_is_discarded_for_some_time_only(self) -> None:
         with connect(self.server, post_head("Content-Length: 999999999999")) as connection:
             started = time.monotonic()
             with contextlib.suppress(ConnectionError):
                 while time.monotonic() < started + 8:
                     connection.sendall(b"x" * 65536)
-            self.assertTrue(1 < time.monotonic() - started < 6)
+            self.assertTrue(0.1 < time.monotonic() - started < 5)
 
 
 class LogLineTest(DeliveriesTest):
@@ -7674,25 +7208,25 @@ class LogLineTest(DeliveriesTest):
     def test_a_body_takes_no_more_of_it_than_base64_does(self) -> None:
         """JSON escapes some bytes with six: a refused body of 1 MB became 6 MB."""
         for text in (b"\0", b"\x7f", "é".encode(), "字".encode(), b'"', b"\xff", b"x"):
-            body = text * (200_000 // len(text))
+            body = text * (LONG // len(text))
             self.assert_problem(self.post(body), 400)
             line = self.newest_line()
             self.assertLess(len(line), len(body) * 1.4 + 2000, text)
             path = f"/deliveries/{json.loads(line)['name']}/body"
             self.assertEqual(self.ask("GET", path).body, body)
-        self.assertEqual(json.loads(line)["body"], "x" * 200_000)  # readable text stays readable
+        self.assertEqual(json.loads(line)["body"], "x" * LONG)  # readable text stays readable
 
     def test_a_hundred_findings_are_enough(self) -> None:
         """2.6 kB of Accepts inside each other were answered with 535 kB."""
-        document: Any = {"type": "Accept"}
+        nested: Any = {"type": "Accept"}
         for _ in range(95):
-            document = {"type": "Accept", "object": document}
-        answer = self.post(document)
+            nested = {"type": "Accept", "object": nested}
+        answer = self.post(nested)
         self.assert_problem(answer, 400)
         self.assertLess(len(answer.body) + len(self.newest_line()), 50_000)
         # So many findings of one document are a matter of future rules.
         findings = coarinbox.validate(REFUSED) * 1000
-        errors = sum(finding.level == "E" for finding in findings)
+        errors = sum(each.level == E for each in findings)
         with unittest.mock.patch("coarinbox.validate", return_value=findings):
             problem = self.assert_problem(self.post(), 400)
             with serving(VALIDATE_INCOMING=False) as lax:
@@ -7700,206 +7234,129 @@ class LogLineTest(DeliveriesTest):
         self.assertEqual((len(problem["errors"]), problem["warnings"]), (100, []))
         self.assertIn(f"{errors:,} errors", problem["detail"])
         self.assertRegex(problem["omitted"], "and [0-9],[0-9]{3} more")
-        self.assertEqual(len(receipt["warnings"]), 100)
-        self.assertEqual(len(json.loads(self.newest_line())["findings"]), 100)
-        self.assertGreater(json.loads(self.newest_line())["omitted"], 1000)
-
-    def test_nesting_is_called_by_its_name(self) -> None:
-        with serving(VALIDATE_INCOMING=False) as lax:
-            for levels, status in ((100, 201), (101, 400), (100_000, 400)):
-                answer = ask(lax, "POST", "/inbox", b"[" * levels + b"]" * levels)
-                self.assertEqual(answer.status, status)
-        self.assertRegex(answer.json()["detail"], "^(?!.*not JSON).*nested")
+        line = json.loads(self.newest_line())
+        self.assertEqual((len(receipt["warnings"]), len(line["findings"])), (100, 100))
+        self.assertGreater(line["omitted"], 1000)
 
 
-class BusyTest(ProgramTest):
-    """An inbox that runs as a process, with others at work on it."""
-
-    @contextlib.contextmanager
-    def inbox(self, settings: str = "") -> Iterator[Program]:
-        path = self.config(f"FSYNC = False; {settings}")
-        with running(self.command("--port", "0", "--config", path), cwd=self.directory) as inbox:
-            yield inbox
-
-    def assert_serves_soon(self, inbox: Program) -> None:
-        started = time.monotonic()
-        self.assertEqual(inbox.ask("POST", "/inbox", ACCEPT).status, 201)
-        self.assertLess(time.monotonic() - started, SOON)
-
-
-@unittest.skipUnless(PROC, "the memory of a process is read from /proc")
-class MemoryTest(BusyTest):
-    def test_ids_do_not_stay_in_it(self) -> None:
-        """150 ids of 1 MB, whose attempts are counted, stayed in memory: 684 MB."""
-        with self.inbox("VALIDATE_INCOMING = False") as inbox:
-            before = process_status(inbox, "VmRSS")
-            for number in range(60):
-                # One character outside the BMP: each character takes four bytes.
-                body = f'{{"id": "urn:x:{number}:{"x" * 1_000_000}\U0001f600"}}'.encode()
-                with contextlib.suppress(http.client.RemoteDisconnected):
-                    inbox.ask("POST", "/inbox?close=1&times=1", body)
-            self.assertLess(process_status(inbox, "VmRSS") - before, 40_000)
-
-    def test_documents_are_parsed_one_at_a_time(self) -> None:
-        """A hundred bodies of 1 MB took 2.7 GB, because each was kept until its answer was sent."""
-        body = b"[" + b"{}," * 345_000 + b"{}]"
-        with self.inbox("VALIDATE_INCOMING = False") as inbox, contextlib.ExitStack() as clients:
-            self.assertEqual(inbox.ask("POST", "/inbox", body).status, 201)
-            one = process_status(inbox, "VmHWM")
-            almost = post_head(f"Content-Length: {len(body)}") + body[:-1]
-            waiting = [clients.enter_context(connect(inbox, almost)) for _ in range(15)]
-            for connection in waiting:
-                connection.sendall(body[-1:])
-            for connection in waiting:
-                self.assertEqual(answer_on(connection).status, 201)
-            self.assertLess(process_status(inbox, "VmHWM") - one, 120_000)
-
-
-@unittest.skipUnless(PROC, "threads and processor time are read from /proc")
-class WaitingTest(BusyTest):
+class WaitingTest(DeliveriesTest):
     """Clients that wait, or make the inbox work, for a long time."""
 
-    def fill_log(self) -> None:
-        """Log one refused notification many times."""
-        store = self.directory / "notifications"
-        with serving(STORE_DIR=str(store)) as server:
-            ask(server, "POST", "/inbox", REFUSED)
-        line = (store / "deliveries.jsonl").read_bytes()
-        name = json.loads(line)["name"].encode()
-        with (store / "deliveries.jsonl").open("wb") as log:
-            log.writelines(line.replace(name, b"%b%08x" % (name[:-8], n)) for n in range(30_000))
-
-    def start_searches(self, inbox: Program, number: int) -> list[socket.socket]:
-        """Start searches that find nothing, but have to parse each line.
-
-        Their text is in every line, as the name of a member, and in no text that is searched.
-        """
-        before, deadline = processor_seconds(inbox), time.monotonic() + 5
-        request = get_head(target="/deliveries?q=simulated")
-        clients = [connect(inbox, request) for _ in range(number)]
-        while processor_seconds(inbox) < before + 0.1 and time.monotonic() < deadline:
-            time.sleep(0)
-        return clients
-
-    def test_delayed_clients_that_leave_free_their_connections(self) -> None:
-        with self.inbox("MAX_CONNECTIONS = 4") as inbox:
-            for _ in range(8):
-                connect(inbox, post_to("?delay=9999")).close()
-            self.assert_serves_soon(inbox)
-
     def test_a_client_that_waits_holds_no_thread(self) -> None:
-        with self.inbox() as inbox, contextlib.ExitStack() as clients:
-            before = process_status(inbox, "Threads")
-            for _ in range(40):
-                clients.enter_context(connect(inbox, post_to("?delay=9999")))
-                clients.enter_context(connect(inbox, post_head("Content-Length: 9")))
-                clients.enter_context(Listener(inbox))
-            self.assert_serves_soon(inbox)
-            self.assertLess(process_status(inbox, "Threads") - before, 20)
+        with contextlib.ExitStack() as clients:
+            before = threading.active_count()
+            for _ in range(30):
+                clients.enter_context(connect(self.server, post_to("?delay=9999")))
+                clients.enter_context(connect(self.server, post_head("Content-Length: 9")))
+                clients.enter_context(Listener(self.server))
+            self.assert_serves()
+            self.assertLess(threading.active_count() - before, 5)
 
-    def test_ten_searches_leave_the_inbox_usable(self) -> None:
-        self.fill_log()
-        with self.inbox() as inbox, contextlib.ExitStack() as clients:
-            for client in self.start_searches(inbox, 10):
-                clients.enter_context(client)
-            for _ in range(10):
-                self.assert_serves_soon(inbox)
-
-    def test_searches_whose_clients_have_left_end(self) -> None:
+    @NEEDS_SPARSE_FILES
+    def test_searches_leave_the_inbox_usable_and_end_when_their_clients_leave(self) -> None:
         """They went on, held all connections and let nobody else in."""
-        self.fill_log()
-        with self.inbox("MAX_CONNECTIONS = 4") as inbox:
-            for client in self.start_searches(inbox, 10):
-                client.close()
-            self.assert_serves_soon(inbox)
-            deadline, used = time.monotonic() + SOON, -1.0
-            while processor_seconds(inbox) - used > 0.1:  # within 0.2 s
-                self.assertLess(time.monotonic(), deadline, "it searches on")
-                used = processor_seconds(inbox)
-                time.sleep(0.2)
+        self.post()
+        os.truncate(self.path, 2**36)  # it takes long to read, and no room on the disk
+        with contextlib.ExitStack() as clients:
+            heads = [get_head(f"Accept: {kind}", target="/deliveries?q=x")
+                     for kind in ("text/html", "application/json")]  # fmt: skip
+            searching = [clients.enter_context(connect(self.server, head)) for head in heads * 5]
+            for _ in range(10):
+                started = time.monotonic()
+                self.assert_serves()
+                self.assertLess(time.monotonic() - started, 2)
+            self.assertGreaterEqual(len(self.server.connections), 10)
+            for client in searching:
+                client.shutdown(socket.SHUT_WR)
+            self.wait_until(lambda: not self.server.connections)
+        self.assertIn("the client has left", "".join(self.log_lines()))
 
     def test_listeners_cost_senders_little(self) -> None:
         """Fifty left a twentieth of the rate, even where they wanted none of what came."""
+        connection = http.client.HTTPConnection(*address(self.server), timeout=20)
+        self.addCleanup(connection.close)
 
-        def seconds_of_posts(connection: http.client.HTTPConnection) -> float:
+        def seconds_of_posts() -> float:
             started = time.monotonic()
-            for _ in range(150):
+            for _ in range(30):
                 self.assertEqual(ask_on(connection, "POST", "/inbox", ACCEPT).status, 201)
             return time.monotonic() - started
 
-        with self.inbox() as inbox, contextlib.ExitStack() as clients:
-            sender = http.client.HTTPConnection(*inbox.server_address, timeout=20)
-            clients.callback(sender.close)
-            alone = min(seconds_of_posts(sender) for _ in range(3))
+        with contextlib.ExitStack() as clients:
+            alone = min(seconds_of_posts() for _ in range(3))
             for _ in range(50):
-                clients.enter_context(Listener(inbox, "/deliveries?q=nothing+has+this"))
-            self.assertLess(min(seconds_of_posts(sender) for _ in range(3)), 5 * alone)
-
-    def test_signals_end_it_whatever_goes_on(self) -> None:
-        """Ten searches kept it for 16 seconds, a dripping request for 30, and SIGHUP killed it."""
-        self.fill_log()
-        over = threading.Event()
-
-        def drip(connection: socket.socket) -> None:
-            with contextlib.suppress(OSError):
-                while not over.wait(0.1):
-                    connection.send(b"x")
-
-        with contextlib.ExitStack() as stack:
-            stack.callback(over.set)
-            inboxes = [stack.enter_context(self.inbox()) for _ in range(3)]
-            for inbox in inboxes:
-                for data in (post_to("?delay=9999"), post_head("Content-Length: 999"), b"POST /"):
-                    stack.enter_context(connect(inbox, data))
-                dripping = stack.enter_context(connect(inbox, post_head("Content-Length: 999999")))
-                threading.Thread(target=drip, args=(dripping,), daemon=True).start()
-                stack.enter_context(Listener(inbox))
-                for client in self.start_searches(inbox, 3):
-                    stack.enter_context(client)
-            deadline, statuses = time.monotonic() + 6, []
-            for inbox, number in zip(inboxes, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)):
-                inbox.process.send_signal(number)
-            for inbox in inboxes:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    statuses.append(inbox.process.wait(max(0, deadline - time.monotonic())))
-                inbox.process.kill()
-            self.assertEqual(statuses, [0, 0, 0])
+                clients.enter_context(Listener(self.server, "/deliveries?q=nothing+has+this"))
+            self.assertLess(min(seconds_of_posts() for _ in range(3)), 5 * alone)
 
 
-@unittest.skipUnless(os.name == "posix", "waiting for a pipe needs POSIX")
-class StandardErrorTest(ProgramTest):
+class MemoryTest(unittest.TestCase):
+    def setUp(self) -> None:
+        context = serving(VALIDATE_INCOMING=False)
+        self.server = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+
+    def test_ids_do_not_stay_in_it(self) -> None:
+        """150 ids of 1 MB, whose attempts are counted, stayed in memory: 684 MB."""
+        kept = []
+        for number in range(8):
+            # One character outside the BMP: each character takes four bytes.
+            body = f'{{"id": "urn:x:{number}:{"x" * 500_000}\U0001f600"}}'.encode()
+            self.assertEqual(raw(self.server, post_to("?close=1&times=1", body)), [])
+            self.assertEqual(ask(self.server, "GET", "/health").status, 204)
+            gc.collect()
+            kept.append(tracemalloc.get_traced_memory()[0])
+        self.assertLess(kept[-1] - kept[0], 2_000_000)
+
+    def test_documents_are_parsed_one_at_a_time(self) -> None:
+        """A hundred bodies of 1 MB took 2.7 GB, because each was kept until its answer was sent."""
+        body = b"[" + b"{}," * 10_000 + b"{}]"
+        self.assertEqual(ask(self.server, "POST", "/inbox", body).status, 201)
+        one = tracemalloc.get_traced_memory()[1]
+        almost = post_head(f"Content-Length: {len(body)}") + body[:-1]
+        with contextlib.ExitStack() as clients:
+            waiting = [clients.enter_context(connect(self.server, almost)) for _ in range(10)]
+            for connection in waiting:
+                connection.sendall(body[-1:])
+            self.assertEqual([answer_on(each).status for each in waiting], [201] * 10)
+        self.assertLess(tracemalloc.get_traced_memory()[1], 4 * one)
+
+
+class StandardErrorTest(unittest.TestCase):
+    def setUp(self) -> None:
+        self.addCleanup(self.wait_for_threads, threading.active_count())
+
+    def wait_for_threads(self, number: int) -> None:
+        deadline = time.monotonic() + 10
+        while threading.active_count() > number:
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0)
+
+    @constants(MAX_WAITING=coarinbox.MAX_WAITING // 100)
     def test_nobody_has_to_read_it(self) -> None:
         """Every request stopped as soon as the pipe was full."""
-        path = self.config("FSYNC = False; DEBUG = True")  # which logs each header on a line
-        command = self.command("--port", "0", "--config", path)
-        with contextlib.ExitStack() as stack:
-            process = stack.enter_context(
-                subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, bufsize=0)
-            )
-            stack.callback(process.kill)
-            assert process.stderr
-            log = b""
-            while b"validation" not in log:
-                self.assertTrue(select.select([process.stderr], [], [], 10)[0], log)
-                log += os.read(process.stderr.fileno(), 65536)
-            (port,) = re.findall(rb"(?m)^page .*:([0-9]+)/$", log)
-            inbox = unittest.mock.Mock(server_address=("localhost", int(port)))
-            self.log_many_lines(inbox)
-            self.assertEqual(ask(inbox, "POST", "/inbox", ACCEPT).status, 201)
-            deadline = time.monotonic() + 10
-            while not self.counts_the_dropped(log):
-                self.assertLess(time.monotonic(), deadline, log[-2000:])
-                if select.select([process.stderr], [], [], 0.05)[0]:
-                    log += os.read(process.stderr.fileno(), 1_000_000)
-                else:
-                    ask(inbox, "GET", "/inbox")  # the next line may be the one that says it
-            self.log_many_lines(inbox)
-            process.terminate()
-            self.assertEqual(process.wait(6), 0)
+        reading, writing = os.pipe()
+        dropped: list[str] = []
+
+        def read_log() -> None:
+            with open(reading, encoding="utf-8") as log:
+                dropped.extend(line for line in log if "dropped" in line)
+
+        thread = threading.Thread(target=read_log)
+        with open(writing, "w", encoding="utf-8") as stderr:
+            with unittest.mock.patch("sys.stderr", stderr), coarinbox.log_to_stderr():
+                with serving(DEBUG=True) as server:  # which logs each header on a line
+                    requests = get_head(*[f"X-{n}: y" for n in range(90)], target="/none") * 50
+                    statuses = [each.status for each in raw(server, requests, "half-close")]
+                    self.assertEqual(statuses, [404] * 50)
+                thread.start()
+        thread.join()
+        self.assertRegex("".join(dropped), "[0-9]{3,} lines were dropped")
 
     def test_what_is_written_late_is_written_whole(self) -> None:
         """Standard error takes nothing until the log has ended, which does not wait for it."""
-        begun, released, before = threading.Event(), threading.Event(), threading.active_count()
+        begun, released = threading.Event(), threading.Event()
 
         class Slow(io.StringIO):
             def write(self, text: str) -> int:
@@ -7907,45 +7364,26 @@ class StandardErrorTest(ProgramTest):
                 released.wait(10)
                 return super().write(text)
 
-        logger = logging.getLogger("coarinbox")
         with unittest.mock.patch("sys.stderr", Slow()) as stderr:
             with unittest.mock.patch("time.monotonic", itertools.count().__next__):
                 with coarinbox.log_to_stderr():
-                    logger.info("first")
+                    coarinbox.LOG.info("first")
                     self.assertTrue(begun.wait(10))
-                    logger.info("second")
+                    coarinbox.LOG.info("second")
             released.set()
-            deadline = time.monotonic() + 10
-            while threading.active_count() > before:
-                self.assertLess(time.monotonic(), deadline)
-                time.sleep(0)
+            self.doCleanups()
         lines = [line.split()[-1] for line in stderr.getvalue().splitlines()]
         self.assertEqual(lines, ["first", "second"])
 
-    def counts_the_dropped(self, log: bytes) -> bool:
-        lines = (line for line in log.splitlines() if b"dropped" in line)
-        return any(
-            re.search(rb"[0-9]", re.sub(rb"^[0-9-]+ [0-9:,]+ ", b"", line)) for line in lines
-        )
-
-    def log_many_lines(self, inbox: Any) -> None:
-        """Leave 45,000 lines in the log, more than any queue should hold."""
-        requests = get_head(*[f"X-{n}: y" for n in range(90)], target="/no/such/resource") * 500
-        with connect(inbox) as connection, connection.makefile("rb") as stream:
-            thread = threading.Thread(target=connection.sendall, args=(requests,), daemon=True)
-            thread.start()
-            for _ in range(500):
-                self.assertEqual(read_answer(stream.readline(), stream).status, 404)
-            thread.join(10)
-
 
 class FullHouseTest(InboxTest):
-    settings = {"FSYNC": True}
+    """A system where no thread can be started."""
+
     errors_expected = True
 
+    @with_settings(FSYNC=True)
     def test_requests_that_need_a_thread_are_refused_until_there_is_one(self) -> None:
-        error = RuntimeError("can't start new thread")
-        with unittest.mock.patch("threading.Thread.start", side_effect=error):
+        with NO_THREAD:
             for method, path in (("GET", "/inbox"), ("GET", "/"), ("POST", "/inbox")):
                 answer = self.ask(method, path, BODY if method == "POST" else None)
                 self.assertIn(answer.status, (200, 201, 503))
@@ -7954,115 +7392,94 @@ class FullHouseTest(InboxTest):
         self.assert_serves()
         self.assertEqual(self.ask("GET", "/inbox").status, 200)
 
-    def test_requests_wait_for_the_threads_that_there_are(self) -> None:
-        name, open_file = coarinbox.new_name(), os.open
-        pathlib.Path(self.server.store.directory, f"{name}.json").write_bytes(BODY)
+    def test_requests_wait_for_the_threads_that_there_are_and_others_are_served(self) -> None:
+        path, open_file = drop_in(self.server), os.open
         begun, released = threading.Event(), threading.Event()
 
-        def open_later(path: Any, *arguments: Any, **more: Any) -> int:
-            if str(path).endswith(f"{name}.json"):
+        def open_later(name: Any, *arguments: Any, **more: Any) -> int:
+            if last_part(path) in str(name):
                 begun.set()
                 self.assertTrue(released.wait(10))
-            return open_file(path, *arguments, **more)
+            return open_file(name, *arguments, **more)
 
-        error, head = RuntimeError("can't start new thread"), get_head(target=f"/inbox/{name}")
+        head = get_head(target=path)
         with unittest.mock.patch("os.open", open_later), connect(self.server, head) as first:
             self.assertTrue(begun.wait(10))
-            with unittest.mock.patch("threading.Thread.start", side_effect=error) as start:
-                with connect(self.server, head) as second:
-                    self.wait_until(lambda: start.called)
-                    released.set()
-                    for connection in (first, second):
-                        self.assertEqual(answer_on(connection).body, BODY)
+            self.assert_serves()
+            with NO_THREAD as start, connect(self.server, head) as second:
+                self.wait_until(lambda: start.called)
+                released.set()
+                self.assertEqual([answer_on(each).body for each in (first, second)], [BODY] * 2)
+
+
+APP, DEV = "https://app.example", "http://localhost:3000"
 
 
 class OtherSitesTest(InboxTest):
-    """Pages of other sites, in the browser of somebody who runs an inbox."""
+    """Pages of other sites, in the browser of somebody who runs an inbox: CORS_ORIGINS."""
 
-    def test_they_may_not_post(self) -> None:
+    settings = {"CORS_ORIGINS": [APP, DEV]}
+    allowed = {"Origin": APP, "Sec-Fetch-Site": "cross-site"}
+    preflight = {**allowed, "Access-Control-Request-Method": "POST"}
+
+    def test_who_may_post(self) -> None:
         """A page could fill the inbox of a developer who looked at it."""
-        for headers in (
-            {"Origin": FOREIGN}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"},
-            {"Origin": "http://localhost:3000", "Sec-Fetch-Site": "same-site"},
-        ):  # fmt: skip
-            problem = self.assert_problem(self.ask("POST", "/inbox", ACCEPT, headers), 403)
-            self.assertIn("CORS_ORIGINS", problem["detail"])
-        self.assertEqual(self.stored(), [])
-        ours = "http://{}:{}".format(*address(self.server))
-        for headers in ({}, {"Sec-Fetch-Site": "none"}, {"Origin": ours}):
-            self.assertEqual(self.ask("POST", "/inbox", ACCEPT, headers).status, 201)
-
-    def test_a_star_lets_all_of_them_post(self) -> None:
-        with serving(CORS_ORIGINS="*") as server:
-            for origin in (FOREIGN, "null"):
-                answer = ask(server, "POST", "/inbox", ACCEPT, {"Origin": origin})
-                self.assertEqual(answer.status, 201)
-                self.assertIn(answer.headers["Access-Control-Allow-Origin"], ("*", origin))
-            self.assertEqual(ask(server, "DELETE", "/inbox", None, {"Origin": FOREIGN}).status, 403)
-
-
-class AllowedSitesTest(InboxTest):
-    settings = {"CORS_ORIGINS": ["https://app.example", "http://localhost:3000"]}
-    allowed = {"Origin": "https://app.example", "Sec-Fetch-Site": "cross-site"}
-
-    def assert_readable(self, answer: Answer, status: int) -> None:
-        """Assert that a browser would let the page of the allowed site read an answer."""
-        self.assertEqual(answer.status, status)
-        self.assertEqual(answer.headers["Access-Control-Allow-Origin"], "https://app.example")
-
-    def test_they_may_post_and_no_others(self) -> None:
-        for origin, status in [
-            ("https://app.example", 201), ("http://localhost:3000", 201), ("null", 403),
-            ("http://app.example", 403), ("https://app.example.evil.example", 403),
+        for origins, headers, status in [
+            ((), {}, 201), ((), {"Sec-Fetch-Site": "none"}, 201), ((), {"Origin": "ours"}, 201),
+            ((), {"Origin": FOREIGN}, 403), ((), {"Origin": "null"}, 403),
+            ((), {"Origin": DEV, "Sec-Fetch-Site": "same-site"}, 403),
+            ((), {"Sec-Fetch-Site": "cross-site"}, 403), ((APP, DEV), {"Origin": APP}, 201),
+            ((APP, DEV), {"Origin": DEV}, 201), ((APP, DEV), {"Origin": "null"}, 403),
+            ((APP, DEV), {"Origin": "http://app.example"}, 403),
+            ((APP, DEV), {"Origin": "https://app.example.evil.example"}, 403),
+            ("*", {"Origin": FOREIGN}, 201), ("*", {"Origin": "null"}, 201),
         ]:  # fmt: skip
-            answer = self.ask("POST", "/inbox", ACCEPT, {"Origin": origin})
-            self.assertEqual(answer.status, status, origin)
+            with self.subTest(origins, headers=headers), serving(CORS_ORIGINS=origins) as server:
+                ours = "http://{}:{}".format(*address(server))
+                named = {name: text.replace("ours", ours) for name, text in headers.items()}
+                answer = ask(server, "POST", "/inbox", ACCEPT, named)
+                self.assertEqual(answer.status, status)
+                if status == 403:
+                    self.assertIn("CORS_ORIGINS", answer.json()["detail"])
+                if status == 403 or origins:  # whoever may post may not delete
+                    self.assertEqual(ask(server, "DELETE", "/inbox", None, named).status, 403)
 
-    def test_they_can_read_the_answers(self) -> None:
-        answer = self.ask("POST", "/inbox", ACCEPT, self.allowed)
-        self.assert_readable(answer, 201)
-        self.assertIn("location", answer.headers["Access-Control-Expose-Headers"].lower())
-        path = path_of(answer.headers["Location"])
-        self.assert_readable(self.ask("GET", path, headers=self.allowed), 200)
-        self.assert_readable(self.ask("POST", "/inbox", REFUSED, self.allowed), 400)
-
-    def test_a_browser_that_asks_first_is_told(self) -> None:
-        asked = {"Access-Control-Request-Method": "POST"}
-        answer = self.ask("OPTIONS", "/inbox", headers={**self.allowed, **asked})
-        self.assert_readable(answer, 204)
-        methods = set(re.findall("[A-Z]+", answer.headers["Access-Control-Allow-Methods"]))
-        self.assertEqual(methods & {"POST", "DELETE"}, {"POST"})
-        names = set(re.findall("[a-z-]+", answer.headers["Access-Control-Allow-Headers"].lower()))
-        self.assertLessEqual({"content-type", "authorization"}, names)
-        answer = self.ask("OPTIONS", "/inbox", headers={"Origin": FOREIGN, **asked})
-        self.assertNotIn("Access-Control-Allow-Origin", answer.headers)
-        self.assertIn("CORS_ORIGINS", "".join(self.log_lines()))
-
-    def test_nothing_else_is_allowed_to_them(self) -> None:
-        path = path_of(self.post().headers["Location"])
-        for resource in (path, "/inbox"):
-            self.assertEqual(self.ask("DELETE", resource, headers=self.allowed).status, 403)
-        self.assertEqual(self.ask("GET", path).body, BODY)
-        answer = self.ask("GET", "/deliveries", headers=self.allowed)
-        self.assertNotIn("Access-Control-Allow-Origin", answer.headers)
-
-
-class CorsSettingTest(BusyTest):
     def test_an_unusable_value_is_warned_about(self) -> None:
         """Flask-CORS has a setting of the same name, with other values."""
-        for value in ('[r"https?://.*\\.example"]', "5"):
-            with self.inbox(f"CORS_ORIGINS = {value}") as inbox:
-                self.assertEqual(inbox.ask("POST", "/inbox", ACCEPT).status, 201)
-                foreign = inbox.ask("POST", "/inbox", ACCEPT, {"Origin": FOREIGN})
-                self.assertEqual(foreign.status, 403)
-                _, log = inbox.stop()
-            self.assertRegex(log, "(?s)^(?!.*unknown setting).*CORS_ORIGINS")
+        for value in ([r"https?://.*\.example"], 5):
+            with self.assertLogs("coarinbox", "WARNING") as log, serving(CORS_ORIGINS=value) as it:
+                answer = ask(it, "POST", "/inbox", ACCEPT, {"Origin": FOREIGN})
+                self.assertEqual(answer.status, 403)
+            self.assertRegex("".join(log.output), "^(?!.*unknown setting).*CORS_ORIGINS")
+
+    def test_what_a_page_that_is_allowed_can_read(self) -> None:
+        answer = self.ask("POST", "/inbox", ACCEPT, self.allowed)
+        self.assertIn("location", answer.headers["Access-Control-Expose-Headers"].lower())
+        path = path_of(answer.headers["Location"])
+        for method, resource, body, status, origin in [
+            ("POST", "/inbox", REFUSED, 400, APP), ("GET", path, None, 200, APP),
+            ("GET", "/deliveries", None, 200, None), ("DELETE", path, None, 403, None),
+        ]:  # fmt: skip
+            answer = self.ask(method, resource, body, self.allowed)
+            answered = (answer.status, answer.headers["Access-Control-Allow-Origin"])
+            self.assertEqual(answered, (status, origin), resource)
+
+    @with_settings(TOKEN="secret")
+    def test_a_browser_that_asks_first_is_told_without_a_token(self) -> None:
+        headers = self.ask("OPTIONS", "/inbox", headers=self.preflight).headers
+        self.assertEqual(headers["Access-Control-Allow-Origin"], APP)
+        methods = set(re.findall("[A-Z]+", headers["Access-Control-Allow-Methods"]))
+        self.assertEqual(methods & {"POST", "DELETE"}, {"POST"})
+        names = set(re.findall("[a-z-]+", headers["Access-Control-Allow-Headers"].lower()))
+        self.assertLessEqual({"content-type", "authorization"}, names)
+        answer = self.ask("OPTIONS", "/inbox", headers={**self.preflight, "Origin": FOREIGN})
+        self.assertNotIn("Access-Control-Allow-Origin", answer.headers)
+        self.assertIn("CORS_ORIGINS", "".join(self.log_lines()))
+        self.assertEqual(self.ask("OPTIONS", "/inbox").status, 401)
 
 
 class SharedStoreTest(DeliveriesTest):
     """A store that others use too, or have used."""
-
-    name = "20200101_000000_" + "a" * 32
 
     def test_old_drafts_are_swept_at_the_start_and_young_ones_are_not(self) -> None:
         store, now = self.path.parent, time.time()
@@ -8074,23 +7491,29 @@ class SharedStoreTest(DeliveriesTest):
             self.wait_until(lambda: not old.exists())
         self.assertTrue(young.exists())
 
+    @contextlib.contextmanager
+    def unlogged(self) -> Iterator[tuple[str, str]]:
+        """Have a store with a notification that no log knows; gives the store and the name."""
+        name = "20200101_000000_" + "a" * 32
+        with tempfile.TemporaryDirectory() as store:
+            (pathlib.Path(store) / f"{name}.json").write_bytes(BODY)
+            yield store, name
+
+    def listed_by(self, server: Any) -> list[Any]:
+        return list(ask(server, "GET", "/deliveries").json()["deliveries"])
+
     def test_notifications_without_a_delivery_are_adopted(self) -> None:
         """Only clients that knew their names found them, and without a time."""
-        with tempfile.TemporaryDirectory() as store:
-            (pathlib.Path(store) / f"{self.name}.json").write_bytes(BODY)
-            start = utc_now()
+        start = utc_now()
+        with self.unlogged() as (store, name):
             for _ in range(2):
                 with serving(STORE_DIR=store) as server:
                     self.wait_until(lambda server=server: self.listed_by(server) != [])  # type: ignore[misc]
                     (adopted,) = self.listed_by(server)
-                    self.assertEqual((adopted["name"], adopted["pattern"]), (self.name, "Accept"))
+                    self.assertEqual((adopted["name"], adopted["pattern"]), (name, "Accept"))
                     self.assertGreaterEqual(adopted["time"], start)
-                    path = f"/deliveries/{self.name}/body"
-                    self.assertEqual(ask(server, "GET", path).body, BODY)
-            self.assertEqual(files_in(store), [f"{self.name}.json"])
-
-    def listed_by(self, server: Any) -> list[Any]:
-        return list(ask(server, "GET", "/deliveries").json()["deliveries"])
+                    self.assertEqual(ask(server, "GET", f"/deliveries/{name}/body").body, BODY)
+            self.assertEqual(files_in(store), [f"{name}.json"])
 
     def test_an_inbox_that_is_emptied_while_it_looks_around_adopts_nothing(self) -> None:
         names, looking, emptied = coarinbox.Store.names, threading.Event(), threading.Event()
@@ -8102,24 +7525,23 @@ class SharedStoreTest(DeliveriesTest):
                 self.assertTrue(emptied.wait(10))
             return found
 
-        with tempfile.TemporaryDirectory() as store, contextlib.ExitStack() as stack:
-            (pathlib.Path(store) / f"{self.name}.json").write_bytes(BODY)
-            stack.enter_context(unittest.mock.patch.object(coarinbox.Store, "names", names_later))
-            server = stack.enter_context(serving(STORE_DIR=store))
-            self.assertTrue(looking.wait(10))
-            self.assertEqual(ask(server, "DELETE", "/inbox").status, 204)
-            emptied.set()
-            # This scan has its turn after the one that was delayed.
-            self.assertEqual(self.listed_by(server), [])
-            self.assertEqual(files_in(store), [])
+        with unittest.mock.patch.object(coarinbox.Store, "names", names_later):
+            with self.unlogged() as (store, _), serving(STORE_DIR=store) as server:
+                self.assertTrue(looking.wait(10))
+                self.assertEqual(ask(server, "DELETE", "/inbox").status, 204)
+                emptied.set()
+                # This scan has its turn after the one that was delayed.
+                self.assertEqual(self.listed_by(server), [])
+                self.assertEqual(files_in(store), [])
 
     def test_one_that_was_added_later_is_adopted_when_somebody_asks_for_it(self) -> None:
-        name = coarinbox.new_name()
-        (self.path.parent / f"{name}.json").write_bytes(BODY)
-        for _ in range(2):
+        added = [last_part(drop_in(self.server, body)) for body in (BODY, b"no JSON")]
+        for name in added * 2:
             self.assertTrue(self.ask("GET", f"/deliveries/{name}").json()["time"])
-        self.assertEqual([line["name"] for line in self.lines()], [name])
+        self.assertEqual([line["name"] for line in self.lines()], added)
+        self.assertIn("not JSON", self.lines()[1]["detail"])
 
+    @constants(RECHECK=0.02, GATHER=0)
     def test_followers_of_a_log_that_is_replaced_or_cut_begin_anew(self) -> None:
         for _ in range(3):
             self.post(REFUSED)
@@ -8146,19 +7568,38 @@ class SharedStoreTest(DeliveriesTest):
         for stored, refused in (headers, listed[::-1]):
             self.assertEqual((stored["Location"], refused["Retry-After"]), (location, "7"))
 
+    def test_a_clock_that_is_set_back(self) -> None:
+        self.post()
+        with unittest.mock.patch("time.time", return_value=0.0):
+            earlier = path_of(self.post().headers["Location"])
+        self.assertIn("/19700101_000000_", earlier)
+        self.assertEqual(self.ask("GET", earlier).body, BODY)
+        self.assertEqual(len(self.listed()), 2)
+        deliveries = self.ask("GET", "/deliveries").json()["deliveries"]
+        self.assertEqual(earlier, f"/inbox/{deliveries[0]['name']}")
+
+    def test_a_store_that_is_taken_away_and_put_back(self) -> None:
+        first = path_of(self.post().headers["Location"])
+        directory = self.server.store.directory
+        os.rename(directory, directory + ".away")
+        second = path_of(self.post().headers["Location"])
+        self.assertEqual([self.ask("GET", each).status for each in (first, second)], [404, 200])
+        shutil.rmtree(directory)
+        os.rename(directory + ".away", directory)
+        self.assertEqual(self.ask("GET", first).body, BODY)
+        self.assert_serves()
+
 
 class AddressTest(unittest.TestCase):
-    def test_localhost_is_both_loopbacks(self) -> None:
-        try:
-            socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-        except OSError:
-            self.skipTest("this machine has no IPv6")
+    def assert_serves_localhost(self, *hosts: str) -> None:
         with serving(HOST="localhost") as server:
-            port = address(server)[1]
-            for host in ("127.0.0.1", "::1", "localhost"):
-                connection = http.client.HTTPConnection(host, port, timeout=10)
-                with contextlib.closing(connection):
-                    self.assertEqual(ask_on(connection, "POST", "/inbox", ACCEPT).status, 201)
+            for host in hosts:
+                answer = fetch(f"http://{host}:{address(server)[1]}/inbox", "POST", ACCEPT)
+                self.assertEqual(answer.status, 201)
+
+    @NEEDS_IPV6
+    def test_localhost_is_both_loopbacks(self) -> None:
+        self.assert_serves_localhost("127.0.0.1", "[::1]", "localhost")
 
     def test_a_port_that_is_free_on_one_loopback_only_is_passed_over(self) -> None:
         """Clients have ports, too: of many inboxes that start, one met the port of a client."""
@@ -8171,16 +7612,14 @@ class AddressTest(unittest.TestCase):
             return create(*arguments, **more)
 
         with unittest.mock.patch("socket.create_server", create_later):
-            with serving(HOST="localhost") as server:
-                self.assertEqual(ask(server, "POST", "/inbox", ACCEPT).status, 201)
+            self.assert_serves_localhost("127.0.0.1")
 
-    @unittest.skipUnless(has_ipv6(), "there is no IPv6")
+    @NEEDS_IPV6
     def test_a_port_that_was_asked_for_must_be_free_on_both_loopbacks(self) -> None:
         with socket.create_server(("::1", 0), family=socket.AF_INET6) as other:
             port = other.getsockname()[1]
             with self.assertRaisesRegex(coarinbox.ConfigurationError, f"PORT {port}: .* is free"):
-                with serving(HOST="localhost", PORT=port):
-                    self.fail("it runs")
+                serving(HOST="localhost", PORT=port).__enter__()
 
     def test_without_ipv6_localhost_is_one_loopback(self) -> None:
         bind = socket.socket.bind
@@ -8191,8 +7630,7 @@ class AddressTest(unittest.TestCase):
             bind(sock, where)
 
         with unittest.mock.patch("socket.socket.bind", bind_ipv4):
-            with serving(HOST="localhost") as server:
-                self.assertEqual(ask(server, "POST", "/inbox", ACCEPT).status, 201)
+            self.assert_serves_localhost("127.0.0.1")
 
     def test_no_other_program_may_take_the_port(self) -> None:
         """Windows would let it, but for an option; here, another one stands for it."""
@@ -8201,37 +7639,25 @@ class AddressTest(unittest.TestCase):
             with serving() as server:
                 self.assertTrue(server.socket.getsockopt(socket.SOL_SOCKET, option))
 
-    def test_only_the_process_that_runs_an_inbox_ends_it(self) -> None:
-        context = coarinbox.running()
-        inbox = context.__enter__()
-        url, directory = inbox.url, inbox.server.store.directory
-        self.addCleanup(shutil.rmtree, directory)
-        self.addCleanup(inbox.server.server_close)
-        self.assertEqual(send(url).status, 201)
-        with unittest.mock.patch("os.getpid", return_value=0):
-            context.__exit__(None, None, None)
-        self.assertEqual(send(url).status, 201)
-        self.assertEqual(len(files_in(directory)), 2)
-
     @unittest.skipUnless(hasattr(os, "fork"), "this system has no fork")
     def test_a_child_leaves_the_inbox_of_its_parent_alone(self) -> None:
         """A child that left the block closed the socket and removed the store."""
         code = """if True:
-            import os, signal, sys, urllib.request
+            import os, signal
             import coarinbox
             with coarinbox.running(VALIDATE_INCOMING=False) as inbox:
+                coarinbox.send({"a": 1}, inbox.url)
                 if os.fork() == 0:
                     signal.alarm(10)  # should it hang, it does not stay for ever
-                    sys.exit()  # through the end of the block, as the workers of test runners do
-                assert os.wait()[1] == 0
-                headers = {"Content-Type": "application/ld+json"}
-                request = urllib.request.Request(inbox.url, b"{}", headers)
-                urllib.request.urlopen(request, timeout=5).close()
-                print(inbox.notifications)
+                else:
+                    assert os.wait()[1] == 0
+                    coarinbox.send({"a": 2}, inbox.url)
+                    print(inbox.notifications)
         """
         command = [sys.executable, "-W", "ignore", "-c", code]
         done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=20)
-        self.assertEqual((done.returncode, done.stdout), (0, "[{}]\n"), done.stderr)
+        self.assertEqual(done.stdout, "[{'a': 1}, {'a': 2}]\n", done.stderr)
+        self.assertEqual(done.returncode, 0)
 
 
 class FirstDayTest(unittest.TestCase):
@@ -8242,8 +7668,7 @@ class FirstDayTest(unittest.TestCase):
         with coarinbox.running() as inbox:
             paths = ["/", "/inboxes", "/ldn/inbox", "/inbox/x", "/constraints"]
             answers = [send(inbox.url.replace("/inbox", path), OFFER) for path in paths]
-            host = {"Host": inbox.url.split("/")[2]}
-            answers.append(ask(inbox.server, "PUT", "/inbox", OFFER, host))
+            answers.append(fetch(inbox.url, "PUT", OFFER))
             for answer in answers:
                 self.assertIn(answer.status, (404, 405))
                 self.assertIn(inbox.url, answer.json()["detail"])
@@ -8259,8 +7684,7 @@ class FirstDayTest(unittest.TestCase):
             limits = (None, float("inf"))
             waits = [pool.submit(inbox.wait_for, type="Accept", timeout=each) for each in limits]
             send(inbox.url, ACCEPT)
-            for wait in waits:
-                self.assertEqual(wait.result(10).status, 201)
+            self.assertEqual([wait.result(10).status for wait in waits], [201, 201])
             for limit in limits:
                 with self.assertRaisesRegex(AssertionError, "unexpected"):
                     inbox.assert_none(type="Accept", within=limit)
@@ -8296,15 +7720,14 @@ class StrictTest(InboxTest):
             self.assertIn(answer.status, (200, 204))
         self.assertEqual(self.ask("GET", path).body, BODY)
 
-    def test_the_server_itself_can_be_asked(self) -> None:
-        (answer,) = raw(self.server, b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n", "half-close")
-        self.assertEqual((answer.status, "Allow" in answer.headers), (204, True))
-
-    def test_a_simulated_failure_has_the_header_that_its_status_demands(self) -> None:
-        for status, header in {
-            401: "WWW-Authenticate", 405: "Allow", 407: "Proxy-Authenticate", 426: "Upgrade",
-        }.items():  # fmt: skip
-            answer = self.ask("POST", f"/inbox?status={status}", ACCEPT)
+    def test_a_response_has_the_header_that_its_status_demands(self) -> None:
+        for request_, status, header in [
+            (post_to("?status=401"), 401, "WWW-Authenticate"),
+            (post_to("?status=405"), 405, "Allow"), (post_to("?status=426"), 426, "Upgrade"),
+            (post_to("?status=407"), 407, "Proxy-Authenticate"),
+            (get_head(target="*").replace(b"GET", b"OPTIONS"), 204, "Allow"),  # the server itself
+        ]:  # fmt: skip
+            answer = self.ask_raw(request_)
             self.assertEqual((answer.status, bool(answer.headers[header])), (status, True))
 
     def test_a_client_that_speaks_tls_is_called_by_its_name(self) -> None:
@@ -8321,10 +7744,9 @@ class StrictTest(InboxTest):
         self.assertEqual(raw(self.server, post_to("?delay=60"), "half-close"), [])  # it has left
 
     def test_a_client_that_does_not_read_its_answers_cannot_send_on(self) -> None:
-        name = "20200101_000000_" + "a" * 32
-        pathlib.Path(self.server.store.directory, f"{name}.json").write_bytes(b" " * 10_000_000)
-        with connect(self.server, get_head(target=f"/inbox/{name}")) as greedy:
-            greedy.settimeout(0.5)
+        head = get_head(target=drop_in(self.server, b" " * 10_000_000))
+        with connect(self.server, head) as greedy:
+            greedy.settimeout(0.1)
             with self.assertRaises(socket.timeout):
                 for _ in range(50):
                     greedy.sendall(b"x" * 1_000_000)
@@ -8332,18 +7754,18 @@ class StrictTest(InboxTest):
     def test_pipelined_requests_are_answered_in_order(self) -> None:
         kinds = [
             (post_to(), 201, b"/inbox/"), (post_to("", b"no"), 400, b"not JSON"),
-            (get_head(), 200, b'"constraints"'), (post_to("?status=503"), 503, b"simulated"),
+            (get_head(target="/samples"), 200, b'"samples"'),
+            (post_to("?status=503"), 503, b"simulated"),
         ]  # fmt: skip
         for number in range(10):
-            body = json.dumps(changed(ACCEPT, "id", f"urn:x:{number}")).encode()
+            body = json.dumps(altered("Accept", id=f"urn:x:{number}")).encode()
             path = path_of(self.post(body).headers["Location"])
             kinds.append((get_head(target=path), 200, body))
-        requests = list(itertools.islice(itertools.cycle(kinds), 500))
-        data = b"".join(request for request, _, _ in requests)
+        data = b"".join(request for request, _, _ in kinds) * 20
         with connect(self.server) as connection, connection.makefile("rb") as stream:
             thread = threading.Thread(target=connection.sendall, args=(data,), daemon=True)
             thread.start()
-            for _, status, part in requests:
+            for _, status, part in kinds * 20:
                 answer = read_answer(stream.readline(), stream)
                 self.assertEqual((answer.status, part in answer.body), (status, True))
             thread.join(10)
@@ -8357,30 +7779,30 @@ class CommitTest(InboxTest):
 
     def post_together(self, *lengths: int) -> list[int]:
         """Send notifications at once; an accepted one is there as soon as its answer is."""
+        directory = pathlib.Path(self.server.store.directory)
 
         def post(length: int) -> int:
-            body = json.dumps(changed(ACCEPT, "summary", "x" * length)).encode()
+            body = json.dumps(altered("Accept", summary="x" * length)).encode()
             answer = self.post(body)
             if answer.status == 201:
-                name = path_of(answer.headers["Location"])[7:]
-                self.assertEqual(pathlib.Path(directory, f"{name}.json").read_bytes(), body)
+                name = last_part(answer.headers["Location"])
+                self.assertEqual((directory / f"{name}.json").read_bytes(), body)
             return answer.status
 
-        directory = self.server.store.directory
         with concurrent.futures.ThreadPoolExecutor(len(lengths)) as pool:
             statuses = list(pool.map(post, lengths))
         self.assertEqual(len(files_in(directory)), statuses.count(201))
         return statuses
 
     @contextlib.contextmanager
-    def disk(self, fails: Callable[[os.stat_result], int]) -> Iterator[list[int]]:
+    def disk(self, fails: Callable[[os.stat_result], int] = lambda _: 0) -> Iterator[list[int]]:
         """Have a slow disk whose errors we choose; yields the kinds of file that were synced."""
         synced: list[int] = []
 
         def sync(descriptor: int) -> None:
             status = os.fstat(descriptor)
             synced.append(stat.S_IFMT(status.st_mode))
-            time.sleep(0.03)
+            time.sleep(0.02)
             if number := fails(status):
                 raise OSError(number, os.strerror(number))
 
@@ -8388,7 +7810,7 @@ class CommitTest(InboxTest):
             yield synced
 
     def test_they_share_a_sync_of_the_directory(self) -> None:
-        with self.disk(lambda _: 0) as synced:
+        with self.disk() as synced:
             self.assertEqual(self.post_together(*range(24)), [201] * 24)
         self.assertEqual(synced.count(stat.S_IFREG), 24)
         self.assertLessEqual(synced.count(stat.S_IFDIR), 12)
@@ -8411,106 +7833,49 @@ class CommitTest(InboxTest):
                 raise RuntimeError("can't start new thread")
             start(thread)
 
-        with unittest.mock.patch("threading.Thread.start", start_others):
-            with self.disk(lambda _: 0) as synced:
-                self.assertEqual(self.post_together(*range(8)), [201] * 8)
+        with unittest.mock.patch("threading.Thread.start", start_others), self.disk() as synced:
+            self.assertEqual(self.post_together(*range(8)), [201] * 8)
         self.assertLess(synced.count(stat.S_IFDIR), 8)
-
-    @unittest.skipUnless(shutil.which("nsenter"), "making a small disk needs util-linux")
-    def test_a_small_disk_takes_what_it_can(self) -> None:
-        with tempfile.TemporaryDirectory() as directory:
-            script = f'mount -t tmpfs -o size=200k tmpfs {directory} && exec "$0" "$@"'
-            command = ["unshare", "--mount", "--map-root-user", "sh", "-c", script, sys.executable]
-            command += [str(MODULE), "--port", "0", "--store", f"{directory}/store"]
-            documents = [changed(ACCEPT, "summary", "x" * length) for length in [50_000, 10] * 8]
-            with running(command) as inbox, concurrent.futures.ThreadPoolExecutor(16) as pool:
-                answers = list(pool.map(lambda each: inbox.ask("POST", "/inbox", each), documents))
-                self.assertEqual({answer.status for answer in answers}, {201, 507})
-                stored = [pair for pair in zip(documents, answers) if pair[1].status == 201]
-                for document, answer in stored:
-                    path = path_of(answer.headers["Location"])
-                    self.assertEqual(inbox.ask("GET", path).json(), document)
-                inside = ["nsenter", "--user", "--mount", "--preserve-credentials", "--target"]
-                inside += [str(inbox.process.pid), "ls", "-A", f"{directory}/store"]
-                left = subprocess.run(inside, capture_output=True, text=True, timeout=20).stdout
-                self.assertEqual((left.count(".json\n"), left.count(".part")), (len(stored), 0))
 
 
 class StartAndEndTest(ProgramTest):
     """Starts that go wrong end with one line and status 2, and ends are quiet."""
 
-    def run_all(self, *commands: list[str]) -> list[Any]:
-        """Run command lines at once, because a process takes long to start."""
-        # Without the limit, a check of /dev/zero would take the memory of the machine.
-        limited = ["sh", "-c", 'ulimit -v 4000000; exec "$@"', "sh"] if PROC else []
-        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 10}
-        options.update(cwd=self.directory, env=environment())
-
-        def run(command: list[str]) -> Any:
-            return subprocess.run([*limited, sys.executable, str(MODULE), *command], **options)
-
-        with concurrent.futures.ThreadPoolExecutor(len(commands)) as pool:
-            return list(pool.map(run, commands))
-
     def test_an_unusable_configuration_is_refused_in_one_line(self) -> None:
-        names = []
-        for name, text in {
-            "interrupt": "raise KeyboardInterrupt",
-            "number": "globals()[5] = 1; PORT = 'x'",
-            "user": "BASE_URL = 'https://user@inbox.example.org'",
-            "password": "BASE_URL = 'https://user:secret@inbox.example.org/'",
-        }.items():
-            (self.directory / name).write_text(text)
-            names.append(name)
-        for done in self.run_all(*[["--port", "0", "--config", name] for name in [*names, ""]]):
-            with self.subTest(done.args[-1]):
-                result = (done.returncode, done.stdout, done.stderr.count("\n"))
-                self.assertEqual(result, (2, "", 1), done.stderr)
-
-    @unittest.skipUnless(PROC, "the memory of a process is limited by a POSIX shell")
-    def test_only_files_can_be_checked(self) -> None:
-        """The check of a pipe waited for ever, that of /dev/zero took all memory."""
-        os.mkfifo(self.directory / "pipe")
-        for done in self.run_all(["--check", "pipe"], ["--check", "/dev/zero"]):
-            self.assertEqual(done.returncode, 2, done.stderr)
-            self.assertNotIn("Traceback", done.stderr)
+        for text in ("raise KeyboardInterrupt", "globals()[5] = 1; PORT = 'x'"):
+            with self.subTest(text):
+                self.fail_to_start("--config", self.config(text))
+        self.fail_to_start("--config", "")
 
     def test_a_signal_in_the_first_moments_ends_it_quietly(self) -> None:
         """The configuration sends it, because nobody else knows when the first moments are."""
-        commands = []
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            for milliseconds in (3, 8, 20):
-                path = self.directory / f"{number.name}-{milliseconds}"
-                path.write_text(
-                    "import os, threading, time; pid = os.getpid()\n"
-                    f"def end(): time.sleep({milliseconds / 1000}); os.kill(pid, {int(number)})\n"
-                    "threading.Thread(target=end).start()\n"
-                )
-                commands.append(["--port", "0", "--config", path.name])
-        for done in self.run_all(*commands):
-            self.assertNotIn("Traceback", done.stderr, done.args[-1])
+        processes = []
+        for number, milliseconds in zip(coarinbox.STOP_SIGNALS, (3, 8, 20)):
+            path = self.directory / number.name
+            path.write_text(
+                "import os, threading, time; pid = os.getpid()\n"
+                f"def end(): time.sleep({milliseconds / 1000}); os.kill(pid, {int(number)})\n"
+                "threading.Thread(target=end).start()\n"
+            )
+            command = [sys.executable, str(MODULE), "--port", "0", "--config", str(path)]
+            options: Any = {"env": environment(), "cwd": self.directory, "stderr": subprocess.PIPE}
+            processes.append(subprocess.Popen(command, **options))
+        for process in processes:
+            self.assertNotIn(b"Traceback", process.communicate(timeout=10)[1], process.args)
 
-    def test_the_oldest_python_is_named(self) -> None:
+    def test_a_python_that_is_too_old_is_told_so(self) -> None:
+        """Before 3.8, that is with the line that such a Python cannot read."""
         with unittest.mock.patch("sys.version_info", (3, 8, 20)):
             with self.assertRaises(SystemExit) as caught:
                 runpy.run_path(str(MODULE))
         expected = "coarinbox needs Python 3.9 or later, and this is 3.8"
         self.assertEqual(caught.exception.code, expected)
-
-    def test_a_python_that_is_too_old_is_told_so(self) -> None:
-        """Before 3.8, that is with the line that such a Python cannot read."""
-        found = glob.glob(os.path.expanduser("~/.pyenv/versions/[23].*/bin/python"))
-        names = {path: os.path.basename(path[: -len("/bin/python")]) for path in found}
-        old = {path: name for path, name in names.items() if re.match(r"2\.|3\.[0-8]\.", name)}
-        if not old:
-            self.skipTest("there is no Python that is too old")
-        for python, name in old.items():
-            done = subprocess.run([python, str(MODULE)], capture_output=True, text=True, timeout=20)
-            with self.subTest(name):
-                self.assertNotEqual(done.returncode, 0)
-                self.assertRegex(done.stderr, r"^(?s:(?!.*Traceback).*3\.9)")
-                if name.startswith("3.8"):
-                    self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+        for python in glob.glob(os.path.expanduser("~/.pyenv/versions/[23].*/bin/python")):
+            if re.match(r"2\.|3\.[0-8]\.", pathlib.Path(python).parts[-3]):
+                done = subprocess.run([python, str(MODULE)], capture_output=True, text=True)
+                with self.subTest(python):
+                    self.assertNotEqual(done.returncode, 0)
+                    self.assertRegex(done.stderr, r"^(?s:(?!.*Traceback).*3\.9)")
 
     def test_characters_that_cannot_be_seen_are_escaped(self) -> None:
         """A name with such characters passed for another one."""
@@ -8620,14 +7985,12 @@ def run_example(*command: str, **files: str) -> tuple[int, str]:
 
 class ReadmeTest(ProgramTest):
     def test_the_first_screen_holds_the_essential(self) -> None:
-        first = "\n".join(README.splitlines()[:45])
+        lines = README.splitlines()
+        first = "\n".join(lines[:45])
         for essential in ("(.github/page.png)", "not a production", "python coarinbox.py\n",
                           "uv run", "--sample", "curl", "201 Created", "Location:",
                           "400 Bad Request", "write `"):  # fmt: skip
             self.assertIn(essential, first)
-
-    def test_it_is_short_and_says_early_that_the_inbox_answers(self) -> None:
-        lines = README.splitlines()
         self.assertLessEqual(len(lines), 230)
         self.assertLess(lines.index("## It answers"), len(lines) / 3)
 
@@ -8660,9 +8023,6 @@ class ReadmeTest(ProgramTest):
         self.assertEqual(names, set(coarinbox.QUERY_PARAMETERS))
 
 
-NEEDS_CURL = unittest.skipUnless(shutil.which("curl"), "curl is not installed")
-
-
 class ExampleTest(unittest.TestCase):
     """The examples in the README, as they are written; all at once, because some of them wait."""
 
@@ -8689,7 +8049,7 @@ class ExampleTest(unittest.TestCase):
             for command in ("unittest", "pytest -p no:cacheprovider")
         )
         cls.examples = {
-            "start": pool.submit(run_example, "sh", "-c", STARTED + typed),
+            "start": pool.submit(run_example, "sh", "-c", f"{STARTED}{typed}true"),
             "talk": pool.submit(run_example, "sh", "-ec", STARTED + talk),
             "python": pool.submit(run_example, sys.executable, "-c", conversation),
             "unittest": pool.submit(run_example, *unittest_, **files),
@@ -8698,15 +8058,16 @@ class ExampleTest(unittest.TestCase):
             "step": pool.submit(run_example, "sh", "-ec", step),
         }
 
-    def output_of(self, name: str) -> str:
+    def output_of(self, name: str, needs: object = True) -> str:
+        if not needs:
+            self.skipTest("what it needs is not installed")
         status, output = self.examples[name].result()
         self.assertEqual(status, 0, output)
         return output
 
-    @NEEDS_CURL
     def test_each_command_prints_what_follows_it(self) -> None:
         name = re.compile("[0-9]{8}_[0-9]{6}_[0-9a-f]{32}")
-        outputs = self.examples["start"].result()[1].split("\nEND\n")
+        outputs = self.output_of("start", shutil.which("curl")).split("\nEND\n")
         expected = [shown for _, shown in sessions()]
         self.assertEqual(len(outputs), len(expected), outputs)
         self.assertGreater(len(expected), 1)
@@ -8715,50 +8076,38 @@ class ExampleTest(unittest.TestCase):
             matches = doctest.OutputChecker().check_output(wanted, given, doctest.ELLIPSIS)
             self.assertTrue(matches, printed)
 
-    @NEEDS_CURL
-    def test_two_inboxes_talk_in_the_shell(self) -> None:
-        patterns = re.findall('^"pattern": "(.*)"$', self.output_of("talk"), re.MULTILINE)
-        self.assertEqual(patterns, ["Announce Review", "Accept", "Tentatively Accept"])
-
-    def test_two_inboxes_talk_in_python(self) -> None:
-        self.assertNotIn("Traceback", self.output_of("python"))
-
-    def test_the_tests_pass_with_unittest(self) -> None:
-        self.assertIn("Ran 1 test", self.output_of("unittest"))
-
-    @unittest.skipUnless(importlib.util.find_spec("pytest"), "pytest is not installed")
-    def test_the_tests_pass_with_pytest(self) -> None:
-        self.assertIn("2 passed", self.output_of("pytest"))
-
-    @unittest.skipUnless(shutil.which("wget"), "wget is not installed")
-    def test_the_command_and_the_health_check_of_the_container_work(self) -> None:
-        self.assertIn("address     0.0.0.0 port 5005", self.output_of("container"))
-
-    @NEEDS_CURL
-    def test_the_step_of_ci_works(self) -> None:
-        self.assertIn('"pattern": "Request Review"', self.output_of("step"))
+    def test_the_others_do_what_they_show(self) -> None:
+        curl, wget = shutil.which("curl"), shutil.which("wget")
+        replies = ("Announce Review", "Accept", "Tentatively Accept")
+        for name, needs, expected in [
+            ("talk", curl, "".join(f'"pattern": "{reply}"\n' for reply in replies)),
+            ("step", curl, '"pattern": "Request Review"'),
+            ("container", wget, "address     0.0.0.0 port 5005"), ("python", True, ""),
+            ("unittest", True, "Ran 1 test"),
+            ("pytest", importlib.util.find_spec("pytest"), "2 passed"),
+        ]:  # fmt: skip
+            with self.subTest(name):
+                self.assertIn(expected, self.output_of(name, needs))
 
 
 class ShapeTest(unittest.TestCase):
     source = MODULE.read_text(encoding="utf-8")
+    sections = re.findall("^# --- (.*?) -+$", source, re.MULTILINE)
 
     def test_it_says_which_version_it_is(self) -> None:
         self.assertRegex(coarinbox.__version__, r"^[0-9]+\.[0-9]+\.[0-9]+$")
 
-    def test_its_head_names_the_sections_in_their_order(self) -> None:
-        sections = re.findall("^# --- (.*?) -+$", self.source, re.MULTILINE)
-        self.assertGreater(len(sections), 15)
-        lists = re.findall("^    [a-zA-Z ]+?   +([A-Z].*)$", coarinbox.__doc__ or "", re.MULTILINE)
-        self.assertEqual(", ".join(lists).split(", "), sections)
-
-    def test_its_head_defines_the_words_that_look_alike(self) -> None:
-        words = re.findall(r"\*(.*?)\*", coarinbox.__doc__ or "", re.DOTALL)
+    def test_its_head_names_the_sections_in_their_order_and_words_that_look_alike(self) -> None:
+        head = coarinbox.__doc__ or ""
+        self.assertGreater(len(self.sections), 15)
+        lists = re.findall("^    [a-zA-Z ]+?   +([A-Z].*)$", head, re.MULTILINE)
+        self.assertEqual(", ".join(lists).split(", "), self.sections)
+        words = re.findall(r"\*(.*?)\*", head, re.DOTALL)
         self.assertEqual(words, ["finding", "problem", "simulated failure", "bug"])
 
     def test_the_guide_for_contributors_names_the_sections_in_their_order(self) -> None:
         guide = (HERE / ".github/CONTRIBUTING.md").read_text(encoding="utf-8")
-        sections = re.findall("^# --- (.*?) -+$", self.source, re.MULTILINE)
-        self.assertEqual(re.findall(r"^\| ([A-Z].*?) \|", guide, re.MULTILINE), sections)
+        self.assertEqual(re.findall(r"^\| ([A-Z].*?) \|", guide, re.MULTILINE), self.sections)
         self.assertLessEqual(len(guide.splitlines()), 120)
 
     def test_no_function_is_longer_than_a_screen(self) -> None:
@@ -8770,14 +8119,13 @@ class ShapeTest(unittest.TestCase):
         self.assertGreater(len(lengths), 50)
         self.assertEqual({name: lines for name, lines in lengths.items() if lines > 40}, {})
 
+    @unittest.skipUnless(hasattr(sys, "stdlib_module_names"), "needs Python 3.10")
     def test_nothing_but_the_standard_library_is_imported(self) -> None:
         code = "import sys, coarinbox; print(*{name.partition('.')[0] for name in sys.modules})"
-        done = subprocess.run(
-            [sys.executable, "-S", "-c", code], cwd=HERE, capture_output=True, text=True, check=True
-        )
-        if sys.version_info >= (3, 10):
-            foreign = set(done.stdout.split()) - sys.stdlib_module_names - {"coarinbox", "__main__"}
-            self.assertEqual(foreign, set())
+        command = [sys.executable, "-S", "-c", code]
+        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True)
+        names = set(done.stdout.split())
+        self.assertEqual(names - sys.stdlib_module_names - {"coarinbox", "__main__"}, set())
 
 
 if __name__ == "__main__":
