@@ -2153,117 +2153,86 @@ class StallTest(InboxTest):
 # --- Storage -------------------------------------------------------------------------------------
 
 
+def beside(server: Any, **settings: Any) -> Any:
+    """Serve another inbox on the store of `server`."""
+    return serving(STORE_DIR=server.store.directory, **settings)
+
+
 class StorageTest(InboxTest):
     settings = {"FSYNC": True}
 
-    def test_a_file_holds_the_bytes_that_were_sent(self) -> None:
-        name = path_of(self.post().headers["Location"]).rpartition("/")[2]
-        self.assertEqual(files_in(self.server.store.directory), [name + ".json"])
-        path = pathlib.Path(self.server.store.directory, name + ".json")
-        self.assertEqual(path.read_bytes(), BODY)
-        other = path.with_name("other")
-        other.touch()
-        self.assertEqual(path.stat().st_mode, other.stat().st_mode)
+    @property
+    def directory(self) -> pathlib.Path:
+        return pathlib.Path(self.server.store.directory)
 
-    def test_names_are_the_time_and_unique(self) -> None:
-        before = time.gmtime()
-        names = [path_of(self.post().headers["Location"]).rpartition("/")[2] for _ in range(20)]
-        self.assertEqual(len(set(names)), 20)
-        for name in names:
+    def test_a_file_holds_the_bytes_that_were_sent(self) -> None:
+        name = self.post().headers["Location"].rpartition("/")[2]
+        self.assertEqual(files_in(self.directory), [f"{name}.json"])
+        file, other = self.directory / f"{name}.json", self.directory / "other"
+        other.touch()
+        self.assertEqual((file.read_bytes(), file.stat().st_mode), (BODY, other.stat().st_mode))
+
+    def test_a_201_means_that_it_is_listed_at_once_under_a_name_of_its_own(self) -> None:
+        before = time.gmtime()[:6]
+
+        def post_and_look(_: int) -> bool:
+            location = self.post().headers["Location"]
+            return location in self.listed() and self.ask("GET", path_of(location)).body == BODY
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            self.assertTrue(all(pool.map(post_and_look, range(40))))
+        names = self.stored()
+        self.assertEqual(len(names), 40)
+        for name in (names[0], names[-1]):
             moment = time.strptime(name[:15], "%Y%m%d_%H%M%S")
-            self.assertTrue(before[:6] <= moment[:6] <= time.gmtime()[:6])
+            self.assertTrue(before <= moment[:6] <= time.gmtime()[:6])
 
     def test_the_directory_is_the_only_truth(self) -> None:
-        directory = pathlib.Path(self.server.store.directory)
-        ours, other = "20200101_000000_" + "a" * 32, "20200101_000000_" + "b" * 32
-        (directory / f"{ours}.json").write_bytes(b"[dropped in]")
-        for stranger in (f".{other}.part", f"{other}.txt", "deliveries.jsonl", "README.json"):
-            (directory / stranger).write_bytes(BODY)
-        (directory / f"{other}.json").mkdir()
-        self.assertEqual([path_of(url) for url in self.listed()], [f"/inbox/{ours}"])
-        self.assertEqual(self.ask("GET", f"/inbox/{ours}").body, b"[dropped in]")
-        for method in ("GET", "DELETE"):
-            self.assert_problem(self.ask(method, f"/inbox/{other}"), 404)
-        (directory / f"{ours}.json").unlink()
-        self.assertEqual(self.listed(), [])
-        self.assert_problem(self.ask("GET", f"/inbox/{ours}"), 404)
+        names = [f"2020010{day}_000000_" + digit * 32 for day, digit in enumerate("fac", 1)]
+        for name in reversed(names):
+            (self.directory / f"{name}.json").write_bytes(b"[dropped in]")
+        strangers = [f".{names[0]}.part", f"{names[0]}.txt", "README.json"]
+        for stranger in [*strangers, "deliveries.jsonl"]:
+            (self.directory / stranger).write_bytes(BODY)
+        oldest_first = [f"/inbox/{name}" for name in names]
+        self.assertEqual([path_of(url) for url in self.listed()], oldest_first)
+        self.assertEqual(self.ask("GET", oldest_first[0]).body, b"[dropped in]")
+        (self.directory / f"{names[0]}.json").unlink()
+        self.assertEqual([path_of(url) for url in self.listed()], oldest_first[1:])
+        self.assert_problem(self.ask("GET", oldest_first[0]), 404)
+        self.assertEqual(self.ask("DELETE", "/inbox").status, 204)
+        self.assertCountEqual(os.listdir(self.directory), strangers)
 
     @unittest.skipUnless(hasattr(os, "mkfifo"), "this system has no named pipes")
     def test_what_is_planted_in_the_store_leads_nowhere(self) -> None:
-        directory = pathlib.Path(self.server.store.directory)
-        link, pipe = "20200101_000000_" + "a" * 32, "20200101_000000_" + "b" * 32
-        (directory / f"{link}.json").symlink_to(MODULE)
-        os.mkfifo(directory / f"{pipe}.json")
-        for name in (link, pipe):
+        for plant in (os.mkdir, os.mkfifo, functools.partial(os.symlink, MODULE)):
+            name = f"20200101_000000_{uuid.uuid4().hex}"
+            plant(self.directory / f"{name}.json")
             for method in ("GET", "DELETE"):
                 self.assert_problem(self.ask(method, f"/inbox/{name}"), 404)
         self.assertEqual(self.listed(), [])
 
-    def test_emptying_leaves_what_is_not_a_notification(self) -> None:
-        self.post()
-        other = pathlib.Path(self.server.store.directory, "notes.json")
-        other.write_text("{}")
-        self.assertEqual(self.ask("DELETE", "/inbox").status, 204)
-        self.assertEqual(os.listdir(self.server.store.directory), ["notes.json"])
-
     def test_a_store_that_was_deleted_is_made_anew(self) -> None:
         gone = path_of(self.post().headers["Location"])
-        shutil.rmtree(self.server.store.directory)
+        shutil.rmtree(self.directory)
         self.assertEqual(self.listed(), [])
         self.assert_problem(self.ask("GET", gone), 404)
         self.assertEqual(self.ask("DELETE", "/inbox").status, 204)
         self.assert_serves()
         self.assertEqual(len(self.listed()), 1)
 
-    def test_it_never_overwrites(self) -> None:
-        self.errors_expected = True
-        now, number = time.gmtime(0), bytes(16)  # so that the same name comes again
-        with unittest.mock.patch("time.gmtime", return_value=now):
-            with unittest.mock.patch("os.urandom", return_value=number):
-                location = self.post().headers["Location"]
-                self.assert_problem(self.post(OFFER), 500)
-        self.assertEqual(self.ask("GET", path_of(location)).body, BODY)
-        self.assertEqual(len(files_in(self.server.store.directory)), 1)
-
-    def test_a_201_means_that_it_is_listed_at_once(self) -> None:
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-
-            def post_and_look(_: int) -> bool:
-                location = self.post().headers["Location"]
-                return location in self.listed() and self.ask("GET", path_of(location)).body == BODY
-
-            self.assertTrue(all(pool.map(post_and_look, range(40))))
-
-    def test_two_inboxes_may_share_a_store(self) -> None:
-        with serving(STORE_DIR=self.server.store.directory) as other:
-            for server in (other, self.server):
-                path = path_of(ask(server, "POST", "/inbox", ACCEPT).headers["Location"])
-                for reader in (other, self.server):
-                    self.assertEqual(ask(reader, "GET", path).body, BODY)
-                    self.assertIn(path, ask(reader, "GET", "/inbox").body.decode())
-
-    def test_notifications_are_listed_oldest_first(self) -> None:
-        names = [
-            f"2020010{day}_000000_{digit * 32}" for day, digit in ((1, "f"), (2, "a"), (3, "c"))
-        ]
-        for name in reversed(names):
-            pathlib.Path(self.server.store.directory, f"{name}.json").write_bytes(BODY)
-        self.assertEqual([path_of(url) for url in self.listed()], [f"/inbox/{n}" for n in names])
-
-
-class SyncTest(InboxTest):
-    """The promise of FSYNC, on a disk whose answers we choose."""
-
-    settings = {"FSYNC": True}
-    errors_expected = True
-
-    @unittest.skipUnless(PROC, "counting descriptors needs /proc")
-    def test_it_leaves_no_descriptor_open(self) -> None:
-        self.post()
-        before = len(os.listdir("/proc/self/fd"))
-        for _ in range(20):
-            self.post()
-        self.assertLess(len(os.listdir("/proc/self/fd")), before + 10)
+    def test_another_inbox_may_have_the_same_store_and_log(self) -> None:
+        self.post(REFUSED)
+        with beside(self.server) as other:
+            servers = [self.server, other]
+            with concurrent.futures.ThreadPoolExecutor(4) as pool:
+                answers = pool.map(lambda each: ask(each, "POST", "/inbox", ACCEPT), servers * 20)
+            paths = {path_of(answer.headers["Location"]) for answer in answers}
+            for reader in servers:
+                listed = ask(reader, "GET", "/inbox").json()["ldp:contains"]
+                self.assertEqual({path_of(entry["@id"]) for entry in listed}, paths)
+                logged = ask(reader, "GET", "/deliveries").json()["deliveries"]
+                self.assertEqual([each["status"] for each in logged], [201] * 40 + [400])
 
     def test_before_a_201_the_file_and_its_name_have_reached_the_disk(self) -> None:
         synced = []
@@ -2278,29 +2247,22 @@ class SyncTest(InboxTest):
                 self.assertEqual(ask(other, "POST", "/inbox", ACCEPT).status, 201)
             self.assertEqual(len(synced), 2)
 
-    def test_a_disk_that_fails_leaves_nothing_behind(self) -> None:
-        for kind in (stat.S_IFREG, stat.S_IFDIR):
-            for number, status in ((errno.EIO, 500), (errno.ENOSPC, 507), (errno.EDQUOT, 507)):
-
-                def fsync(descriptor: int, kind: int = kind, number: int = number) -> None:
-                    if stat.S_IFMT(os.fstat(descriptor).st_mode) == kind:
-                        raise OSError(number, os.strerror(number))
-
-                with unittest.mock.patch("os.fsync", fsync):
-                    self.assert_problem(self.post(), status)
-                self.assertEqual(files_in(self.server.store.directory), [])
-
     def test_a_disk_without_hard_links_will_do(self) -> None:
         with unittest.mock.patch("os.link", side_effect=PermissionError(errno.EPERM, "no links")):
             location = self.post().headers["Location"]
         self.assertEqual(self.ask("GET", path_of(location)).body, BODY)
-        self.assertEqual(len(files_in(self.server.store.directory)), 1)
+        self.assertEqual(len(files_in(self.directory)), 1)
 
-    def test_what_is_on_its_way_to_the_disk_at_the_end_is_still_answered(self) -> None:
+    def test_while_a_file_is_synced_others_are_served_and_the_end_waits_for_it(self) -> None:
         released = threading.Event()
         with unittest.mock.patch("os.fsync", lambda _: released.wait(10)):
             with connect(self.server, post_to()) as syncing:
-                self.wait_until(lambda: bool(files_in(self.server.store.directory)))
+                self.wait_until(lambda: bool(files_in(self.directory)))
+                self.assertEqual(self.ask("GET", "/constraints").status, 200)
+                syncing.setblocking(False)
+                with self.assertRaises(BlockingIOError):
+                    syncing.recv(1)  # there is no answer yet
+                syncing.settimeout(10)
                 head = post_head("Content-Length: 9", "Expect: 100-continue")
                 with connect(self.server, head) as begun:
                     self.assertIn(b" 100 ", begun.recv(99))
@@ -2309,37 +2271,45 @@ class SyncTest(InboxTest):
                 released.set()
                 self.assertEqual(answer_on(syncing).status, 201)
 
-    def test_others_are_served_while_a_file_is_synced(self) -> None:
-        released = threading.Event()
-        with unittest.mock.patch("os.fsync", lambda _: released.wait(10)):
-            with concurrent.futures.ThreadPoolExecutor(1) as pool:
-                slow = pool.submit(self.ask, "POST", "/inbox", ACCEPT)
-                self.wait_until(lambda: bool(files_in(self.server.store.directory)))
-                self.assertEqual(self.ask("GET", "/constraints").status, 200)
-                self.assertFalse(slow.done())
-                released.set()
-                self.assertEqual(slow.result().status, 201)
-
 
 class BrokenStoreTest(InboxTest):
+    settings = {"FSYNC": True}
     errors_expected = True
 
+    def test_a_disk_that_fails_leaves_nothing_behind(self) -> None:
+        failures = ((errno.EIO, 500), (errno.ENOSPC, 507), (errno.EDQUOT, 507))
+        for kind, (number, status) in itertools.product((stat.S_IFREG, stat.S_IFDIR), failures):
+
+            def fsync(descriptor: int, kind: int = kind, number: int = number) -> None:
+                if stat.S_IFMT(os.fstat(descriptor).st_mode) == kind:
+                    raise OSError(number, os.strerror(number))
+
+            with unittest.mock.patch("os.fsync", fsync):
+                self.assert_problem(self.post(), status)
+            self.assertEqual(files_in(self.server.store.directory), [])
+
     def test_a_file_where_the_store_should_be(self) -> None:
-        directory = self.server.store.directory
+        directory, one = self.server.store.directory, "/inbox/20200101_000000_" + "a" * 32
         os.rmdir(directory)
         pathlib.Path(directory).write_text("in the way")
-        name = "20200101_000000_" + "a" * 32
-        code = errno.ENOTDIR
         for method, path in [
             ("POST", "/inbox"), ("GET", "/inbox"), ("GET", "/"), ("DELETE", "/inbox"),
-            ("GET", f"/inbox/{name}"), ("DELETE", f"/inbox/{name}"),
+            ("GET", one), ("DELETE", one),
         ]:  # fmt: skip
             with self.subTest(method, path=path):
                 answer = self.ask(method, path, BODY if method == "POST" else None)
-                problem = self.assert_problem(answer, 500)
-                self.assertEqual(problem["detail"], f"the store failed: {os.strerror(code)}")
+                reason = f"the store failed: {os.strerror(errno.ENOTDIR)}"
+                self.assertEqual(self.assert_problem(answer, 500)["detail"], reason)
         os.remove(directory)
         self.assert_serves()
+
+    def test_it_never_overwrites(self) -> None:
+        with unittest.mock.patch("time.gmtime", return_value=time.gmtime(0)):
+            with unittest.mock.patch("os.urandom", return_value=bytes(16)):
+                location = self.post().headers["Location"]
+                self.assert_problem(self.post(OFFER), 500)  # for it would have the same name
+        self.assertEqual(self.ask("GET", path_of(location)).body, BODY)
+        self.assertEqual(len(files_in(self.server.store.directory)), 1)
 
     def test_a_list_that_breaks_off_cannot_be_taken_for_a_whole_one(self) -> None:
         def select(*_: object) -> Iterator[tuple[coarinbox.Delivery, bytes]]:
@@ -2360,10 +2330,12 @@ class BrokenStoreTest(InboxTest):
     def test_a_disk_that_is_full_or_read_only(self) -> None:
         """On a tmpfs of 64 KiB, in a mount namespace of its own."""
         with tempfile.TemporaryDirectory() as directory:
-            script = f'mount -t tmpfs -o size=64k tmpfs {directory} && exec "$0" "$@"'
-            command = ["unshare", "--mount", "--map-root-user", "sh", "-c", script, sys.executable]
-            command += [str(MODULE), "--port", "0", "--store", f"{directory}/store"]
+            command = [*on_small_disk("size=64k", directory), "--store", f"{directory}/store"]
             with running(command) as inbox:
+
+                def listed() -> int:
+                    return len(inbox.ask("GET", "/inbox").json()["ldp:contains"])
+
                 large = json.dumps({**ACCEPT, "summary": "x" * 10_000}).encode()
                 answers = [inbox.ask("POST", "/inbox", large) for _ in range(20)]
                 stored = [answer.status for answer in answers].count(201)
@@ -2373,21 +2345,26 @@ class BrokenStoreTest(InboxTest):
                     self.assertEqual(inbox.ask("GET", path).body, large)
                 for answer in answers[stored:]:
                     self.assert_problem(answer, 507)
-                self.assertEqual(len(inbox.ask("GET", "/inbox").json()["ldp:contains"]), stored)
+                self.assertEqual(listed(), stored)
 
                 self.assertEqual(inbox.ask("DELETE", path).status, 204)
                 self.assertEqual(inbox.ask("POST", "/inbox", large).status, 201)
-
                 (newest, *_) = inbox.ask("GET", "/deliveries").json()["deliveries"]
                 self.assertEqual(newest["status"], 201)  # a torn line before it does no harm
                 self.assertEqual(inbox.ask("DELETE", "/inbox").status, 204)
-                inside = ["nsenter", "--user", "--mount", "--preserve-credentials"]
-                inside += ["--target", str(inbox.process.pid)]
+                inside = ["nsenter", "--user", "--mount", "--preserve-credentials", "--target"]
                 for mode, status in (("ro", 500), ("rw", 201)):
-                    remount = ["mount", "-o", f"remount,{mode}", directory]
+                    remount = [str(inbox.process.pid), "mount", "-o", f"remount,{mode}", directory]
                     subprocess.run(inside + remount, check=True, timeout=20)
                     self.assertEqual(inbox.ask("POST", "/inbox", ACCEPT).status, status)
-                self.assertEqual(len(inbox.ask("GET", "/inbox").json()["ldp:contains"]), 1)
+                self.assertEqual(listed(), 1)
+
+
+def on_small_disk(options: str, directory: Any) -> list[str]:
+    """Return the command line of an inbox for which a tmpfs is mounted on a directory."""
+    script = f'mount -t tmpfs -o {options} tmpfs {directory} && exec "$0" "$@"'
+    shell = ["unshare", "--mount", "--map-root-user", "sh", "-c", script]
+    return [*shell, sys.executable, str(MODULE), "--port", "0"]
 
 
 # --- Deliveries ----------------------------------------------------------------------------------
@@ -2396,6 +2373,8 @@ OFFER = NOTIFICATIONS["Request Review"]
 # Refused for two reasons, with a warning besides.
 REFUSED = changed(changed(OFFER, "origin", "https://r.example.org/"), "id", "offer-1")
 REFUSED = changed(REFUSED, "object.ietf:cite-as", ABSENT)
+HTML = {"Accept": "text/html"}
+LARGE = b"x" * 1_000_000  # ten of them are more than fits into the buffers of a connection
 
 
 class DeliveriesTest(InboxTest):
@@ -2411,12 +2390,14 @@ class DeliveriesTest(InboxTest):
     def deliveries(self, query: str = "") -> list[Any]:
         answer = self.ask("GET", f"/deliveries{query}")
         self.assertEqual(answer.status, 200, answer)
-        listed = answer.json()["deliveries"]
-        assert isinstance(listed, list)
-        return listed
+        return list(answer.json()["deliveries"])
 
     def statuses(self, query: str = "") -> list[int]:
         return [delivery["status"] for delivery in self.deliveries(query)]
+
+    def post_each(self, *documents: Any) -> None:
+        for document in documents:
+            self.post(document)
 
     def names(self, query: str = "") -> list[str]:
         return [delivery["name"] for delivery in self.deliveries(query)]
@@ -2432,6 +2413,7 @@ class DeliveryLogTest(DeliveriesTest):
             (post_to("", b'{"a":1}'), 400, "not a valid notification", '{"a":1}'),
             (post_to("", b"true"), 400, "not a valid notification", "true"),
             (post_to("", b"no"), 400, "not JSON", "no"),
+            (post_to("", b"\xff\x00"), 400, "not UTF-8", "/wA="),  # in base64
             (post_head("Content-Length: 9") + b"half", 400, "ended before the request", "half"),
             (post_head(CHUNKED) + b"4\r\nhalf\r\n5", 400, "ended before the request", "half"),
             (post_head("Content-Length: 1", "broken") + b"x", 400, "header line", None),
@@ -2449,15 +2431,15 @@ class DeliveryLogTest(DeliveriesTest):
             (post_to().replace(b"POST", b"PUT"), 405, "/inbox", BODY.decode()),
         ]  # fmt: skip
         for data, status, _, _ in attempts:
-            (answer,) = raw(self.server, data, "half-close")
-            self.assertEqual(answer.status, status, data)
+            self.assertEqual(self.ask_raw(data).status, status, data)
         lines = self.lines()
         self.assertEqual(len(lines), len(attempts))
+        self.assertEqual(self.stored(), [lines[0]["name"]])
         for line, (data, status, detail, body) in zip(lines, attempts):
             with self.subTest(data):
                 self.assertEqual(line["status"], status)
                 self.assertIn(detail, line["detail"])
-                self.assertEqual(line.get("body"), body)
+                self.assertEqual(line.get("body", line.get("body_base64")), body)
                 self.assertEqual(bool(line["headers"]), body is not None or status == 201)
 
     def test_a_client_that_breaks_off_has_a_line_too(self) -> None:
@@ -2472,150 +2454,82 @@ class DeliveryLogTest(DeliveriesTest):
         path = path_of(self.post().headers["Location"])
         for method, where in [
             ("GET", "/"), ("GET", "/inbox"), ("HEAD", path), ("GET", "/deliveries"),
-            ("OPTIONS", "/inbox"), ("PUT", path), ("DELETE", path), ("GET", "/nothing"),
+            ("OPTIONS", "/inbox"), ("OPTIONS", path), ("PUT", path), ("DELETE", path),
+            ("GET", "/nothing"),
         ]:  # fmt: skip
             self.ask(method, where, BODY if method == "PUT" else None)
         self.assertEqual(len(self.lines()), 1)
 
     def test_a_line_tells_all_about_a_refusal(self) -> None:
-        started = utc_now()
-        answer = self.post(REFUSED, User_Agent="tester/1", X_Twice="ö")
+        started, document = utc_now(), changed(REFUSED, "actor.name", "y" * 5_000)
+        body = json.dumps(document).encode()
+        head = post_head(f"Content-Length: {len(body)}", "X-Trace: a", "x-trace: b")
+        problem = self.assert_problem(self.ask_raw(head + body), 400)
         (line,) = self.lines()
-        problem = self.assert_problem(answer, 400)
         self.assertTrue(started <= line["time"] <= utc_now(), line["time"])
         self.assertRegex(line["name"], "^[0-9]{8}_[0-9]{6}_[0-9a-f]{32}$")
-        self.assertEqual(line["client"], "127.0.0.1")
-        self.assertEqual(line["target"], "/inbox")
-        self.assertEqual(line["headers"]["User-Agent"], "tester/1")
-        self.assertEqual(line["headers"]["Content-Type"], JSON_LD)
-        self.assertEqual(line["detail"], problem["detail"])
-        self.assertEqual(line["pattern"], "Request Review")
+        self.assertEqual(json.loads(line["body"]), document)
         self.assertEqual(len(problem["errors"]), 2)
-        key = operator.itemgetter("code")
-        findings = sorted(problem["errors"] + problem["warnings"], key=key)
-        self.assertEqual(sorted(line["findings"], key=key), findings)
-        self.assertEqual(json.loads(line["body"]), REFUSED)
-        about = {"id": "offer-1", "object.id": OFFER["object"]["id"]}
-        actor = {f"actor.{name}": OFFER["actor"][name] for name in ("id", "name")}
-        self.assertLessEqual({**about, **actor}.items(), line["about"].items())
+        code = operator.itemgetter("code")
+        findings = sorted(problem["errors"] + problem["warnings"], key=code)
+        self.assertEqual(sorted(line["findings"], key=code), findings)
+        for holder, expected in [
+            (line, {"client": "127.0.0.1", "target": "/inbox", "pattern": "Request Review",
+                    "detail": problem["detail"]}),
+            (line["headers"], {"Content-Type": JSON_LD, "X-Trace": "a, b"}),
+            (line["about"], {"id": "offer-1", "object.id": OFFER["object"]["id"],
+                             "actor.id": AUTHOR["id"], "actor.name": "y" * 1_000}),
+        ]:  # fmt: skip
+            self.assertLessEqual(expected.items(), holder.items())
 
-    def test_a_line_about_what_was_stored_has_its_name_and_not_its_body(self) -> None:
-        location = self.post().headers["Location"]
-        (line,) = self.lines()
-        self.assertEqual(path_of(location), "/inbox/" + line["name"])
-        self.assertNotIn("body", line)
-
-    def test_a_body_that_is_no_text_is_kept_as_it_came(self) -> None:
-        self.post(b"\xff\x00")
-        (line,) = self.lines()
-        self.assertEqual(base64.b64decode(line["body_base64"]), b"\xff\x00")
-        self.assertNotIn("body", line)
-        self.assertEqual(self.deliveries(), [line])
-
-    def test_secrets_are_masked(self) -> None:
-        more = {"Proxy-Authorization": "Basic s3cret"}
-        self.post(Authorization="Bearer s3cret", Cookie="session=s3cret", **more)
-        self.post(authorization="Basic s3cret")
+    def test_secrets_are_masked_even_where_the_request_is_malformed(self) -> None:
+        secrets = ("Authorization: Bearer s3cret", "Cookie: session=s3cret",
+                   "authorization: Basic s3cret", "Proxy-Authorization: Basic s3cret")  # fmt: skip
+        malformed = ("Authorization : Bearer s3cret", "X: y\r\n s3cret", "Authorization: s3cret\a")
+        requests = [post_head("Content-Length: 0", line) for line in secrets + malformed]
+        requests += [post_head("Authorization: s3cret")[:-4]]
+        requests += [post_head().replace(b"/inbox", b"http://me:s3cret@localhost/inbox")]
+        for request in requests:
+            self.assertNotIn(b"s3cret", self.ask_raw(request).body)
         self.assertNotIn(b"s3cret", self.path.read_bytes())
-        self.assertEqual(self.path.read_bytes().count(b"\n"), 2)  # and no empty lines
+        self.assertEqual(self.path.read_bytes().count(b"\n"), len(requests))  # no empty lines
         self.assertEqual(self.lines()[0]["headers"]["Authorization"], "(masked)")
-
-    def test_secrets_do_not_leak_through_what_is_malformed(self) -> None:
-        for line in (
-            "Authorization : Bearer s3cret",
-            "X: y\r\n s3cret",
-            "Authorization: s3cret\x07",
-        ):
-            (answer,) = raw(self.server, post_head("User-Agent: tester", line), "half-close")
-            self.assertEqual(answer.status, 400)
-            self.assertNotIn(b"s3cret", answer.body)
-        raw(self.server, post_head("Authorization: s3cret")[:-4], "half-close")
-        whole_url = post_head().replace(b"/inbox", b"http://me:s3cret@localhost/inbox")
-        raw(self.server, whole_url, "half-close")
-        self.assertEqual(len(self.lines()), 5)
-        self.assertNotIn(b"s3cret", self.path.read_bytes())
-
-    def test_long_texts_do_not_make_it_longer(self) -> None:
-        self.assertEqual(self.post({**OFFER, "id": "urn:x:" + "y" * 5_000}).status, 201)
-        (line,) = self.lines()
-        self.assertEqual(len(line["about"]["id"]), coarinbox.ABOUT_LENGTH)
-
-    def test_headers_of_one_name_are_joined(self) -> None:
-        raw(self.server, post_head("X-Trace: a", "x-trace: b", "Content-Length: 0"), "half-close")
-        self.assertEqual(self.lines()[0]["headers"]["X-Trace"], "a, b")
-
-    def test_a_restart_forgets_nothing(self) -> None:
-        self.post()
-        self.post(REFUSED)
-        before = self.deliveries()
-        self.assertEqual([delivery["status"] for delivery in before], [400, 201])
-        with serving(STORE_DIR=self.server.store.directory) as again:
-            self.assertEqual(ask(again, "GET", "/deliveries").json()["deliveries"], before)
 
     def test_lines_that_cannot_be_read_are_passed_over(self) -> None:
         self.post(REFUSED)
-        (good,) = self.lines()
+        (good,), line = self.lines(), self.path.read_bytes()
         bad: list[Any] = [None, [], 1, "", {}, {**good, "name": good["name"] + "\ndata: x"}]
         bad += [{**good, "name": "\ud800"}, {**good, "headers": {"a": math.nan}}]
         bad += [{**good, "status": "400"}, {**good, "body_base64": "?", "body": 5}]
-        torn = [b"", b"{", b"\xff", b"\0" * 9, b"[" * 99_999, json.dumps(good).encode()[:-9]]
-        with self.path.open("ab") as file:
-            file.write(b"\n".join([*(json.dumps(entry).encode() for entry in bad), *torn]))
-        self.post(REFUSED)
-        self.assertEqual(self.statuses(), [400, 400])
-
-    def test_a_member_that_is_missing_or_strange_does_no_harm(self) -> None:
-        self.post(REFUSED)
-        (good,) = self.lines()
-        shorter = {name: good[name] for name in ("name", "status", "findings")}
-        self.path.write_text(json.dumps({**shorter, "stranger": 5}))
-        self.assertEqual(self.statuses(), [400])
-        path = f"/deliveries/{good['name']}"
-        delivery = self.ask("GET", path).json()
-        self.assertEqual((delivery["status"], delivery["about"]), (400, {}))
-        self.path.write_text(json.dumps({**good, "body": "half a pair: \ud800"}))
-        self.assertEqual(self.ask("GET", f"{path}/body").body, b"half a pair: ?")
+        torn = [b"", b"{", b"\xff", b"\0" * 9, b"[" * 99_999, line[:1], line[:-9]]
+        for end in (b"{", line[:-9], line[:-1]):  # of a line that another process may complete
+            before = b"\n".join([*(json.dumps(entry).encode() for entry in bad), *torn, end])
+            self.path.write_bytes(before)
+            count = len(self.deliveries())
+            self.post(ACCEPT)
+            self.assertEqual(self.statuses(), [201] + [400] * count)
+            self.assertTrue(self.path.read_bytes().startswith(before))
+            self.assertEqual(count, int(end == line[:-1]))
 
     def test_no_line_that_somebody_edited_breaks_a_page(self) -> None:
         self.post(REFUSED)
         (good,) = self.lines()
         strange: Any = (None, True, -1e99, "\ud800", [], [None], {"a": 1}, [{}])
-        edited = [{**good, member: value} for member in good for value in strange]
-        for member in good["findings"][0]:
-            findings = [[{**good["findings"][0], member: value}] for value in strange]
-            edited += [{**good, "findings": each} for each in findings]
-        self.assertGreater(len(edited), 100)
-        for line in edited:
-            self.path.write_text(json.dumps(line))
-            for path in ("/?q=x", "/deliveries", f"/deliveries/{good['name']}"):
-                status = self.ask("GET", path, headers=HTML).status
-                self.assertIn(status, (200, 404), (path, line))
-
-    def test_a_torn_line_does_not_spoil_the_next_one(self) -> None:
-        self.post()
-        whole = self.path.read_bytes()
-        for length in (1, len(whole) // 2, len(whole) - 1):
-            torn = whole + whole[:length]
-            self.path.write_bytes(torn)
-            before = len(self.deliveries())
-            self.post(REFUSED)
-            self.assertEqual(len(self.deliveries()), before + 1)
-            self.assertEqual(self.deliveries()[0]["status"], 400)
-            self.assertTrue(self.path.read_bytes().startswith(torn))  # others may still write it
-
-    def test_a_log_that_was_deleted_begins_anew(self) -> None:
-        self.post()
-        self.path.unlink()
-        self.assertEqual(self.deliveries(), [])
-        self.post(REFUSED)
-        self.assertEqual(self.statuses(), [400])
-
-    def test_emptying_the_inbox_forgets_the_deliveries(self) -> None:
-        self.post()
-        self.post(REFUSED)
-        self.assertEqual(self.ask("DELETE", "/inbox").status, 204)
-        self.assertEqual(self.deliveries(), [])
-        self.assertEqual(self.ask("DELETE", "/inbox").status, 204)
+        edited: list[Any] = [{member: value} for member in good for value in strange]
+        for member, value in itertools.product(good["findings"][0], strange):
+            edited.append({"findings": [{**good["findings"][0], member: value}]})
+        lines = [{**good, "name": f"20200101_000000_{number:032}", **change}
+                 for number, change in enumerate(edited)]  # fmt: skip
+        lines += [{"name": "20200101_000000_" + "a" * 32, "status": 400, "findings": []}]
+        lines += [{**good, "body": "half a pair: \ud800"}]
+        self.path.write_text("\n".join(map(json.dumps, lines)))
+        pages = ["/?q=x&limit=1000", "/deliveries"]
+        pages += [f"/deliveries/{name}" for name in self.names()]
+        self.assertGreater(len(lines), 100)
+        for page in pages:
+            self.assertEqual(self.ask("GET", page, headers=HTML).status, 200, page)
+        body = self.ask("GET", f"/deliveries/{good['name']}/body").body
+        self.assertEqual(body, b"half a pair: ?")
 
     def test_what_is_stored_while_the_inbox_is_emptied_has_its_line(self) -> None:
         for number in range(300):
@@ -2629,29 +2543,18 @@ class DeliveryLogTest(DeliveriesTest):
 
     def test_the_lines_are_in_the_order_of_their_times(self) -> None:
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            pool.map(lambda _: self.post(REFUSED), range(200))
+            pool.map(lambda _: self.post(b"no"), range(100))
         times = [line["time"] for line in self.lines()]
-        self.assertEqual(len(times), 200)
+        self.assertEqual(len(times), 100)
         self.assertEqual(times, sorted(times))
 
-    def test_two_inboxes_may_share_a_log(self) -> None:
-        with serving(STORE_DIR=self.server.store.directory) as other:
-            with concurrent.futures.ThreadPoolExecutor(4) as pool:
-                servers = [self.server, other] * 20
-                pool.map(lambda server: ask(server, "POST", "/inbox", REFUSED), servers)
-            self.assertEqual(len(self.lines()), 40)
-            self.assertEqual(
-                ask(other, "GET", "/deliveries").json()["deliveries"], self.deliveries()
-            )
-
     def test_memory_does_not_grow_with_the_log(self) -> None:
-        """The log begins with 1 GiB of nothing, which takes no room on the disk."""
+        """The log begins with 256 MiB of nothing, which takes no room on the disk."""
         with self.path.open("wb") as file:
-            file.truncate(2**30)
+            file.truncate(2**28)
             file.seek(0, os.SEEK_END)
             file.write(b"\n")
-        for _ in range(60):
-            self.post(REFUSED)
+        self.post_each(*[b"no"] * 60)
         tracemalloc.start()
         self.addCleanup(tracemalloc.stop)
         newest = self.names("?limit=1")[0]
@@ -2660,75 +2563,41 @@ class DeliveryLogTest(DeliveriesTest):
         with Listener(self.server, f"/deliveries?since={newest}"):
             self.assertLess(tracemalloc.get_traced_memory()[1], 100_000_000)
 
-    def test_a_body_that_was_removed_is_missing(self) -> None:
-        path = path_of(self.post().headers["Location"])
-        body = path.replace("/inbox/", "/deliveries/") + "/body"
-        self.assertEqual(self.ask("GET", body).body, BODY)
-        self.assertEqual(self.ask("DELETE", path).status, 204)
-        problem = self.assert_problem(self.ask("GET", body), 404)
-        self.assertIn("no longer stored", problem["detail"])
-
     def test_of_a_long_conversation_the_newest_are_shown_and_what_they_answer(self) -> None:
-        for document in (OFFER, *[ACCEPT] * 60):
-            self.post(document)
+        self.post_each(OFFER, *[ACCEPT] * 60)
         names = self.names()
         page = self.ask("GET", f"/deliveries/{names[0]}", headers=HTML).body.decode()
         self.assertEqual([name for name in names if name in page], [*names[:50], names[-1]])
 
-
-class DeliveryLogFaultTest(DeliveriesTest):
-    errors_expected = True
-
-    def test_a_log_that_cannot_be_written_is_no_reason_to_refuse(self) -> None:
-        self.path.mkdir()
-        self.assert_serves()
-        self.assertEqual(len(self.stored()), 1)
-        self.assertIn("a delivery could not be logged", "\n".join(self.log_lines()))
-        self.assert_problem(self.ask("GET", "/deliveries"), 500)
-        for path in ("/deliveries", "/", f"/inbox/{self.stored()[0]}"):
-            self.assertEqual(self.ask("GET", path, headers=HTML).status, 500)
-        self.path.rmdir()
-        self.assert_serves()
-        self.assertEqual(self.statuses(), [201])
-
-    def test_listeners_outlast_a_log_that_cannot_be_read(self) -> None:
-        with unittest.mock.patch.multiple("coarinbox", RECHECK=0.02, GATHER=0):
-            with Listener(self.server) as listener:
-                self.path.mkdir()
-                reported = "the log of deliveries cannot be read"
-                self.wait_until(lambda: reported in "".join(self.log_lines()))
-                self.path.rmdir()
-                self.assert_serves()
-                self.assertEqual(listener.event().data["status"], 201)
-
     @unittest.skipUnless(hasattr(os, "mkfifo"), "this system has no named pipes")
-    def test_what_is_planted_in_its_place_leads_nowhere(self) -> None:
-        elsewhere = self.path.with_name("elsewhere")
-        for plant in (lambda: os.mkfifo(self.path), lambda: self.path.symlink_to(elsewhere)):
-            plant()  # type: ignore[no-untyped-call]
+    def test_a_log_that_cannot_be_written_is_no_reason_to_refuse(self) -> None:
+        self.errors_expected, elsewhere = True, self.path.with_name("elsewhere")
+        plants: list[tuple[Any, Any]] = [(os.mkdir, os.rmdir), (os.mkfifo, os.unlink)]
+        plants.append((functools.partial(os.symlink, elsewhere), os.unlink))
+        for plant, remove in plants:
+            plant(self.path)
             self.assert_serves()
             self.assert_problem(self.ask("GET", "/deliveries"), 500)
-            self.path.unlink()
+            for path in ("/deliveries", "/", f"/inbox/{self.stored()[0]}"):
+                self.assertEqual(self.ask("GET", path, headers=HTML).status, 500)
+            remove(self.path)
+        self.assertEqual(len(self.stored()), 3)
+        self.assertIn("a delivery could not be logged", "\n".join(self.log_lines()))
         self.assertFalse(elsewhere.exists())
-
-
-HTML = {"Accept": "text/html"}
+        self.assert_serves()
+        self.assertEqual(self.statuses()[0], 201)
 
 
 class QueryTest(DeliveriesTest):
     def setUp(self) -> None:
         super().setUp()
-        self.post(ACCEPT)
-        self.post(REFUSED)
-        self.post("ungültig".encode("latin-1"))
-        self.post(changed(OFFER, "origin.id", "https://Ünïcode.example.org/"))
+        unicode = changed(OFFER, "origin.id", "https://Ünïcode.example.org/")
+        self.post_each(ACCEPT, REFUSED, "ungültig".encode("latin-1"), unicode)
 
-    def test_the_newest_come_first(self) -> None:
-        self.assertEqual(self.statuses(), [201, 400, 400, 201])
-        self.assertEqual(self.names(), [line["name"] for line in reversed(self.lines())])
-
-    def test_each_parameter_selects(self) -> None:
+    def test_each_parameter_selects_and_the_newest_come_first(self) -> None:
         names = self.names()
+        self.assertEqual(self.statuses(), [201, 400, 400, 201])
+        self.assertEqual(names, [line["name"] for line in reversed(self.lines())])
         for query, expected in [
             ("limit=2", [0, 1]), ("limit=1000", [0, 1, 2, 3]),
             ("status=400", [1, 2]), ("status=4xx", [1, 2]), ("status=2xx", [0, 3]),
@@ -2736,8 +2605,6 @@ class QueryTest(DeliveriesTest):
             ("pattern=Accept", [3]), ("pattern=Request+Review", [0, 2]), ("pattern=Reject", []),
             (f"since={names[2]}", [0, 1]), (f"since={names[0]}", []),
             ("since=20200101_000000_" + "0" * 32, [0, 1, 2, 3]),
-            ("since=2020-01-01", [0, 1, 2, 3]), ("since=2020-01-01T00:00Z", [0, 1, 2, 3]),
-            (f"since={self.deliveries()[0]['time']}", None), ("since=2999-01-01T00:00:00Z", []),
             (f"before={names[1]}", [2, 3]), (f"before={names[3]}", []),
             (f"before={names[0]}&since={names[3]}&status=400&limit=1", [1]),
             ("q=", [0, 1, 2, 3]), ("limit=&status=&pattern=&since=&before=&q=", [0, 1, 2, 3]),
@@ -2746,21 +2613,16 @@ class QueryTest(DeliveriesTest):
             ("q=%C3%9CN%C3%AFCODE", [0]), (f"q={names[3]}", [3]), ("q=request+review", [0, 2]),
         ]:  # fmt: skip
             with self.subTest(query):
-                selected = self.names(f"?{query}")
-                if expected is None:  # the clock may not have moved between two of them
-                    self.assertEqual(selected, names[: len(selected)])
-                    self.assertTrue(selected)
-                else:
-                    self.assertEqual(selected, [names[index] for index in expected])
+                self.assertEqual(self.names(f"?{query}"), [names[index] for index in expected])
 
     def test_a_time_selects_from_then_on(self) -> None:
         times = "2026-01-31T11:59:59.999Z", "2026-01-31T12:00:00.000Z", "2026-01-31T12:00:00.001Z"
         lines = [{**line, "time": moment} for line, moment in zip(self.lines(), times)]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         for since, count in [
-            ("2026-01-31", 3), ("2026-01-31T12:00Z", 2), ("2026-01-31T12:00:00Z", 2),
-            ("2026-01-31T12:00:00.000Z", 2), ("2026-01-31T12:00:00.001Z", 1),
-            ("2026-01-31T12:00:01Z", 0), ("2026-02-01", 0),
+            ("2020-01-01", 3), ("2026-01-31", 3), ("2026-01-31T12:00Z", 2),
+            ("2026-01-31T12:00:00Z", 2), ("2026-01-31T12:00:00.000Z", 2),
+            ("2026-01-31T12:00:00.001Z", 1), ("2026-01-31T12:00:01Z", 0), ("2026-02-01", 0),
         ]:  # fmt: skip
             self.assertEqual(len(self.names(f"?since={since}")), count, since)
         for day, count in [("2026-01-31", 3), ("2026-01-30", 0), ("", 3)]:
@@ -2785,12 +2647,18 @@ class QueryTest(DeliveriesTest):
                     problem = self.assert_problem(self.ask("GET", f"{path}?{query}"), 400)
                     self.assertIn(expected, problem["detail"])
 
-    def test_a_single_one_can_be_had_by_its_name(self) -> None:
+    def test_a_single_one_and_its_body_can_be_had_by_its_name(self) -> None:
         for delivery in self.deliveries():
             self.assertEqual(self.ask("GET", f"/deliveries/{delivery['name']}").json(), delivery)
+        stored = delivery["name"]
+        self.assert_problem(self.ask("DELETE", f"/deliveries/{stored}"), 405)
         unknown = "20200101_000000_" + "0" * 32
-        self.assert_problem(self.ask("GET", f"/deliveries/{unknown}"), 404)
-        self.assert_problem(self.ask("DELETE", f"/deliveries/{delivery['name']}"), 405)
+        problem = self.assert_problem(self.ask("GET", f"/deliveries/{unknown}"), 404)
+        self.assertIn("may have been removed", problem["detail"])
+        self.assertEqual(self.ask("GET", f"/deliveries/{stored}/body").body, BODY)
+        self.assertEqual(self.ask("DELETE", f"/inbox/{stored}").status, 204)
+        problem = self.assert_problem(self.ask("GET", f"/deliveries/{stored}/body"), 404)
+        self.assertIn("no longer stored", problem["detail"])
 
 
 class Event(NamedTuple):
@@ -2817,11 +2685,9 @@ class Listener:
     def event(self) -> Event:
         """Wait for the next event."""
         for _ in range(1000):  # there is a comment at each heartbeat
-            lines = list(iter(self.stream.readline, b"\n"))
-            fields = dict(
-                line.decode().rstrip("\n").split(": ", 1) for line in lines if line != b":\n"
-            )
-            if fields:
+            lines = [line.decode() for line in iter(self.stream.readline, b"\n") if line != b":\n"]
+            if lines:
+                fields = dict(line.rstrip("\n").split(": ", 1) for line in lines)
                 return Event(fields["id"], json.loads(fields["data"]))
         raise AssertionError("no event came")
 
@@ -2829,14 +2695,6 @@ class Listener:
         """Wait for the next comment, which comes when there is nothing new."""
         while self.stream.readline() != b":\n":
             pass
-
-    def ends(self) -> bool:
-        """Read on; returns whether the stream ends as it should, not cut off."""
-        try:
-            self.stream.read()
-        except http.client.IncompleteRead:
-            return False
-        return True
 
 
 class EventsTest(DeliveriesTest):
@@ -2852,16 +2710,15 @@ class EventsTest(DeliveriesTest):
         self.assertEqual(listener.stream.status, 200)
         return listener
 
-    def test_the_end_of_the_inbox_ends_the_stream(self) -> None:
-        idle, slow = self.listen(), self.listen()
-        for _ in range(10):  # more than fits into the buffers of a connection
-            self.post(b"x" * 1_000_000)
-        for listener in (idle, slow):
-            for _ in range(10):
-                self.assertEqual(listener.event().data["status"], 400)
-        self.server.stop()
-        for listener in (idle, slow):
-            self.assertTrue(listener.ends())
+    def test_deliveries_come_as_they_are_answered_and_may_be_selected(self) -> None:
+        self.post()  # before anybody listens
+        listener, selective = self.listen(), self.listen("/deliveries?status=4xx&q=JSON")
+        self.assertEqual(listener.stream.headers["Content-Type"], "text/event-stream")
+        for document in (ACCEPT, REFUSED, b"no"):
+            self.post(document)
+            newest = self.deliveries()[0]
+            self.assertEqual(listener.event(), Event(newest["name"], newest))
+        self.assertEqual(selective.event().id, newest["name"])
 
     def test_a_line_that_is_just_being_written_comes_when_it_is_whole(self) -> None:
         self.post(OFFER)
@@ -2873,58 +2730,29 @@ class EventsTest(DeliveriesTest):
             log.write(line[99:])
             self.assertEqual(listener.event().data, json.loads(line))
 
-    def test_deliveries_come_as_they_are_answered(self) -> None:
-        self.post()  # before anybody listens
-        listener = self.listen()
-        self.assertEqual(listener.stream.headers["Content-Type"], "text/event-stream")
-        for document in (ACCEPT, REFUSED, b"no"):
-            self.post(document)
-            newest = self.deliveries()[0]
-            self.assertEqual(listener.event(), Event(newest["name"], newest))
-
     def test_a_client_that_comes_back_misses_nothing(self) -> None:
-        with self.listen() as listener:
-            self.post()
-            last = listener.event().id
-        missed = [self.post(REFUSED).status for _ in range(3)]
-        with serving(STORE_DIR=self.server.store.directory) as again:
-            with Listener(again, Last_Event_ID=last) as back:
-                self.assertEqual([back.event().data["status"] for _ in missed], missed)
-                ask(again, "POST", "/inbox", ACCEPT)
-                self.assertEqual(back.event().data["status"], 201)
-
-    def test_the_last_event_counts_more_than_the_url(self) -> None:
-        for _ in range(3):
-            self.post()
-        third, second, first = self.names()
-        path = f"/deliveries?since={first}"
-        self.assertEqual(self.listen(path).event().id, second)
-        self.assertEqual(self.listen(path, Last_Event_ID=second).event().id, third)
-
-    def test_an_id_that_nobody_knows_brings_everything(self) -> None:
-        self.post()
-        self.post()
-        for last in ("20200101_000000_" + "0" * 32, "?", "2020-01-01"):
-            listener = self.listen(Last_Event_ID=last)
-            self.assertEqual([listener.event().id, listener.event().id], self.names()[::-1])
-
-    def test_they_may_be_selected(self) -> None:
-        listener = self.listen("/deliveries?status=4xx&q=JSON")
-        for document in (ACCEPT, REFUSED, b"no"):
-            self.post(document)
-        self.assertEqual(listener.event().id, self.names()[0])
+        """The last event counts more than the URL, and an unknown one brings everything."""
+        self.post_each(ACCEPT, REFUSED, b"no")
+        names = self.names()[::-1]
+        with beside(self.server) as again:
+            for since, last, start in [
+                ("", names[0], 1), (names[0], "", 1), (names[0], names[1], 2),
+                ("", "?", 0), ("", "2020-01-01", 0), ("", "20200101_000000_" + "0" * 32, 0),
+            ]:  # fmt: skip
+                headers = {"Last_Event_ID": last} if last else {}
+                with Listener(again, f"/deliveries?since={since}", **headers) as back:
+                    self.assertEqual([back.event().id for _ in names[start:]], names[start:])
+                    ask(again, "POST", "/inbox", ACCEPT)
+                    names.append(back.event().id)
 
     def test_a_log_that_begins_anew_is_followed_from_its_beginning(self) -> None:
-        for _ in range(3):
-            self.post()
+        self.post_each(*[ACCEPT] * 3)
         listener = self.listen()
         for forget in (self.path.unlink, lambda: self.ask("DELETE", "/inbox")):
             forget()
-            expected: list[str] = []
-            for _ in range(5):  # longer than the one before
-                self.post(REFUSED)
-                expected.insert(0, self.names()[0])
-            self.assertEqual([listener.event().id for _ in range(5)], expected[::-1])
+            self.assertEqual(self.deliveries(), [])
+            self.post_each(*[REFUSED] * 5)  # longer than the one before
+            self.assertEqual([listener.event().id for _ in range(5)], self.names()[::-1])
 
     def test_what_comes_while_the_log_is_read_comes_at_once(self) -> None:
         read_news, begun, posted = coarinbox.read_news, threading.Event(), threading.Event()
@@ -2942,81 +2770,52 @@ class EventsTest(DeliveriesTest):
             posted.set()
             self.assertEqual(listener.event().data["status"], 201)
 
-    def test_one_that_comes_while_the_log_is_read_misses_nothing(self) -> None:
-        """Its beginning is sought before the log is read for others, and known afterwards."""
-        self.post()
-        read_news, log = coarinbox.read_news, self.server.deliveries
-        place_after = log.place_after
-        begun, others, joined = threading.Event(), threading.Event(), threading.Event()
-
-        def place_later(query: coarinbox.Query) -> Iterator[Any]:
-            begun.set()
-            self.assertTrue(others.wait(10))
-            yield from place_after(query)
-
-        def read_slowly(*arguments: Any) -> Any:
-            if others.is_set():
-                self.assertTrue(joined.wait(10))
-            return read_news(*arguments)
-
-        self.listen()
-        with unittest.mock.patch("coarinbox.read_news", read_slowly):
-            with unittest.mock.patch.object(log, "place_after", place_later):
-                with concurrent.futures.ThreadPoolExecutor(1) as pool:
-                    late = pool.submit(self.listen, "/deliveries?since=2020-01-01")
-                    self.assertTrue(begun.wait(10))
-                    self.post(REFUSED)
-                    others.set()
-                    listener = late.result()
-            self.ask("GET", "/health")  # by now it is among the listeners
-            joined.set()
-            self.assertEqual([listener.event().id for _ in range(2)], self.names()[::-1])
-
-    def test_what_another_inbox_on_the_same_store_gets_comes_too(self) -> None:
-        listener = self.listen()
-        with serving(STORE_DIR=self.server.store.directory) as other:
-            ask(other, "POST", "/inbox", ACCEPT)
-        self.assertEqual(listener.event().data["status"], 201)
+    def test_one_that_comes_while_others_are_served_misses_nothing(self) -> None:
+        with unittest.mock.patch("coarinbox.RECHECK", 60):
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                pool.submit(self.post_each, *[b"no"] * 100)
+                listeners = [self.listen("/deliveries?since=2020-01-01") for _ in range(20)]
+            names = self.names()[::-1]
+            for listener in listeners:
+                self.assertEqual([listener.event().id for _ in names], names)
 
     def test_between_heartbeats_only_what_is_new_is_sent(self) -> None:
         with unittest.mock.patch("coarinbox.HEARTBEAT", 60):
             listener = self.listen()
             listener.comment()
-            with serving(STORE_DIR=self.server.store.directory) as other:
+            with beside(self.server) as other:
                 ask(other, "POST", "/inbox", ACCEPT)
             self.assertEqual(listener.stream.readline(), b"\n")  # the end of the comment
             self.assertRegex(listener.stream.readline(), b"^id: ")
 
-    def test_one_that_stops_reading_costs_nobody_anything(self) -> None:
-        deaf = [self.listen() for _ in range(5)]
-        large = changed(REFUSED, "summary", "x" * 900_000)
-        listener = self.listen()
-        for _ in range(10):  # more than fits into the buffers of a connection
-            self.assertEqual(self.post(large).status, 400)
-            self.assertEqual(listener.event().data["status"], 400)
-        self.assertEqual(len(deaf), 5)
+    def test_one_that_does_not_read_holds_up_nobody_and_gets_everything(self) -> None:
+        with beside(self.server, REQUEST_TIMEOUT=0.1) as server:
+            with Listener(server) as quick, Listener(server) as slow:
+                started = time.monotonic()
+                while time.monotonic() < started + 0.15:  # a stream has no end that could be late
+                    quick.comment()
+                for _ in range(10):
+                    self.assertEqual(self.post(LARGE).status, 400)
+                    self.assertEqual(quick.event().data["status"], 400)
+                self.assertEqual([slow.event().data["status"] for _ in range(10)], [400] * 10)
+                server.stop()
+                for listener in (quick, slow):
+                    listener.stream.read()  # which fails if the end is cut off
 
-    def test_one_that_reads_slowly_gets_everything(self) -> None:
-        large = changed(REFUSED, "summary", "x" * 900_000)
-        impatient = serving(STORE_DIR=self.server.store.directory, REQUEST_TIMEOUT=0.2)
-        with impatient as server, Listener(server) as listener:
-            started = time.monotonic()
-            while time.monotonic() < started + 0.25:  # a stream has no end that could be late
-                listener.comment()
-            for _ in range(10):
-                self.assertEqual(self.post(large).status, 400)
-            for _ in range(10):
-                self.assertEqual(listener.event().data["status"], 400)
+    def test_listeners_outlast_a_log_that_cannot_be_read(self) -> None:
+        self.errors_expected, listener = True, self.listen()
+        self.path.mkdir()
+        reported = "the log of deliveries cannot be read"
+        self.wait_until(lambda: reported in "".join(self.log_lines()))
+        self.path.rmdir()
+        self.assert_serves()
+        self.assertEqual(listener.event().data["status"], 201)
 
     def test_one_that_leaves_is_forgotten(self) -> None:
         with self.listen():
             self.assertEqual(len(self.server.connections), 1)
         self.wait_until(lambda: not self.server.connections)
         self.assertFalse([line for line in self.log_lines() if "lost" in line])
-
-    def test_head_is_told_what_there_is(self) -> None:
-        answer = self.ask("HEAD", "/deliveries", headers={"Accept": "text/event-stream"})
-        self.assertEqual(answer.headers["Content-Type"], "text/event-stream")
 
     def test_clients_that_can_read_both_get_what_they_prefer(self) -> None:
         for accept, kind in [
@@ -3027,35 +2826,23 @@ class EventsTest(DeliveriesTest):
             answer = self.ask("HEAD", "/deliveries", headers={"Accept": accept})
             self.assertEqual(answer.headers["Content-Type"], kind, accept)
 
-
-class CrowdTest(DeliveriesTest):
-    settings = {"MAX_CONNECTIONS": 2}
-
-    def test_listeners_make_room_for_deliveries(self) -> None:
-        with Listener(self.server), Listener(self.server):
-            self.assert_serves()
-
-    def test_one_that_was_slow_once_makes_room_like_any_other(self) -> None:
-        large = changed(REFUSED, "summary", "x" * 900_000)
-        for _ in range(12):  # more than fits into the buffers of a connection
-            self.post(large)
-        earlier = f"/deliveries?since={self.names()[-1]}"
-        with Listener(self.server, earlier) as first, Listener(self.server, earlier) as second:
-            for listener in (first, second):
+    @with_settings(MAX_CONNECTIONS=2)
+    def test_listeners_make_room_even_if_they_were_slow_once(self) -> None:
+        self.post_each(*[LARGE] * 11)
+        with unittest.mock.patch("coarinbox.GRACE", 0.01), contextlib.ExitStack() as stack:
+            everything = "/deliveries?since=2020-01-01"
+            for listener in [stack.enter_context(self.listen(everything)) for _ in range(2)]:
                 for _ in range(11):
                     listener.event()
             self.assert_serves()
 
-
-class ScarceTest(DeliveriesTest):
-    settings = {"MAX_CONNECTIONS": 3}
-
+    @with_settings(MAX_CONNECTIONS=3)
     def test_no_request_is_cut_off_by_making_room(self) -> None:
         """A client whose idle connection was closed tries again; none is told that it broke off."""
 
         def post_often(_: int) -> None:
             connection = http.client.HTTPConnection(*address(self.server), timeout=10)
-            for _ in range(40):
+            for _ in range(20):
                 for _ in range(20):
                     with contextlib.suppress(OSError, http.client.HTTPException):
                         ask_on(connection, "POST", "/inbox", ACCEPT)
@@ -3073,8 +2860,14 @@ class ScarceTest(DeliveriesTest):
 VOID = frozenset("meta link input br".split())
 
 
-def query_of(text: str) -> coarinbox.Query:
-    return coarinbox.Query(**coarinbox.parse_query(text, coarinbox.QUERY_PARAMETERS))
+class Element(NamedTuple):
+    tag: str
+    attributes: dict[str, str]
+    texts: list[str]
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.texts).split())
 
 
 class Page(html.parser.HTMLParser):
@@ -3120,6 +2913,14 @@ class Page(html.parser.HTMLParser):
     def links(self, text: str) -> list[str]:
         return [link.attributes["href"] for link in self.all("a") if text in link.text]
 
+    def copies(self, button: str) -> list[str]:
+        """Return what the buttons of that name copy."""
+        return [each.attributes["data-copy"] for each in self.all("button") if each.text == button]
+
+    @property
+    def text(self) -> str:
+        return self.one("main").text
+
     @property
     def rows(self) -> list[str]:
         return [e.text for e in self.all("li") if e.attributes.get("id", "").startswith("row-")]
@@ -3127,40 +2928,29 @@ class Page(html.parser.HTMLParser):
     @property
     def lines(self) -> list[str]:
         """The lines of the document that is shown, without their indentation."""
-        (document,) = self.all("div", class_="json")
-        return [line for line in "".join(document.texts).splitlines() if line]
-
-
-class Element(NamedTuple):
-    tag: str
-    attributes: dict[str, str]
-    texts: list[str]
-
-    @property
-    def text(self) -> str:
-        return " ".join("".join(self.texts).split())
+        return [line for line in "".join(self.one("div", class_="json").texts).splitlines() if line]
 
 
 CONTEXT = coarinbox.PageContext("../", "http://localhost:5005")
 NUMBERS = itertools.count()
 
 
+def query_of(text: str) -> coarinbox.Query:
+    return coarinbox.Query(**coarinbox.parse_query(text, coarinbox.QUERY_PARAMETERS))
+
+
 def delivered(document: Any = None, status: int = 201, **more: Any) -> coarinbox.Delivery:
     """Make a delivery, with the findings that its document deserves."""
     pattern = coarinbox.pattern_of(document)
     members: dict[str, Any] = {
-        "name": f"20260131_120000_{next(NUMBERS):032x}",
-        "time": "2026-01-31T12:00:00.000Z",
-        "client": "192.0.2.1",
-        "target": "/inbox",
+        "name": f"20260131_120000_{next(NUMBERS):032x}", "time": "2026-01-31T12:00:00.000Z",
+        "client": "192.0.2.1", "target": "/inbox", "status": status,
         "headers": {"Host": "localhost:5005", "Content-Type": JSON_LD},
-        "status": status,
-        "detail": "",
         "pattern": pattern and pattern.name,
         "about": coarinbox.summary(document),
         "findings": coarinbox.validate(document) if document else [],
         "body": document if isinstance(document, bytes) else json.dumps(document).encode(),
-    }
+    }  # fmt: skip
     return coarinbox.Delivery(**{**members, **more})
 
 
@@ -3226,29 +3016,18 @@ class ListPageTest(unittest.TestCase):
                 self.assertEqual(page.one("span", class_=f"chip {kind}").text, text)
                 self.assertEqual(len(page.all("span", class_="tag")), int(delivery.simulated))
 
-    def test_the_origin_is_never_the_actor(self) -> None:
-        for origin, shown in [(ABSENT, "192.0.2.1"), ("https://a.example/x", "a.example")]:
-            (row,) = list_page(delivered(changed(OFFER, "origin", origin))).rows
-            self.assertIn(f" Request Review {shown} ", row)
-            self.assertNotIn("orcid.org", row)
-
-    def test_an_answer_is_about_what_was_offered(self) -> None:
+    def test_who_sent_it_is_never_the_actor_and_an_answer_is_about_what_was_offered(self) -> None:
         offer = {**ACCEPT["object"], "id": "https://repository.example.org/offers/1"}
-        page = list_page(delivered({**ACCEPT, "object": offer}))
-        self.assertEqual(
-            page.one("span", class_="about", title=str(PREPRINT["id"])).text, "/preprint/421"
-        )
-        page = list_page(delivered(NOTIFICATIONS["Announce Relationship"]))
-        self.assertEqual(page.one("span", class_="about").text, "/preprint/421", "no bare urn")
-
-    def test_a_click_on_an_origin_filters_by_it(self) -> None:
-        page = list_page(delivered(OFFER), query="status=2xx&before=" + delivered().name)
-        (url,) = page.links("repository.example.org")
-        self.assertEqual(url, "../?status=2xx&origin=repository.example.org")
-        query = query_of(url.partition("?")[2])
-        self.assertTrue(query.matches(delivered(OFFER)))
-        self.assertFalse(query.matches(delivered(ACCEPT)))
-        self.assertEqual(page.texts("option", value=""), ["Any pattern"])
+        relationship = NOTIFICATIONS["Announce Relationship"]
+        for document, shown in [
+            (changed(OFFER, "origin", ABSENT), "Request Review 192.0.2.1 repository.example.org"),
+            (changed(OFFER, "origin", "https://a.example/x"), "Request Review a.example repo"),
+            ({**ACCEPT, "object": offer}, "Accept journal.example.com /preprint/421"),
+            (relationship, "Announce Relationship journal.example.com /preprint/421"),  # no urn
+        ]:
+            (row,) = list_page(delivered(document)).rows
+            self.assertIn(shown, row)
+            self.assertNotIn("orcid.org", row)
 
     def test_a_click_on_a_time_filters_by_its_day(self) -> None:
         page = list_page(delivered(REFUSED, 400), query="status=4xx&direction=in&origin=r.example")
@@ -3263,76 +3042,61 @@ class ListPageTest(unittest.TestCase):
         warned = changed(OFFER, "target.inbox", ABSENT)
         deliveries = [delivered(OFFER), delivered(warned), delivered(REFUSED, 400)]
         deliveries += [delivered(OFFER, 503), sent(ACCEPT), sent(ACCEPT, 404), sent(ACCEPT, 500)]
-        tally = collections.Counter(
-            (each.direction, each.status, bool(each.findings)) for each in deliveries
-        )
+        tally = collections.Counter((d.direction, d.status, bool(d.findings)) for d in deliveries)
         page = list_page(*deliveries, **coarinbox.Totals.of(tally)._asdict())
-        chips = {}
-        for name in ("All", "Stored", "With warnings", "Refused", "Failed", "Sent"):
-            (url,) = page.links(f"{name} ")
+        for name, count in [("All", 7), ("Stored", 2), ("With warnings", 1), ("Refused", 1),
+                            ("Failed", 1), ("Sent", 3)]:  # fmt: skip
+            (url,) = page.links(f"{name} {count}")
             query = query_of(url.partition("?")[2])
-            chips[name] = len(list(filter(query.matches, deliveries)))
-            self.assertIn(f"{name} {chips[name]}", page.texts("a"))
-        self.assertEqual(list(chips.values()), [7, 2, 1, 1, 1, 3])
+            self.assertEqual(len(list(filter(query.matches, deliveries))), count, name)
 
     def test_filters_are_shown_and_can_be_removed(self) -> None:
         page = list_page(delivered(OFFER), query="q=a+b&status=415&origin=x&pattern=Accept")
-        removals = [link for item in page.all("li") for link in page.links(item.text + "")]
-        self.assertIn("../?status=415&pattern=Accept&origin=x", removals)
         self.assertEqual(page.links("remove"), [
-            "../?pattern=Accept&q=a+b&origin=x",
-            "../?status=415&q=a+b&origin=x",
-            "../?status=415&pattern=Accept&origin=x",
-            "../?status=415&pattern=Accept&q=a+b",
+            "../?pattern=Accept&q=a+b&origin=x", "../?status=415&q=a+b&origin=x",
+            "../?status=415&pattern=Accept&origin=x", "../?status=415&pattern=Accept&q=a+b",
         ])  # fmt: skip
         refused = list_page(delivered(OFFER), query="status=4xx&direction=in")
         self.assertEqual(refused.links("remove"), [], "the chip shows it")
         self.assertIn("Refused", refused.one("a", aria_current="true").text)
+        filtered = ["../?status=4xx&origin=repository.example.org&direction=in"]
+        self.assertEqual(refused.links("repository.example.org"), filtered)
+        query = query_of(filtered[0][4:])
+        self.assertTrue(query.matches(delivered(OFFER, 400)))
+        self.assertFalse(query.matches(delivered(ACCEPT, 400)))
 
     def test_the_form_holds_the_filters_and_keeps_the_others(self) -> None:
         page = list_page(delivered(), query='q="><b>&pattern=Accept&since=2026-01-01&status=4xx')
-        fields = {
-            field.attributes["name"]: field.attributes["value"] for field in page.all("input")
-        }
-        self.assertEqual(
-            fields, {"q": '"><b>', "origin": "", "since": "2026-01-01", "status": "4xx"}
-        )
+        fields = {each.attributes["name"]: each.attributes["value"] for each in page.all("input")}
+        expected = {"q": '"><b>', "origin": "", "since": "2026-01-01", "status": "4xx"}
+        self.assertEqual(fields, expected)
         self.assertEqual(page.texts("option", selected="selected"), ["Accept"])
+        self.assertEqual(page.texts("option", value=""), ["Any pattern"])
 
     def test_older_deliveries_are_a_link_away(self) -> None:
         deliveries = [delivered(OFFER) for _ in range(3)]
         page = list_page(*deliveries, query="limit=2&q=offer", all=1284)
         self.assertEqual(len(page.rows), 2)
+        self.assertIn("2 of 1,284", page.text)
         older = f"../?limit=2&before={deliveries[1].name}&q=offer"
-        self.assertEqual(page.one("a", rel="next").attributes["href"], older)
-        self.assertIn("2 of 1,284", page.texts("span"))
-        self.assertEqual(page.links("Newest"), [])
+        self.assertEqual((page.links("Older"), page.links("Newest")), ([older], []))
         page = list_page(*deliveries[:2], query=older.partition("?")[2])
-        self.assertEqual(page.links("Newest"), ["../?limit=2&q=offer"])
-        self.assertEqual(page.links("Older"), [])
+        self.assertEqual((page.links("Older"), page.links("Newest")), ([], ["../?limit=2&q=offer"]))
 
-    def test_what_matches_nothing_says_so_without_column_heads(self) -> None:
-        page = list_page(query="q=nowhere")
+    def test_an_empty_list_says_so_or_how_to_send_the_first_notification(self) -> None:
+        before = delivered().name
+        page = list_page(query=f"q=nowhere&limit=5&before={before}&since={before}")
         self.assertEqual(page.one("div", id="deliveries").text, "No delivery matches. Show all")
-        self.assertEqual((page.rows, page.all("p", class_="heads")), ([], []))
-        self.assertEqual(page.one("p", id="newest").text, "")
-
-    def test_an_empty_inbox_says_how_to_send_the_first_notification(self) -> None:
+        renewed_by = page.one("body").attributes["data-stream"]
+        self.assertEqual(renewed_by, "../deliveries?q=nowhere", "what it shows, and no more")
         page = list_page(all=0)
-        command = page.one("pre").text
-        self.assertIn("curl -s http://localhost:5005/samples/Request%20Review | curl", command)
-        self.assertEqual(
-            page.all("button", data_copy="".join(page.one("pre").texts))[0].text, "Copy"
-        )
+        command = page.one("pre")
+        self.assertIn("curl -s http://localhost:5005/samples/Request%20Review | curl", command.text)
+        self.assertIn("".join(command.texts), page.copies("Copy"))
         self.assertIn('"inbox": "http://localhost:5005/inbox",', page.lines)
         with_token = CONTEXT._replace(token=True)
         page = Page(coarinbox.list_page(with_token, [], coarinbox.Totals()))
         self.assertEqual(page.one("pre").text.count("Bearer $TOKEN"), 2)
-
-    def test_it_is_renewed_by_what_it_shows(self) -> None:
-        before = delivered().name
-        page = list_page(delivered(), query=f"q=x&limit=5&before={before}&since={before}")
-        self.assertEqual(page.one("body").attributes["data-stream"], "../deliveries?q=x")
 
 
 class DeliveryPageTest(unittest.TestCase):
@@ -3350,53 +3114,33 @@ class DeliveryPageTest(unittest.TestCase):
 
     def test_findings_say_what_to_write_and_who_refuses_it(self) -> None:
         fix = 'write `"inbox": "https://x.example/inbox"`'
-        found = [
-            finding("S", "/actor"),
-            finding("E", "/origin/inbox", fix, refused_by=("DSpace", "PCI")),
-            finding("M", "/type"),
-        ]
-        page = delivery_page(delivered(OFFER, 400, findings=found))
+        inbox = finding("E", "/origin/inbox", fix, refused_by=("DSpace", "PCI"))
+        found = [finding("S", "/actor"), inbox, finding("M", "/type")]
+        page = delivery_page(delivered(OFFER, 400, findings=found, omitted=4212))
         headings = ["1 error refused here", "1 MUST a warning here", "1 SHOULD a warning here"]
         self.assertEqual(page.texts("h3")[:3], headings)
         item = page.one("li", id="finding-1").text
         self.assertIn('/origin/inbox is wrong Write "inbox": "https://x.example/inbox"', item)
-        self.assertIn(
-            "refused by DSpace PCI · rule · specification".replace(" ", ""), item.replace(" ", "")
-        )
+        self.assertRegex(item, "refused by DSpace ?PCI · rule · specification")
         self.assertIn('"inbox": "https://x.example/inbox"', page.texts("code"))
-        (rule, *_) = page.links("rule")
-        self.assertEqual(rule, "../constraints?pattern=Request+Review#origin.inbox-required")
-        example = "../constraints?pattern=Request+Review#example"
-        self.assertEqual(page.links("a valid Request Review"), [example])
-        page = delivery_page(delivered(OFFER, 400, findings=found, omitted=4212))
+        constraints = "../constraints?pattern=Request+Review"
+        self.assertEqual(page.links("rule")[0], f"{constraints}#origin.inbox-required")
+        self.assertEqual(page.links("a valid Request Review"), [f"{constraints}#example"])
         self.assertIn("and 4,212 more", page.one("section", id="findings").text)
 
     def test_findings_and_members_point_at_each_other(self) -> None:
-        page = delivery_page(delivered(changed(REFUSED, "target.inbox", ABSENT), 400))
-        marked = {line.split(" ")[-1]: line for line in page.lines if line[-1].isdigit()}
-        self.assertEqual(list(marked.values()), [
-            '"id": "offer-1", 1',
-            '"origin": "https://r.example.org/", 2',
-            '"inbox": "https://…" 3',
-            '"ietf:cite-as": "https://doi.org/…", 4',
-        ])  # fmt: skip
-        for number in range(1, 5):
-            self.assertEqual(page.one(id=f"at-{number}").attributes["href"], f"#finding-{number}")
-            self.assertEqual(page.one("a", href=f"#at-{number}").text, str(number))
-
-    def test_what_is_missing_has_a_line_where_it_belongs(self) -> None:
+        """What is missing has a line where it belongs."""
         document = {"id": "x", "actor": {"id": "y"}, "object": {}}
-        found = [
-            finding("E", "/type", 'write `"type": "Offer"`'),
-            finding("M", "/actor/name"),
-            finding("E", "/object/id"),
-            finding("E", "/origin/id"),
-        ]
+        found = [finding("E", "/type", 'write `"type": "Offer"`'), finding("M", "/actor/name")]
+        found += [finding("E", "/object/id"), finding("E", "/origin/id"), finding("S", "/id")]
         page = delivery_page(delivered(document, 400, findings=found))
         self.assertEqual(page.lines, [
-            "{ 3", '"id": "x",', '"type": "Offer", 1', '"actor": {', '"id": "y"', '"name": … 4',
+            "{ 3", '"id": "x", 5', '"type": "Offer", 1', '"actor": {', '"id": "y"', '"name": … 4',
             "},", '"object": {', '"id": … 2', "}", "}",
         ])  # fmt: skip
+        for number in "12345":
+            self.assertEqual(page.one(id=f"at-{number}").attributes["href"], f"#finding-{number}")
+            self.assertEqual(page.one("a", href=f"#at-{number}").text, number)
         for level, count in (("E", 2), ("M", 1)):
             self.assertEqual(len(page.all("p", class_=f"ghost {level}")), count)
 
@@ -3407,37 +3151,36 @@ class DeliveryPageTest(unittest.TestCase):
             "{", '"@id": 1,', '"a/b~c": {', r'"text": "ü\n\u202e",', '"numbers": [1, 2.5, null],',
             '"": {}', "},", '"list": [', "[],", "{", '"x": true', "}", "]", "}",
         ])  # fmt: skip
+        deep: Any = 0
+        for _ in range(coarinbox.MAX_DEPTH):  # as deep as the inbox takes it
+            deep = {"a": deep}
+        page = delivery_page(delivered(deep, 400))
+        self.assertEqual(page.lines.count('"a": {'), coarinbox.MAX_DEPTH - 1)
 
     def test_a_very_long_payload_is_cut_and_says_so(self) -> None:
-        long_name, members = "k" * 200_000, dict.fromkeys(map(str, range(9_000)), 0)
-        values: list[Any] = [{long_name: members}, {long_name: [{}] * 50_000}]
-        for value in values:
-            delivery = delivered({**OFFER, "summary": value})
+        values: list[Any] = [dict.fromkeys(map(str, range(3_000)), 0), [{}] * 10_000]
+        for value in [{"k" * 200_000: each} for each in values]:
+            delivery = delivered({**OFFER, "summary": value}, findings=[])
             tracemalloc.start()
-            page = delivery_page(delivery, body=delivery.body)
+            text = coarinbox.delivery_page(CONTEXT, delivery, ())
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
+            page = Page(text)
             self.assertIn("only 2000 lines are shown", page.lines[-1])
-            self.assertLess(len("".join(page.one("main").texts)), 400_000)
+            self.assertLess(len(page.text), 400_000)
             self.assertLess(peak, 50_000_000)
-
-    def test_a_document_may_be_as_deep_as_the_inbox_takes(self) -> None:
-        document: Any = 0
-        for _ in range(coarinbox.MAX_DEPTH):
-            document = {"a": document}
-        page = delivery_page(delivered(document, 400))
-        self.assertEqual(page.lines.count('"a": {'), coarinbox.MAX_DEPTH - 1)
+            self.assertEqual(page.copies("Copy JSON"), [])  # it is too large for a button
+        self.assertEqual(len(delivery_page(delivered(OFFER)).copies("Copy JSON")), 1)
 
     def test_whatever_came_instead_of_json_is_shown(self) -> None:
         for body, shown in [
             (b"<p>no\r\nJSON\t", "<p>no JSON\\t"), (b"\xff\0", "\\xff\\u0000"),
+            (b"\n" * 1_000_000, "only 2000 lines are shown"),
         ]:  # fmt: skip
             page = delivery_page(delivered(None, 400, detail="not JSON", body=body))
-            self.assertEqual(page.all("pre")[0].text, shown)
+            self.assertIn(shown, page.all("pre")[0].text)
             self.assertEqual(page.one("h1").text, "No pattern")
             self.assertIn("not JSON", page.texts("p"))
-        page = delivery_page(delivered(None, 400, body=b"\n" * 1_000_000))
-        self.assertIn("only 2000 lines are shown", page.all("pre")[0].text)
         page = delivery_page(delivered(None, 411, body=b""))
         self.assertIn("Nothing of it was read.", page.texts("p"))
 
@@ -3447,16 +3190,15 @@ class DeliveryPageTest(unittest.TestCase):
         delivery = delivered(OFFER, 201, headers=headers, findings=found, seconds=0.003)
         delivery = delivery._replace(answer_headers={"Location": "http://localhost:5005/inbox/1"})
         page = delivery_page(delivery, answer=b'{"warnings": []}')
-        request, answer, body = page.texts("pre")
-        self.assertEqual(request, "POST /inbox Content-Type: application/json 1 X-Trace: <b>")
+        self.assertEqual(page.texts("pre"), [
+            "POST /inbox Content-Type: application/json 1 X-Trace: <b>",
+            "201 Created Location: http://localhost:5005/inbox/1", '{ "warnings": [] }',
+        ])  # fmt: skip
         self.assertEqual(page.one("mark").text, "Content-Type: application/json 1")
-        self.assertEqual(answer, "201 Created Location: http://localhost:5005/inbox/1")
-        self.assertEqual(body, '{ "warnings": [] }')
+        self.assertIn("What we answered after 3 ms", page.texts("h2"))
         self.assertIn("Body, 16 bytes", page.texts("summary"))
         page = delivery_page(delivery._replace(headers={}))
         self.assertEqual(page.lines[0], "{ 1", "without the header it is about the whole")
-        page = delivery_page(delivery, answer=b"{}")
-        self.assertIn("What we answered after 3 ms", page.texts("h2"))
         page = delivery_page(sent(ACCEPT, 0), answer=None)
         self.assertIn("What they answered", page.texts("h2"))
         self.assertEqual(page.texts("pre")[1], "no answer")
@@ -3472,9 +3214,7 @@ class DeliveryPageTest(unittest.TestCase):
             (b"x" * 100_000, ["--data-binary", "@-"]),
         ]:  # fmt: skip
             delivery = delivered(None, 404, method="PUT", target="/a?b='c'&d", headers=headers)
-            page = delivery_page(delivery, body=body)
-            (button,) = [each for each in page.all("button") if each.text == "Copy as curl"]
-            command = button.attributes["data-copy"]
+            (command,) = delivery_page(delivery, body=body).copies("Copy as curl")
             self.assertNotIn("masked", command)
             # A curl that prints its arguments, but for what only fetches the body.
             curl = """curl() { [ "$1" = -s ] || printf '%s\\0' "$@"; }; TOKEN=secret; """
@@ -3494,40 +3234,31 @@ class DeliveryPageTest(unittest.TestCase):
         attempts = [sent(review, 503, time=at(seconds)) for seconds in (10, 12, 16)]
         page = delivery_page(attempts[1], [offer, accept, *attempts])
         self.assertIn("Conversation 1 received, 4 sent, the last 16 s later", page.texts("h2"))
-        entries = [each for each in page.all("li") if each.attributes.get("class") in
-                   ("in", "out", "out failed")]  # fmt: skip
-        self.assertEqual([entry.text for entry in entries], [
+        self.assertIn(
             "201 Request Review 2026-01-31 12:00:00 from repository.example.org,"
-            " about /preprint/421",
-            "↗ sent 201 Accept 2026-01-31 12:00:02 2.0 s later, to localhost:8080, by REPLIES",
-            "↗ sent 503 Announce Review 2026-01-31 12:00:16 14 s later, to localhost:8080,"
+            " about /preprint/421"
+            " ↗ sent 201 Accept 2026-01-31 12:00:02 2.0 s later, to localhost:8080, by REPLIES"
+            " ↗ sent 503 Announce Review 2026-01-31 12:00:16 14 s later, to localhost:8080,"
             " about /review/7 3 attempts 2026-01-31 12:00:10 ↗ sent 503"
             " 2026-01-31 12:00:12 ↗ sent 503 this page 2.0 s later"
             " 2026-01-31 12:00:16 ↗ sent 503 4.0 s later",
-        ])  # fmt: skip
-        links = [f"../deliveries/{each.name}" for each in (offer, accept, attempts[2])]
-        self.assertLessEqual(set(links), {a.attributes["href"] for a in page.all("a")})
-        self.assertEqual(page.links(attempts[1].name), [])
-        self.assertEqual(
-            page.one("body").attributes["data-stream"],
-            "../deliveries?q=" + urllib.parse.quote_plus(OFFER_ID),
+            page.one("section", id="conversation").text,
         )
-
-    def test_a_conversation_says_what_it_lacks(self) -> None:
-        undo = delivered(NOTIFICATIONS["Undo Offer"])
-        text = delivery_page(undo, [undo]).one("section", id="conversation").text
+        links = {f"../deliveries/{each.name}" for each in (offer, accept, attempts[2])}
+        self.assertLessEqual(links, {a.attributes["href"] for a in page.all("a")})
+        stream = "../deliveries?q=" + urllib.parse.quote_plus(OFFER_ID)
+        self.assertEqual(page.one("body").attributes["data-stream"], stream)
+        text = delivery_page(accept, [accept]).text
         self.assertIn(f"It answers {OFFER_ID}, which was never delivered here.", text)
         self.assertIn("Nothing else has this id or answers it.", text)
-        text = delivery_page(undo, [delivered(OFFER), undo]).one("section", id="conversation").text
-        self.assertNotIn("never delivered", text)
+        self.assertNotIn("never delivered", page.text)
 
     def test_the_deliveries_beside_it_are_those_of_the_filter(self) -> None:
-        query = query_of("status=4xx&direction=in&before=" + delivered().name)
-        context = CONTEXT._replace(query=query)
-        page = delivery_page(delivered(REFUSED, 400), context=context, beside=("a", "b"))
-        self.assertEqual(page.links("← Refused"), ["../?status=4xx&direction=in"])
-        beside = [page.one("a", rel=rel).attributes["href"] for rel in ("prev", "next")]
         filtered = "?status=4xx&direction=in"
+        context = CONTEXT._replace(query=query_of(f"{filtered[1:]}&before={delivered().name}"))
+        page = delivery_page(delivered(REFUSED, 400), context=context, beside=("a", "b"))
+        self.assertEqual(page.links("← Refused"), [f"../{filtered}"])
+        beside = [page.one("a", rel=rel).attributes["href"] for rel in ("prev", "next")]
         self.assertEqual(beside, [f"../deliveries/a{filtered}", f"../deliveries/b{filtered}"])
         self.assertEqual(delivery_page(delivered()).all("a", rel="next"), [])
 
@@ -3535,12 +3266,9 @@ class DeliveryPageTest(unittest.TestCase):
         delivery = delivered({**OFFER, "summary": "\u202e<b>"})
         page = delivery_page(delivery, reply_pattern="Reject")
         url = f"../deliveries/{delivery.name}"
-        choose, send, again = page.all("form")
-        self.assertEqual(choose.attributes, {"method": "get", "action": f"{url}#reply"})
+        actions = [form.attributes["action"] for form in page.all("form")]
+        self.assertEqual(actions, [f"{url}#reply", f"{url}/send", f"{url}/send"])
         self.assertEqual(page.texts("option", selected="selected"), ["Reject"])
-        for form in (send, again):
-            self.assertEqual(form.attributes["action"], f"{url}/send")
-            self.assertEqual(form.attributes["method"], "post")
         document = json.loads("".join(page.one("textarea").texts))
         self.assertEqual(document["type"], "Reject")
         self.assertEqual(document["object"]["summary"], "\u202e<b>")
@@ -3555,9 +3283,6 @@ class DeliveryPageTest(unittest.TestCase):
         for more in ({"context": CONTEXT._replace(may_send=False)}, {"body": None}):
             page = delivery_page(delivered(OFFER), **more)
             self.assertEqual((page.all("form"), page.links("Send again")), ([], []))
-
-    def test_one_that_was_removed_says_so(self) -> None:
-        page = delivery_page(delivered(OFFER), body=None)
         self.assertIn("no longer: it was removed", page.texts("dd"))
         self.assertIn("It is no longer stored: it was removed.", page.texts("p"))
 
@@ -3568,10 +3293,20 @@ class DeliveryPageTest(unittest.TestCase):
         self.assertEqual(page.all("section", id="request"), [], "there was none")
         self.assertIn(f'"inReplyTo": "{OFFER_ID}",', page.lines)
 
-    def test_large_bodies_are_not_copied_into_buttons(self) -> None:
-        page = delivery_page(delivered({**OFFER, "summary": "x" * 100_000}))
-        self.assertNotIn("Copy JSON", page.texts("button"))
-        self.assertIn("Copy JSON", delivery_page(delivered(OFFER)).texts("button"))
+
+def every_page(document: Any = REFUSED) -> Iterator[Page]:
+    """Yield a page of each kind; the first three show the document."""
+    text, delivery = str(document)[:2000], delivered(document, 400)
+    findings = [*delivery.findings, finding("E", "/id", text, spec=text)]
+    delivery = delivery._replace(findings=findings)
+    context = CONTEXT._replace(query=coarinbox.Query(q=text))
+    yield Page(coarinbox.list_page(context, [delivery], coarinbox.Totals(1)))
+    yield delivery_page(delivery, [delivery, sent(ACCEPT)], context)
+    yield Page(coarinbox.error_page(CONTEXT, 400, text))
+    yield list_page(delivery)
+    yield list_page(all=0)
+    yield Page(coarinbox.constraints_page(CONTEXT, coarinbox.PATTERNS[0]))
+    yield Page(coarinbox.samples_page(CONTEXT))
 
 
 class PageTest(unittest.TestCase):
@@ -3579,31 +3314,28 @@ class PageTest(unittest.TestCase):
         for pattern in coarinbox.PATTERNS:
             page = Page(coarinbox.constraints_page(CONTEXT, pattern))
             self.assertEqual(page.one("h1").text, pattern.name)
-            (tab, chosen) = page.texts("a", aria_current="page")
-            self.assertEqual((tab, chosen), ("Constraints", pattern.name))
+            tabs = page.texts("a", aria_current="page")
+            self.assertEqual(tabs, ["Constraints", pattern.name])
             rules = coarinbox.constraints_of(pattern)
             self.assertGreater(len(rules), 30)
             for rule in rules:
                 self.assertEqual(page.one("li", id=rule["code"]).attributes["class"], rule["level"])
-            (button,) = [each for each in page.all("button") if each.text == "Copy JSON"]
-            example = json.loads(button.attributes["data-copy"])
+            example = json.loads(*page.copies("Copy JSON"))
             self.assertEqual(coarinbox.pattern_of(example), pattern)
             self.assertEqual(coarinbox.validate(example), [])
             self.assertIn(f'"id": "{example["id"]}",', page.lines)
         self.assertIn("error id is an HTTP URI origin.id-http-uri", page.texts("li"))
-        self.assertIn("This inbox refuses: error.", page.one("main").text)
+        self.assertIn("This inbox refuses: error.", page.text)
 
     def test_samples_can_be_read_and_copied(self) -> None:
         page = Page(coarinbox.samples_page(CONTEXT))
-        buttons = [each for each in page.all("button") if each.text == "Copy JSON"]
-        for button, pattern in itertools.zip_longest(buttons, coarinbox.PATTERNS):
-            document = json.loads(button.attributes["data-copy"])
+        for copied, pattern in itertools.zip_longest(page.copies("Copy JSON"), coarinbox.PATTERNS):
+            document = json.loads(copied)
             self.assertEqual(coarinbox.pattern_of(document), pattern)
             self.assertEqual(document["target"]["inbox"], "http://localhost:5005/inbox")
-            (url,) = [
-                link.attributes["href"] for link in page.all("a") if link.text == pattern.name
-            ]
-            self.assertIn(pattern.name, page.one("section", id=url[1:]).text)
+            (link,) = (each for each in page.all("a") if each.text == pattern.name)
+            section = page.one("section", id=link.attributes["href"][1:])
+            self.assertIn(pattern.name, section.text)
             self.assertEqual(len(page.all("button", data_send=pattern.name)), 1)
 
     def test_an_error_is_a_page_with_navigation(self) -> None:
@@ -3611,77 +3343,47 @@ class PageTest(unittest.TestCase):
         self.assertEqual(page.one("h1").text, "404 Not Found")
         self.assertIn("this <delivery> was removed", page.texts("p"))
         self.assertEqual(page.links("All deliveries"), ["../"])
-        self.assertEqual(page.links("Samples"), ["../samples"])
 
-    def every_page(self, document: Any = REFUSED) -> list[Page]:
-        delivery = delivered(document, 400)
-        context = CONTEXT._replace(query=coarinbox.Query(q=str(document)[:2000]))
-        return [
-            list_page(delivery),
-            list_page(all=0),
-            Page(coarinbox.list_page(context, [delivery], coarinbox.Totals(1))),
-            delivery_page(delivery, [delivery, sent(ACCEPT)], context),
-            Page(coarinbox.constraints_page(CONTEXT, coarinbox.PATTERNS[0])),
-            Page(coarinbox.samples_page(CONTEXT)),
-            Page(coarinbox.error_page(CONTEXT, 400, str(document)[:2000])),
-        ]
-
-    def test_links_work_wherever_the_inbox_is(self) -> None:
-        for page in self.every_page():
+    def test_links_and_labels_lead_somewhere_wherever_the_inbox_is(self) -> None:
+        for page in every_page():
             ids = [each.attributes["id"] for each in page.elements if "id" in each.attributes]
             self.assertEqual(len(set(ids)), len(ids), "an id comes twice")
             for element in page.elements:
-                for name in element.attributes.keys() & {"href", "action"}:
-                    url = element.attributes[name]
-                    self.assertRegex(url, r"\A(\.\./|#|https?://|data:,\Z)")
-                    if url.startswith("#"):
-                        self.assertIn(url[1:], ids)
-
-    def test_labels_lead_to_their_fields(self) -> None:
-        for page in self.every_page():
-            for label in page.all("label"):
-                self.assertEqual(len(page.all(id=label.attributes["for"])), 1)
-            for each in page.elements:
-                if "aria-labelledby" in each.attributes:
-                    self.assertEqual(len(page.all(id=each.attributes["aria-labelledby"])), 1)
+                for name, value in element.attributes.items():
+                    if name in ("href", "action"):
+                        self.assertRegex(value, r"\A(\.\./|#|https?://|data:,\Z)")
+                    if name in ("for", "aria-labelledby") or value.startswith("#"):
+                        self.assertIn(value.lstrip("#"), ids)
 
     def test_no_text_can_become_markup_or_an_address(self) -> None:
-        allowed = set(
-            "html head meta title link style body header a span code button main h1 h2 h3"
-            " p dl dt dd div section nav ol ul li pre mark b small time form label input"
-            " select option datalist details summary textarea kbd script".split()
+        harmless = set(
+            "html head meta title link style body header a span code button main h1 h2 h3 p dl dt"
+            " dd div section nav ol ul li pre mark b small time form label input select option"
+            " datalist details summary textarea kbd script".split()
         )
         self.assertGreater(len(HOSTILE), 30)
         for hostile in HOSTILE:
-            for page in self.every_page(hostile)[2:4]:
-                self.assertEqual({each.tag for each in page.elements} - allowed, set())
+            for page in itertools.islice(every_page(hostile), 3):
+                self.assertLessEqual({each.tag for each in page.elements}, harmless)
                 self.assertEqual(len(page.all("script")), 1)
                 for element in page.elements:
                     href = element.attributes.get("href", "")
                     self.assertRegex(href, r"\A(https?://|\.\./|#|data:,\Z|\Z)")
                     names = element.attributes.keys()
                     self.assertFalse([n for n in names if n.startswith("on") or n == "style"])
-                text = "".join(page.one("main").texts)
-                self.assertEqual([c for c in text if not c.isprintable() and c != "\n"], [])
+                text = "".join(page.one("main").texts).replace("\n", "")
+                self.assertTrue(text.isprintable())
                 self.assertLess(len(text), 1_000_000)
-
-    def test_only_web_addresses_become_links(self) -> None:
-        found = [finding("E", "/id", spec="javascript:alert(1)//")]
-        document = changed(OFFER, "object.id", "javascript:alert(1)")
-        page = delivery_page(delivered(document, 400, findings=found))
-        self.assertEqual([each for each in page.all("a") if "java" in each.attributes["href"]], [])
-        self.assertIn("specification", page.one("li", id="finding-1").text)
 
     def test_nothing_runs_but_the_script_of_the_page_itself(self) -> None:
         directives = coarinbox.CONTENT_SECURITY_POLICY.split("; ")
         policy = dict(directive.split(maxsplit=1) for directive in directives)
-        for page in self.every_page():
+        for page in every_page():
             for kind in ("script", "style"):
                 digest = hashlib.sha256("".join(page.one(kind).texts).encode()).digest()
                 source = f"'sha256-{base64.b64encode(digest).decode()}'"
                 self.assertEqual(policy[f"{kind}-src"], source)
-        self.assertEqual(policy["default-src"], "'none'")
-        self.assertEqual(policy["frame-ancestors"], "'none'")
+        self.assertEqual((policy["default-src"], policy["frame-ancestors"]), ("'none'",) * 2)
         self.assertNotIn("unsafe", str(policy))
 
 
@@ -3702,7 +3404,7 @@ def hostile_notifications() -> list[Any]:
 
     small = [text for text in texts if len(text) < 2**20]
     hostile = [everywhere(OFFER, text) for text in texts[:7]]
-    hostile += [{**ACCEPT, member: text} for text in small for member in ("id", "inReplyTo", text)]
+    hostile += [{**ACCEPT, "id": text, "inReplyTo": text, text: text} for text in small]
     hostile += [changed(OFFER, "object.id", text) for text in texts]
     hostile += [{**OFFER, **{f"member {number}": "<b>" for number in range(10_000)}}]
     hostile += [text.encode("utf-8", "replace") for text in texts]
@@ -3728,40 +3430,25 @@ class ForeignPageTest(DeliveriesTest):
                     named = headers.get("Origin") or headers.get("Sec-Fetch-Site", "none")
                     self.assertIn(named, problem["detail"])
                     self.assertIn("BASE_URL", problem["detail"])
-        self.assertEqual(len(self.stored()), 1)
-        self.assertEqual(len(self.deliveries()), 1)
+        self.assertEqual((len(self.stored()), len(self.deliveries())), (1, 1))
 
     def test_its_own_page_can(self) -> None:
-        host, port = address(self.server)
-        headers: dict[str, str]
-        for headers in [
-            {},
-            {"Origin": f"http://{host}:{port}", "Sec-Fetch-Site": "same-origin"},
-            {"Origin": f"http://LOCALHOST:{port}", "Host": f"localhost:{port}"},
-            {"Sec-Fetch-Site": "none"},
-        ]:
-            with self.subTest(headers):
-                self.post()
-                self.assertEqual(self.ask("DELETE", "/inbox", headers=headers).status, 204)
-                self.assertEqual(self.stored(), [])
-
-    def test_behind_a_proxy_its_own_page_is_that_of_base_url(self) -> None:
-        origin = {"Origin": "https://inbox.example.org", "Sec-Fetch-Site": "same-origin"}
-        for base in (
-            "https://Inbox.example.org/coar",
-            "https://inbox.example.org:443",
-            "http://other",
-        ):
-            with serving(BASE_URL=base) as proxied:
-                status = ask(proxied, "DELETE", "/inbox", headers=origin).status
-                self.assertEqual(status, 403 if "other" in base else 204, base)
-
-    def test_reading_changes_nothing(self) -> None:
-        self.post()
-        for path in ("/", "/inbox", "/deliveries", "/constraints", path_of(self.listed()[0])):
-            for method in ("GET", "HEAD", "OPTIONS"):
-                self.ask(method, path)
-        self.assertEqual((len(self.stored()), len(self.deliveries())), (1, 1))
+        same, proxied = {"Sec-Fetch-Site": "same-origin"}, {"Origin": "https://inbox.example.org"}
+        cases: list[tuple[str | None, dict[str, str], int]] = [
+            (None, {}, 204), (None, {"Sec-Fetch-Site": "none"}, 204),
+            (None, {"Origin": "http://127.0.0.1:PORT", **same}, 204),
+            (None, {"Origin": "http://LOCALHOST:PORT", "Host": "localhost:PORT"}, 204),
+            ("https://Inbox.example.org/coar", {**proxied, **same}, 204),
+            ("https://inbox.example.org:443", proxied, 204), ("http://other", proxied, 403),
+        ]  # fmt: skip
+        for base, headers, status in cases:
+            with self.subTest(base, headers=headers), serving(BASE_URL=base) as server:
+                port = str(address(server)[1])
+                headers = {name: text.replace("PORT", port) for name, text in headers.items()}
+                self.assertEqual(ask(server, "POST", "/inbox", ACCEPT).status, 201)
+                self.assertEqual(ask(server, "DELETE", "/inbox", headers=headers).status, status)
+                listing = ask(server, "GET", "/inbox").json()["ldp:contains"]
+                self.assertEqual(len(listing), int(status == 403))
 
 
 # --- Browser -------------------------------------------------------------------------------------
@@ -3782,6 +3469,8 @@ class BrowserTest(DeliveriesTest):
     """Tests in a real browser, which all of them share."""
 
     driver: Any
+    keys: Any
+    actions: Any
     profile: tempfile.TemporaryDirectory[str]
 
     @classmethod
@@ -3795,6 +3484,7 @@ class BrowserTest(DeliveriesTest):
             options.add_argument(f"--{argument}")
         service = webdriver.ChromeService(shutil.which("chromedriver"))
         cls.driver = webdriver.Chrome(options=options, service=service)
+        cls.keys, cls.actions = webdriver.Keys, webdriver.ActionChains
 
     @classmethod
     def tearDownClass(cls) -> None:
@@ -3804,11 +3494,11 @@ class BrowserTest(DeliveriesTest):
     def setUp(self) -> None:
         super().setUp()
         self.addCleanup(self.driver.get, "about:blank")
-        self.window(1280, 900)
+        self.window(1280)
         self.scripts(True)
 
-    def window(self, width: int, height: int, scheme: str = "light") -> None:
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    def window(self, width: int, scheme: str = "light") -> None:
+        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
@@ -3821,43 +3511,41 @@ class BrowserTest(DeliveriesTest):
         if live:
             self.wait_for("#state", "live")
 
-    def all(self, selector: str) -> list[Any]:
-        found = self.driver.find_elements("css selector", selector)
-        assert isinstance(found, list)
-        return found
-
-    def text(self, selector: str) -> str:
-        return " ".join(" ".join(element.text for element in self.all(selector)).split())
-
-    def wait_for(self, selector: str, text: str, seconds: float = 10) -> None:
-        """Wait until some element holds a text."""
-        from selenium.common.exceptions import StaleElementReferenceException as Stale
-        from selenium.webdriver.support.wait import WebDriverWait
-
-        wait = WebDriverWait(self.driver, seconds, 0.02, ignored_exceptions=[Stale])
-        wait.until(lambda _: text in self.text(selector), f"no {text!r} in {selector}")
-
-    def click(self, selector: str, text: str = "") -> None:
-        """Click the first element that is named so."""
-        next(element for element in self.all(selector) if text in element.text).click()
+    def open_newest(self, live: bool = True) -> None:
+        self.open(f"/deliveries/{self.names()[0]}", live)
 
     def run_script(self, script: str, *arguments: Any) -> Any:
         return self.driver.execute_script(script, *arguments)
 
-    @unittest.skipUnless(importlib.util.find_spec("coarnotify"), "coarnotify is not installed")
-    def test_a_refusal_appears_within_a_second_with_its_reasons(self) -> None:
-        import coarnotify.client
-        import coarnotify.exceptions
-        import coarnotify.patterns
+    def all(self, selector: str) -> list[Any]:
+        return list(self.driver.find_elements("css selector", selector))
 
+    def text(self, selector: str) -> str:
+        script = "return [...document.querySelectorAll(arguments[0])].map(e => e.innerText)"
+        return " ".join(" ".join(self.run_script(script, selector)).split())
+
+    def wait_for(self, selector: str, text: str, seconds: float = 10) -> None:
+        """Wait until some element holds a text."""
+        started = time.monotonic()
+        self.wait_until(lambda: text in self.text(selector))
+        self.assertLess(time.monotonic() - started, seconds)
+
+    def wait_for_rows(self, count: int) -> None:
+        self.wait_until(lambda: len(self.all("#deliveries .open")) == count)
+
+    def wait_for_url(self, end: str) -> None:
+        self.wait_until(lambda: str(self.driver.current_url) == self.server.base + end)
+
+    def click(self, selector: str, text: str = "") -> None:
+        """Click the first element that is named so."""
+        script = "return [...document.querySelectorAll(arguments[0])].find(e => e.innerText"
+        self.run_script(f"{script}.includes(arguments[1]))", selector, text).click()
+
+    def test_a_refusal_appears_within_a_second_with_its_reasons(self) -> None:
         self.post(ACCEPT)
         self.open()
         self.run_script("window.mark = 1")
-        client = coarnotify.client.COARNotifyClient(self.server.base + "/inbox")
-        offer = changed(OFFER, "origin.id", "urn:uuid:origin")
-        notification = coarnotify.patterns.RequestReview(offer, validate_stream_on_construct=False)
-        with self.assertRaisesRegex(coarnotify.exceptions.NotifyException, "response: 400$"):
-            client.send(notification, validate=False)
+        self.post(changed(OFFER, "origin.id", "urn:uuid:origin"))
         self.wait_for("#deliveries", "origin.id must be an HTTP URI", seconds=1)
         self.assertEqual(self.run_script("return window.mark"), 1, "the page was loaded again")
         self.assertEqual(self.driver.title, "(1) Deliveries · coarinbox")
@@ -3866,10 +3554,9 @@ class BrowserTest(DeliveriesTest):
         self.run_script("dispatchEvent(new Event('pointermove'))")  # somebody looks
         self.assertEqual(self.driver.title, "Deliveries · coarinbox")
 
-        self.all("#deliveries .open")[0].click()
+        self.click("#deliveries .open")
         self.wait_for("h1", "Request Review")
         self.assertIn("origin.id must be an HTTP URI", self.text(".findings"))
-        self.assertEqual(self.text(".json .E"), '"id": "urn:uuid:origin", 1 1')
         (payload,), (findings,) = self.all("#payload"), self.all("#findings")
         self.assertGreater(findings.rect["x"], payload.rect["x"] + payload.rect["width"])
         self.assertLess(abs(findings.rect["y"] - payload.rect["y"]), 50)
@@ -3878,21 +3565,12 @@ class BrowserTest(DeliveriesTest):
         self.open(live=False)
         self.assertEqual(len(self.all("#deliveries .open")), 2)
         self.assertEqual([each.text for each in self.all(".script") if each.is_displayed()], [])
-        self.all("#deliveries .open")[0].click()
-        self.assertEqual(self.text(".json .E"), '"id": "urn:uuid:origin", 1 1')
-
-    def test_the_first_delivery_takes_the_place_of_the_instructions(self) -> None:
-        self.open()
-        self.assertIn("Nothing has been delivered yet", self.text("h1"))
-        self.post(OFFER)
-        self.wait_for("#deliveries", "Request Review", seconds=1)
-        self.assertEqual(self.all("pre"), [])
-        self.all("[type=search]")[0].send_keys("nowhere")
-        self.wait_for("#deliveries", "No delivery matches")
+        self.click("#deliveries .open")
+        self.assertIn('"id": "urn:uuid:origin", 1', self.text(".json .E"))
 
     def test_a_conversation_grows_while_one_looks(self) -> None:
         self.post(OFFER)
-        self.open("/deliveries/" + self.names()[0])
+        self.open_newest()
         self.assertIn("Nothing else has this id", self.text("#conversation"))
         (folded,) = self.all(".json > details")
         self.run_script("arguments[0].open = false", folded)
@@ -3903,87 +3581,55 @@ class BrowserTest(DeliveriesTest):
         self.assertIn("typed", self.all("textarea")[0].get_attribute("value"))
 
     def test_the_filter_narrows_while_one_types(self) -> None:
-        for document in (ACCEPT, REFUSED):
-            self.post(document)
+        self.post_each(ACCEPT, REFUSED)
         self.open()
-        (box,) = self.all("[type=search]")
-        box.send_keys("offer-1")
+        self.all("[type=search]")[0].send_keys("offer-1")
         self.wait_for_rows(1)
-        self.assertTrue(self.driver.current_url.endswith("/?q=offer-1"), self.driver.current_url)
+        self.wait_for_url("/?q=offer-1")
         self.assertIn("q offer-1", self.text("#active"))
         self.wait_for("#state", "live")
-        self.post(ACCEPT)  # does not match
-        self.post(changed(REFUSED, "summary", "2"))
+        self.post_each(ACCEPT, changed(REFUSED, "summary", "2"))  # the first does not match
         self.wait_for_rows(2)
         self.assertNotIn("Accept", self.text("#deliveries"))
         self.assertEqual(self.run_script("return document.activeElement.name"), "q")
-        self.all("#active a")[0].click()
+        self.click("#active a")
         self.wait_for_rows(4)
 
-    def wait_for_rows(self, count: int) -> None:
-        from selenium.webdriver.support.wait import WebDriverWait
-
-        rows = "#deliveries .open"
-        WebDriverWait(self.driver, 10, 0.02).until(lambda _: len(self.all(rows)) == count)
-
-    def test_the_keyboard_stays_where_it_is(self) -> None:
-        self.post()
-        self.open()
-        (row,) = self.all("#deliveries .open")
-        self.run_script("arguments[0].focus()", row)
-        self.post(REFUSED)
-        self.wait_for_rows(2)
-        focused = self.run_script("return document.activeElement.parentElement.id")
-        self.assertEqual(focused, "row-" + self.names()[1])
+    def press(self, *keys: str) -> str:
+        """Press keys where the focus is; returns the id of the row that has it then."""
+        self.actions(self.driver).send_keys(*keys).perform()
+        return str(self.run_script("return document.activeElement.closest('li')?.id"))
 
     def test_keys_move_open_search_and_go_back(self) -> None:
-        from selenium.webdriver.common.keys import Keys
-
-        for document in (ACCEPT, REFUSED):
-            self.post(document)
+        self.post_each(ACCEPT, REFUSED)
         self.open()
-
-        def press(*keys: str) -> str:
-            for key in keys:
-                self.driver.switch_to.active_element.send_keys(key)
-            return str(self.run_script("return document.activeElement.closest('li')?.id"))
-
         first, second = (f"row-{name}" for name in self.names())
         for keys, row in [("j", first), ("j", second), ("j", second), ("k", first), ("kk", first)]:
-            self.assertEqual(press(*keys), row)
-        press("/", "x", "j")
+            self.assertEqual(self.press(*keys), row)
+        self.post()
+        self.wait_for_rows(3)
+        self.assertEqual(self.press(), first, "the focus stays where it is")
+        self.press("/", "x", "j")
         self.assertEqual(self.all("[type=search]")[0].get_attribute("value"), "xj")
-        self.open()
-        press("j", Keys.ENTER)
-        self.wait_for("h1", "Request Review")
-        press(Keys.ESCAPE)
-        self.wait_for("#deliveries", "Accept")
 
     def test_newer_and_older_stay_within_the_filter(self) -> None:
-        from selenium.webdriver.common.keys import Keys
-
-        for document in (REFUSED, ACCEPT, b"no", ACCEPT, REFUSED):
-            self.post(document)
-        refused = self.names("?status=4xx")
+        self.post_each(REFUSED, ACCEPT, b"no", ACCEPT, REFUSED)
+        names, filtered = self.names("?status=4xx"), "?status=4xx&direction=in"
         self.open()
         self.click("#totals a", "Refused")
         self.wait_for_rows(3)
-        self.click("#deliveries .open")
-        self.wait_for("h1", "Request Review")
+        self.press("j", self.keys.ENTER)
+        self.wait_for_url(f"/deliveries/{names[0]}{filtered}")
         self.assertEqual(self.all("[rel=prev]"), [])
-        for key, name in [("j", refused[1]), ("j", refused[2]), ("k", refused[1])]:
-            self.all("body")[0].send_keys(key)
-            self.wait_for_url(f"/deliveries/{name}?status=4xx&direction=in")
-        self.all("body")[0].send_keys(Keys.ESCAPE)
-        self.wait_for_url("/?status=4xx&direction=in")
-
-    def wait_for_url(self, end: str) -> None:
-        self.wait_until(lambda: str(self.driver.current_url) == self.server.base + end)
+        for key, name in [("j", names[1]), ("j", names[2]), ("k", names[1])]:
+            self.press(key)
+            self.wait_for_url(f"/deliveries/{name}{filtered}")
+        self.press(self.keys.ESCAPE)
+        self.wait_for_url(f"/{filtered}")
 
     def test_an_offer_is_answered_by_hand_and_the_conversation_shows_it(self) -> None:
-        from selenium.webdriver.common.keys import Keys
-
         self.post(changed(OFFER, "origin.inbox", f"{self.server.base}/inbox"))
+        keys = self.keys
         for pattern, scripts in (("Reject", False), ("Announce Review", True)):
             self.scripts(scripts)
             self.open(live=False)
@@ -3991,9 +3637,8 @@ class BrowserTest(DeliveriesTest):
             self.click("#reply option", pattern)
             self.click("#reply button", "Write it")
             self.wait_for("#reply option:checked", pattern)
-            (field,) = self.all("#document")
-            field.send_keys(Keys.CONTROL, Keys.END, Keys.NULL, Keys.BACKSPACE)
-            field.send_keys(', "summary": "edited" }')
+            end = (keys.CONTROL, keys.END, keys.NULL, keys.BACKSPACE)
+            self.all("#document")[0].send_keys(*end, ', "summary": "edited" }')
             self.click("#reply button.main")
             self.wait_for(".title", f"sent 201 {pattern} to ")
             self.assertIn('"summary": "edited"', self.text("#payload"))
@@ -4002,16 +3647,6 @@ class BrowserTest(DeliveriesTest):
             self.assertRegex(self.text("#conversation"), rf"Request Review .* sent 201 {pattern}")
         self.click("#conversation a", "Request Review")
         self.wait_for("#conversation h2", "3 received, 2 sent")
-
-    def test_what_came_is_sent_again_without_scripts(self) -> None:
-        self.post(REFUSED)
-        self.scripts(False)
-        self.open("/deliveries/" + self.names()[0], live=False)
-        self.click("#again button")
-        self.wait_for(".title", "sent 400 Request Review to ")
-        self.assertIn("400 Bad Request", self.text("#answer"))
-        self.assertEqual(sorted(self.statuses()), [400, 400, 400])
-        self.assertEqual(len(self.deliveries("?direction=out")), 1)
 
     def test_a_sample_is_sent_from_the_page(self) -> None:
         self.open()
@@ -4024,41 +3659,25 @@ class BrowserTest(DeliveriesTest):
         self.click("#deliveries .open", "Reject")
         self.wait_for("#findings", "None: this is a valid Reject.")
 
-    def test_what_was_removed_and_what_is_wrong_say_so(self) -> None:
-        path = path_of(self.post().headers["Location"])
-        page = path.replace("/inbox/", "/deliveries/")
-        self.ask("DELETE", path)
-        self.open(page, live=False)
-        self.assertIn("It is no longer stored: it was removed.", self.text("#payload"))
-        self.ask("DELETE", "/inbox")
-        for where, title, text in [
-            (page, "404 Not Found", "it may have been removed"),
-            ("/nowhere", "404 Not Found", "nothing is here"),
-            ("/?limt=5", "400 Bad Request", "unknown parameter 'limt'"),
-        ]:
-            self.open(where, live=False)
-            self.assertEqual(self.text("h1"), title)
-            self.assertIn(text, self.text("main"))
-            self.click("main a", "All deliveries")
-            self.wait_for("h1", "Nothing has been delivered yet")
-
     def test_a_page_that_nobody_sees_asks_for_nothing(self) -> None:
         def hide(hidden: bool) -> int:
-            """Hide the page, or show it; returns how often it has asked for something."""
-            self.run_script(
+            """Hide the page, or show it; returns how often it asked for anything before."""
+            return int(self.run_script(
+                "const asked = performance.getEntriesByType('resource').filter("
+                "    entry => entry.startTime > window.since).length;"
+                "window.since = performance.now();"
                 "Object.defineProperty(document, 'hidden', {value: arguments[0],"
-                " configurable: true}); document.dispatchEvent(new Event('visibilitychange'))",
+                "    configurable: true});"
+                "document.dispatchEvent(new Event('visibilitychange')); return asked",
                 hidden,
-            )
-            return int(self.run_script("return performance.getEntriesByType('resource').length"))
+            ))  # fmt: skip
 
         self.post()
         self.open()
         self.post()
         self.wait_for_rows(2)
-        asked = hide(True)
-        for _ in range(3):
-            self.post()
+        hide(True)
+        self.post_each(*[ACCEPT] * 3)
         # A page that is seen shows the same deliveries before this one is looked at again.
         hidden = self.driver.current_window_handle
         self.driver.switch_to.new_window("tab")
@@ -4067,27 +3686,27 @@ class BrowserTest(DeliveriesTest):
         self.driver.close()
         self.driver.switch_to.window(hidden)
         self.assertEqual(len(self.all("#deliveries .open")), 2)
-        self.assertEqual(hide(False), asked)
+        self.assertEqual(hide(False), 0)
         self.wait_for_rows(5)
 
     def test_a_button_copies(self) -> None:
         self.post(OFFER)
-        self.open("/deliveries/" + self.names()[0])
-        (button,) = [each for each in self.all("button") if each.text == "Copy JSON"]
-        button.click()
+        self.open_newest()
+        self.click("button", "Copy JSON")
         self.wait_for(".tools", "Copied")
         (field,) = self.all("textarea")
         field.clear()
-        from selenium.webdriver.common.keys import Keys
-
-        field.send_keys(Keys.CONTROL, "v")
+        field.send_keys(self.keys.CONTROL, "v")
         self.assertEqual(json.loads(field.get_attribute("value")), OFFER)
 
-    def test_the_button_empties_the_inbox_after_asking(self) -> None:
-        self.post()
+    def test_a_delivery_takes_the_place_of_the_instructions_until_it_is_removed(self) -> None:
         self.open()
+        self.assertIn("Nothing has been delivered yet", self.text("h1"))
+        self.post(OFFER)
+        self.wait_for("#deliveries", "Request Review", seconds=1)
+        self.assertEqual(self.all("pre"), [])
         for answer, left in (("dismiss", 1), ("accept", 0)):
-            self.all("[data-clear]")[0].click()
+            self.click("[data-clear]")
             getattr(self.driver.switch_to.alert, answer)()
             self.wait_for_rows(left)
             self.assertEqual(len(self.stored()), left)
@@ -4095,22 +3714,20 @@ class BrowserTest(DeliveriesTest):
 
     def test_it_is_live_again_after_a_restart(self) -> None:
         self.open()
-        settings = {"PORT": address(self.server)[1], "STORE_DIR": self.server.store.directory}
         self.server.server_close()
         self.wait_for("#state", "not connected")
-        with serving(**settings) as again:
+        with beside(self.server, PORT=address(self.server)[1]) as again:
             ask(again, "POST", "/inbox", ACCEPT)
             self.wait_for("#deliveries", "201")
             self.wait_for("#state", "live")
 
     def test_nothing_hostile_runs_or_breaks_the_layout(self) -> None:
-        for hostile in HOSTILE:
-            self.post(hostile)
-        # Every third: `PageTest` has looked at the markup of all of them.
-        paths = ["/", *(f"/deliveries/{name}" for name in self.names()[::3])]
+        self.post_each(*HOSTILE)
+        # Every second: `PageTest` has looked at the markup of all of them.
+        paths = ["/", *(f"/deliveries/{name}" for name in self.names()[::2])]
         self.assertGreater(len(paths), 20)
         for width, some in ((1280, paths[:5]), (400, paths)):
-            self.window(width, 900)
+            self.window(width)
             for path in some:
                 self.open(path, live=False)
                 self.assertIsNone(self.run_script("return window.hacked"), path)
@@ -4121,21 +3738,18 @@ class BrowserTest(DeliveriesTest):
     def test_the_title_says_that_there_is_more_than_the_list_shows(self) -> None:
         self.post()
         self.open("/?limit=2")
-        for _ in range(3):
-            self.post()
+        self.post_each(*[ACCEPT] * 3)
         self.wait_until(lambda: self.driver.title == "(2+) Deliveries · coarinbox")
 
     @unittest.skipUnless(AXE.exists(), "axe-core is not installed")
     def test_everybody_can_use_it(self) -> None:
         self.check_accessibility("/")  # of an empty inbox
-        for document in (OFFER, ACCEPT, REFUSED, b"no"):
-            self.post(document)
-        names = self.names()
+        self.post_each(ACCEPT, OFFER, REFUSED, b"no")
+        accept, offer = self.names("?status=201")[::-1]
         to = {"to": f"{self.server.base}/nowhere"}
-        self.assertEqual(self.ask("POST", f"/deliveries/{names[3]}/send", to).status, 201)
+        self.assertEqual(self.ask("POST", f"/deliveries/{offer}/send", to).status, 201)
         self.ask("POST", "/inbox?status=503", OFFER)
-        removed = self.names("?pattern=Accept")[0]
-        self.ask("DELETE", f"/inbox/{removed}")
+        self.ask("DELETE", f"/inbox/{accept}")
         filters = "/?status=4xx&origin=r.example.org&q=nothing"
         for path in ("/", filters, "/constraints", "/samples", "/nowhere"):
             self.check_accessibility(path)
@@ -4147,7 +3761,7 @@ class BrowserTest(DeliveriesTest):
         self.open(path, live=False)
         self.run_script(AXE.read_text(encoding="utf-8"))
         for width, scheme in itertools.islice(VIEWS, 2):
-            self.window(width, 900, scheme)
+            self.window(width, scheme)
             results = self.driver.execute_async_script("axe.run().then(arguments[0])")
             self.assertGreater(len(results["passes"]), 10)
             problems = [
@@ -4167,24 +3781,23 @@ class Program:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
         self.log: list[str] = []
-        self.started = threading.Event()
-        self.reader = threading.Thread(target=self.read_log)
-        self.reader.start()
-        self.started.wait()
+        self.read_log("validation")
         self.banner = self.log[:]
         urls = [line.split()[1] for line in self.banner if line.startswith("inbox")]
         assert urls, self.banner
         self.url = urls[0]
         parts = urllib.parse.urlsplit(self.url)
         self.server_address = (str(parts.hostname), int(parts.port or 0))
+        self.reader = threading.Thread(target=self.read_log)
+        self.reader.start()
 
-    def read_log(self) -> None:
+    def read_log(self, last: str | None = None) -> None:
+        """Read on in the log, up to a line that begins with `last`."""
         assert self.process.stderr
         for line in self.process.stderr:
             self.log.append(line.rstrip("\n"))
-            if line.startswith("validation"):
-                self.started.set()
-        self.started.set()
+            if last and line.startswith(last):
+                return
 
     def ask(self, *arguments: Any, **more: Any) -> Answer:
         return ask(self, *arguments, **more)
@@ -4218,10 +3831,6 @@ def running(command: list[str], **options: Any) -> Iterator[Program]:
             finally:
                 process.kill()
                 program.reader.join()
-
-
-# How often the test with `kill -9` kills; a hundred times take half a minute.
-KILLS = int(os.environ.get("COARINBOX_KILLS", "1"))
 
 
 class Done(NamedTuple):
@@ -4298,11 +3907,18 @@ class ProgramTest(unittest.TestCase):
         return done.errors
 
 
+def can_connect(where: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(where, timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
 class StartTest(ProgramTest):
-    def test_it_says_where_it_is(self) -> None:
+    def test_it_says_where_it_is_and_what_is_going_on_until_a_signal_ends_it(self) -> None:
         with running(self.command("--port", "0"), cwd=self.directory) as inbox:
-            host, port = inbox.server_address
-            self.assertEqual(host, "localhost")
+            port = inbox.server_address[1]
             self.assertEqual(inbox.banner, [
                 f"coarinbox {coarinbox.__version__}",
                 f"address     127.0.0.1 port {port}",
@@ -4311,46 +3927,60 @@ class StartTest(ProgramTest):
                 f"store       {self.directory / 'notifications'}",
                 "validation  True",
             ])  # fmt: skip
-            answer = inbox.ask("POST", "/inbox", ACCEPT)
-            self.assertEqual(answer.status, 201)
+            idle = http.client.HTTPConnection(*inbox.server_address, timeout=10)
+            self.addCleanup(idle.close)
+            answer = ask_on(idle, "POST", "/inbox", ACCEPT)
             self.assertTrue(answer.headers["Location"].startswith(inbox.url + "/2"))
             self.assertEqual(len(files_in(self.directory / "notifications")), 1)
+            status, log = inbox.stop(signal.SIGINT)
+        self.assertEqual(status, 0, log)
+        self.assertRegex(log, r"(?m)^[0-9]{4}-[0-9-]{5} [0-9:]{8} 201 Accept from ")
+        self.assertNotIn("Traceback", log)
+
+    def test_debug_logs_headers_and_bodies_but_no_secrets(self) -> None:
+        with self.assertLogs("coarinbox", "INFO") as caught, serving(DEBUG=True) as server:
+            headers = {"Authorization": "Bearer s3cret", "X-Mine": "yes\tno"}
+            ask(server, "POST", "/inbox", '{"id":\n"xö"}'.encode(), headers)
+            ask(server, "POST", "/inbox", b"\xff", {"Content-Type": "application/pdf"})
+        for text in (
+            "POST /inbox HTTP/1.1", "  X-Mine: yes\\tno", '    "id": "xö"', "  \\xff"
+        ):  # fmt: skip
+            self.assertIn(f"INFO:coarinbox:127.0.0.1 {text}", caught.output)
+        self.assertNotIn("s3cret", str(caught.output))
 
     def test_the_file_alone_suffices(self) -> None:
         shutil.copy(MODULE, self.directory)
         alone = [sys.executable, "-I", "-S", "coarinbox.py", "--port", "0"]
         with running(alone, cwd=self.directory) as inbox:
             self.assertEqual(inbox.ask("POST", "/inbox", ACCEPT).status, 201)
+            self.assertEqual(inbox.stop(signal.SIGTERM)[0], 0)
 
-    def test_it_tells_its_version(self) -> None:
-        done = self.invoke("--version")
-        self.assertEqual(done, (0, [f"coarinbox {coarinbox.__version__}"], ""))
-
-    def test_sigint_and_sigterm_end_it_with_status_0(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with running(self.command("--port", "0"), cwd=self.directory) as inbox:
-                idle = http.client.HTTPConnection(*inbox.server_address, timeout=10)
-                self.assertEqual(ask_on(idle, "POST", "/inbox", ACCEPT).status, 201)
-                status, log = inbox.stop(number)
-                self.assertEqual(status, 0, log)
-                self.assertNotIn("Traceback", log)
-                idle.close()
+    @contextlib.contextmanager
+    def stalled(self, **constants: float) -> Iterator[tuple[Program, Any]]:
+        """Run an inbox, with a client that has sent only the head of its request."""
+        path = self.config("MAX_CONNECTIONS = 1")
+        command = self.command("--port", "0", "--config", path, **constants)
+        with running(command, cwd=self.directory) as inbox:
+            head = post_head(f"Content-Length: {len(BODY)}", "Expect: 100-continue")
+            with connect(inbox, head) as connection:
+                self.assertIn(b" 100 ", connection.recv(99))  # its request has begun
+                yield inbox, connection
 
     def test_a_request_in_flight_is_answered_before_the_end(self) -> None:
-        with self.stalled() as (inbox, connection), connection.makefile("rb") as stream:
-            self.assertIn(b"100 Continue", stream.readline() + stream.readline())
+        """Even if the signal comes twice, and other clients wait for a connection."""
+        with self.stalled() as (inbox, connection), connect(inbox):
             inbox.process.send_signal(signal.SIGTERM)
+            inbox.process.send_signal(signal.SIGINT)
             while can_connect(inbox.server_address):  # it stops listening first
                 pass
             connection.sendall(BODY)
-            answer = read_answer(stream.readline(), stream)
+            answer = answer_on(connection)
             self.assertEqual((answer.status, answer.headers["Connection"]), (201, "close"))
             self.assertEqual(inbox.process.wait(10), 0)
         self.assertEqual(len(files_in(self.directory / "notifications")), 1)
 
     def test_a_signal_some_time_after_the_first_does_not_wait(self) -> None:
-        with self.stalled(self.command(DOUBLE_SIGNAL=0)) as (inbox, connection):
-            connection.recv(1)  # its request has begun, and is never completed
+        with self.stalled(DOUBLE_SIGNAL=0) as (inbox, _):
             inbox.process.send_signal(signal.SIGTERM)
             while can_connect(inbox.server_address):
                 pass
@@ -4359,36 +3989,6 @@ class StartTest(ProgramTest):
             self.assertEqual(inbox.process.wait(10), 0)
             self.assertLess(time.monotonic() - started, coarinbox.STOP_WITHIN - 0.5)
         self.assertEqual(files_in(self.directory / "notifications"), [])
-
-    def test_a_signal_that_comes_twice_is_one(self) -> None:
-        with self.stalled() as (inbox, connection), connection.makefile("rb") as stream:
-            self.assertIn(b"100 Continue", stream.readline() + stream.readline())
-            inbox.process.send_signal(signal.SIGTERM)
-            inbox.process.send_signal(signal.SIGINT)
-            while can_connect(inbox.server_address):
-                pass
-            connection.sendall(BODY)
-            self.assertEqual(read_answer(stream.readline(), stream).status, 201)
-            self.assertEqual(inbox.process.wait(10), 0)
-
-    def test_it_ends_though_connections_wait_for_others(self) -> None:
-        command = self.command("--config", self.config("MAX_CONNECTIONS = 1"))
-        with self.stalled(command) as (inbox, connection):
-            connection.recv(1)
-            with connect(inbox):
-                inbox.process.send_signal(signal.SIGTERM)
-                connection.sendall(BODY)
-                self.assertEqual(inbox.process.wait(10), 0)
-        self.assertEqual(len(files_in(self.directory / "notifications")), 1)
-
-    @contextlib.contextmanager
-    def stalled(self, command: list[str] | None = None) -> Iterator[tuple[Program, socket.socket]]:
-        """Run an inbox, and a client that has sent only the head of its request."""
-        command = [*(command or self.command()), "--port", "0"]
-        with running(command, cwd=self.directory) as inbox:
-            head = post_head(f"Content-Length: {len(BODY)}", "Expect: 100-continue")
-            with connect(inbox, head) as connection:
-                yield inbox, connection
 
     def test_kill_9_loses_nothing_that_was_acknowledged(self) -> None:
         acknowledged: list[str] = []
@@ -4399,95 +3999,54 @@ class StartTest(ProgramTest):
                 while True:
                     acknowledged.append(inbox.ask("POST", "/inbox", document).headers["Location"])
 
-        for _ in range(KILLS):
-            enough = len(acknowledged) + 50
+        kills = int(os.environ.get("COARINBOX_KILLS", "1"))  # a hundred take half a minute
+        for kill in range(kills):
             with running(self.command("--port", "0"), cwd=self.directory) as inbox:
-                threads = [threading.Thread(target=post, args=(inbox,)) for _ in range(4)]
-                for thread in threads:
-                    thread.start()
-                while len(acknowledged) < enough and any(map(threading.Thread.is_alive, threads)):
-                    time.sleep(0)
-                inbox.process.kill()
-                for thread in threads:
-                    thread.join()
-        store = self.directory / "notifications"
-        self.assertGreaterEqual(len(acknowledged), 50 * KILLS)
-        for location in acknowledged:
-            self.assertTrue((store / f"{location.rpartition('/')[2]}.json").exists())
-        for path in store.glob("*.json"):
-            self.assertEqual(path.read_bytes(), document)
-
-    def test_a_port_that_is_taken(self) -> None:
-        with serving(HOST="127.0.0.1") as other:
-            line = self.fail_to_start("--host", "127.0.0.1", "--port", str(address(other)[1]))
-        self.assertIn("HOST '127.0.0.1', PORT", line)
+                with concurrent.futures.ThreadPoolExecutor(4) as pool:
+                    senders = [pool.submit(post, inbox) for _ in range(4)]
+                    while len(acknowledged) < 50 * (kill + 1) and not senders[0].done():
+                        time.sleep(0)
+                    inbox.process.kill()
+        self.assertGreaterEqual(len(acknowledged), 50 * kills)
+        stored = {path.stem: path.read_bytes() for path in self.directory.glob("*/*.json")}
+        self.assertLessEqual({url.rpartition("/")[2] for url in acknowledged}, stored.keys())
+        self.assertEqual(set(stored.values()), {document})
 
     def test_a_store_or_an_address_that_cannot_be(self) -> None:
         (self.directory / "file").write_text("")
-        self.assertIn("STORE_DIR", self.fail_to_start("--port", "0", "--store", "file/store"))
-        self.assertIn("HOST", self.fail_to_start("--port", "0", "--host", "no.such.host.invalid"))
-        self.assertIn("HOST", self.fail_to_start("--port", "0", "--host", "x" * 300))
+        with serving(HOST="127.0.0.1") as other:
+            taken = str(address(other)[1])
+            for arguments, expected in [
+                (["--store", "file/store"], "STORE_DIR"), (["--host", "x" * 300], "HOST"),
+                (["--host", "no.such.host.invalid"], "HOST"),
+                (["--host", "127.0.0.1", "--port", taken], f"HOST '127.0.0.1', PORT {taken}"),
+            ]:  # fmt: skip
+                self.assertIn(expected, self.fail_to_start("--port", "0", *arguments))
 
-    def test_ipv6(self) -> None:
-        try:
-            socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-        except OSError:
+    @unittest.skipUnless(shutil.which("unshare"), "a read-only disk needs util-linux")
+    def test_a_store_that_cannot_be_written_to(self) -> None:
+        command = [*on_small_disk("ro", self.directory), "--store", str(self.directory)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        self.assertEqual(done.returncode, 2, done)
+        self.assertIn("expected a directory to write to", done.stderr)
+
+    def test_other_addresses_than_localhost(self) -> None:
+        if not has_ipv6():
             self.skipTest("this machine has no IPv6")
-        for host, name, clients in [
-            ("::1", "[::1]", ["::1"]), ("::", "localhost", ["::1", "127.0.0.1"]),
-            ("0.0.0.0", "localhost", ["127.0.0.1"]),
+        for host, name, clients, foreign in [
+            ("::1", "[::1]", ["[::1]"], 421), ("0.0.0.0", "localhost", ["127.0.0.1"], 200),
+            ("::", "localhost", ["[::1]", "127.0.0.1"], 200),
         ]:  # fmt: skip
             with serving(HOST=host) as server:
                 port = address(server)[1]
                 self.assertEqual(server.base, f"http://{name}:{port}")
                 for client in clients:
-                    connection = http.client.HTTPConnection(client, port, timeout=10)
-                    self.assertEqual(ask_on(connection, "GET", "/inbox").status, 200)
-                    connection.close()
-                foreign = ask(server, "GET", "/inbox", headers={"Host": "evil.example"})
-                self.assertEqual(foreign.status, 421 if host == "::1" else 200)
-
-    def test_debug_logs_headers_and_bodies_but_no_secrets(self) -> None:
-        command = self.command("--port", "0", "--config", self.config("DEBUG = True"))
-        with running(command, cwd=self.directory) as inbox:
-            headers = {"Authorization": "Bearer s3cret", "X-Mine": "yes\tno"}
-            inbox.ask("POST", "/inbox", '{"id":\n"xö"}'.encode(), headers)
-            _, log = inbox.stop()
-        self.assertIn(" 127.0.0.1   X-Mine: yes\\tno\n", log)
-        self.assertIn(' 127.0.0.1     "id": "xö"\n', log)
-        self.assertNotIn("s3cret", log)
-        with self.assertLogs("coarinbox", "INFO") as caught, serving(DEBUG=True) as server:
-            self.assertEqual(ask(server, "POST", "/inbox", b"\xff").status, 400)
-            ask(server, "POST", "/inbox", b"%PDF", {"Content-Type": "application/pdf"})
-        self.assertIn("INFO:coarinbox:127.0.0.1   \\xff", caught.output)
-        self.assertIn("INFO:coarinbox:127.0.0.1   %PDF", caught.output)
-        self.assertIn("INFO:coarinbox:127.0.0.1 POST /inbox HTTP/1.1", caught.output)
-
-    def test_each_line_of_the_log_has_its_time(self) -> None:
-        with running(self.command("--port", "0"), cwd=self.directory) as inbox:
-            inbox.ask("GET", "/inbox")
-            _, log = inbox.stop()
-        self.assertRegex(log, r'(?m)^[0-9]{4}-[0-9-]{5} [0-9:]{8} 127.0.0.1 "GET /inbox')
-
-
-def can_connect(where: tuple[str, int]) -> bool:
-    try:
-        socket.create_connection(where, timeout=1).close()
-    except OSError:
-        return False
-    return True
+                    url = f"http://{client}:{port}/inbox"
+                    self.assertEqual(fetch(url).status, 200)
+                    self.assertEqual(fetch(url, headers={"Host": "evil.example"}).status, foreign)
 
 
 class ConfigurationTest(ProgramTest):
-    @unittest.skipUnless(shutil.which("unshare"), "a read-only disk needs util-linux")
-    def test_a_store_that_cannot_be_written_to(self) -> None:
-        script = f'mount -t tmpfs -o ro tmpfs {self.directory} && exec "$0" "$@"'
-        command = ["unshare", "--mount", "--map-root-user", "sh", "-c", script, sys.executable]
-        command += [str(MODULE), "--port", "0", "--store", str(self.directory)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-        self.assertEqual(done.returncode, 2, done)
-        self.assertIn("expected a directory to write to", done.stderr)
-
     def test_the_example_holds_every_setting_at_its_default(self) -> None:
         values = coarinbox.read_configuration(str(HERE / "local.cfg.example"))
         self.assertEqual(values, vars(coarinbox.Settings()))
@@ -4504,61 +4063,45 @@ class ConfigurationTest(ProgramTest):
         self.assertEqual(settings.STORE_DIR, str(self.directory / "elsewhere/config"))
         self.assertEqual(settings.PORT, 0)
 
-    def test_flags_win_over_the_file_which_wins_over_the_environment(self) -> None:
-        self.config('VALIDATE_INCOMING = "strict"\nSTORE_DIR = "from-file"\n')
-        other = self.directory / "other.cfg"
-        other.write_text('VALIDATE_INCOMING = False\nSTORE_DIR = "from-environment"\n')
-        for arguments, store, mode in [
-            ([], "from-environment", False),
-            (["--config", "local.cfg"], "from-file", "strict"),
-            (["--config", "local.cfg", "--store", "from-flag"], "from-flag", "strict"),
+    def test_flags_win_over_the_environment_which_wins_over_the_file(self) -> None:
+        self.config('VALIDATE_INCOMING = "strict"\nSTORE_DIR = "file"\nDEBUG_PYCHARM = True')
+        (self.directory / "other.cfg").write_text('STORE_DIR = "other file"\nMAX_CONNECTIONS = 5')
+        file, variable = {"COARNOTIFY_SETTINGS": "other.cfg"}, {"COARNOTIFY_STORE_DIR": "variable"}
+        default = coarinbox.Settings().MAX_CONNECTIONS
+        for arguments, env, store, connections in [
+            ([], file, "other file", 5),
+            (["--config", "local.cfg"], file, "file", default),
+            (["--config", "local.cfg"], variable, "variable", default),
+            (["--config", "local.cfg", "--store", "flag"], variable, "flag", default),
         ]:
-            settings = self.configured(*arguments, COARNOTIFY_SETTINGS="other.cfg")
-            self.assertEqual((settings.STORE_DIR, settings.VALIDATE_INCOMING), (store, mode))
-
-    def test_environment_variables_win_over_the_file_and_flags_over_both(self) -> None:
-        path = self.config('STORE_DIR = "from-file"\nPORT = 1\nREQUEST_TIMEOUT = 5')
-        variables = {"COARNOTIFY_STORE_DIR": "from-variable", "COARNOTIFY_PORT": "8080"}
-        settings = self.configured("--config", path, "--port", "0", **variables)
-        self.assertEqual(
-            (settings.STORE_DIR, settings.PORT, settings.REQUEST_TIMEOUT), ("from-variable", 0, 5)
-        )
+            with unittest.mock.patch("coarinbox.attach_debugger") as attach_debugger:
+                settings = self.configured(*arguments, **env)
+            self.assertEqual((settings.STORE_DIR, settings.MAX_CONNECTIONS), (store, connections))
+            self.assertEqual(settings.VALIDATE_INCOMING, "strict" if arguments else True)
+            expected = [unittest.mock.call("localhost", 6000)] if arguments else []
+            self.assertEqual(attach_debugger.mock_calls, expected)
 
     def test_an_environment_variable_is_json_or_as_in_python_or_a_text(self) -> None:
         for name, text, value in [
-            ("PORT", "8080", 8080),
-            ("FSYNC", "False", False),
-            ("FSYNC", "true", True),
+            ("PORT", "8080", 8080), ("FSYNC", "False", False), ("FSYNC", "true", True),
             ("REPLY_TO", "http://localhost:8080/inbox", "http://localhost:8080/inbox"),
             ("REPLIES", '["accept", "announce review"]', ("Accept", "Announce Review")),
-            ("REPLIES", "Accept", ("Accept",)),
-            ("VALIDATE_INCOMING", "strict", "strict"),
+            ("REPLIES", "Accept", ("Accept",)), ("VALIDATE_INCOMING", "strict", "strict"),
             ("VALIDATE_INCOMING", "dspace", "DSpace"),
             ("TOKEN", "123456", "123456"),  # settings that are texts stay texts
             ("PORT", "tcp://10.0.0.1:5005", 5005),  # it names a service of Kubernetes
             ("STRANGER", "1", None),
-        ]:
+        ]:  # fmt: skip
             with self.subTest(name, text=text):
                 settings = self.configured(**{f"COARNOTIFY_{name}": text})
                 self.assertEqual(getattr(settings, name, None), value)
         line = self.fail_to_start(COARNOTIFY_PORT="abc")
         self.assertEqual(line, "coarinbox: COARNOTIFY_PORT is 'abc', expected a port, 0 to 65535\n")
 
-    def test_a_test_double_takes_nothing_from_the_environment(self) -> None:
-        with unittest.mock.patch.dict(os.environ, COARNOTIFY_TOKEN="secret"):
-            with coarinbox.running() as inbox:
-                self.assertEqual(send(inbox.url).status, 201)
-
     def test_the_mode_of_validation_may_be_a_flag(self) -> None:
         for text, mode in (("true", True), ("False", False), ("strict", "strict"), ("pci", "PCI")):
             self.assertEqual(self.configured("--validate", text).VALIDATE_INCOMING, mode)
         self.assertIn("VALIDATE_INCOMING is 'lax'", self.fail_to_start("--validate", "lax"))
-
-    def test_a_flag_that_is_not_given_leaves_the_file_alone(self) -> None:
-        path = self.config("DEBUG_PYCHARM = True\nPORT = 1234")
-        with unittest.mock.patch("coarinbox.attach_debugger") as attach_debugger:
-            self.assertEqual(self.configured("--config", path).PORT, 1234)
-        attach_debugger.assert_called_once_with("localhost", 6000)
 
     def test_errors_name_the_file_the_line_and_what_is_wrong(self) -> None:
         for text, expected in [
@@ -4567,17 +4110,16 @@ class ConfigurationTest(ProgramTest):
             ("import nowhere", "local.cfg, line 1: ModuleNotFoundError"),
             ("def f():\n  return g\nf()", "local.cfg, line 2: NameError"),
             ("raise SystemExit(3)", "local.cfg, line 1: SystemExit: 3"),
-            ("a = 1\0", "local.cfg"),
-            ("PORT = 'a\\nb' * 99", "local.cfg: PORT is 'a"),
             ("raise ValueError('two\\nlines')", "local.cfg, line 1: ValueError: two lines"),
-        ]:
+            ("a = 1\0", "local.cfg"), ("PORT = 'a\\nb' * 99", "local.cfg: PORT is 'a"),
+            ("PORT = '5005'", "local.cfg: PORT is '5005'"),
+        ]:  # fmt: skip
             with self.subTest(text):
-                line = self.fail_to_start("--config", self.config(text))
-                self.assertIn(expected, line)
+                self.assertIn(expected, self.fail_to_start("--config", self.config(text)))
         self.assertIn("none.cfg", self.fail_to_start("--config", "none.cfg"))
         self.assertIn("none.cfg", self.fail_to_start(COARNOTIFY_SETTINGS="none.cfg"))
-        line = self.fail_to_start("--config", self.config("PORT = '5005'"))
-        self.assertIn("local.cfg: PORT is '5005'", line)
+        line = self.fail_to_start("--port", "70000", "--config", self.config("DEBUG = True"))
+        self.assertTrue(line.startswith("coarinbox: PORT is 70000"), line)
 
     def test_each_setting_refuses_what_it_cannot_use_and_says_what_it_can(self) -> None:
         for name, values in UNUSABLE.items():
@@ -4589,19 +4131,18 @@ class ConfigurationTest(ProgramTest):
                     self.assertNotIn(f"{name} is None", str(caught.exception) * bool(value))
         # Flask-CORS has a setting CORS_ORIGINS too, so no value of it is an error.
         self.assertEqual({*UNUSABLE, "CORS_ORIGINS"}, set(vars(coarinbox.Settings())))
-        with self.assertRaisesRegex(coarinbox.ConfigurationError, "expected 201 or 202$"):
-            coarinbox.Settings(RESPONSE_STATUS=200)
-        with self.assertRaisesRegex(coarinbox.ConfigurationError, "from 1 to 2147483647"):
-            coarinbox.Settings(MAX_CONTENT_LENGTH=2**31)
-        with self.assertRaisesRegex(coarinbox.ConfigurationError, "is 'x{79}, expected"):
-            coarinbox.Settings(PORT="x" * 500)  # type: ignore[arg-type]
+        for name, value, expected in [
+            ("RESPONSE_STATUS", 200, "expected 201 or 202$"), ("PORT", "x" * 500, "'x{79}, expect"),
+            ("MAX_CONTENT_LENGTH", 2**31, "from 1 to 2147483647"),
+        ]:  # fmt: skip
+            with self.assertRaisesRegex(coarinbox.ConfigurationError, expected):
+                coarinbox.Settings(**{name: value})  # type: ignore[arg-type]
 
     def test_each_setting_takes_what_it_can_use(self) -> None:
         usable: list[tuple[str, Any]] = [
-            ("STORE_DIR", pathlib.Path("store")), ("PORT", 0), ("PORT", 65535),
-            ("RESPONSE_STATUS", 202), ("VALIDATE_INCOMING", "strict"), ("REQUEST_TIMEOUT", 0.5),
-            ("BASE_URL", "https://example.org"), ("BASE_URL", "http://[::1]:80/x/"),
-            ("HOST", "::"), ("TOKEN", "s3cret"), ("MAX_CONTENT_LENGTH", 1),
+            ("STORE_DIR", pathlib.Path("store")), ("PORT", 0), ("PORT", 65535), ("HOST", "::"),
+            ("RESPONSE_STATUS", 202), ("BASE_URL", "https://example.org"), ("TOKEN", "s3cret"),
+            ("BASE_URL", "http://[::1]:80/x/"), ("MAX_CONTENT_LENGTH", 1),
             ("MAX_CONTENT_LENGTH", 2**31 - 1), ("REQUEST_TIMEOUT", 0.001),
             ("REQUEST_TIMEOUT", 86400),
         ]  # fmt: skip
@@ -4614,50 +4155,35 @@ class ConfigurationTest(ProgramTest):
     def test_unknown_settings_are_warned_about_with_the_nearest_name(self) -> None:
         path = self.config('STORE_DIRECTORY = "x"\nSECRET_KEY = "y"\nlower = 1\nPORT = 0\n')
         with self.assertLogs("coarinbox", "WARNING") as caught:
-            settings = coarinbox.configure(path, {})
-        self.assertEqual(settings, coarinbox.Settings(PORT=0))
-        self.assertEqual(len(caught.output), 2)
-        self.assertIn(
-            f"WARNING:coarinbox:{path}: ignored: unknown setting SECRET_KEY", caught.output
-        )
-        (line,) = (line for line in caught.output if "STORE_DIRECTORY" in line)
-        warning = f"{path}: ignored: unknown setting STORE_DIRECTORY; did you mean STORE_DIR?"
-        self.assertEqual(line, f"WARNING:coarinbox:{warning}")
+            self.assertEqual(coarinbox.configure(path, {}), coarinbox.Settings(PORT=0))
+        start = f"WARNING:coarinbox:{path}: ignored: unknown setting"
+        expected = [f"{start} SECRET_KEY", f"{start} STORE_DIRECTORY; did you mean STORE_DIR?"]
+        self.assertEqual(sorted(caught.output), expected)
 
     def test_unknown_flags_and_values_end_it_with_status_2(self) -> None:
         for arguments in (["--nothing"], ["--port", "x"], ["extra"]):
             done = self.invoke(*arguments)
             self.assertEqual((done.status, done.output), (2, []))
             self.assertIn("usage: coarinbox", done.errors)
-        command = [sys.executable, str(MODULE), "--port", "70000"]
-        done_alone = subprocess.run(command, capture_output=True, timeout=20)
-        self.assertEqual(done_alone.returncode, 2)
-        line = self.fail_to_start("--port", "70000", "--config", self.config("DEBUG = True"))
-        self.assertTrue(line.startswith("coarinbox: PORT is 70000"), line)
+        done = self.invoke("--version")
+        self.assertEqual(done, (0, [f"coarinbox {coarinbox.__version__}"], ""))
 
 
 UNUSABLE: dict[str, list[Any]] = {
-    "STORE_DIR": ["", None, 5, b"store", "a\0b"],
-    "HOST": ["", None, 127, "\udc80", "a\nb"],
-    "PORT": ["5005", -1, 65536, 5005.0, True, None],
+    "STORE_DIR": ["", None, 5, b"store", "a\0b"], "HOST": ["", None, 127, "\udc80", "a\nb"],
+    "PORT": ["5005", -1, 65536, 5005.0, True, None], "FSYNC": [1, None],
     "RESPONSE_STATUS": [200, 204, "201", None, True, 10**5000],
-    "VALIDATE_INCOMING": ["lax", "yes", None, 1, 0, ""],
-    "DEBUG": [1, "no", None],
-    "DEBUG_PYCHARM": [1, "no", None],
-    "DEBUG_PYCHARM_SERVER": ["", None],
-    "DEBUG_PYCHARM_PORT": ["6000", -1],
+    "VALIDATE_INCOMING": ["lax", "yes", None, 1, 0, ""], "DEBUG": [1, "no", None],
+    "DEBUG_PYCHARM": [1, "no", None], "DEBUG_PYCHARM_SERVER": ["", None],
+    "DEBUG_PYCHARM_PORT": ["6000", -1], "MAX_CONNECTIONS": [0, -1, None],
     "BASE_URL": ["", "example.org", "ftp://example.org", "http://", "http://a/?q", "http://a/#f",
                  "http://a b/", 'http://a/"', "http://a/\n", "http://[1]", "http://ä/", 5,
                  "http://me@a/"],
     "MAX_CONTENT_LENGTH": [0, -1, 1.5, None, "1M", 2**31, -(10**5000)],
     "REQUEST_TIMEOUT": [0, -1, "30", None, float("inf"), float("nan"), 86401, 1e-320, True],
-    "MAX_CONNECTIONS": [0, -1, None],
-    "FSYNC": [1, None],
     "REPLIES": ["Accept me", ["Accept", "Offer"], 5, None],
-    "REPLY_DELAY": [-1, "1", None, True, float("nan")],
-    "REPLY_TO": ["", "example.org", 5],
-    "TOKEN": ["", 5, "s3cret\n", " s3cret", "\udc80"],
-    "SSL_CERT": ["", 5],
+    "REPLY_DELAY": [-1, "1", None, True, float("nan")], "REPLY_TO": ["", "example.org", 5],
+    "TOKEN": ["", 5, "s3cret\n", " s3cret", "\udc80"], "SSL_CERT": ["", 5],
     "SSL_KEY": ["", "key.pem"],
 }  # fmt: skip
 
@@ -4666,15 +4192,7 @@ UNUSABLE: dict[str, list[Any]] = {
 
 
 def send(url: str, document: Any = ACCEPT) -> Answer:
-    """Send a notification the way a user's code would, knowing only the URL of the inbox."""
-    body = document if isinstance(document, bytes) else json.dumps(document).encode()
-    request = urllib.request.Request(url, body, {"Content-Type": JSON_LD})
-    try:
-        with urllib.request.urlopen(request, timeout=10) as response:
-            return Answer(response.status, response.headers, response.read())
-    except urllib.error.HTTPError as error:
-        with error:
-            return Answer(error.code, error.headers, error.read())  # type: ignore[arg-type]
+    return fetch(url, "POST", document)
 
 
 class RunningTest(unittest.TestCase):
@@ -4684,255 +4202,24 @@ class RunningTest(unittest.TestCase):
             delivery = inbox.wait_for(type="Offer", timeout=5)
             assert delivery.notification["object"]["id"] == PREPRINT["id"]
         self.assertEqual((delivery.status, delivery.pattern), (201, "Request Review"))
-
-    def test_it_shows_what_came_and_what_was_stored(self) -> None:
-        with coarinbox.running() as inbox:
-            self.assertEqual((inbox.deliveries, inbox.notifications), ([], []))
-            for document in (OFFER, REFUSED, b"no", ACCEPT):
-                send(inbox.url, document)
-            self.assertEqual([each.status for each in inbox.deliveries], [201, 400, 400, 201])
-            sent = [each.notification for each in inbox.deliveries]
-            self.assertEqual(sent, [OFFER, REFUSED, None, ACCEPT])
-            self.assertEqual(inbox.notifications, [OFFER, ACCEPT])
-            self.assertEqual(inbox.deliveries[1].findings[0].code, "id-absolute-uri")
-            inbox.clear()
-            self.assertEqual((inbox.deliveries, inbox.notifications), ([], []))
-
-    def test_a_wait_goes_on_after_a_clear(self) -> None:
-        """The new log may have the inode of the one before, and be longer."""
-        with coarinbox.running() as inbox, concurrent.futures.ThreadPoolExecutor(1) as pool:
-            send(inbox.url, b"no")
-            (first,), seen, cleared = inbox.deliveries, threading.Event(), threading.Event()
-
-            def is_another(delivery: coarinbox.Delivery) -> bool:
-                seen.set()
-                return cleared.wait(10) and delivery.name != first.name
-
-            waiting = pool.submit(inbox.wait_for, is_another, status="", timeout=5)
-            self.assertTrue(seen.wait(10))
-            inbox.clear()
-            send(inbox.url, REFUSED)
-            cleared.set()
-            self.assertEqual(waiting.result().notification, REFUSED)
-
-    def test_settings_are_arguments(self) -> None:
-        with coarinbox.running(VALIDATE_INCOMING="strict", RESPONSE_STATUS=202) as inbox:
-            self.assertEqual(send(inbox.url, changed(ACCEPT, "actor.id", ABSENT)).status, 400)
-            self.assertEqual(send(inbox.url).status, 202)
-        with self.assertRaisesRegex(coarinbox.ConfigurationError, "PORT"):
-            with coarinbox.running(PORT="none"):
-                self.fail("it runs")
-        with self.assertRaisesRegex(
-            coarinbox.ConfigurationError, "^unknown setting TOKN; did you mean TOKEN"
-        ):
-            with coarinbox.running(TOKN="x"):
-                self.fail("it runs")
-
-    def test_its_url_leads_to_it_whatever_the_public_one_is(self) -> None:
-        with coarinbox.running(BASE_URL="https://inbox.example.org/") as inbox:
-            location = send(inbox.url).headers["Location"]
-            self.assertTrue(location.startswith("https://inbox.example.org/inbox/"), location)
-            self.assertEqual(inbox.notifications, [ACCEPT])
-
-    def test_what_was_removed_since_has_no_body(self) -> None:
-        with coarinbox.running() as inbox:
-            location = send(inbox.url).headers["Location"]
-            send(inbox.url, OFFER)
-            self.assertEqual(ask(inbox.server, "DELETE", path_of(location)).status, 204)
-            self.assertEqual([each.notification for each in inbox.deliveries], [None, OFFER])
-            self.assertEqual(inbox.notifications, [OFFER])
-
-    def test_several_at_once_are_independent(self) -> None:
-        with coarinbox.running() as first, coarinbox.running() as second:
-            first.fail_next(503)
-            self.assertEqual(send(second.url).status, 201)
-            self.assertEqual(send(first.url).status, 503)
-            self.assertEqual((len(first.deliveries), len(second.deliveries)), (1, 1))
-            second.clear()
-            self.assertEqual(len(first.deliveries), 1)
-
-    def test_it_waits_for_what_is_still_to_come(self) -> None:
-        with coarinbox.running() as inbox, concurrent.futures.ThreadPoolExecutor(1) as pool:
-            waiting = pool.submit(inbox.wait_for, in_reply_to=OFFER_ID)
-            self.assertFalse(waiting.done())
-            send(inbox.url, OFFER)
-            send(inbox.url, ACCEPT)
-            self.assertEqual(waiting.result().notification, ACCEPT)
-            inbox.clear()
-            waiting = pool.submit(inbox.wait_for)
-            send(inbox.url, OFFER)
-            self.assertEqual(waiting.result().notification, OFFER)
-
-    def test_each_demand_selects(self) -> None:
-        with coarinbox.running() as inbox:
-            for document in (OFFER, ACCEPT, REFUSED):
-                send(inbox.url, document)
-            offer, accept, refused = inbox.deliveries
-            self.assertEqual(inbox.wait_for(timeout=0), offer)
-            self.assertEqual(inbox.wait_for(type="Accept", timeout=0), accept)
-            self.assertEqual(inbox.wait_for(type="coar-notify:ReviewAction", timeout=0), offer)
-            self.assertEqual(inbox.wait_for(pattern="Request Review", timeout=0), offer)
-            self.assertEqual(inbox.wait_for(in_reply_to=OFFER_ID, timeout=0), accept)
-            self.assertEqual(inbox.wait_for(status=400, timeout=0), refused)
-            self.assertEqual(inbox.wait_for(status="4xx", type="Offer", timeout=0), refused)
-            self.assertEqual(inbox.wait_for(lambda each: "inReplyTo" in each.about), accept)
-
-    def test_clean_is_only_what_has_no_findings_at_all(self) -> None:
-        """An inbox accepts much that its sender should still improve."""
-        with coarinbox.running() as inbox:
-            accept = addressed(ACCEPT, inbox.url)
-            inbox.fail_next(404)
-            for document, status in ((accept, 404), (changed(accept, "actor.name", ABSENT), 201)):
-                self.assertEqual(send(inbox.url, document).status, status)
-            self.assertEqual(inbox.wait_for().status, 201)
-            with self.assertRaises(AssertionError) as caught:
-                inbox.wait_for(clean=True, timeout=0)
-            wanted, failed, warned = str(caught.exception).splitlines()
-            self.assertIn("no delivery with status='2xx', clean=True within", wanted)
-            self.assertTrue(failed.endswith(": a simulated failure"), failed)
-            self.assertRegex(warned, ": S actor[.]name ")
-            send(inbox.url, changed(accept, "id", "urn:uuid:" + str(uuid.uuid4())))
-            self.assertEqual(inbox.wait_for(clean=True).findings, [])
-
-    def test_a_delivery_is_shown_in_one_line(self) -> None:
-        origin = OFFER["origin"]["id"]
-        with coarinbox.running() as inbox:
-            for url, document, expected in [
-                (inbox.url, OFFER, f"201 stored Request Review from {origin} {OFFER_ID}"),
-                (inbox.url, b"no", "400 refused no pattern from 127.0.0.1 without an id"),
-                (inbox.url[:-1], OFFER, "404 refused POST /inbo from 127.0.0.1 without an id"),
-            ]:
-                send(url, document)
-                self.assertEqual(repr(inbox.deliveries[-1]), f"<Delivery {expected}>")
-            sent = inbox.send(OFFER, inbox.url)
-            expected = f"<Delivery 201 stored Request Review to {inbox.url} {OFFER_ID}>"
-            self.assertEqual(repr(sent), expected)
-            inbox.fail_next(close=True)
-            self.assertRegex(repr(inbox.send(ACCEPT, inbox.url)), "^<Delivery dropped Accept to ")
-            send(inbox.url, changed(OFFER, "id", "urn:x:\n" + "x" * 5000))
-            line = repr(inbox.deliveries[-1])
-            self.assertTrue(line.isprintable() and len(line) < 600, line)
-
-    def test_what_has_arrived_counts_however_long_it_takes_to_read_it(self) -> None:
-        with coarinbox.running() as inbox:
-            for document in (OFFER, OFFER, ACCEPT):
-                send(inbox.url, document)
-            with unittest.mock.patch("coarinbox.BLOCK", 100):  # it is read in many pieces
-                self.assertEqual(inbox.wait_for(type="Accept", timeout=0).notification, ACCEPT)
-
-    def test_what_does_not_come_is_an_assertion_that_says_what_did(self) -> None:
-        with coarinbox.running() as inbox:
-            with self.assertRaisesRegex(
-                AssertionError, "no delivery with status='2xx' within 0 s; what arrived: nothing"
-            ):
-                inbox.wait_for(timeout=0)
-            for document in (OFFER, REFUSED, b"no"):
-                send(inbox.url, document)
-            demands: list[tuple[dict[str, Any], list[str]]] = [
-                ({"type": "Reject"}, ["its type is ['Offer', 'coar-notify:ReviewAction']"]),
-                ({"pattern": "Reject"}, ["its pattern is Request Review"]),
-                ({"in_reply_to": OFFER_ID}, ["its inReplyTo is None"]),
-                ({"predicate": lambda each: False}, ["the predicate is false"]),
-                ({"predicate": lambda each: each.about["x"]}, ["the predicate raises KeyError"]),
-                ({"type": "Reject", "status": "4xx"}, ["its status is not 4xx", "its type is ["]),
-            ]  # fmt: skip
-            for demand, reasons in demands:
-                with self.subTest(demand), self.assertRaises(AssertionError) as caught:
-                    inbox.wait_for(**demand, timeout=0)
-                lines = str(caught.exception).splitlines()
-                self.assertEqual(len(lines), 4, lines)
-                for reason in reasons:
-                    self.assertIn(reason, str(caught.exception))
-            self.assertIn("https://r.example.org/ offer-1>: its type is", lines[2])
-
-    def test_a_refusal_is_told_with_its_reasons(self) -> None:
-        with coarinbox.running() as inbox:
-            send(inbox.url, REFUSED)
-            send(inbox.url, b"no")
-            inbox.fail_next(404)
-            send(inbox.url, changed(OFFER, "actor", ABSENT))
-            with self.assertRaises(AssertionError) as caught:
-                inbox.wait_for(type="Offer", timeout=0)
-            wanted, first, second, third = str(caught.exception).splitlines()
-            self.assertIn("no delivery with type='Offer', status='2xx' within 0 s", wanted)
-            self.assertIn("E id must be an absolute URI; write", first)
-            self.assertIn("E origin must be an object; write", first)
-            self.assertIn("the body is not JSON", second)
-            self.assertTrue(third.endswith(": a simulated failure"), third)
-
-    def test_what_no_delivery_could_ever_be_is_refused(self) -> None:
-        with coarinbox.running() as inbox:
-            send(inbox.url, OFFER)
-            demands: list[tuple[dict[str, Any], str]] = [
-                ({"pattern": "RequestReview"}, "^unknown pattern .* mean Request Review[?]$"),
-                ({"type": "Ofer"}, "^unknown type .* mean Offer[?]$"),
-                ({"status": "2x"}, "a status such as"),
-                ({"type": "ReviewAction"}, "mean coar-notify:ReviewAction"),
-            ]  # fmt: skip
-            for demand, expected in demands:
-                for method in (inbox.wait_for, inbox.assert_none):
-                    with self.subTest(demand), self.assertRaisesRegex(AssertionError, expected):
-                        method(**demand)
-            for type_ in ("Create", "coar-notify:IngestAction", "sorg:Review"):
-                inbox.assert_none(type=type_)  # others may have them
-            with self.assertRaisesRegex(TypeError, "Request Review"):
-                inbox.assert_none("Request Review")  # type: ignore[arg-type]
-            with self.assertRaisesRegex(TypeError, "not one name"):
-                inbox.wait_for(type=["Offer"])  # type: ignore[arg-type]
-            with self.assertRaises(KeyError):
-                inbox.assert_none(lambda each: each.notification["objekt"])
-
-    def test_after_the_block_there_is_nothing_to_look_at(self) -> None:
-        with coarinbox.running() as inbox:
-            send(inbox.url)
         for look in (lambda: inbox.deliveries, inbox.wait_for, inbox.assert_none, inbox.clear):
             with self.assertRaisesRegex(RuntimeError, "inside the `with` block"):
                 look()
 
-    def test_that_nothing_comes_can_be_asserted(self) -> None:
-        with coarinbox.running() as inbox:
-            inbox.assert_none(within=0.01)
-            send(inbox.url, REFUSED)
-            with self.assertRaisesRegex(
-                AssertionError, "unexpected .*: <Delivery 400 refused Request"
-            ):
-                inbox.assert_none()
-            inbox.assert_none(type="Accept")
-            inbox.assert_none(status="2xx")
-            with concurrent.futures.ThreadPoolExecutor(1) as pool:
-                waiting = pool.submit(inbox.assert_none, type="Accept", within=5)
-                send(inbox.url, ACCEPT)
-                self.assertIsInstance(waiting.exception(), AssertionError)
-
-    def test_the_next_attempts_fail_as_told(self) -> None:
-        with coarinbox.running() as inbox:
-            inbox.fail_next(503, times=2, retry_after=7)
-            inbox.fail_next(429, retry_after="Fri, 01 Jan 2027 00:00:00 GMT")
-            answers = [send(inbox.url) for _ in range(4)]
-            self.assertEqual([answer.status for answer in answers], [503, 503, 429, 201])
-            self.assertEqual([answer.headers["Retry-After"] for answer in answers],
-                             ["7", "7", "Fri, 01 Jan 2027 00:00:00 GMT", None])  # fmt: skip
-            self.assertEqual([each.simulated for each in inbox.deliveries], [True] * 3 + [False])
-            self.assertEqual(len(inbox.notifications), 1)
-            self.assertEqual(inbox.wait_for(status=503).notification, ACCEPT)
-            inbox.fail_next(close=True)
-            with self.assertRaises(http.client.RemoteDisconnected):
-                send(inbox.url)
-            self.assertEqual(inbox.wait_for(status=0).verdict, "dropped")
-            inbox.fail_next(500)
-            inbox.clear()
-            self.assertEqual(send(inbox.url).status, 201)
-
-    def test_a_failure_that_cannot_be_is_refused(self) -> None:
-        with coarinbox.running() as inbox:
-            for arguments in [
-                {"status": 200}, {"status": 600}, {"status": 503, "times": 0},
-                {"status": 503, "retry_after": "soon"}, {"status": 503, "delay": -1}, {},
-                {"status": 503, "times": None}, {"retry_after": 1}, {"delay": 10_000},
-            ]:  # fmt: skip
-                with self.subTest(arguments), self.assertRaisesRegex(ValueError, "expected|needs"):
-                    inbox.fail_next(**arguments)  # type: ignore[arg-type]
-            self.assertEqual(send(inbox.url).status, 201)
+    def test_settings_are_arguments(self) -> None:
+        """Nothing comes from the environment, and the URL leads here whatever the public one is."""
+        settings = {"VALIDATE_INCOMING": "strict", "BASE_URL": "https://inbox.example.org/"}
+        with unittest.mock.patch.dict(os.environ, COARNOTIFY_TOKEN="secret"):
+            with coarinbox.running(**settings) as inbox:
+                self.assertEqual(send(inbox.url, changed(ACCEPT, "actor.id", ABSENT)).status, 400)
+                location = send(inbox.url).headers["Location"]
+                self.assertTrue(location.startswith("https://inbox.example.org/inbox/"), location)
+                self.assertEqual(inbox.notifications, [ACCEPT])
+        unknown = "^unknown setting TOKN; did you mean TOKEN"
+        for name, expected in (("PORT", "PORT"), ("TOKN", unknown)):
+            with self.assertRaisesRegex(coarinbox.ConfigurationError, expected):
+                with coarinbox.running(**{name: "x"}):
+                    self.fail("it runs")
 
     def test_a_bug_of_the_inbox_surfaces(self) -> None:
         with self.assertLogs("coarinbox", "ERROR"), self.assertRaises(RuntimeError) as caught:
@@ -4941,77 +4228,235 @@ class RunningTest(unittest.TestCase):
                     self.assertEqual(send(inbox.url).status, 500)
         self.assertIsInstance(caught.exception.__cause__, ZeroDivisionError)
 
-    def test_a_steady_sender_does_not_keep_it_waiting(self) -> None:
-        with coarinbox.running() as inbox, concurrent.futures.ThreadPoolExecutor(1) as pool:
-            enough = threading.Event()
-
-            def flood() -> None:
-                while not enough.is_set():
-                    send(inbox.url)
-
-            flooding = pool.submit(flood)
-            with self.assertRaises(AssertionError):
-                inbox.wait_for(lambda each: time.sleep(0.02), timeout=0.1)
-            enough.set()
-            flooding.result()
-
-    def test_an_exception_in_the_block_leaves_nothing_behind(self) -> None:
-        with self.assertRaises(ZeroDivisionError):
-            with coarinbox.running() as inbox:
-                directory = inbox.server.store.directory
-                raise ZeroDivisionError
-        self.assertFalse(os.path.exists(directory))
-        self.assertFalse(can_connect(address(inbox.server)))
-
-    def test_it_ends_at_once_when_more_clients_wait_than_it_serves(self) -> None:
-        head = post_head("Content-Length: 9", "Expect: 100-continue")
-        with contextlib.ExitStack() as clients:
-            with coarinbox.running(MAX_CONNECTIONS=1) as inbox:
-                clients.enter_context(connect(inbox.server, head)).recv(1)  # it has begun
-                for _ in range(3):
-                    clients.enter_context(connect(inbox.server, head))
-                started = time.monotonic()
-            self.assertLess(time.monotonic() - started, 1)
-
     def test_it_ends_at_once_whatever_clients_do(self) -> None:
-        with contextlib.ExitStack() as clients:
-            with coarinbox.running() as inbox:
-                inbox.fail_next(503, delay=3600)
-                for data in [b"", b"POST /in", post_head("Content-Length: 9") + b"x", post_to()]:
-                    clients.enter_context(connect(inbox.server, data))
-                clients.enter_context(Listener(inbox.server))
-                started = time.monotonic()
-            self.assertLess(time.monotonic() - started, 1)
+        head = post_head("Content-Length: 9", "Expect: 100-continue")
+        for limit in (1, 100):  # more clients than it serves, or fewer
+            with self.subTest(limit), contextlib.ExitStack() as clients:
+                with coarinbox.running(MAX_CONNECTIONS=limit) as inbox:
+                    inbox.fail_next(503, delay=3600)
+                    clients.enter_context(connect(inbox.server, head)).recv(1)  # it has begun
+                    for data in (b"", b"POST /in", head, head + b"x", post_to()):
+                        clients.enter_context(connect(inbox.server, data))
+                    if limit > 1:
+                        clients.enter_context(Listener(inbox.server))
+                    started = time.monotonic()
+                self.assertLess(time.monotonic() - started, 1)
 
     @unittest.skipUnless(PROC, "this system does not list descriptors")
-    def test_many_in_a_row_leave_nothing_behind(self) -> None:
+    def test_it_is_quiet_and_leaves_nothing_behind(self) -> None:
         def left() -> tuple[int, int, list[str]]:
             return len(os.listdir("/proc/self/fd")), threading.active_count(), os.listdir(temporary)
 
-        with tempfile.TemporaryDirectory() as temporary:
-            with unittest.mock.patch("tempfile.tempdir", temporary):
-                before = left()
-                for _ in range(20):
-                    with coarinbox.running() as inbox:
-                        send(inbox.url)
-                        self.assertEqual(inbox.notifications, [ACCEPT])
-                        ask(inbox.server, "GET", "/inbox")
-                deadline = time.monotonic() + 5  # threads that have nothing to do end soon
-                while left() > before and time.monotonic() < deadline:
-                    time.sleep(0)
-                self.assertEqual(left()[0], before[0])
-                self.assertLessEqual(left()[1:], before[1:])
+        temporary, errors = tempfile.mkdtemp(), io.StringIO()
+        self.addCleanup(os.rmdir, temporary)
+        with unittest.mock.patch("tempfile.tempdir", temporary), contextlib.redirect_stderr(errors):
+            before = left()
+            for _ in range(10):
+                with contextlib.suppress(ZeroDivisionError), coarinbox.running(FSYNC=True) as inbox:
+                    send(inbox.url, b"no")
+                    send(inbox.url)
+                    self.assertEqual(inbox.notifications, [ACCEPT])
+                    ask(inbox.server, "GET", "/inbox")
+                    raise ZeroDivisionError  # an exception in the block changes nothing
+            self.assertFalse(can_connect(address(inbox.server)))
+            deadline = time.monotonic() + 5  # threads that have nothing to do end soon
+            while left() > before and time.monotonic() < deadline:
+                time.sleep(0)
+            self.assertEqual(left()[0], before[0])
+            self.assertLessEqual(left()[1:], before[1:])
+        self.assertEqual(errors.getvalue(), "")
 
-    def test_it_is_quiet(self) -> None:
-        code = (
-            "import coarinbox, urllib.request, urllib.error\n"
-            "with coarinbox.running() as inbox:\n"
-            "    try: urllib.request.urlopen(inbox.url, b'no')\n"
-            "    except urllib.error.HTTPError as error: error.close()\n"
-        )
-        command = [sys.executable, "-W", "error", "-c", code]
-        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=20)
-        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
+
+class DoubleTest(unittest.TestCase):
+    def setUp(self) -> None:
+        context = coarinbox.running()
+        self.inbox = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+
+    def send(self, *documents: Any) -> list[int]:
+        return [send(self.inbox.url, document).status for document in documents]
+
+    def test_it_shows_what_came_and_what_was_stored_here(self) -> None:
+        inbox = self.inbox
+        self.assertEqual((inbox.deliveries, inbox.notifications), ([], []))
+        self.assertEqual(self.send(OFFER, REFUSED, b"no", ACCEPT), [201, 400, 400, 201])
+        self.assertEqual([each.status for each in inbox.deliveries], [201, 400, 400, 201])
+        shown = [each.notification for each in inbox.deliveries]
+        self.assertEqual(shown, [OFFER, REFUSED, None, ACCEPT])
+        self.assertEqual(inbox.notifications, [OFFER, ACCEPT])
+        self.assertEqual(inbox.deliveries[1].findings[0].code, "id-absolute-uri")
+        ask(inbox.server, "DELETE", f"/inbox/{inbox.deliveries[0].name}")
+        self.assertEqual(inbox.deliveries[0].notification, None, "it was removed")
+        self.assertEqual(inbox.notifications, [ACCEPT])
+        with coarinbox.running() as other:
+            other.fail_next(503)
+            self.assertEqual((self.send(OFFER), send(other.url).status), ([201], 503))
+            inbox.clear()
+            self.assertEqual((inbox.deliveries, inbox.notifications), ([], []))
+            self.assertEqual(len(other.deliveries), 1)
+
+    def test_it_waits_for_what_is_still_to_come(self) -> None:
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            waiting = pool.submit(self.inbox.wait_for, in_reply_to=OFFER_ID)
+            unexpected = pool.submit(lambda: self.inbox.assert_none(type="Accept", within=5))
+            self.assertFalse(waiting.done())
+            self.send(OFFER, ACCEPT)
+            self.assertEqual(waiting.result().notification, ACCEPT)
+            self.assertIsInstance(unexpected.exception(), AssertionError)
+
+    def test_a_wait_goes_on_after_a_clear(self) -> None:
+        """The new log may have the inode of the one before, and be longer."""
+        self.send(b"no")
+        (first,), seen, cleared = self.inbox.deliveries, threading.Event(), threading.Event()
+
+        def is_another(delivery: coarinbox.Delivery) -> bool:
+            seen.set()
+            return cleared.wait(10) and delivery.name != first.name
+
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(self.inbox.wait_for, is_another, status="", timeout=5)
+            self.assertTrue(seen.wait(10))
+            self.inbox.clear()
+            self.send(REFUSED)
+            cleared.set()
+            self.assertEqual(waiting.result().notification, REFUSED)
+
+    def test_each_demand_selects_from_what_has_arrived(self) -> None:
+        self.send(OFFER, ACCEPT, REFUSED)
+        offer, accept, refused = self.inbox.deliveries
+        demands: list[tuple[Any, dict[str, Any]]] = [
+            (offer, {}), (offer, {"type": "coar-notify:ReviewAction"}),
+            (offer, {"pattern": "Request Review"}), (accept, {"type": "Accept"}),
+            (accept, {"in_reply_to": OFFER_ID}), (refused, {"status": 400}),
+            (accept, {"predicate": lambda each: "inReplyTo" in each.about}),
+            (refused, {"status": "4xx", "type": "Offer"}),
+        ]  # fmt: skip
+        with unittest.mock.patch("coarinbox.BLOCK", 100):  # it takes many pieces to read it
+            for expected, demand in demands:
+                self.assertEqual(self.inbox.wait_for(**demand, timeout=0), expected, demand)
+
+    def test_clean_is_only_what_has_no_findings_at_all(self) -> None:
+        """An inbox accepts much that its sender should still improve."""
+        accept = addressed(ACCEPT, self.inbox.url)
+        self.assertEqual(self.send(changed(accept, "actor.name", ABSENT)), [201])
+        with self.assertRaisesRegex(AssertionError, "clean=True within(?s:.*): S actor[.]name"):
+            self.inbox.wait_for(clean=True, timeout=0)
+        self.send(changed(accept, "id", f"urn:uuid:{uuid.uuid4()}"))
+        self.assertEqual(self.inbox.wait_for(clean=True).findings, [])
+
+    def test_a_delivery_is_shown_in_one_line(self) -> None:
+        inbox, long = self.inbox, changed(OFFER, "id", "urn:x:\n" + "x" * 5000)
+        for url, document, expected in [
+            (inbox.url, OFFER, f"201 stored Request Review from {REPOSITORY['id']} {OFFER_ID}>"),
+            (inbox.url, b"no", "400 refused no pattern from 127.0.0.1 without an id>"),
+            (inbox.url[:-1], OFFER, "404 refused POST /inbo from 127.0.0.1 without an id>"),
+            (inbox.url, long, "400 refused Request Review"),
+        ]:  # fmt: skip
+            send(url, document)
+            line = repr(inbox.deliveries[-1])
+            self.assertTrue(line.startswith(f"<Delivery {expected}"), line)
+            self.assertTrue(line.isprintable() and len(line) < 600, line)
+        expected = f"<Delivery 201 stored Request Review to {inbox.url} {OFFER_ID}>"
+        self.assertEqual(repr(inbox.send(OFFER, inbox.url)), expected)
+        inbox.fail_next(close=True)
+        self.assertRegex(repr(inbox.send(ACCEPT, inbox.url)), "^<Delivery dropped Accept to ")
+
+    def test_what_does_not_come_is_an_assertion_that_says_what_did(self) -> None:
+        nothing = "no delivery with status='2xx' within 0 s; what arrived: nothing"
+        with self.assertRaisesRegex(AssertionError, nothing):
+            self.inbox.wait_for(timeout=0)
+        self.send(OFFER, REFUSED, b"no")
+        self.inbox.fail_next(404)
+        self.send(ACCEPT)
+        demands: list[tuple[dict[str, Any], list[str]]] = [
+            ({"type": "Reject"}, [
+                "no delivery with type='Reject', status='2xx' within 0 s; what arrived:\n",
+                ": its type is ['Offer', 'coar-notify:ReviewAction']\n",
+                ": E id must be an absolute URI; write", "; E origin must be an object; write",
+                "the body is not JSON", ": a simulated failure",
+            ]),
+            ({"pattern": "Reject"}, ["its pattern is Request Review"]),
+            ({"in_reply_to": OFFER_ID}, ["its inReplyTo is None"]),
+            ({"predicate": lambda each: False}, ["the predicate is false"]),
+            ({"predicate": lambda each: each.about["x"]}, ["the predicate raises KeyError"]),
+            ({"type": "Reject", "status": "4xx"}, ["status is not 4xx", "offer-1>: its type is"]),
+        ]  # fmt: skip
+        for demand, reasons in demands:
+            with self.subTest(demand), self.assertRaises(AssertionError) as caught:
+                self.inbox.wait_for(**demand, timeout=0)
+            self.assertEqual(str(caught.exception).count("\n"), 4)
+            for reason in reasons:
+                self.assertIn(reason, str(caught.exception))
+
+    def test_what_no_delivery_could_ever_be_is_refused(self) -> None:
+        self.send(OFFER)
+        wrong: list[tuple[type[Exception], dict[str, Any], str]] = [
+            (AssertionError, {"pattern": "RequestReview"}, "^unknown pattern .* mean Request"),
+            (AssertionError, {"type": "Ofer"}, "^unknown type .* mean Offer[?]$"),
+            (AssertionError, {"type": "ReviewAction"}, "mean coar-notify:ReviewAction"),
+            (AssertionError, {"status": "2x"}, "a status such as"),
+            (TypeError, {"predicate": "Request Review"}, "Request Review"),
+            (TypeError, {"type": ["Offer"]}, "not one name"),
+            (KeyError, {"predicate": lambda each: each.notification["objekt"]}, "objekt"),
+        ]
+        for kind, demand, expected in wrong:
+            with self.subTest(demand), self.assertRaisesRegex(kind, expected):
+                self.inbox.assert_none(**demand)
+            if kind is not KeyError:
+                with self.subTest(demand), self.assertRaisesRegex(kind, expected):
+                    self.inbox.wait_for(**demand)
+
+    def test_that_nothing_comes_can_be_asserted(self) -> None:
+        self.inbox.assert_none(within=0.01)
+        self.send(REFUSED)
+        unexpected = "unexpected .*: <Delivery 400 refused Request"
+        with self.assertRaisesRegex(AssertionError, unexpected):
+            self.inbox.assert_none()
+        # Others may have types that are unknown here.
+        for type_ in ("Accept", "Create", "coar-notify:IngestAction", "sorg:Review"):
+            self.inbox.assert_none(type=type_)
+        self.inbox.assert_none(status="2xx")
+
+    def test_the_next_attempts_fail_as_told(self) -> None:
+        inbox, date = self.inbox, "Fri, 01 Jan 2027 00:00:00 GMT"
+        inbox.fail_next(503, times=2, retry_after=7)
+        inbox.fail_next(429, retry_after=date)
+        answers = [send(inbox.url) for _ in range(4)]
+        told = [(answer.status, answer.headers["Retry-After"]) for answer in answers]
+        self.assertEqual(told, [(503, "7"), (503, "7"), (429, date), (201, None)])
+        self.assertEqual([each.simulated for each in inbox.deliveries], [True] * 3 + [False])
+        self.assertEqual(len(inbox.notifications), 1)
+        self.assertEqual(inbox.wait_for(status=503).notification, ACCEPT)
+        inbox.fail_next(close=True)
+        with self.assertRaises(http.client.RemoteDisconnected):
+            self.send(ACCEPT)
+        self.assertEqual(inbox.wait_for(status=0).verdict, "dropped")
+        inbox.fail_next(500)
+        inbox.clear()
+        self.assertEqual(self.send(ACCEPT), [201])
+
+    def test_a_failure_that_cannot_be_is_refused(self) -> None:
+        for arguments in [
+            {"status": 200}, {"status": 600}, {"status": 503, "times": 0},
+            {"status": 503, "retry_after": "soon"}, {"status": 503, "delay": -1}, {},
+            {"status": 503, "times": None}, {"retry_after": 1}, {"delay": 10_000},
+        ]:  # fmt: skip
+            with self.subTest(arguments), self.assertRaisesRegex(ValueError, "expected|needs"):
+                self.inbox.fail_next(**arguments)  # type: ignore[arg-type]
+        self.assertEqual(self.send(ACCEPT), [201])
+
+    def test_a_steady_sender_does_not_keep_it_waiting(self) -> None:
+        enough = threading.Event()
+
+        def flood() -> None:
+            while not enough.is_set():
+                self.send(ACCEPT)
+
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            pool.submit(flood)
+            with self.assertRaises(AssertionError):
+                self.inbox.wait_for(lambda each: time.sleep(0.01), timeout=0.05)
+            enough.set()
 
 
 class SimulatedFailureTest(DeliveriesTest):
@@ -5029,22 +4474,24 @@ class SimulatedFailureTest(DeliveriesTest):
             self.assertIn("simulated", self.assert_problem(answers[0], 503)["detail"])
             self.assertNotIn("Retry-After", answers[2].headers)
         self.assertEqual(len(self.stored()), 4)
+        self.assertEqual(self.ask("DELETE", "/inbox").status, 204)
+        self.assertEqual(self.send(query).status, 503, "the attempts are forgotten, too")
 
-    def test_the_id_tells_notifications_apart(self) -> None:
-        other = changed(ACCEPT, "summary", "another")
-        answers = [self.send("status=503&times=1", document) for document in (ACCEPT, other)]
-        self.assertEqual([answer.status for answer in answers], [503, 201])
+    def test_the_id_tells_notifications_apart_or_else_the_body(self) -> None:
+        with serving(VALIDATE_INCOMING=False) as lax:
+            for document, status in [
+                (ACCEPT, 503), (changed(ACCEPT, "summary", "another"), 201),
+                ({"a": 1}, 503), ({"b": 1}, 503), ({"a": 1}, 201), ({"id": "None"}, 503),
+            ]:  # fmt: skip
+                answer = ask(lax, "POST", "/inbox?status=503&times=1", document)
+                self.assertEqual(answer.status, status, document)
 
-    def test_without_a_number_all_of_them_fail(self) -> None:
-        for _ in range(3):
-            self.assert_problem(self.send("status=500"), 500)
-        self.assertEqual(self.post().status, 201)
-
-    def test_any_status_can_be_chosen(self) -> None:
+    def test_any_status_can_be_chosen_for_all_attempts(self) -> None:
         for status in (301, 304, 400, 404, 418, 429, 451, 499, 500, 503, 599):
             with self.subTest(status):
-                answer = self.send(f"status={status}")
-                self.assertEqual(answer.status, status)
+                for _ in range(3):
+                    answer = self.send(f"status={status}")
+                    self.assertEqual(answer.status, status)
                 self.assertEqual("Location" in answer.headers, status < 400)
                 if status != 304:  # it has no body
                     title = {404: "Not Found", 499: "Error"}.get(status, answer.json()["title"])
@@ -5052,30 +4499,15 @@ class SimulatedFailureTest(DeliveriesTest):
         self.assertEqual(self.stored(), [])
 
     def test_a_304_has_no_body_that_could_pass_for_the_next_answer(self) -> None:
-        post = post_head(f"Content-Length: {len(BODY)}") + BODY
-        requests = post.replace(b"/inbox", b"/inbox?status=304", 1) + post
-        answers = raw(self.server, requests, "half-close")
+        answers = raw(self.server, post_to("?status=304") + post_to(), "half-close")
         self.assertEqual([answer.status for answer in answers], [304, 201])
         self.assertNotIn("Content-Length", answers[0].headers)
 
-    def test_emptying_the_inbox_forgets_the_attempts(self) -> None:
-        for _ in range(2):
-            self.assertEqual(self.send("status=503&times=1").status, 503)
-            self.ask("DELETE", "/inbox")
-
-    def test_without_an_id_the_body_tells_notifications_apart(self) -> None:
-        with serving(VALIDATE_INCOMING=False) as lax:
-            for document in ({"a": 1}, {"b": 1}, {"a": 1}, {"id": "None"}):
-                ask(lax, "POST", "/inbox?status=503&times=1", document)
-            listed = ask(lax, "GET", "/deliveries").json()["deliveries"]
-            self.assertEqual([each["status"] for each in listed], [503, 201, 503, 503])
-
     def test_a_redirect_leads_to_the_plain_inbox(self) -> None:
-        self.send("status=300")
-        answer = self.send("status=307")
-        inbox = "http://{}:{}/inbox".format(*address(self.server))
-        self.assertEqual(answer.headers["Location"], inbox)
-        self.assertEqual(self.ask("POST", path_of(answer.headers["Location"]), ACCEPT).status, 201)
+        self.assertEqual(self.send("status=300").status, 300)
+        location = self.send("status=307").headers["Location"]
+        self.assertEqual(location, f"http://{':'.join(map(str, address(self.server)))}/inbox")
+        self.assertEqual(send(location).status, 201)
 
     def test_an_answer_can_be_late(self) -> None:
         started = time.monotonic()
@@ -5083,23 +4515,16 @@ class SimulatedFailureTest(DeliveriesTest):
         self.assertGreaterEqual(time.monotonic() - started, 0.05)
         self.assertEqual(self.send("delay=0.01").status, 201)
 
-    def test_there_can_be_no_answer_at_all(self) -> None:
+    def test_each_is_logged_as_simulated_even_if_there_is_no_answer(self) -> None:
         with self.assertRaises(http.client.RemoteDisconnected):
             self.send("close=1&times=1")
         self.assertEqual(self.send("close=1&times=1").status, 201)
-        self.assertEqual([line["status"] for line in self.lines()], [0, 201])
-
-    def test_each_is_logged_as_simulated(self) -> None:
-        self.send("status=503&times=1")
-        self.send("status=503&times=1")
         first, second = self.lines()
-        self.assertEqual((first["simulated"], second["simulated"]), (True, False))
+        self.assertEqual((first["simulated"], first["status"]), (True, 0))
+        self.assertEqual((second["simulated"], second["status"]), (False, 201))
         self.assertEqual(json.loads(first["body"]), ACCEPT)
-        self.assertEqual(first["target"], "/inbox?status=503&times=1")
-        self.assertEqual(first["detail"], "a simulated failure")
-        newest, oldest = Page(self.ask("GET", "/", headers=HTML).body.decode()).rows
-        self.assertRegex(oldest, "503.* simulated")
-        self.assertNotIn("simulated", newest)
+        self.assertEqual(first["target"], "/inbox?close=1&times=1")
+        self.assertIn("a simulated failure", first["detail"])
 
     def test_what_is_refused_anyway_is_refused_first(self) -> None:
         query = "status=503&times=1"
@@ -5150,22 +4575,6 @@ class SimulatedFailureTest(DeliveriesTest):
             with self.subTest(query):
                 self.assertTrue(observed.startswith(expected.rstrip("`…")), observed)
 
-    @unittest.skipUnless(shutil.which("node"), "node is not installed")
-    def test_a_client_in_another_language(self) -> None:
-        script = """
-            const [url, body] = process.argv.slice(1);
-            const headers = {"Content-Type": "application/ld+json"};
-            const post = query => fetch(url + query, {method: "POST", headers, body})
-                .then(answer => answer.status, () => "failed");
-            (async () => {
-                for (const query of ["?status=503&times=1", "?status=503&times=1", "?status=307",
-                    "?status=302", "?close=1", "?delay=0.01"]) console.log(await post(query));
-            })();
-        """
-        command = ["node", "-e", script, self.server.base + "/inbox", BODY.decode()]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-        self.assertEqual(done.stdout.split(), ["503", "201", "201", "200", "failed", "201"])
-
 
 class CheckTest(ProgramTest):
     def write(self, name: str, document: Any) -> str:
@@ -5184,104 +4593,73 @@ class CheckTest(ProgramTest):
             "refused.json: E /origin origin-object origin must be an object; write"
             ' `{"id": "https://r.example.org/", "type": "Service", "inbox": "https://…"}`',
         ])  # fmt: skip
-        _, (line,), _ = self.invoke("--check", self.write("broken.json", b"{"))
-        self.assertTrue(line.startswith("broken.json: E - json it is not JSON: "), line)
-        _, (line,), _ = self.invoke("--check", self.write("deep.json", b"[" * 101 + b"]" * 101))
-        self.assertEqual(line, "deep.json: E - depth it is nested more than 100 levels deep")
+        for document, expected in [
+            (b"{", "json it is not JSON: "), ([], "notification-object the notification must be"),
+            (b"[" * 101 + b"]" * 101, "depth it is nested more than 100 levels deep"),
+            (b" " * 1048577, "size it is larger than 1048576 bytes"),
+        ]:  # fmt: skip
+            # Not even an odd name breaks the line.
+            done = self.invoke("--check", self.write("two\nlines.json", document))
+            (line,) = done.output
+            self.assertIn(f"lines.json: E - {expected}", line)
+            self.assertNotIn("Traceback", done.errors)
 
     def test_a_clean_file_is_ok_and_the_summary_counts(self) -> None:
-        names = [self.write("good.json", ACCEPT), self.write("bad.json", [])]
+        names = [self.write("good.json", BODY.ljust(1048576)), self.write("bad.json", [])]
         names.append(self.write("warned.json", changed(ACCEPT, "actor.name", ABSENT)))
         status, lines, stderr = self.invoke("--check", *names)
         self.assertEqual((status, lines[0]), (1, "good.json: ok"))
         self.assertTrue(lines[2].endswith(" (refused by PCI, PREreview)"), lines[2])
         self.assertIn("coarinbox: 3 checked, 1 refused, 1 with warnings\n", stderr)
-
-    def test_what_would_pass_at_a_receiver(self) -> None:
-        name = self.write("nameless.json", changed(ACCEPT, "actor.name", ABSENT))
-        for mode, expected in (("pci", 1), ("dspace", 0), ("strict", 0)):
-            config = self.write(f"{mode}.cfg", f"VALIDATE_INCOMING = {mode!r}".encode())
-            self.assertEqual(self.invoke("--check", name, "--config", config)[0], expected)
-
-    def test_what_is_no_regular_file_is_unreadable(self) -> None:
-        names = ["/dev/zero"] if os.path.exists("/dev/zero") else []
-        if hasattr(os, "mkfifo"):
-            os.mkfifo(self.directory / "pipe")
-            names.append("pipe")
-        if not names:
-            self.skipTest("there are only regular files here")
-        for name in names:
-            status, lines, stderr = self.invoke("--check", name)
-            self.assertEqual((status, lines), (2, []))
-            self.assertIn(f"coarinbox: {name}: not a regular file", stderr)
+        done = self.invoke("--check", "-", stdin=json.dumps(ACCEPT))
+        self.assertEqual((done.status, done.output), (0, ["-: ok"]))
 
     def test_the_exit_status_tells_the_verdict(self) -> None:
         good, bad = self.write("good.json", ACCEPT), self.write("bad.json", REFUSED)
         warned = self.write("warned.json", changed(ACCEPT, "@context", ABSENT))
+        nameless = self.write("nameless.json", changed(ACCEPT, "actor.name", ABSENT))
         broken, scalar = self.write("broken.json", b"{"), self.write("scalar.json", 5)
-        strict = self.write("strict.cfg", b'VALIDATE_INCOMING = "strict"')
-        lax = self.write("lax.cfg", b"VALIDATE_INCOMING = False")
-        for arguments, expected, count in [
-            ([good], 0, 1), ([bad], 1, 3), ([good, bad], 1, 4), ([warned], 0, 1), ([broken], 1, 1),
-            ([warned, "--config", strict], 1, 1), ([bad, "--config", lax], 0, 3),
-            ([scalar, "--config", lax], 1, 1), ([broken, "--config", lax], 1, 1),
-            (["missing.json"], 2, 0), ([bad, "missing.json", good], 2, 4),
+        for mode, names, expected, count in [
+            (True, [good], 0, 1), (True, [bad], 1, 3), (True, [good, bad], 1, 4),
+            (True, [warned], 0, 1), (True, [broken], 1, 1), ("strict", [warned], 1, 1),
+            (False, [bad], 0, 3), (False, [scalar], 1, 1), (False, [broken], 1, 1),
+            ("pci", [nameless], 1, 1), ("dspace", [nameless], 0, 1), ("strict", [nameless], 0, 1),
+            (True, ["missing.json"], 2, 0), (True, [bad, "missing.json", good], 2, 4),
         ]:  # fmt: skip
-            with self.subTest(arguments):
-                status, lines, stderr = self.invoke("--check", *arguments)
+            with self.subTest(names, mode=mode):
+                config = self.write("mode.cfg", f"VALIDATE_INCOMING = {mode!r}".encode())
+                status, lines, stderr = self.invoke("--config", config, "--check", *names)
                 self.assertEqual((status, len(lines)), (expected, count), (lines, stderr))
                 self.assertEqual("missing.json: No such file" in stderr, expected == 2)
 
-    def test_directories_are_searched(self) -> None:
+    def test_directories_are_searched_for_files(self) -> None:
         for name in ("a/2.jsonld", "a/1.json", "a/b/3.json", "a/notes.txt", "a/deliveries.jsonl"):
             self.write(name, [])
-        status, lines, _ = self.invoke("--check", "a")
-        self.assertEqual(status, 1)
-        checked = [line.partition(":")[0] for line in lines]
-        self.assertEqual(checked, ["a/1.json", "a/2.jsonld", "a/b/3.json"])
-        (self.directory / "empty").mkdir()
-        status, _, stderr = self.invoke("--check", "empty")
-        self.assertEqual(status, 2)
-        self.assertIn("0 checked, 0 refused", stderr)
-
-    def test_what_is_no_file_is_passed_over_and_what_is_too_large_is_refused(self) -> None:
-        self.write("a/large.json", changed(ACCEPT, "summary", "x" * 2_000_000))
-        (self.directory / "a/largest.json").write_bytes(BODY.ljust(1048576))
+        for name in ("empty", "a/directory.json"):
+            (self.directory / name).mkdir()
+        special = ["/dev/zero"] if os.path.exists("/dev/zero") else []
         if hasattr(os, "mkfifo"):
             os.mkfifo(self.directory / "a/pipe.json")
-        status, lines, _ = self.invoke("--check", "a", "--check", "a/large.json")
-        self.assertEqual(status, 1)
-        self.assertEqual(lines, [
-            "a/large.json: E - size it is larger than 1048576 bytes", "a/largest.json: ok",
-            "a/large.json: E - size it is larger than 1048576 bytes",
-        ])  # fmt: skip
+            special.append("a/pipe.json")
+        done = self.invoke("--check", "a", "--check", "a/1.json")
+        self.assertEqual(done.status, 1)
+        checked = [line.partition(":")[0] for line in done.output]
+        self.assertEqual(checked, ["a/1.json", "a/2.jsonld", "a/b/3.json", "a/1.json"])
+        done = self.invoke("--check", "empty")
+        self.assertEqual(done.status, 2)
+        self.assertIn("0 checked, 0 refused", done.errors)
+        for name in special:
+            done = self.invoke("--check", name)
+            self.assertEqual((done.status, done.output), (2, []))
+            self.assertIn(f"coarinbox: {name}: not a regular file", done.errors)
 
-    def test_odd_names_do_not_break_the_lines(self) -> None:
-        name = self.write("two\nlines.json", [])
-        _, lines, stderr = self.invoke("--check", name)
-        self.assertEqual(len(lines), 1, lines)
-        self.assertNotIn("Traceback", stderr)
-
-    def test_a_terminal_that_cannot_show_all_characters(self) -> None:
-        self.write("ö.json", [])
-        output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(io.StringIO()):
-            self.assertEqual(coarinbox.main(["--check", str(self.directory / "ö.json")]), 1)
-        output.seek(0)
-        self.assertIn("\\xf6.json: E", output.read())
-
-    def test_a_program_may_call_it_and_take_the_output(self) -> None:
-        self.write("bad.json", [])
-        output = io.StringIO()
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(io.StringIO()):
-            self.assertEqual(coarinbox.main(["--check", str(self.directory / "bad.json")]), 1)
-        self.assertIn("notification-object", output.getvalue())
-
-    def test_standard_input(self) -> None:
-        self.assertEqual(self.invoke("--check", "-", stdin=json.dumps(ACCEPT))[:2], (0, ["-: ok"]))
-        status, lines, _ = self.invoke("--check", "-", stdin="[]")
-        self.assertEqual(status, 1)
-        self.assertEqual(lines, ["-: E - notification-object the notification must be an object"])
+    def test_a_program_may_call_it_and_take_the_output_even_as_ascii(self) -> None:
+        name = str(self.directory / self.write("ö.json", []))
+        for output in (io.StringIO(), io.TextIOWrapper(io.BytesIO(), encoding="ascii")):
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(io.StringIO()):
+                self.assertEqual(coarinbox.main(["--check", name]), 1)
+            output.seek(0)
+            self.assertRegex(output.read(), r"(ö|\\xf6)\.json: E - notification-object")
 
 
 # --- Sending -------------------------------------------------------------------------------------
