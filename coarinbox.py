@@ -1817,7 +1817,7 @@ class Store:
         if self.fsync and os.name == "posix":
             directory = os.open(self.directory, os.O_RDONLY)
             try:
-                os.fsync(directory)
+                sync_file(directory)
             finally:
                 os.close(directory)
 
@@ -6482,6 +6482,7 @@ def running(**settings: Any) -> Iterator[Inbox]:
 # and returns the exit status, or to print a sample.
 
 MAX_WAITING = 10_000  # lines of the log that may wait for standard error
+FLUSH_WITHIN = 0.5  # seconds that the end waits for somebody to read standard error
 # Seconds within which a second signal is the same one: `timeout`, for one, sends it to a process
 # and to its group.
 DOUBLE_SIGNAL = 0.5
@@ -6746,7 +6747,7 @@ class StderrHandler(logging.Handler):
         written = threading.Event()
         self.lines.put(written)
         if self.writer.is_alive():
-            written.wait(0.5)
+            written.wait(FLUSH_WITHIN)
 
     def close(self) -> None:
         """Write what is left, and end the thread."""

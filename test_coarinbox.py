@@ -2276,6 +2276,21 @@ class BrokenStoreTest(InboxTest):
     settings = {"FSYNC": True}
     errors_expected = True
 
+    def test_a_log_that_cannot_be_removed_is_emptied(self) -> None:
+        """Windows does not remove a file that somebody reads."""
+        self.post()
+        remove = os.unlink
+
+        def unlink(path: str) -> None:
+            if path.endswith(".jsonl"):
+                raise PermissionError(errno.EACCES, "it is open")
+            remove(path)
+
+        with unittest.mock.patch("os.unlink", unlink):
+            self.assertEqual(self.ask("DELETE", "/inbox").status, 204)
+        self.assertEqual(self.ask("GET", "/deliveries").json()["deliveries"], [])
+        self.assertEqual(self.stored(), [])
+
     def test_a_disk_that_fails_leaves_nothing_behind(self) -> None:
         failures = ((errno.EIO, 500), (errno.ENOSPC, 507), (errno.EDQUOT, 507))
         for kind, (number, status) in itertools.product((stat.S_IFREG, stat.S_IFDIR), failures):
@@ -5288,6 +5303,17 @@ class ArrivedTest(InboxTest):
             self.assertIn(f"before, as {last_part(locations[1])}", answers[0])
             self.assertNotIn("id-repeated", answers[1])
 
+    @constants(MAX_IDS=2)
+    def test_only_the_latest_ids_are_known(self) -> None:
+        """Otherwise the memory of an inbox would grow with each notification."""
+        offers = [self.offer() for _ in range(3)]
+        for offer in [*offers, offers[0]]:
+            self.assertEqual(self.findings(offer), [])
+        self.assertEqual(self.findings(offers[2])[0]["code"], "id-repeated")
+        with coarinbox.running(STORE_DIR=self.server.store.directory) as inbox:
+            self.wait_until(lambda: b"id-repeated" in send(inbox.url, offers[2]).body)
+            self.assertNotIn(b"id-repeated", send(inbox.url, offers[1]).body)
+
     def test_errors_come_before_warnings(self) -> None:
         problem = self.assert_problem(self.post(REFUSED), 400)
         self.assertEqual(list(problem)[-2:], ["errors", "warnings"])
@@ -6053,8 +6079,8 @@ class ScarcityTest(InboxTest):
                 flooding.setblocking(False)
                 for _ in range(5):
                     with contextlib.suppress(BlockingIOError):
-                        while flooding.send(then):
-                            pass
+                        for _ in range(50):
+                            flooding.send(then)
                     self.assert_serves()
 
     def test_it_does_not_spin_while_it_is_full(self) -> None:
@@ -6732,6 +6758,7 @@ class StandardErrorTest(unittest.TestCase):
         thread.join()
         self.assertRegex("".join(dropped), "[0-9]{3,} lines were dropped")
 
+    @constants(FLUSH_WITHIN=0.01)
     def test_what_is_written_late_is_written_whole(self) -> None:
         """Standard error takes nothing until the log has ended, which does not wait for it."""
         begun, released = threading.Event(), threading.Event()
@@ -6743,15 +6770,42 @@ class StandardErrorTest(unittest.TestCase):
                 return super().write(text)
 
         with unittest.mock.patch("sys.stderr", Slow()) as stderr:
-            with unittest.mock.patch("time.monotonic", itertools.count().__next__):
-                with coarinbox.log_to_stderr():
-                    coarinbox.LOG.info("first")
-                    self.assertTrue(begun.wait(10))
-                    coarinbox.LOG.info("second")
+            with coarinbox.log_to_stderr():
+                coarinbox.LOG.info("first")
+                self.assertTrue(begun.wait(10))
+                coarinbox.LOG.info("second")
             released.set()
             self.doCleanups()
         lines = [line.split()[-1] for line in stderr.getvalue().splitlines()]
         self.assertEqual(lines, ["first", "second"])
+
+    def log_on_a_terminal(self, *requests: bytes, **variables: str) -> str:
+        """Return what a terminal shows of some requests, the times aside."""
+        terminal = io.StringIO()
+        with unittest.mock.patch.object(terminal, "isatty", return_value=True, create=True):
+            with unittest.mock.patch.dict(os.environ, variables):
+                with unittest.mock.patch("sys.stderr", terminal), coarinbox.log_to_stderr():
+                    with serving(FSYNC=False) as server:
+                        for each in requests:
+                            raw(server, each, "half-close")
+        return re.sub("(?m)^[0-9-]{10} [0-9:]{8} ", "", terminal.getvalue())
+
+    def test_the_status_of_a_delivery_has_a_color_on_a_terminal(self) -> None:
+        elsewhere = json.dumps(coarinbox.sample("Request Review")).encode()
+        clean = elsewhere.replace(b"//localhost:5005/", b"//localhost/")
+        for request, color, words in [
+            (post_to("?", clean), 32, "201 Request Review from https://repository.example.org/"),
+            (post_to("?", elsewhere), 33, "201 .* 1 warning http://localhost:[0-9]+/deliveries/2"),
+            (post_to("?", b"{}"), 31, "400 no pattern from 127.0.0.1 5 errors, 2 warnings http://"),
+            (post_to("?close=1"), 33, "dropped Accept from https://journal.example.com/"),
+            (post_to("?status=503"), 31, "503 Accept from https://journal.example.com/"),
+        ]:  # fmt: skip
+            status, _, rest = words.partition(" ")
+            with self.subTest(words):
+                line = self.log_on_a_terminal(request, NO_COLOR="").split("\n")[0]
+                self.assertRegex(line, f"^\x1b\\[{color}m{status}\x1b\\[0m {rest}")
+                plain = self.log_on_a_terminal(request, NO_COLOR="1").split("\n")[0]
+                self.assertRegex(plain, f"^{words}")
 
 
 class FullHouseTest(InboxTest):
@@ -7186,6 +7240,16 @@ class CommitTest(InboxTest):
 
         with unittest.mock.patch.multiple(os, create=True, fsync=sync, fdatasync=sync):
             yield synced
+
+    @unittest.skipUnless(importlib.util.find_spec("fcntl"), "the system has no such call")
+    def test_a_drive_with_a_cache_of_its_own_is_told_to_empty_it(self) -> None:
+        """On macOS, `os.fsync` leaves a notification in there."""
+        told = unittest.mock.Mock()
+        with unittest.mock.patch.multiple("fcntl", create=True, F_FULLFSYNC=51, fcntl=told):
+            with self.disk() as synced:
+                self.assertEqual(self.post_together(1), [201])
+        self.assertEqual([call.args[1] for call in told.call_args_list], [51, 51])
+        self.assertEqual(synced, [])
 
     def test_they_share_a_sync_of_the_directory(self) -> None:
         with self.disk() as synced:
