@@ -138,6 +138,10 @@ DECODER = json.JSONDecoder(
 )
 
 
+# What this module writes holds no loops; to look for them takes time.
+to_json = json.JSONEncoder(check_circular=False).encode
+
+
 def depth(text: str) -> int:
     """Count how many brackets of a JSON text are open at once, those in strings aside."""
     brackets = re.sub(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[^][{}"]+', "", text, flags=re.DOTALL)
@@ -317,19 +321,18 @@ def types_of(value: Any) -> frozenset[str]:
     return frozenset(names_in(value))
 
 
-MOST_SPECIFIC_FIRST = [
-    (frozenset(pattern.types), pattern)
+# The most specific first.
+BY_TYPES = {
+    frozenset(pattern.types): pattern
     for pattern in sorted(PATTERNS, key=lambda pattern: -len(pattern.types))
-]
+}
 
 
 def fitting(value: Any) -> Pattern | None:
     """Return the most specific pattern that the value of a `type` member fits."""
     types = types_of(value)
-    for wanted, pattern in MOST_SPECIFIC_FIRST:
-        if wanted <= types:
-            return pattern
-    return None
+    exact = BY_TYPES.get(types)  # nearly always
+    return exact or next((BY_TYPES[wanted] for wanted in BY_TYPES if wanted <= types), None)
 
 
 def pattern_of(document: Any) -> Pattern | None:
@@ -2030,10 +2033,11 @@ class LogLine(NamedTuple):
     def __str__(self) -> str:
         delivery = self.delivery
         warnings = len(delivery.findings) - delivery.errors + delivery.omitted
-        counts = [counted(delivery.errors, "error")] if delivery.errors else []
-        counts += [counted(warnings, "warning")] if warnings else []
-        words = [str(delivery.status or delivery.verdict), clip(delivery.summary, 300)]
-        return escape_controls(" ".join([*words, *[", ".join(counts)] * bool(counts), self.url]))
+        counts = f" {counted(delivery.errors, 'error')}" if delivery.errors else ""
+        if warnings:
+            counts += f"{',' * bool(counts)} {counted(warnings, 'warning')}"
+        text = f"{delivery.status or delivery.verdict} {clip(delivery.summary, 300)}"
+        return escape_controls(f"{text}{counts} {self.url}")
 
 
 def log_delivery(delivery: Delivery, url: str) -> None:
@@ -2262,7 +2266,7 @@ class DeliveryLog:
     def append(self, delivery: Delivery) -> Delivery:
         """Write a delivery, with the present time, at the end of the log; returns it so."""
         delivery = delivery._replace(time=utc_now())
-        line = json.dumps(delivery.as_json()).encode() + b"\n"
+        line = to_json(delivery.as_json()).encode() + b"\n"
         with self.changed:
             file = create_file(self.path, os.O_RDWR | os.O_APPEND)
             try:
@@ -2693,13 +2697,9 @@ class Events(NamedTuple):
 
 
 def json_response(
-    status: int,
-    document: Any,
-    kind: str = "application/json",
-    headers: Mapping[str, str] = {},
-    indent: int | None = 2,
+    status: int, document: Any, kind: str = "application/json", headers: Mapping[str, str] = {}
 ) -> Response:
-    body = json.dumps(document, indent=indent).encode() + b"\n"
+    body = json.dumps(document, indent=2).encode() + b"\n"  # people read it
     return Response(status, body, {"Content-Type": kind, **headers})
 
 
@@ -2733,8 +2733,8 @@ class Request:
     arrived = 0.0  # when it was complete, by `time.monotonic`
 
     def __init__(self) -> None:
-        self.fields: list[tuple[str, str]] = []  # the header lines, as they were sent
         self.headers: dict[str, str] = {}  # by their names in lower case, repeated ones joined
+        self.spelling: dict[str, str] = {}  # of these names, as they were sent
         self.body = bytearray()
 
     @property
@@ -2755,7 +2755,6 @@ class Request:
 
     def shown_fields(self) -> dict[str, str]:
         """Return the headers as they were sent, up to a limit, without secrets."""
-        spelling = {name.lower(): name for name, _ in reversed(self.fields)}
         shown: dict[str, str] = {}
         room = MAX_LOGGED_HEADERS
         for key, value in self.headers.items() if self.approved else ():
@@ -2763,7 +2762,7 @@ class Request:
             if room < 0:
                 shown["…"] = f"more than {MAX_LOGGED_HEADERS} characters of headers"
                 break
-            shown[spelling[key]] = "(masked)" if key in SECRET_HEADERS else value
+            shown[self.spelling[key]] = "(masked)" if key in SECRET_HEADERS else value
         return shown
 
 
@@ -2818,7 +2817,7 @@ def read_request(
     Yields None while bytes are missing, and the request itself, once, when its head is complete:
     then the caller may refuse it by throwing a `Problem` in.
     """
-    while incoming.data[:1].strip(b"\r\n") == b"":  # RFC 9112 section 2.2
+    while not incoming.data or incoming.data[0] in b"\r\n":  # RFC 9112 section 2.2
         if not incoming.data:
             if incoming.ended:
                 return None
@@ -2836,21 +2835,21 @@ def read_request(
 
 
 def read_head(incoming: Incoming, request: Request) -> Reading:
-    while incoming.data[:1] == TLS_HANDSHAKE[:1] and len(incoming.data) < 2:
+    while incoming.data[0] == TLS_HANDSHAKE[0] and len(incoming.data) < 2:
         yield from incoming.more()
     if incoming.data.startswith(TLS_HANDSHAKE):
         raise Problem(
             400, "the client speaks TLS, this port does not: use http://, or set SSL_CERT"
         )
-    line = b""
+    line = ""
     try:
-        line = yield from incoming.line(MAX_HEAD)
+        line = (yield from incoming.line(MAX_HEAD)).decode("latin-1")
     finally:  # a malformed one is still shown as what it was meant to be
-        request.line = (line or incoming.data[:200]).decode("latin-1").rstrip("\r\n")
+        request.line = (line or incoming.data[:200].decode("latin-1")).rstrip("\r\n")
         request.method, request.target = [*request.line.split(" "), ""][:2]
     if not line:
         raise Problem(414, f"the request line is longer than {MAX_HEAD} bytes")
-    match = REQUEST_LINE.fullmatch(line.decode("latin-1"))
+    match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise Problem(400, f"the request line is malformed: {request.line!r:.80}")
     request.method, host, request.target, request.version = match.groups()
@@ -2859,15 +2858,17 @@ def read_head(incoming: Incoming, request: Request) -> Reading:
         request.target = "/" + request.target.lstrip("/")
     if not request.version.startswith("HTTP/1."):
         raise Problem(505, f"this server speaks HTTP/1.1, not {request.version}")
-    yield from read_fields(incoming, MAX_HEAD - len(line), request.fields)
-    for name, value in request.fields:
+    for name, value in (yield from read_fields(incoming, MAX_HEAD - len(line))):
         key = name.lower()
         known = request.headers.get(key)
         request.headers[key] = value if known is None else f"{known}, {value}"
+        request.spelling.setdefault(key, name)
     request.host = request.headers.get("host", "") if host is None else host
 
 
-def read_fields(incoming: Incoming, limit: int, fields: list[tuple[str, str]]) -> Reading:
+def read_fields(
+    incoming: Incoming, limit: int
+) -> Generator[Request | None, None, list[tuple[str, str]]]:
     """Read header lines, at most `limit` bytes, up to the empty line that ends them."""
     data, end, searched = incoming.data, 0, 0
     while True:
@@ -2879,9 +2880,9 @@ def read_fields(incoming: Incoming, limit: int, fields: list[tuple[str, str]]) -
         if searched >= limit:
             raise Problem(431, f"the head is longer than {MAX_HEAD} bytes")
         yield from incoming.more()
-    for line in incoming.take(end + 2).decode("latin-1").split("\r\n")[:-2]:
-        name, _, value = line.partition(":")
-        fields.append((name, value.strip(" \t")))
+    lines = incoming.take(end + 2).decode("latin-1").split("\r\n")[:-2]
+    parts = [line.partition(":") for line in lines]
+    return [(name, value.strip(" \t")) for name, _, value in parts]
 
 
 def check_fields(data: bytearray, start: int) -> int:
@@ -2946,7 +2947,7 @@ def read_chunks(incoming: Incoming, body: bytearray, max_body: int) -> Reading:
             raise Problem(
                 400, "the chunks of the body are malformed: one is not as long as it says"
             )
-    yield from read_fields(incoming, MAX_HEAD, [])  # the trailer, which nobody needs
+    yield from read_fields(incoming, MAX_HEAD)  # the trailer, which nobody needs
 
 
 # --- Intake --------------------------------------------------------------------------------------
@@ -3059,9 +3060,11 @@ def store_problem(error: OSError) -> Problem:
 
 def accepted(delivery: Delivery, location: str, status: int) -> Response:
     """Acknowledge a notification that has been stored (LDN section 3.3.2)."""
-    headers = {"Location": location} if status == 201 else {}
-    document = {"location": location, **receipt(delivery)}
-    return json_response(status, document, headers=headers, indent=None)
+    headers = {"Content-Type": "application/json"}
+    if status == 201:
+        headers["Location"] = location
+    body = to_json({"location": location, **receipt(delivery)}).encode() + b"\n"
+    return Response(status, body, headers)
 
 
 def conclude(
@@ -5170,10 +5173,11 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         return self.server.record(delivery)
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Log a request, unless `deliver` does, or a page or a health check repeats it."""
+        """Log a request, but no delivery, and nothing that a page or a health check repeats."""
+        if self.is_delivery or self.resource == "/health":
+            return
         by_script = self.request.headers.get("sec-fetch-dest") == "empty" and self.command == "GET"
-        silent = self.is_delivery or by_script or self.resource == "/health"
-        if not silent or self.server.settings.DEBUG:
+        if not by_script or self.server.settings.DEBUG:
             super().log_request(code, size)
 
     def log_exchange(self) -> None:

@@ -1958,7 +1958,8 @@ class ReadRequestTest(unittest.TestCase):
     def test_heads_that_are_too_long(self) -> None:
         line, long = b"GET / HTTP/1.1\r\n", b"X: " + b"y" * 995 + b"\r\n"
         for lines, count in ((b"X: y\r\n" * 100, 100), (long * 65, 65)):
-            self.assertEqual(len(self.read_one(line + lines + b"\r\n").fields), count)
+            values = self.read_one(line + lines + b"\r\n").headers["x"].split(", ")
+            self.assertEqual(len(values), count)
         self.assert_refused(line + b"X: y\r\n" * 101, 431, "more than 100 header lines")
         self.assert_refused(line + b"X: " + b"y" * 70_000, 431, "65536")
         self.assert_refused(line + long * 66, 431, "65536")  # the limit is for all of them
