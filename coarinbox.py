@@ -954,7 +954,7 @@ def broken_by(
     for rule in broken:
         yield rule, value
     form = form_of(value)
-    if not broken and not sibling and len(repr(form)) <= 200:
+    if form is not None and not broken and not sibling and len(repr(form)) <= 200:
         if len(known) == MAX_KNOWN:
             known.clear()
         known.add(form)
@@ -5106,7 +5106,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             *[f"{name}: {value}" for name, value in headers.items()],
         ]
         head = "\r\n".join([*lines, "", ""]).encode("latin-1")
-        # The base class would let a client split the answer.
+        # With a line break in a value, what a client sends could become an answer of its own.
         if not head.count(b"\r") == head.count(b"\n") == len(lines) + 1:
             raise ValueError("a line break in a header")
         self.output = head

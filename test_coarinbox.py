@@ -729,6 +729,31 @@ class RulesTest(unittest.TestCase):
             self.assertTrue(coarinbox.validate(document))
             self.assertEqual(repr(document), before)
 
+    def test_what_was_right_once_hides_no_fault_in_something_like_it(self) -> None:
+        """Values that break no rule are remembered."""
+        right = [*ACCEPT["@context"], {"x": "https://x.example/"}]
+        for context, code in [
+            (right, ""), ([{"x": "https://x.example/"}], "@context-namespaces"),
+            (right[:2], ""), (right[1:2], "@context-namespaces"),
+        ]:  # fmt: skip
+            found = coarinbox.validate(changed(ACCEPT, "@context", context))
+            self.assertEqual([finding.code for finding in found], [code] * bool(code))
+        offer = NOTIFICATIONS["Request Review"]
+        for types in (
+            ["Page", "sorg:AboutPage"],
+            ["Page", "sorg:AboutPage", 1],
+            ["sorg:AboutPage"],
+        ):
+            found = coarinbox.validate(changed(offer, "object.type", types))
+            self.assertEqual(found == [], types == ["Page", "sorg:AboutPage"], found)
+
+    @unittest.mock.patch("coarinbox.MAX_KNOWN", 2)
+    def test_only_some_values_are_remembered(self) -> None:
+        for name in "abcabc":
+            wrong = changed(ACCEPT, "actor.name", name)
+            self.assertEqual(coarinbox.validate(wrong), [])
+        self.assertEqual(len(coarinbox.validate(changed(ACCEPT, "actor.name", " "))), 1)
+
 
 class HintsTest(unittest.TestCase):
     """A message says what to write."""
