@@ -6335,6 +6335,13 @@ class EmbeddedTest(unittest.TestCase):
         settings = coarinbox.Settings(PORT=0, STORE_DIR=directory.name, FSYNC=False)
         self.server = coarinbox.InboxServer(settings)
 
+    def test_the_end_closes_a_client_that_has_sent_a_line_break_only(self) -> None:
+        with contextlib.ExitStack() as end:
+            with serving() as server:
+                client = end.enter_context(connect(server, b"\r\n"))
+                self.assertEqual(ask(server, "GET", "/health").status, 204)
+            self.assertEqual(client.recv(1), b"")
+
     def test_the_end_of_the_block_ends_the_server_whatever_happens_in_it(self) -> None:
         thread = threading.Thread(target=self.server.serve_forever)
         with self.assertRaises(ZeroDivisionError), self.server:
