@@ -76,13 +76,11 @@ import queue
 import re
 import selectors
 import shlex
-import shutil
 import signal
 import socket
 import socketserver
 import ssl
 import stat
-import tempfile
 import threading
 import time
 import traceback
@@ -6458,6 +6456,10 @@ def running(**settings: Any) -> Iterator[Inbox]:
     The settings are those of a configuration file. Raises `ConfigurationError` if they cannot be
     used, and `RuntimeError` at the end of the block if the inbox itself has failed.
     """
+    # Here, because a server starts sooner without them.
+    import shutil
+    import tempfile
+
     for name in settings.keys() - SETTINGS:
         raise ConfigurationError(f"unknown setting {name}{did_you_mean(name, SETTINGS)}")
     process = os.getpid()
