@@ -934,11 +934,7 @@ def broken_rules(
 def form_of(value: Any) -> object:
     """Return something hashable, the same for values that no check can tell apart; or None."""
     if isinstance(value, list):
-        value = tuple(value)
-        try:
-            hash(value)
-        except TypeError:  # it holds objects or lists
-            return None
+        return tuple(value) if all(isinstance(each, str) for each in value) else None
     return dict if isinstance(value, dict) else value  # no check looks into an object
 
 
@@ -953,7 +949,7 @@ def broken_by(
         yield rule, value
     form = form_of(value)
     if form is not None and not broken and not sibling and len(repr(form)) <= 200:
-        if len(known) == MAX_KNOWN:
+        if len(known) >= MAX_KNOWN:
             known.clear()
         known.add(form)
 
@@ -2326,7 +2322,7 @@ class DeliveryLog:
                 if not lines and self.end() == place:
                     self.changed.wait(min(seconds, RECHECK))
 
-    def lines(self, worth: Callable[[bytes], bool] = bool) -> Iterator[bytes | None]:
+    def lines(self, worth: Callable[[bytes], bool] = lambda block: True) -> Iterator[bytes | None]:
         """Yield the lines of the log, the newest first, and None after each block that is read.
 
         The lines of a block are left out if it is not `worth` it: splitting all takes long.
@@ -2337,9 +2333,9 @@ class DeliveryLog:
             while start:
                 size = min(start, max(BLOCK, len(rest)))  # double for a long line: join it rarely
                 start = file.seek(start - size)
-                rest, _, block = (file.read(size) + rest).partition(b"\n")
+                rest, end, block = (file.read(size) + rest).partition(b"\n")
                 rest = rest if len(rest) <= MAX_LINE else b""
-                if worth(block):
+                if end and worth(block):
                     yield from reversed(block.split(b"\n"))
                 yield None
             yield rest
@@ -2490,6 +2486,7 @@ class Ledger:
         id_ = delivery.about.get("id", "")
         # The log does not hold longer ids as a whole.
         if delivery.direction == "in" and delivery.is_stored and 0 < len(id_) < ABOUT_LENGTH:
+            self.ids.pop(hash(id_), None)  # it becomes the latest
             self.ids[hash(id_)] = delivery.name
             if len(self.ids) > MAX_IDS:
                 del self.ids[next(iter(self.ids))]
@@ -2521,7 +2518,8 @@ class Ledger:
                 survey.tally[way, int(status), finding != b""] += 1
                 is_stored = way == "in" and status in (b"201", b"202")
                 if is_stored and id_ and len(survey.ids) < MAX_IDS:
-                    survey.ids.setdefault(hash(json.loads(id_)), name.decode())
+                    with contextlib.suppress(ValueError):  # somebody has edited the line badly
+                        survey.ids.setdefault(hash(json.loads(id_)), name.decode())
             yield None
         for missing in (name for name in names if name.encode() not in known):
             with contextlib.suppress(KeyError):

@@ -319,6 +319,13 @@ def with_settings(**settings: Any) -> Callable[[Test], Test]:
     return decorate
 
 
+@contextlib.contextmanager
+def constants(**values: Any) -> Iterator[None]:
+    """Give constants of the module other values in a block or, as a decorator, in a test."""
+    with unittest.mock.patch.multiple("coarinbox", **values):
+        yield
+
+
 class InboxTest(unittest.TestCase):
     """Tests against an inbox of their own; a test fails if the inbox logs an error."""
 
@@ -2582,6 +2589,21 @@ class DeliveryLogTest(DeliveriesTest):
         self.assertEqual(emptied.result().status, 204)
         self.assertLessEqual(set(self.stored()), set(self.names()))
 
+    @constants(BLOCK=1)
+    def test_wherever_a_part_that_is_read_begins_no_event_is_lost(self) -> None:
+        """An empty line may be all that a part holds."""
+        self.post_each(*[b"no"] * 3)
+        lines = self.path.read_bytes().splitlines()
+        self.path.write_bytes(b"\n\n".join(lines) + b"\n\n")
+        first = json.loads(lines[0])["name"]
+        query = coarinbox.Query(since=first)
+        (place,) = filter(None, self.server.deliveries.place_after(query))
+        read, (more, place) = [], self.server.deliveries.read(place)
+        while more:
+            read += filter(None, more)
+            more, place = self.server.deliveries.read(place)
+        self.assertEqual(read, lines[1:])
+
     def test_the_lines_are_in_the_order_of_their_times(self) -> None:
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             pool.map(lambda _: self.post(b"no"), range(100))
@@ -4706,13 +4728,6 @@ class CheckTest(ProgramTest):
 # --- Sending -------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def constants(**values: Any) -> Iterator[None]:
-    """Give constants of the module other values in a block or, as a decorator, in a test."""
-    with unittest.mock.patch.multiple("coarinbox", **values):
-        yield
-
-
 class Received(NamedTuple):
     """A request that a receiver got."""
 
@@ -5336,9 +5351,11 @@ class ArrivedTest(InboxTest):
         for offer in [*offers, offers[0]]:
             self.assertEqual(self.findings(offer), [])
         self.assertEqual(self.findings(offers[2])[0]["code"], "id-repeated")
+        self.assertEqual(self.findings(offers[1]), [])  # which makes it forget the first one
+        self.assertEqual(self.findings(offers[2])[0]["code"], "id-repeated")
         with coarinbox.running(STORE_DIR=self.server.store.directory) as inbox:
             self.wait_until(lambda: b"id-repeated" in send(inbox.url, offers[2]).body)
-            self.assertNotIn(b"id-repeated", send(inbox.url, offers[1]).body)
+            self.assertNotIn(b"id-repeated", send(inbox.url, offers[0]).body)
 
     def test_errors_come_before_warnings(self) -> None:
         problem = self.assert_problem(self.post(REFUSED), 400)
@@ -7032,6 +7049,13 @@ class SharedStoreTest(DeliveriesTest):
             listed = [each["answer_headers"] for each in self.listed_by(inbox.server)]
         for stored, refused in (headers, listed[::-1]):
             self.assertEqual((stored["Location"], refused["Retry-After"]), (location, "7"))
+
+    def test_a_line_that_somebody_edited_badly_hides_no_other_at_the_start(self) -> None:
+        self.post()
+        with self.path.open("ab") as log:
+            log.write(self.path.read_bytes().replace(b'"id": "urn', b'"id": "\\q'))
+        with coarinbox.running(STORE_DIR=self.server.store.directory) as inbox:
+            self.wait_until(lambda: b"of 2" in ask(inbox.server, "GET", "/", None, HTML).body)
 
     def test_a_clock_that_is_set_back(self) -> None:
         self.post()
