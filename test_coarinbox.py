@@ -2594,11 +2594,12 @@ class DeliveryLogTest(DeliveriesTest):
         """An empty line may be all that a part holds."""
         self.post_each(*[b"no"] * 3)
         lines = self.path.read_bytes().splitlines()
-        self.path.write_bytes(b"\n\n".join(lines) + b"\n\n")
+        self.path.write_bytes(b"\n\n".join(lines) + b"\n" * 5)
         first = json.loads(lines[0])["name"]
         query = coarinbox.Query(since=first)
         (place,) = filter(None, self.server.deliveries.place_after(query))
-        read, (more, place) = [], self.server.deliveries.read(place)
+        read: list[bytes] = []
+        more, place = self.server.deliveries.read(place)
         while more:
             read += filter(None, more)
             more, place = self.server.deliveries.read(place)
