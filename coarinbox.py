@@ -4999,6 +4999,10 @@ def http_date(second: int) -> str:
     return formatdate(second, usegmt=True)
 
 
+MAX_INDENTED = 65536  # characters of a body that DEBUG indents
+MAX_SHOWN = 1000  # lines of a request that DEBUG logs
+
+
 class InboxHandler(http.server.BaseHTTPRequestHandler):
     """Answers one request, whole or not. Whatever is wrong is raised as `Problem`."""
 
@@ -5011,7 +5015,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         # Do not call the base class: it would read from a socket, and block, until the connection
         # ends; and its parser is lenient, see Messages.
         self.request, self.client_address, self.server = request, client_address, server
-        self.requestline, self.request_version = request.line, request.version
+        self.requestline, self.request_version = clip(request.line, 1000), request.version
         self.command, self.path = request.method, request.target
         self.headers = request.headers  # type: ignore[assignment]
         self.resource, _, self.query = request.target.partition("?")
@@ -5142,12 +5146,14 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             self.deliver(Verdict(problem))
         else:
             self.request.problem = problem
-            self.log_message("%s", problem.detail)
+            self.log_message("%s", clip(problem.detail, 300))
             self.send_error(problem.status, problem.detail)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Write a problem, as a document or for people a page: the one place where that is done."""
         problem = self.request.problem or Problem(code, message or "")
+        # Their frames refer to the request, which would stay in memory.
+        problem.__traceback__ = problem.__context__ = problem.__cause__ = None
         response = problem.response()
         if self.prefers("text/html"):
             page = error_page(self.context(), code, problem.detail)
@@ -5181,9 +5187,13 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         self.log_message("%s", self.requestline)
         lines = [f"{name}: {value}" for name, value in self.request.shown_fields().items()]
         text = self.request.body.decode("utf-8", "backslashreplace")
-        with contextlib.suppress(ValueError):
-            text = json.dumps(parse(bytes(self.request.body)), indent=2, ensure_ascii=False)
-        for line in [*lines, *text.split("\n")] if text else lines:
+        if len(text) <= MAX_INDENTED:
+            with contextlib.suppress(ValueError):
+                text = json.dumps(parse(bytes(self.request.body)), indent=2, ensure_ascii=False)
+        lines += text.split("\n") if text else []
+        if len(lines) > MAX_SHOWN:
+            lines[MAX_SHOWN:] = [f"and {len(lines) - MAX_SHOWN:,} more lines"]
+        for line in lines:
             self.log_message("  %s", line)
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -5725,6 +5735,7 @@ class Connection:
             self.enter(State.QUEUING, 0, self.on_turn)
         else:
             self.used = True
+            del self.handler, self.steps  # the request would stay in memory
             self.expect_request()
 
     def on_turn(self) -> None:
@@ -6673,7 +6684,8 @@ def run(server: InboxServer) -> None:
         ]
         for handler in LOG.handlers:
             handler.flush()  # what was logged before comes first
-        print("\n".join(lines), file=sys.stderr)
+        with contextlib.suppress(OSError):  # standard error may be full
+            print("\n".join(lines), file=sys.stderr)
         try:
             server.serve_forever()
         finally:
@@ -6714,8 +6726,8 @@ class StderrHandler(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        is_colored = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-        self.setFormatter(LineFormatter(is_colored))
+        is_colored = sys.stderr and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+        self.setFormatter(LineFormatter(bool(is_colored)))
         # What waits to be written; an event is set when it is its turn, and None is the end.
         self.lines: queue.SimpleQueue[str | threading.Event | None] = queue.SimpleQueue()
         self.dropped = 0
@@ -6739,7 +6751,7 @@ class StderrHandler(logging.Handler):
             text = "".join(f"{line}\n" for line in lines if isinstance(line, str))
             if dropped:
                 text += f"{dropped} lines were dropped: nobody read standard error\n"
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # None if it is closed
                 sys.stderr.write(text)
                 sys.stderr.flush()
             for written in lines:

@@ -1775,6 +1775,20 @@ class LogTest(InboxTest):
         for line in lines:
             self.assertTrue(line.isprintable(), line)
 
+    @with_settings(DEBUG=True)
+    def test_a_request_that_is_logged_whole_has_a_thousand_lines_at_most(self) -> None:
+        self.post(b"\n" * 5000)
+        *_, last = (line for line in self.log_lines() if line.startswith("127.0.0.1   "))
+        self.assertRegex(last, "and 4,00[0-9] more lines")
+        self.assertLess(len(self.log_lines()), 1010)
+        self.post(b"[" + b" " * 100_000 + b"5]")  # too long to be indented
+        self.assertIn("5]", "".join(self.log_lines()))
+
+    def test_lines_of_a_request_are_short(self) -> None:
+        """The log may hold ten thousand that nobody reads."""
+        self.ask_raw(get_head(target="/" + "x" * 60_000))
+        self.assertLess(max(map(len, self.log_lines())), 1100)
+
     def test_what_the_script_of_a_page_asks_for_is_not_worth_a_line(self) -> None:
         script = {"Sec-Fetch-Dest": "empty", "Sec-Fetch-Site": "same-origin"}
         self.ask("GET", "/", headers=script)
@@ -6760,9 +6774,25 @@ class MemoryTest(unittest.TestCase):
             body = f'{{"id": "urn:x:{number}:{"x" * 500_000}\U0001f600"}}'.encode()
             self.assertEqual(raw(self.server, post_to("?close=1&times=1", body)), [])
             self.assertEqual(ask(self.server, "GET", "/health").status, 204)
-            gc.collect()
             kept.append(tracemalloc.get_traced_memory()[0])
         self.assertLess(kept[-1] - kept[0], 2_000_000)
+
+    def test_what_was_answered_does_not_stay_in_it(self) -> None:
+        """It did, until Python looked for what nobody needs any more."""
+        gc.disable()
+        self.addCleanup(gc.enable)
+        body = b"[" + b" " * 100_000
+        head = f"Host: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        before = tracemalloc.get_traced_memory()[0]
+        for path in ("/nowhere", "/inbox"):
+            for _ in range(20):
+                self.assertIn(ask(self.server, "POST", path, body).status, (404, 400))
+        with contextlib.ExitStack() as end:
+            for _ in range(20):  # they stay connected, and ask for nothing more
+                client = end.enter_context(connect(self.server))
+                client.sendall(b"GET /health HTTP/1.1\r\n" + head + body)
+                self.assertEqual(answer_on(client).status, 204)
+            self.assertLess(tracemalloc.get_traced_memory()[0] - before, 1_000_000)
 
     def test_documents_are_parsed_one_at_a_time(self) -> None:
         """A hundred bodies of 1 MB took 2.7 GB, because each was kept until its answer was sent."""
@@ -7339,6 +7369,21 @@ class CommitTest(InboxTest):
 
 
 class StartAndEndTest(ProgramTest):
+    @unittest.skipUnless(os.path.exists("/dev/full"), "there is no device that is always full")
+    def test_it_serves_though_standard_error_is_closed_or_full(self) -> None:
+        for way in ("2>&-", "2>/dev/full"):
+            with self.subTest(way):
+                port = free_port()
+                command = self.command("--port", str(port), "--store", way[-3:])
+                shell = ["sh", "-c", f'exec "$0" "$@" {way}', *command]
+                with subprocess.Popen(shell, cwd=self.directory, stdout=subprocess.PIPE) as inbox:
+                    self.addCleanup(inbox.kill)
+                    while not can_connect(("localhost", port)):
+                        self.assertIsNone(inbox.poll())
+                    self.assertEqual(send(f"http://localhost:{port}/inbox").status, 201)
+                    inbox.terminate()
+                    self.assertEqual(inbox.wait(20), 0)
+
     """Starts that go wrong end with one line and status 2, and ends are quiet."""
 
     def test_an_unusable_configuration_is_refused_in_one_line(self) -> None:
