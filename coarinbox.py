@@ -113,10 +113,12 @@ class NestedTooDeeplyError(ValueError):
 
 
 def clip(text: str, length: int) -> str:
+    """Return the beginning of a text; where that is not all, say how long it is."""
     return text if len(text) <= length else f"{text[:length]}… ({len(text)} characters)"
 
 
 def counted(count: int, word: str) -> str:
+    """Write a number and a word, in the plural if need be."""
     return f"{count:,} {word}" + "s" * (count != 1 and word.islower())
 
 
@@ -1979,7 +1981,7 @@ class Delivery(NamedTuple):
     def from_json(cls, line: bytes) -> Delivery | None:
         """Read what `as_json` wrote; None for a line that was torn, or edited beyond use."""
         try:
-            entry = json.loads(line, parse_constant=parse_constant)
+            entry = LINE_DECODER.decode(line.decode())
             for member in ("body", "answer_body"):
                 if member in entry:
                     entry[member] = entry[member].encode("utf-8", "replace")
@@ -1989,17 +1991,12 @@ class Delivery(NamedTuple):
             known = {name: entry[name] for name in cls._fields if name in entry}
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
             return None
-        # The defaults show of which type each member is.
-        typed = all(
-            isinstance(value, type(cls._field_defaults[name]))
-            for name, value in {**known, "findings": ()}.items()
-            if cls._field_defaults[name] is not None
-        )
+        typed = all(map(isinstance, known.values(), map(MEMBER_TYPES.__getitem__, known)))
         about, pattern = known.get("about", {}), known.get("pattern") or ""
         if not typed or not all(isinstance(text, str) for text in (pattern, *about.values())):
             return None
         known["pattern"] = pattern if pattern in RULES else None
-        return cls(**known) if re.fullmatch(NAME, known.get("name", "")) else None
+        return cls(**known) if LINE_NAME.fullmatch(known.get("name", "")) else None
 
     @classmethod
     def from_stored_file(cls, name: str, body: bytes) -> Delivery:
@@ -2016,6 +2013,15 @@ class Delivery(NamedTuple):
             about=summary(document),
             findings=validate(document),
         )
+
+
+LINE_DECODER = json.JSONDecoder(parse_constant=parse_constant)
+LINE_NAME = re.compile(NAME)
+# The defaults show of which type each member is.
+MEMBER_TYPES = {
+    name: object if default is None else type(default)
+    for name, default in {**Delivery._field_defaults, "findings": []}.items()
+}
 
 
 class LogLine(NamedTuple):
@@ -2831,6 +2837,7 @@ def read_request(
 
 
 def read_head(incoming: Incoming, request: Request) -> Reading:
+    """Read the request line and the header lines (RFC 9112 sections 3 and 5)."""
     while incoming.data[0] == TLS_HANDSHAKE[0] and len(incoming.data) < 2:
         yield from incoming.more()
     if incoming.data.startswith(TLS_HANDSHAKE):
@@ -2914,6 +2921,7 @@ def check_framing(request: Request) -> None:
 
 
 def read_body(incoming: Incoming, request: Request, max_body: int) -> Reading:
+    """Read as many bytes as `check_framing` found (RFC 9112 section 6)."""
     if request.chunked:
         yield from read_chunks(incoming, request.body, max_body)
     elif request.length is None:
@@ -2930,6 +2938,7 @@ def check_length(length: int, max_body: int) -> None:
 
 
 def read_chunks(incoming: Incoming, body: bytearray, max_body: int) -> Reading:
+    """Read a body that comes in chunks, and the trailer after it (RFC 9112 section 7.1)."""
     while True:
         match = CHUNK_SIZE.fullmatch((yield from incoming.line(1024)))
         if not match:
@@ -3050,6 +3059,7 @@ def simulated(failure: Failure, inbox: str) -> Problem | None:
 
 
 def store_problem(error: OSError) -> Problem:
+    """Say what went wrong with the store: 507 if the disk is full, else 500."""
     full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
     return Problem(507 if full else 500, f"the store failed: {error.strerror or error}")
 
@@ -4874,6 +4884,7 @@ def check_head(request: Request, server: InboxServer) -> None:
 
 
 def check_host(request: Request, server: InboxServer) -> None:
+    """Refuse a request that names no host, or one that this inbox does not answer to."""
     if "host" not in request.headers and not request.is_http10:  # RFC 9112 section 3.2
         raise Problem(400, f"the Host header is missing; {request.version} requires it")
     header, match = request.headers.get("host", ""), HOST.fullmatch(request.host)
@@ -5307,6 +5318,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     @route("GET", f"/inbox/(?P<name>{NAME})")
     def get_notification(self, values: Mapping[str, str], name: str) -> Steps:
+        """Send a notification, byte for byte; show it to people (LDN section 3.3.1)."""
         body = yield from self.read(name)
         if self.prefers("text/html"):
             yield from self.show((yield from self.find_delivery(name)))
@@ -5315,6 +5327,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     @route("DELETE", f"/inbox/(?P<name>{NAME})")
     def delete_notification(self, values: Mapping[str, str], name: str) -> Steps:
+        """Remove a notification; its delivery stays in the log."""
         with missing_is_404():
             yield Blocking(lambda: self.server.store.remove(name))
         self.answer(Response(204))
@@ -5500,6 +5513,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     @route("GET", "/health")
     def get_health(self, values: Mapping[str, str]) -> None:
+        """Tell a health check that the inbox serves."""
         self.answer(Response(204))
 
 

@@ -5,13 +5,13 @@
     bash .ci/run bench -- --against OLD.py --svg .github/speed.svg    the whole, some 10 minutes
     bash .ci/run bench -- --short                                     to see whether it works
 
-coarinbox and coarnotify's Flask server validate and store the same notification, with a new id
-each time, and log to nowhere. The Node server, if there is Node, only stores it, and the floor, a
-bare `http.server`, only answers 201. Needs Linux, wrk and valgrind.
+coarinbox and coarnotify's Flask server validate and store the same notification, each with a new
+id. The Node server only stores it; the floor, a bare `http.server`, only answers 201.
 """
 
 import argparse
 import collections
+import math
 import os
 import platform
 import random
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Sequence
@@ -134,8 +135,8 @@ def measure_instructions(command: Sequence[str]) -> float:
 
 
 QUERIES = (
-    "/deliveries?q=nothing", "/deliveries?status=5xx", "/deliveries?pattern=Accept",
-    "/deliveries?origin=nobody", "/deliveries?limit=50", "/deliveries", "/inbox",
+    "/deliveries?limit=50", "/deliveries", "/inbox", "/deliveries?q=nothing",
+    "/deliveries?status=5xx", "/deliveries?pattern=Accept", "/deliveries?origin=nobody",
 )  # fmt: skip
 
 
@@ -162,11 +163,14 @@ def measure_growth(command: Sequence[str], number: int) -> list[float]:
 
 
 def get(port: int, path: str) -> float:
-    """Return the milliseconds until an answer has been read."""
+    """Return the milliseconds until an answer has been read; NaN if a version does not know it."""
     start = time.perf_counter()
-    with urllib.request.urlopen(f"http://localhost:{port}{path}") as answer:
-        while answer.read(1 << 20):
-            pass
+    try:
+        with urllib.request.urlopen(f"http://localhost:{port}{path}") as answer:
+            while answer.read(1 << 20):
+                pass
+    except urllib.error.HTTPError:
+        return math.nan
     return (time.perf_counter() - start) * 1000
 
 
@@ -239,11 +243,9 @@ def main() -> int:
     ours: Sides = {"coarinbox": OURS}
     if options.against:
         ours[options.against.stem] = (sys.executable, str(options.against.resolve()))
-    sides: Sides = {**ours, "Flask": FLASK, "Node": NODE, "http.server": FLOOR}
-    if not shutil.which("node"):
-        del sides["Node"]
-    cpu = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0]
-    machine = f"{os.cpu_count()} cores of {cpu}, Python {platform.python_version()}"
+    node: Sides = {"Node": NODE} if shutil.which("node") else {}
+    sides: Sides = {**ours, "Flask": FLASK, **node, "http.server": FLOOR}
+    machine = f"{os.cpu_count()} cores, Python {platform.python_version()}"
     print(f"{machine}; medians of {rounds} rounds of {seconds} s each.\n")
     loads, states = measure_loads(sides, rounds, seconds)
     report_loads(loads)

@@ -6,8 +6,7 @@
 
 The same seed makes the same requests. Each answer has to be one of HTTP/1.1 and no 5xx, but 505 and
 failures that the request asks for, and the connection has to end in time. In the end the inbox must
-have the descriptors that it had, hardly more memory than half-way, no bug in its log, and every
-notification that it acknowledged; and it must still serve.
+serve, with the descriptors that it had, little more memory, no bug, and all that it acknowledged.
 """
 
 import argparse

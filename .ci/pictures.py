@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
 # SPDX-FileCopyrightText: 2026 The coarinbox authors
 """Make the pictures of the README: .github/page.png and .github/delivery.png.
