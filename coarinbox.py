@@ -321,7 +321,7 @@ def types_of(value: Any) -> frozenset[str]:
     return frozenset(names_in(value))
 
 
-# The most specific first.
+# The most specific first: `fitting` takes the first that fits, and Announce alone fits all of them.
 BY_TYPES = {
     frozenset(pattern.types): pattern
     for pattern in sorted(PATTERNS, key=lambda pattern: -len(pattern.types))
@@ -528,10 +528,11 @@ class Finding(NamedTuple):
 class Check(NamedTuple):
     """A demand on the value of a member."""
 
-    name: str  # ends the code of a finding
+    name: str  # ends the code of a finding, so it stays as it is for ever
     demand: str  # completes "the member must"
-    accepts: Callable[..., bool]  # gets the value, and that of the sibling if there is one
-    hint: Callable[..., str] = lambda *values: ""  # what to write; nothing if an example will do
+    # Gets any JSON value, and that of the sibling if there is one; never raises.
+    accepts: Callable[..., bool]
+    hint: Callable[..., str] = lambda *values: ""  # what to write; nothing where EXAMPLE will do
     sibling: str = ""  # dotted name of another member of the notification
 
 
@@ -556,7 +557,7 @@ is_loose_uuid_urn = matches(r"urn:uuid:[0-9a-fA-F-]{32,36}\Z")  # with hyphens o
 
 
 def in_order(value: Any) -> Any:
-    """Return types with those of their pattern first, if these are not in its order already."""
+    """Return types with those of their pattern first; the same object if they are so already."""
     pattern = fitting(value)
     types = pattern.types if pattern else ()
     places = [value.index(name) for name in types]
@@ -640,11 +641,15 @@ ORDER = Check("order", "name the ActivityStreams type before the `coar-notify:` 
               lambda value: f"write `{json_types(in_order(value))}`")
 KNOWN_ACTIONS = Check("known-actions", "name only actions that a pattern has",
                       lambda value: not any(map(is_lookalike, names_in(value))), action_hint)
+# An Offer is complete if its types are those of a pattern.
 COMPLETE = PATTERN._replace(demand="be that of a complete Offer", hint=lambda value: EMBED_OFFER)
 
 
 class Rule(NamedTuple):
-    """A demand on a member, with the levels of it being missing and of it being wrong."""
+    """A demand on a member, with the levels of it being missing and of it being wrong.
+
+    Findings are in the order of the rules. After an error, later rules of the member say nothing.
+    """
 
     member: str  # its dotted name; empty for the whole notification
     if_missing: str
@@ -723,6 +728,7 @@ def announcement(type_: str) -> tuple[Rule, ...]:
 OBJECT_OF_SCHEMA_ORG = Rule("object.type", FINE, SHOULD, SCHEMA_TYPE)
 CITED_OBJECT = Rule("object.ietf:cite-as", SHOULD, SHOULD, HTTP_URI)
 
+# A row that repeats one of EVERY raises its level to an error, which silences the other row.
 FAMILIES: Mapping[str, tuple[Rule, ...]] = {
     "request": EVERY + (
         Rule("object.id",           FINE,    MUST,    HTTP_URI),
@@ -772,7 +778,7 @@ class Refusal(NamedTuple):
     what: str
     codes: tuple[str, ...] = ()
     applies: Callable[[Any], bool] = lambda value: True  # to the value of the member
-    rules: tuple[Rule, ...] = ()  # broken only in the eyes of this receiver
+    rules: tuple[Rule, ...] = ()  # for this receiver alone, about values that are there
 
 
 class Receiver(NamedTuple):
@@ -829,7 +835,7 @@ RECEIVERS = (
 
 
 def refused_by(code: str, *values: Any) -> tuple[str, ...]:
-    """Name the receivers that refuse what a finding reports; without a value, those that may."""
+    """Name the receivers that refuse a value for this code; without one, those that refuse some."""
     return tuple(
         name
         for name, _, refusals in RECEIVERS
@@ -852,7 +858,7 @@ A_PDF = {"id": "https://…", "type": ["Article", "sorg:ScholarlyArticle"],
 A_PAGE = {"id": "https://…", "type": ["Page", "sorg:AboutPage"],
           "ietf:cite-as": "https://doi.org/…", "ietf:item": A_PDF}
 A_RESULT = {"id": "https://…", "type": ["Page", "sorg:WebPage"]}
-# A right value for each member, and for the `object` in each family.
+# What to write for each member, and for the `object` in each family, where a check has no hint.
 EXAMPLE = {
     "@context": [ACTIVITY_STREAMS, COAR_NOTIFY],
     "id": "urn:uuid:…",
@@ -883,14 +889,14 @@ def rules_for(pattern: Pattern | None) -> tuple[Rule, ...]:
     return RULES[pattern.name] if pattern else EVERY
 
 
-# A member: its name, the rules for when it is missing, those for its value, and values that break
-# none of them. Most notifications share services, types and namespaces with others.
-Tests = tuple[str, list[Rule], list[Rule], set[object]]
+# The name of a member, the rules for when it is missing, those for its value, and what is known to
+# break none of them. Most notifications share services, types and namespaces with others.
+MemberRules = tuple[str, list[Rule], list[Rule], set[object]]
 MAX_KNOWN = 1000  # values of a member
 
 
 @functools.cache
-def tests_for(pattern: Pattern | None, embedded: bool) -> list[tuple[list[str], list[Tests]]]:
+def tests_for(pattern: Pattern | None, embedded: bool) -> list[tuple[list[str], list[MemberRules]]]:
     """Group the rules once by the object that they look into, and by the member."""
     rules = rules_for(pattern)[1:]  # without the one for the whole notification
     if embedded:  # the specification's own examples break M rules there
@@ -899,7 +905,7 @@ def tests_for(pattern: Pattern | None, embedded: bool) -> list[tuple[list[str], 
             for member, missing, wrong, check in rules
             if member != "@context"
         )
-    objects: list[tuple[list[str], list[Tests]]] = []
+    objects: list[tuple[list[str], list[MemberRules]]] = []
     groups = itertools.groupby(rules, lambda rule: (rule.member, rule.check.sibling))
     for (member, _), group in groups:
         *path, name = member.split(".")
@@ -907,7 +913,8 @@ def tests_for(pattern: Pattern | None, embedded: bool) -> list[tuple[list[str], 
             objects.append((path, []))
         together = list(group)
         missing = [rule for rule in together if rule.if_missing]
-        objects[-1][1].append((name, missing, together, set()))
+        known: set[object] = {dict} if {rule.check for rule in together} == {OBJECT} else set()
+        objects[-1][1].append((name, missing, together, known))
     return objects
 
 
@@ -934,23 +941,24 @@ def broken_rules(
 
 
 def form_of(value: Any) -> object:
-    """Return something hashable, the same for values that no check can tell apart; or None."""
+    """Return what a value is known by: a string, a list of strings, or `dict` for any object."""
     if isinstance(value, list):
         return tuple(value) if all(isinstance(each, str) for each in value) else None
-    return dict if isinstance(value, dict) else value  # no check looks into an object
+    return dict if isinstance(value, dict) else value
 
 
 def broken_by(
     value: Any, part: dict[str, Any], rules: list[Rule], known: set[object]
 ) -> Iterator[tuple[Rule, Any]]:
-    """Yield the rules that a value breaks; if there are none, it is known from then on."""
+    """Yield the rules that a value breaks; a short text that breaks none is known from then on."""
     sibling = rules[0].check.sibling
     values = [value, lookup(part, sibling)] if sibling else [value]
     broken = [rule for rule in rules if not rule.check.accepts(*values)]
     for rule in broken:
         yield rule, value
     form = form_of(value)
-    if form is not None and not broken and not sibling and len(repr(form)) <= 200:
+    is_short = isinstance(form, (str, tuple)) and len(repr(form)) <= 200
+    if is_short and not broken and not sibling:
         if len(known) >= MAX_KNOWN:
             known.clear()
         known.add(form)
@@ -1850,7 +1858,8 @@ class Store:
 # --- Deliveries ----------------------------------------------------------------------------------
 #
 # A `Delivery` is one attempt to deliver a notification, in either direction, and what became of
-# it. A `Query` selects deliveries, `Totals` count them.
+# it. A `Query` selects deliveries, and tells which parts of the log can hold none of them; `Totals`
+# count them.
 # Must not know: HTTP, files, the event loop.
 
 # The members that say what a notification is about: who sent it, and its place in a conversation.
@@ -2642,7 +2651,8 @@ class Failures:
 # HTTP/1.1 without sockets (RFC 9112). `Incoming` holds the bytes that have arrived; `read_request`
 # is a generator that takes one `Request` out of them. A handler answers with a `Response`, or
 # raises a `Problem`. Parsed strictly: anything that a proxy might read differently (folded lines,
-# a bare LF, two lengths) is refused, because that is how request smuggling works.
+# a bare LF, two lengths) is refused, because that is how request smuggling works; and so is a head
+# of more than MAX_HEAD bytes or MAX_FIELDS lines.
 # Must not know: sockets, threads, resources.
 
 MAX_HEAD = 65536  # bytes of a request line and its headers, and of the trailer after chunks
@@ -3642,7 +3652,8 @@ class InboxFinder(HTMLParser):
 # --- Replies -------------------------------------------------------------------------------------
 #
 # Sends notifications as deliveries: `outgoing` makes one attempt and describes it, `answer_offer`
-# plays the review service that answers an Offer with the patterns of REPLIES.
+# plays the review service that answers an Offer with the patterns of REPLIES, and `reply_addresses`
+# sees to it that they go only to the host that delivered the Offer, or to REPLY_TO.
 # Must not know: sockets, pages, the event loop.
 
 FORWARDED = ("forwarded", "x-forwarded-for")  # headers of a request that came through a proxy
