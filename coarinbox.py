@@ -2480,10 +2480,9 @@ class Ledger:
 
     def forget(self) -> None:
         self.tally: collections.Counter[tuple[str, int, bool]] = collections.Counter()
-        self.ids: dict[
-            int, str
-        ] = {}  # names by the hash of the id: ids may be long; the latest last
-        self.adopted: dict[str, Delivery] = {}
+        # Names by the hash of the id, because ids may be long; the latest last.
+        self.ids: dict[int, str] = {}
+        self.adopted: set[str] = set()
 
     def clear(self) -> None:
         """Forget all deliveries and notifications."""
@@ -2514,10 +2513,11 @@ class Ledger:
         return name if name and os.path.exists(self.store.path(name)) else None
 
     def adopt(self, delivery: Delivery) -> Delivery:
-        """Log a notification that is only in the store, once."""
-        if delivery.name not in self.adopted:
-            self.adopted[delivery.name] = self.record(delivery)
-        return self.adopted[delivery.name]
+        """Log a notification that is only in the store, but once; returns its delivery."""
+        if delivery.name in self.adopted:
+            return delivery
+        self.adopted.add(delivery.name)
+        return self.record(delivery)
 
     def survey(self, now: str) -> Iterator[Survey | None]:
         """Yield what was there before `now`, the start of a name; None is a pause."""
