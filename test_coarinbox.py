@@ -6368,11 +6368,15 @@ class EmbeddedTest(unittest.TestCase):
         self.server = coarinbox.InboxServer(settings)
 
     def test_the_end_closes_a_client_that_has_sent_a_line_break_only(self) -> None:
-        with contextlib.ExitStack() as end:
-            with serving() as server:
-                client = end.enter_context(connect(server, b"\r\n"))
-                self.assertEqual(ask(server, "GET", "/health").status, 204)
+        thread = threading.Thread(target=self.server.serve_forever)
+        with connect(self.server, b"\r\n") as client:
+            with self.server:
+                thread.start()
+                self.assertEqual(ask(self.server, "GET", "/health").status, 204)
+                self.server.stop(within=0)
+                thread.join()
             self.assertEqual(client.recv(1), b"")
+        self.assertEqual(self.server.bugs, [])
 
     def test_the_end_of_the_block_ends_the_server_whatever_happens_in_it(self) -> None:
         thread = threading.Thread(target=self.server.serve_forever)
