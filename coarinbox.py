@@ -2317,6 +2317,8 @@ class DeliveryLog:
             data = file.read(BLOCK)
             if b"\n" not in data and len(data) == BLOCK:
                 data += file.readline(MAX_LINE)
+            if offset == 0:  # it may have been empty a moment ago
+                beginning = data[:BEGINNING]
             end = data.rfind(b"\n") + 1
             return data[:end].split(b"\n")[:-1], Place(beginning, offset + end)
         return [], START

@@ -7037,22 +7037,23 @@ class SharedStoreTest(DeliveriesTest):
 
     def test_an_inbox_that_is_emptied_while_it_looks_around_adopts_nothing(self) -> None:
         names, looking, emptied = coarinbox.Store.names, threading.Event(), threading.Event()
+        with self.unlogged() as (directory, _):
 
-        def names_later(store: coarinbox.Store) -> list[str]:
-            found = names(store)
-            if not looking.is_set():  # at the start
-                looking.set()
-                self.assertTrue(emptied.wait(10))
-            return found
+            def names_later(store: coarinbox.Store) -> list[str]:
+                found = names(store)
+                if store.directory == directory and not looking.is_set():  # at the start
+                    looking.set()
+                    self.assertTrue(emptied.wait(10))
+                return found
 
-        with unittest.mock.patch.object(coarinbox.Store, "names", names_later):
-            with self.unlogged() as (store, _), serving(STORE_DIR=store) as server:
-                self.assertTrue(looking.wait(10))
-                self.assertEqual(ask(server, "DELETE", "/inbox").status, 204)
-                emptied.set()
-                self.wait_until(lambda: not server.tasks)  # it has looked at everything
-                self.assertEqual(self.listed_by(server), [])
-                self.assertEqual(files_in(store), [])
+            with unittest.mock.patch.object(coarinbox.Store, "names", names_later):
+                with serving(STORE_DIR=directory) as server:
+                    self.assertTrue(looking.wait(10))
+                    self.assertEqual(ask(server, "DELETE", "/inbox").status, 204)
+                    emptied.set()
+                    self.wait_until(lambda: not server.tasks)  # it has looked at everything
+                    self.assertEqual(self.listed_by(server), [])
+                    self.assertEqual(files_in(directory), [])
 
     def test_one_that_was_added_later_is_adopted_when_somebody_asks_for_it(self) -> None:
         added = [last_part(drop_in(self.server, body)) for body in (BODY, b"no JSON")]
@@ -7078,6 +7079,23 @@ class SharedStoreTest(DeliveriesTest):
             self.assertEqual(listener.event().id, json.loads(first)["name"])
             self.post(b"no")
             self.assertEqual(listener.event().id, self.names()[0])
+
+    def test_a_line_that_is_written_just_when_somebody_looks_is_read_once(self) -> None:
+        class Late(io.BytesIO):
+            """A file that was still empty when its beginning was looked at."""
+
+            looked = False
+
+            def read(self, size: int | None = -1) -> bytes:
+                before, self.looked = self.looked, True
+                return super().read(size) if before else b""
+
+        self.post(REFUSED)
+        log, line = self.server.deliveries, self.path.read_bytes()
+        with unittest.mock.patch.object(log, "open", return_value=Late(line)):
+            lines, place = log.read(coarinbox.START)
+        self.assertEqual(lines, [line.rstrip(b"\n")])
+        self.assertEqual(log.read(place)[0], [])
 
     def test_a_delivery_carries_the_headers_of_its_answer(self) -> None:
         with coarinbox.running() as inbox:
