@@ -4047,11 +4047,11 @@ class StartTest(ProgramTest):
 
     def test_a_request_in_flight_is_answered_before_the_end(self) -> None:
         """Even if the signal comes twice, and other clients wait for a connection."""
-        with self.stalled() as (inbox, connection), connect(inbox):
+        with self.stalled(DOUBLE_SIGNAL=60) as (inbox, connection), connect(inbox):
             inbox.process.send_signal(signal.SIGTERM)
-            inbox.process.send_signal(signal.SIGINT)
             while can_connect(inbox.server_address):  # it stops listening first
                 pass
+            inbox.process.send_signal(signal.SIGINT)
             connection.sendall(BODY)
             answer = answer_on(connection)
             self.assertEqual((answer.status, answer.headers["Connection"]), (201, "close"))
