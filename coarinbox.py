@@ -123,6 +123,7 @@ def counted(count: int, word: str) -> str:
 
 
 def parse_number(digits: str) -> int | float:
+    """Read a JSON number; raises `ValueError` for one that no receiver could hold."""
     value = float(digits)
     if math.isinf(value):
         raise ValueError(f"a number is too large: {clip(digits, 20)}")
@@ -130,6 +131,7 @@ def parse_number(digits: str) -> int | float:
 
 
 def parse_constant(name: str) -> None:
+    """Refuse `NaN` and the infinities, which Python would read."""
     raise ValueError(f"{name} is not JSON")
 
 
@@ -348,6 +350,7 @@ def is_lookalike(name: str) -> bool:
 
 
 def json_types(types: Sequence[str]) -> str:
+    """Write types as JSON: a single one as a string, several as a list."""
     return json.dumps(types[0] if len(types) == 1 else list(types), ensure_ascii=False)
 
 
@@ -769,6 +772,7 @@ NAME_CODES = ("actor-required", "actor.name-required", "actor.name-text")
 
 
 def has_foreign_names(value: Any) -> bool:
+    """Return whether a type is no name of ActivityStreams, and has no prefix."""
     return any(":" not in name and name not in AS2_NAMES for name in names_in(value))
 
 
@@ -886,6 +890,7 @@ EXAMPLE_OBJECTS = {
 
 
 def rules_for(pattern: Pattern | None) -> tuple[Rule, ...]:
+    """Return the rules for a pattern, or those for every notification."""
     return RULES[pattern.name] if pattern else EVERY
 
 
@@ -1050,11 +1055,16 @@ def validate(document: Any) -> list[Finding]:
     return findings
 
 
+def by_level(findings: Iterable[Finding]) -> list[Finding]:
+    """Sort findings, the gravest first."""
+    return sorted(findings, key=lambda finding: finding.level)  # E, M, S
+
+
 def most_important(findings: Sequence[Finding], limit: int = 100) -> tuple[list[Finding], int]:
     """Return the findings, errors first, and how many were left out to stay within the limit."""
     if not findings:
         return [], 0
-    ordered = sorted(findings, key=lambda finding: finding.level)  # E, M, S
+    ordered = by_level(findings)
     return ordered[:limit], max(0, len(ordered) - limit)
 
 
@@ -1078,6 +1088,7 @@ DELIVERY_RULES = {
 
 
 def media_type_of(content_type: str) -> str:
+    """Return the media type of a Content-Type, without parameters, in lower case."""
     return content_type.partition(";")[0].strip().lower()
 
 
@@ -1642,10 +1653,12 @@ Outcome = Union[str, OSError]  # the name of what was stored, or why it was not
 
 @functools.lru_cache(maxsize=8)  # most notifications of a second need the same
 def utc(second: int, form: str) -> str:
+    """Format a time in UTC, given in seconds since 1970."""
     return time.strftime(form, time.gmtime(second))
 
 
 def new_name() -> str:
+    """Make a name for a delivery: the time in UTC, and 128 random bits."""
     return utc(int(time.time()), "%Y%m%d_%H%M%S_") + os.urandom(16).hex()
 
 
@@ -1654,6 +1667,7 @@ O_SAFE = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BI
 
 
 def open_file(path: str, flags: int) -> int:
+    """Open a file, with the flags of `os.open`; a symlink is refused, a FIFO not waited for."""
     return os.open(path, flags | O_SAFE, 0o666)
 
 
@@ -1876,6 +1890,7 @@ MAX_LOGGED_HEADERS = 16384  # characters of a request's headers in a line of the
 
 
 def utc_now() -> str:
+    """Return the present time, ISO 8601 in UTC, with milliseconds."""
     now = time.time()
     return f"{utc(int(now), '%Y-%m-%dT%H:%M:%S')}.{int(now % 1 * 1000):03}Z"
 
@@ -2713,6 +2728,7 @@ class Events(NamedTuple):
 def json_response(
     status: int, document: Any, kind: str = "application/json", headers: Mapping[str, str] = {}
 ) -> Response:
+    """Answer with a document as indented JSON."""
     body = json.dumps(document, indent=2).encode() + b"\n"  # people read it
     return Response(status, body, {"Content-Type": kind, **headers})
 
@@ -2945,6 +2961,7 @@ def read_body(incoming: Incoming, request: Request, max_body: int) -> Reading:
 
 
 def check_length(length: int, max_body: int) -> None:
+    """Raise `Problem` (413) if a body has more bytes than it may."""
     if length > max_body:
         raise Problem(413, f"the body is larger than {max_body} bytes (MAX_CONTENT_LENGTH)")
 
@@ -3041,8 +3058,7 @@ def judge(
         omitted=omitted + more,
     )
     if errors:
-        count = f"{len(assessment.errors):,} error{'s' * (len(assessment.errors) > 1)}"
-        detail = f"not a valid notification: {count}"
+        detail = f"not a valid notification: {counted(len(assessment.errors), 'error')}"
         headers = {"Accept-Post": JSON_LD} if assessment.status == 415 else {}
         return Verdict(Problem(assessment.status, detail, headers, **receipt(known)), None, known)
     identity = id_.encode("utf-8", "replace") if isinstance(id_, str) else body
@@ -4091,6 +4107,7 @@ listen();
 
 
 def csp_hash(text: str) -> str:
+    """Return the source that a Content-Security-Policy names for an inline text."""
     return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
 
 
@@ -4287,6 +4304,7 @@ def fill(template: str, values: Mapping[str, Any]) -> Html:
 
 
 def render(template: str, /, **values: Any) -> Html:
+    """Fill the template of this name."""
     return fill(TEMPLATES[template], values)
 
 
@@ -4305,10 +4323,6 @@ NOT_COPIED = frozenset(
     "accept-encoding authorization connection content-length cookie expect host"
     " proxy-authorization transfer-encoding user-agent".split()
 )
-
-
-def by_level(findings: Iterable[Finding]) -> list[Finding]:
-    return sorted(findings, key=lambda finding: finding.level)  # E, M, S
 
 
 def chip_of(delivery: Delivery) -> tuple[str, str]:
@@ -4351,6 +4365,7 @@ def subject_of(delivery: Delivery) -> tuple[str, str]:
 
 
 def in_words(seconds: float) -> str:
+    """Write a duration in seconds the way people say it."""
     if seconds < 10:
         return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
     units = ((86400, "d"), (3600, "h"), (60, "min"))
@@ -4436,6 +4451,7 @@ def render_page(
 
 
 def choices(urls: Mapping[str, str], chosen: str) -> list[Values]:
+    """Make links or options, by their names; one of them is chosen."""
     return [{"name": name, "url": url, "chosen": name == chosen} for name, url in urls.items()]
 
 
@@ -4491,6 +4507,7 @@ def view_delivery(context: PageContext, delivery: Delivery) -> Values:
 
 
 def outcome_of(query: Query) -> dict[str, str]:
+    """Return the members of a query that `TOTALS` set."""
     return {name: getattr(query, name) for name in OUTCOME}
 
 
@@ -4629,6 +4646,7 @@ def view_findings(delivery: Delivery) -> list[Values]:
 
 
 def group_by_level(context: PageContext, numbered: Sequence[Values]) -> list[Values]:
+    """Group findings under a heading for each level."""
     groups = []
     for level, found in itertools.groupby(numbered, operator.itemgetter("level")):
         items = list(found)
@@ -4794,6 +4812,7 @@ def sample_here(base: str, pattern: str = "Request Review") -> dict[str, Any]:
 
 
 def view_sample(context: PageContext, pattern: str) -> Values:
+    """Show a valid notification of a pattern, for this inbox."""
     document = sample_here(context.base, pattern)
     return {
         "name": pattern,
@@ -4855,6 +4874,7 @@ PAGE_HEADERS = {
 
 
 def html_response(page: Html, headers: Mapping[str, str] = {}, status: int = 200) -> Response:
+    """Answer with a page."""
     return Response(status, page.encode(), {**PAGE_HEADERS, **headers})
 
 
@@ -5020,6 +5040,7 @@ PAGE_PARAMETERS = {
 
 @functools.lru_cache(maxsize=2)  # most requests of a second need the same
 def http_date(second: int) -> str:
+    """Format a time in seconds since 1970 for HTTP (RFC 9110 section 5.6.7)."""
     return formatdate(second, usegmt=True)
 
 
@@ -5538,6 +5559,7 @@ def allow(methods: Collection[str]) -> str:
 
 @contextlib.contextmanager
 def missing_is_404() -> Iterator[None]:
+    """Turn a `KeyError` of the store into a problem."""
     try:
         yield
     except KeyError:
@@ -5990,6 +6012,7 @@ def as_configuration_error(what: str, expected: str) -> Iterator[None]:
 
 
 def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | None:
+    """Load a certificate and its key; None if there is none."""
     if certificate is None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -6724,6 +6747,7 @@ COLORS = {"stored": 32, "queued": 32, "refused": 31, "failed": 31}  # green and 
 
 @functools.lru_cache(maxsize=2)  # most lines of a second need the same
 def local_time(second: int) -> str:
+    """Format a time in seconds since 1970, as the clock here shows it."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
 
 
