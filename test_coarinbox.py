@@ -2474,7 +2474,6 @@ class DeliveryLogTest(DeliveriesTest):
         attempts: list[tuple[bytes, int, str, str | None]] = [
             (post_to(), 201, "", None),
             (post_to("", b'{"a":1}'), 400, "not a valid notification", '{"a":1}'),
-            (post_to("", b"true"), 400, "not a valid notification", "true"),
             (post_to("", b"no"), 400, "not JSON", "no"),
             (post_to("", b"\xff\x00"), 400, "not UTF-8", "/wA="),  # in base64
             (post_head("Content-Length: 9") + b"half", 400, "ended before the request", "half"),
@@ -2486,7 +2485,6 @@ class DeliveryLogTest(DeliveriesTest):
             (post_head(), 411, "neither", ""),
             (post_head("Content-Length: 10001"), 413, "larger than 10000", ""),
             (post_head().replace(b"1.1", b"3.1"), 505, "3.1", None),
-            (post_head().replace(b"HTTP/1.1", b"FTP/1.1"), 400, "the request line", None),
             (b"POST /inbox?" + b"x" * 70_000, 414, "", None),
             (post_head().replace(b"/inbox", b"http://localhost/inbox"), 411, "neither", ""),
             (post_to("/?a=b", b'{"a":1}'), 400, "unknown parameter 'a'", '{"a":1}'),
@@ -2498,6 +2496,7 @@ class DeliveryLogTest(DeliveriesTest):
         lines = self.lines()
         self.assertEqual(len(lines), len(attempts))
         self.assertEqual(self.stored(), [lines[0]["name"]])
+        self.assertEqual(lines, sorted(lines, key=operator.itemgetter("time")))
         for line, (data, status, detail, body) in zip(lines, attempts):
             with self.subTest(data):
                 self.assertEqual(line["status"], status)
@@ -2515,12 +2514,9 @@ class DeliveryLogTest(DeliveriesTest):
 
     def test_what_is_no_delivery_has_none(self) -> None:
         path = path_of(self.post().headers["Location"])
-        for method, where in [
-            ("GET", "/"), ("GET", "/inbox"), ("HEAD", path), ("GET", "/deliveries"),
-            ("OPTIONS", "/inbox"), ("OPTIONS", path), ("PUT", path), ("DELETE", path),
-            ("GET", "/nothing"),
-        ]:  # fmt: skip
-            self.ask(method, where, BODY if method == "PUT" else None)
+        for asked in ("GET /", "GET /x", f"HEAD {path}", "OPTIONS /inbox", f"DELETE {path}"):
+            self.ask(*asked.split())
+        self.ask("PUT", path, BODY)
         self.assertEqual(len(self.lines()), 1)
 
     def test_a_line_tells_all_about_a_refusal(self) -> None:
@@ -2530,12 +2526,9 @@ class DeliveryLogTest(DeliveriesTest):
         problem = self.assert_problem(self.ask_raw(head + body), 400)
         (line,) = self.lines()
         self.assertTrue(started <= line["time"] <= utc_now(), line["time"])
-        self.assertRegex(line["name"], "^[0-9]{8}_[0-9]{6}_[0-9a-f]{32}$")
         self.assertEqual(json.loads(line["body"]), document)
         self.assertEqual(len(problem["errors"]), 2)
-        code = operator.itemgetter("code")
-        findings = sorted(problem["errors"] + problem["warnings"], key=code)
-        self.assertEqual(sorted(line["findings"], key=code), findings)
+        self.assertEqual(line["findings"], problem["errors"] + problem["warnings"])
         for holder, expected in [
             (line, {"client": "127.0.0.1", "target": "/inbox", "pattern": "Request Review",
                     "detail": problem["detail"]}),
@@ -2546,10 +2539,11 @@ class DeliveryLogTest(DeliveriesTest):
             self.assertLessEqual(expected.items(), holder.items())
 
     def test_secrets_are_masked_even_where_the_request_is_malformed(self) -> None:
-        secrets = ("Authorization: Bearer s3cret", "Cookie: session=s3cret",
-                   "authorization: Basic s3cret", "Proxy-Authorization: Basic s3cret")  # fmt: skip
-        malformed = ("Authorization : Bearer s3cret", "X: y\r\n s3cret", "Authorization: s3cret\a")
-        requests = [post_head("Content-Length: 0", line) for line in secrets + malformed]
+        requests = [post_head("Content-Length: 0", line) for line in (
+            "Authorization: Bearer s3cret", "Cookie: session=s3cret", "authorization: Basic s3cret",
+            "Proxy-Authorization: Basic s3cret", "Authorization : Bearer s3cret",
+            "X: y\r\n s3cret", "Authorization: s3cret\a",
+        )]  # fmt: skip
         requests += [post_head("Authorization: s3cret")[:-4]]
         requests += [post_head().replace(b"/inbox", b"http://me:s3cret@localhost/inbox")]
         for request in requests:
@@ -2568,11 +2562,10 @@ class DeliveryLogTest(DeliveriesTest):
         for end in (b"{", line[:-9], line[:-1]):  # of a line that another process may complete
             before = b"\n".join([*(json.dumps(entry).encode() for entry in bad), *torn, end])
             self.path.write_bytes(before)
-            count = len(self.deliveries())
+            self.assertEqual(self.statuses(), [400] * (end == line[:-1]))
             self.post(ACCEPT)
-            self.assertEqual(self.statuses(), [201] + [400] * count)
+            self.assertEqual(self.statuses(), [201] + [400] * (end == line[:-1]))
             self.assertTrue(self.path.read_bytes().startswith(before))
-            self.assertEqual(count, int(end == line[:-1]))
 
     def test_no_line_that_somebody_edited_breaks_a_page(self) -> None:
         self.post(REFUSED)
@@ -2586,9 +2579,8 @@ class DeliveryLogTest(DeliveriesTest):
         lines += [{"name": "20200101_000000_" + "a" * 32, "status": 400, "findings": []}]
         lines += [{**good, "body": "half a pair: \ud800"}]
         self.path.write_text("\n".join(map(json.dumps, lines)))
-        pages = ["/?q=x&limit=1000", "/deliveries"]
-        pages += [f"/deliveries/{name}" for name in self.names()]
-        self.assertGreater(len(lines), 100)
+        self.assertGreater(len(self.names()), 30)
+        pages = ["/?q=x&limit=1000", *(f"/deliveries/{name}" for name in self.names())]
         for page in pages:
             self.assertEqual(self.ask("GET", page, headers=HTML).status, 200, page)
         body = self.ask("GET", f"/deliveries/{good['name']}/body").body
@@ -2604,33 +2596,10 @@ class DeliveryLogTest(DeliveriesTest):
         self.assertEqual(emptied.result().status, 204)
         self.assertLessEqual(set(self.stored()), set(self.names()))
 
-    @constants(BLOCK=1)
-    def test_wherever_a_part_that_is_read_begins_no_event_is_lost(self) -> None:
-        """An empty line may be all that a part holds."""
-        self.post_each(*[b"no"] * 3)
-        lines = self.path.read_bytes().splitlines()
-        self.path.write_bytes(b"\n\n".join(lines) + b"\n" * 5)
-        first = json.loads(lines[0])["name"]
-        query = coarinbox.Query(since=first)
-        (place,) = filter(None, self.server.deliveries.place_after(query))
-        read: list[bytes] = []
-        more, place = self.server.deliveries.read(place)
-        while more:
-            read += filter(None, more)
-            more, place = self.server.deliveries.read(place)
-        self.assertEqual(read, lines[1:])
-
-    def test_the_lines_are_in_the_order_of_their_times(self) -> None:
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            pool.map(lambda _: self.post(b"no"), range(100))
-        times = [line["time"] for line in self.lines()]
-        self.assertEqual(len(times), 100)
-        self.assertEqual(times, sorted(times))
-
     def test_memory_does_not_grow_with_the_log(self) -> None:
-        """The log begins with 256 MiB of nothing, which takes no room on the disk."""
+        """The log begins with 128 MiB of nothing, which takes no room on the disk."""
         with self.path.open("wb") as file:
-            file.truncate(2**28)
+            file.truncate(2**27)
             file.seek(0, os.SEEK_END)
             file.write(b"\n")
         self.post_each(*[b"no"] * 60)
@@ -2651,16 +2620,12 @@ class DeliveryLogTest(DeliveriesTest):
     @unittest.skipUnless(hasattr(os, "mkfifo"), "this system has no named pipes")
     def test_a_log_that_cannot_be_written_is_no_reason_to_refuse(self) -> None:
         self.errors_expected, elsewhere = True, self.path.with_name("elsewhere")
-        plants: list[tuple[Any, Any]] = [(os.mkdir, os.rmdir), (os.mkfifo, os.unlink)]
-        plants.append((functools.partial(os.symlink, elsewhere), os.unlink))
-        for plant, remove in plants:
+        for plant in (os.mkdir, os.mkfifo, functools.partial(os.symlink, elsewhere)):
             plant(self.path)
             self.assert_serves()
-            self.assert_problem(self.ask("GET", "/deliveries"), 500)
             for path in ("/deliveries", "/", f"/inbox/{self.stored()[0]}"):
                 self.assertEqual(self.ask("GET", path, headers=HTML).status, 500)
-            remove(self.path)
-        self.assertEqual(len(self.stored()), 3)
+            (os.rmdir if plant is os.mkdir else os.unlink)(self.path)
         self.assertIn("a delivery could not be logged", "\n".join(self.log_lines()))
         self.assertFalse(elsewhere.exists())
         self.assert_serves()
@@ -2680,13 +2645,12 @@ class QueryTest(DeliveriesTest):
         for query, expected in [
             ("limit=2", [0, 1]), ("limit=1000", [0, 1, 2, 3]),
             ("status=400", [1, 2]), ("status=4xx", [1, 2]), ("status=2xx", [0, 3]),
-            ("status=404", []), ("status=5xx", []),
-            ("pattern=Accept", [3]), ("pattern=Request+Review", [0, 2]), ("pattern=Reject", []),
+            ("status=404", []), ("pattern=Accept", [3]), ("pattern=Request+Review", [0, 2]),
             (f"since={names[2]}", [0, 1]), (f"since={names[0]}", []),
             ("since=20200101_000000_" + "0" * 32, [0, 1, 2, 3]),
             (f"before={names[1]}", [2, 3]), (f"before={names[3]}", []),
             (f"before={names[0]}&since={names[3]}&status=400&limit=1", [1]),
-            ("q=", [0, 1, 2, 3]), ("limit=&status=&pattern=&since=&before=&q=", [0, 1, 2, 3]),
+            ("limit=&status=&pattern=&since=&before=&q=", [0, 1, 2, 3]),
             ("q=REFUSED", [1, 2]), ("q=not+UTF-8", [1]),
             ("q=must+be+an+object", [2]), ("q=origin-object", [2]), ("q=offer-1", [2]),
             ("q=%C3%9CN%C3%AFCODE", [0]), (f"q={names[3]}", [3]), ("q=request+review", [0, 2]),
@@ -2694,18 +2658,17 @@ class QueryTest(DeliveriesTest):
             with self.subTest(query):
                 self.assertEqual(self.names(f"?{query}"), [names[index] for index in expected])
 
-    def test_a_time_selects_from_then_on(self) -> None:
+    def test_a_time_selects_from_then_on_and_a_day_its_own(self) -> None:
         times = "2026-01-31T11:59:59.999Z", "2026-01-31T12:00:00.000Z", "2026-01-31T12:00:00.001Z"
         lines = [{**line, "time": moment} for line, moment in zip(self.lines(), times)]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        for since, count in [
-            ("2020-01-01", 3), ("2026-01-31", 3), ("2026-01-31T12:00Z", 2),
-            ("2026-01-31T12:00:00Z", 2), ("2026-01-31T12:00:00.000Z", 2),
-            ("2026-01-31T12:00:00.001Z", 1), ("2026-01-31T12:00:01Z", 0), ("2026-02-01", 0),
+        for query, count in [
+            ("since=2020-01-01", 3), ("since=2026-01-31", 3), ("since=2026-02-01", 0),
+            ("since=2026-01-31T12:00Z", 2), ("since=2026-01-31T12:00:00Z", 2),
+            ("since=2026-01-31T12:00:00.000Z", 2), ("since=2026-01-31T12:00:00.001Z", 1),
+            ("since=2026-01-31T12:00:01Z", 0), ("day=2026-01-31", 3), ("day=2026-01-30", 0),
         ]:  # fmt: skip
-            self.assertEqual(len(self.names(f"?since={since}")), count, since)
-        for day, count in [("2026-01-31", 3), ("2026-01-30", 0), ("", 3)]:
-            self.assertEqual(len(self.names(f"?day={day}")), count, day)
+            self.assertEqual(len(self.names(f"?{query}")), count, query)
 
     def test_without_a_limit_all_of_them(self) -> None:
         self.path.write_bytes(self.path.read_bytes() * 251)
@@ -2729,15 +2692,15 @@ class QueryTest(DeliveriesTest):
     def test_a_single_one_and_its_body_can_be_had_by_its_name(self) -> None:
         for delivery in self.deliveries():
             self.assertEqual(self.ask("GET", f"/deliveries/{delivery['name']}").json(), delivery)
-        stored = delivery["name"]
-        self.assert_problem(self.ask("DELETE", f"/deliveries/{stored}"), 405)
-        unknown = "20200101_000000_" + "0" * 32
-        problem = self.assert_problem(self.ask("GET", f"/deliveries/{unknown}"), 404)
-        self.assertIn("may have been removed", problem["detail"])
+        stored, unknown = delivery["name"], "20200101_000000_" + "0" * 32
         self.assertEqual(self.ask("GET", f"/deliveries/{stored}/body").body, BODY)
         self.assertEqual(self.ask("DELETE", f"/inbox/{stored}").status, 204)
-        problem = self.assert_problem(self.ask("GET", f"/deliveries/{stored}/body"), 404)
-        self.assertIn("no longer stored", problem["detail"])
+        for method, path, status, expected in [
+            ("DELETE", stored, 405, "DELETE"), ("GET", unknown, 404, "may have been removed"),
+            ("GET", f"{stored}/body", 404, "no longer stored"),
+        ]:  # fmt: skip
+            problem = self.assert_problem(self.ask(method, f"/deliveries/{path}"), status)
+            self.assertIn(expected, problem["detail"])
 
 
 class Event(NamedTuple):
@@ -2776,13 +2739,8 @@ class Listener:
             pass
 
 
+@unittest.mock.patch.multiple("coarinbox", HEARTBEAT=0.02, RECHECK=0.02, GATHER=0)
 class EventsTest(DeliveriesTest):
-    def setUp(self) -> None:
-        patch = unittest.mock.patch.multiple("coarinbox", HEARTBEAT=0.02, RECHECK=0.02, GATHER=0)
-        patch.start()
-        self.addCleanup(patch.stop)
-        super().setUp()
-
     def listen(self, path: str = "/deliveries", **headers: str) -> Listener:
         listener = Listener(self.server, path, **headers)
         self.addCleanup(listener.__exit__)
@@ -2807,6 +2765,16 @@ class EventsTest(DeliveriesTest):
             listener.comment()
             listener.comment()
             log.write(line[99:])
+            self.assertEqual(listener.event().data, json.loads(line))
+
+    @constants(BLOCK=1)
+    def test_wherever_a_part_that_is_read_begins_no_event_is_lost(self) -> None:
+        """An empty line may be all that a part holds."""
+        self.post_each(*[b"no"] * 3)
+        lines, (*_, first) = self.path.read_bytes().splitlines(), self.names()
+        self.path.write_bytes(b"\n\n".join(lines) + b"\n" * 5)
+        listener = self.listen(f"/deliveries?since={first}")
+        for line in lines[1:]:
             self.assertEqual(listener.event().data, json.loads(line))
 
     def test_a_client_that_comes_back_misses_nothing(self) -> None:
@@ -2842,30 +2810,30 @@ class EventsTest(DeliveriesTest):
             self.assertTrue(posted.wait(10))
             return news
 
-        with unittest.mock.patch.multiple("coarinbox", RECHECK=60, read_news=read_slowly):
+        with constants(RECHECK=60, read_news=read_slowly):
             listener = self.listen()
             self.assertTrue(begun.wait(10))
             self.post()
             posted.set()
             self.assertEqual(listener.event().data["status"], 201)
 
+    @constants(RECHECK=60)
     def test_one_that_comes_while_others_are_served_misses_nothing(self) -> None:
-        with unittest.mock.patch("coarinbox.RECHECK", 60):
-            with concurrent.futures.ThreadPoolExecutor(1) as pool:
-                pool.submit(self.post_each, *[b"no"] * 100)
-                listeners = [self.listen("/deliveries?since=2020-01-01") for _ in range(20)]
-            names = self.names()[::-1]
-            for listener in listeners:
-                self.assertEqual([listener.event().id for _ in names], names)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            pool.submit(self.post_each, *[b"no"] * 100)
+            listeners = [self.listen("/deliveries?since=2020-01-01") for _ in range(20)]
+        names = self.names()[::-1]
+        for listener in listeners:
+            self.assertEqual([listener.event().id for _ in names], names)
 
+    @constants(HEARTBEAT=60)
     def test_between_heartbeats_only_what_is_new_is_sent(self) -> None:
-        with unittest.mock.patch("coarinbox.HEARTBEAT", 60):
-            listener = self.listen()
-            listener.comment()
-            with beside(self.server) as other:
-                ask(other, "POST", "/inbox", ACCEPT)
-            self.assertEqual(listener.stream.readline(), b"\n")  # the end of the comment
-            self.assertRegex(listener.stream.readline(), b"^id: ")
+        listener = self.listen()
+        listener.comment()
+        with beside(self.server) as other:
+            ask(other, "POST", "/inbox", ACCEPT)
+        self.assertEqual(listener.stream.readline(), b"\n")  # the end of the comment
+        self.assertRegex(listener.stream.readline(), b"^id: ")
 
     def test_one_that_does_not_read_holds_up_nobody_and_gets_everything(self) -> None:
         with beside(self.server, REQUEST_TIMEOUT=0.1) as server:
@@ -2894,26 +2862,26 @@ class EventsTest(DeliveriesTest):
         with self.listen():
             self.assertEqual(len(self.server.connections), 1)
         self.wait_until(lambda: not self.server.connections)
-        self.assertFalse([line for line in self.log_lines() if "lost" in line])
+        self.assertNotIn("lost", "".join(self.log_lines()))
 
     def test_clients_that_can_read_both_get_what_they_prefer(self) -> None:
         for accept, kind in [
-            ("*/*", "application/json"), ("application/json", "application/json"),
-            ("text/event-stream", "text/event-stream"), ("text/html", "text/html; charset=utf-8"),
+            ("*/*", "application/json"), ("text/event-stream", "text/event-stream"),
+            ("text/html", "text/html; charset=utf-8"),
             ("text/event-stream;q=0.5, application/json", "application/json"),
         ]:  # fmt: skip
             answer = self.ask("HEAD", "/deliveries", headers={"Accept": accept})
             self.assertEqual(answer.headers["Content-Type"], kind, accept)
 
+    @constants(GRACE=0.01)
     @with_settings(MAX_CONNECTIONS=2)
     def test_listeners_make_room_even_if_they_were_slow_once(self) -> None:
         self.post_each(*[LARGE] * 11)
-        with unittest.mock.patch("coarinbox.GRACE", 0.01), contextlib.ExitStack() as stack:
-            everything = "/deliveries?since=2020-01-01"
-            for listener in [stack.enter_context(self.listen(everything)) for _ in range(2)]:
-                for _ in range(11):
-                    listener.event()
-            self.assert_serves()
+        everything = "/deliveries?since=2020-01-01"
+        for listener in [self.listen(everything), self.listen(everything)]:
+            for _ in range(11):
+                listener.event()
+        self.assert_serves()
 
     @with_settings(MAX_CONNECTIONS=3)
     def test_no_request_is_cut_off_by_making_room(self) -> None:
