@@ -2920,11 +2920,11 @@ class Element(NamedTuple):
 class Page(html.parser.HTMLParser):
     """A page that was parsed: its elements, each of which must be closed."""
 
-    def __init__(self, page: Any) -> None:
+    def __init__(self, page: str) -> None:
         super().__init__()
         self.elements: list[Element] = []
         self.open: list[Element] = []
-        self.feed(page if isinstance(page, str) else page.text)
+        self.feed(page)
         self.close()
         assert not self.open, self.open
 
@@ -2935,6 +2935,8 @@ class Page(html.parser.HTMLParser):
             self.open.append(element)
 
     def handle_endtag(self, tag: str) -> None:
+        if tag in ("dd", "div", "dt", "h1", "h2", "p", "summary"):  # it ends a line
+            self.handle_data(" ")
         element = self.open.pop()
         assert element.tag == tag, (element.tag, tag)
 
@@ -2975,7 +2977,8 @@ class Page(html.parser.HTMLParser):
     @property
     def lines(self) -> list[str]:
         """The lines of the document that is shown, without their indentation."""
-        return [line for line in "".join(self.one("div", class_="json").texts).splitlines() if line]
+        lines = "".join(self.one("div", class_="json").texts).splitlines()
+        return [line.strip() for line in lines if line.strip()]
 
 
 CONTEXT = coarinbox.PageContext("../", "http://localhost:5005")
@@ -3065,25 +3068,14 @@ class ListPageTest(unittest.TestCase):
 
     def test_who_sent_it_is_never_the_actor_and_an_answer_is_about_what_was_offered(self) -> None:
         offer = {**ACCEPT["object"], "id": "https://repository.example.org/offers/1"}
-        relationship = NOTIFICATIONS["Announce Relationship"]
         for document, shown in [
             (changed(OFFER, "origin", ABSENT), "Request Review 192.0.2.1 repository.example.org"),
-            (changed(OFFER, "origin", "https://a.example/x"), "Request Review a.example repo"),
             ({**ACCEPT, "object": offer}, "Accept journal.example.com /preprint/421"),
-            (relationship, "Announce Relationship journal.example.com /preprint/421"),  # no urn
+            (NOTIFICATIONS["Announce Relationship"], "journal.example.com /preprint/421"),  # no urn
         ]:
             (row,) = list_page(delivered(document)).rows
             self.assertIn(shown, row)
             self.assertNotIn("orcid.org", row)
-
-    def test_a_click_on_a_time_filters_by_its_day(self) -> None:
-        page = list_page(delivered(REFUSED, 400), query="status=4xx&direction=in&origin=r.example")
-        url = "../?status=4xx&origin=r.example&direction=in&day=2026-01-31"
-        self.assertEqual(page.links("01-31 12:00"), [url])
-        page = list_page(delivered(REFUSED, 400), query=url.partition("?")[2])
-        without = "../?status=4xx&origin=r.example&direction=in"
-        self.assertEqual(page.links("day 2026-01-31"), [without])
-        self.assertEqual(page.one("input", name="day").attributes["value"], "2026-01-31")
 
     def test_totals_lead_to_the_deliveries_that_they_count(self) -> None:
         warned = changed(OFFER, "target.inbox", ABSENT)
@@ -3097,26 +3089,31 @@ class ListPageTest(unittest.TestCase):
             query = query_of(url.partition("?")[2])
             self.assertEqual(len(list(filter(query.matches, deliveries))), count, name)
 
-    def test_filters_are_shown_and_can_be_removed(self) -> None:
+    def test_a_row_leads_to_filters_which_are_shown_and_can_be_removed(self) -> None:
         page = list_page(delivered(OFFER), query="q=a+b&status=415&origin=x&pattern=Accept")
         self.assertEqual(page.links("remove"), [
             "../?pattern=Accept&q=a+b&origin=x", "../?status=415&q=a+b&origin=x",
             "../?status=415&pattern=Accept&origin=x", "../?status=415&pattern=Accept&q=a+b",
         ])  # fmt: skip
-        refused = list_page(delivered(OFFER), query="status=4xx&direction=in")
-        self.assertEqual(refused.links("remove"), [], "the chip shows it")
-        self.assertIn("Refused", refused.one("a", aria_current="true").text)
-        filtered = ["../?status=4xx&origin=repository.example.org&direction=in"]
-        self.assertEqual(refused.links("repository.example.org"), filtered)
-        query = query_of(filtered[0][4:])
-        self.assertTrue(query.matches(delivered(OFFER, 400)))
-        self.assertFalse(query.matches(delivered(ACCEPT, 400)))
+        refused = "../?status=4xx&direction=in"
+        page = list_page(delivered(OFFER), query=refused[4:])
+        self.assertEqual(page.links("remove"), [], "the chip shows it")
+        self.assertIn("Refused", page.one("a", aria_current="true").text)
+        (by_origin,) = page.links("repository.example.org")
+        self.assertEqual(by_origin, "../?status=4xx&origin=repository.example.org&direction=in")
+        matches = query_of(by_origin[4:]).matches
+        self.assertEqual([*map(matches, (delivered(OFFER, 400), delivered(ACCEPT, 400)))], [1, 0])
+        (by_day,) = page.links("01-31 12:00")
+        self.assertEqual(by_day, f"{refused}&day=2026-01-31")
+        page = list_page(delivered(OFFER), query=by_day[4:])
+        self.assertEqual(page.links("day 2026-01-31"), [refused])
 
     def test_the_form_holds_the_filters_and_keeps_the_others(self) -> None:
-        page = list_page(delivered(), query='q="><b>&pattern=Accept&since=2026-01-01&status=4xx')
+        others = {"since": "2026-01-01", "status": "4xx", "day": "2026-01-31"}
+        query = urllib.parse.urlencode({"q": '"><b>', "pattern": "Accept", **others})
+        page = list_page(delivered(), query=query)
         fields = {each.attributes["name"]: each.attributes["value"] for each in page.all("input")}
-        expected = {"q": '"><b>', "origin": "", "since": "2026-01-01", "status": "4xx"}
-        self.assertEqual(fields, expected)
+        self.assertEqual(fields, {"q": '"><b>', "origin": "", **others})
         self.assertEqual(page.texts("option", selected="selected"), ["Accept"])
         self.assertEqual(page.texts("option", value=""), ["Any pattern"])
 
@@ -3136,44 +3133,63 @@ class ListPageTest(unittest.TestCase):
         self.assertEqual(page.one("div", id="deliveries").text, "No delivery matches. Show all")
         renewed_by = page.one("body").attributes["data-stream"]
         self.assertEqual(renewed_by, "../deliveries?q=nowhere", "what it shows, and no more")
-        page = list_page(all=0)
-        command = page.one("pre")
-        self.assertIn("curl -s http://localhost:5005/samples/Request%20Review | curl", command.text)
-        self.assertIn("".join(command.texts), page.copies("Copy"))
-        self.assertIn('"inbox": "http://localhost:5005/inbox",', page.lines)
-        with_token = CONTEXT._replace(token=True)
-        page = Page(coarinbox.list_page(with_token, [], coarinbox.Totals()))
-        self.assertEqual(page.one("pre").text.count("Bearer $TOKEN"), 2)
+        for token in (False, True):
+            context = CONTEXT._replace(token=token)
+            page = Page(coarinbox.list_page(context, [], coarinbox.Totals()))
+            command = page.one("pre")
+            self.assertIn("curl -s http://localhost:5005/samples/Request%20Review", command.text)
+            self.assertEqual(command.text.count("Bearer $TOKEN"), 2 * token)
+            self.assertIn("".join(command.texts), page.copies("Copy"))
+            self.assertIn('"inbox": "http://localhost:5005/inbox",', page.lines)
 
 
 class DeliveryPageTest(unittest.TestCase):
-    def test_it_says_first_what_came_and_what_became_of_it(self) -> None:
-        page = delivery_page(delivered(REFUSED, 400))
-        self.assertEqual(page.one("title").text, "400 · 2 errors Request Review · coarinbox")
-        self.assertEqual(page.one("h1").text, "Request Review")
-        facts = dict(zip(page.texts("dt"), page.texts("dd")))
-        self.assertEqual(facts["Received"], "2026-01-31 12:00:00 , from 192.0.2.1")
-        self.assertEqual(facts["id"], "offer-1")
-        self.assertEqual(facts["Stored"], "no; correct it and send it again")
-        page = delivery_page(sent(ACCEPT, 0, detail="no answer within 10 s", via="REPLIES"))
-        self.assertIn("no answer within 10 s", page.texts("p"))
-        self.assertIn(", to http://localhost:8080/inbox, by REPLIES", page.texts("dd")[0])
-
-    def test_findings_say_what_to_write_and_who_refuses_it(self) -> None:
-        fix = 'write `"inbox": "https://x.example/inbox"`'
-        inbox = finding("E", "/origin/inbox", fix, refused_by=("DSpace", "PCI"))
-        found = [finding("S", "/actor"), inbox, finding("M", "/type")]
-        page = delivery_page(delivered(OFFER, 400, findings=found, omitted=4212))
-        headings = ["1 error refused here", "1 MUST a warning here", "1 SHOULD a warning here"]
-        self.assertEqual(page.texts("h3")[:3], headings)
-        item = page.one("li", id="finding-1").text
-        self.assertIn('/origin/inbox is wrong Write "inbox": "https://x.example/inbox"', item)
-        self.assertRegex(item, "refused by DSpace ?PCI · rule · specification")
-        self.assertIn('"inbox": "https://x.example/inbox"', page.texts("code"))
+    def test_a_refused_one_with_its_findings_and_our_answer(self) -> None:
+        headers = {"Content-Type": JSON_LD, "X-Trace": "<b>"}
+        found = [finding("S", "", "compress it", code="content-type"), finding("M", "/type")]
+        found += [finding("E", "/id", 'write `"id": "…"`', refused_by=("DSpace", "PCI"))]
+        delivery = delivered({"id": "x"}, 400, headers=headers, findings=found, seconds=0.003)
+        delivery = delivery._replace(omitted=4212, pattern="Request Review")
+        page = delivery_page(delivery._replace(answer_headers={"X": "y"}), answer=b'{"a": 1}')
+        self.assertEqual(page.one("title").text, "400 · 1 error Request Review · coarinbox")
+        self.assertEqual(page.text, (
+            "← All 400 · 1 error Request Review from 192.0.2.1 Received 2026-01-31 12:00:00 , from "
+            "192.0.2.1 Stored no; correct it and send it again id x Send again Copy as curl Copy "
+            'JSON Copy link Raw Payload { "id": "x" 1 "type": … 2 } What arrived POST /inbox '
+            "Content-Type: application/ld+json 3 X-Trace: <b> What we answered after 3 ms 400 Bad "
+            'Request X: y Body, 8 bytes { "a": 1 } Findings compare with a valid Request Review '
+            '1 error refused here 1 /id is wrong Write "id": "…" refused by DSpace PCI · rule · '
+            "specification 1 MUST a warning here 2 /type is wrong rule · specification 1 SHOULD a "
+            "warning here 3 is wrong Compress it rule · specification and 4,212 more Conversation "
+            "Nothing else has this id or answers it. Send again To the same bytes Send again"
+        ))  # fmt: skip
+        self.assertEqual(page.one("mark").text, "Content-Type: application/ld+json 3")
         constraints = "../constraints?pattern=Request+Review"
-        self.assertEqual(page.links("rule")[0], f"{constraints}#origin.inbox-required")
+        self.assertEqual(page.links("rule")[0], f"{constraints}#id-required")
         self.assertEqual(page.links("a valid Request Review"), [f"{constraints}#example"])
-        self.assertIn("and 4,212 more", page.one("section", id="findings").text)
+        page = delivery_page(delivery._replace(headers={}))
+        self.assertEqual(page.lines[0], "{ 3", "without the header it is about the whole")
+
+    def test_one_that_was_sent_in_vain_and_one_that_was_found_in_the_store(self) -> None:
+        document = {"id": "urn:x:1", "inReplyTo": "urn:x:2", "origin": "https://a.example/"}
+        for delivery, facts, exchange in [
+            (sent(document, 0, detail="no answer within 10 s", via="REPLIES", findings=[]),
+             "↗ no answer No pattern to localhost:8080 no answer within 10 s Sent 2026-01-31 "
+             "12:00:00 , to http://localhost:8080/inbox, by REPLIES",
+             "What we sent POST http://localhost:8080/inbox Host: localhost:5005 Content-Type: "
+             "application/ld+json What they answered no answer "),
+            (delivered(document, 0, via="adopted", client="", target="", headers={}, findings=[]),
+             "found No pattern from a.example Found 2026-01-31 12:00:00 , in the store Stored NAME",
+             ""),
+        ]:  # fmt: skip
+            page = delivery_page(delivery, [delivery], answer=None)
+            self.assertEqual(page.text.replace(delivery.name, "NAME"), (
+                f"← All {facts} id urn:x:1 Answers urn:x:2 Send again Copy as curl Copy JSON Copy "
+                'link Raw Payload { "id": "urn:x:1", "inReplyTo": "urn:x:2", "origin": '
+                f'"https://a.example/" }} {exchange}Findings The document was not checked. '
+                "Conversation It answers urn:x:2, which was never delivered here. Nothing else "
+                "has this id or answers it. Send again To the same bytes Send again"
+            ))  # fmt: skip
 
     def test_findings_and_members_point_at_each_other(self) -> None:
         """What is missing has a line where it belongs."""
@@ -3205,50 +3221,25 @@ class DeliveryPageTest(unittest.TestCase):
         self.assertEqual(page.lines.count('"a": {'), coarinbox.MAX_DEPTH - 1)
 
     def test_a_very_long_payload_is_cut_and_says_so(self) -> None:
-        values: list[Any] = [dict.fromkeys(map(str, range(3_000)), 0), [{}] * 10_000]
-        for value in [{"k" * 200_000: each} for each in values]:
-            delivery = delivered({**OFFER, "summary": value}, findings=[])
-            tracemalloc.start()
-            text = coarinbox.delivery_page(CONTEXT, delivery, ())
-            peak = tracemalloc.get_traced_memory()[1]
-            tracemalloc.stop()
-            page = Page(text)
-            self.assertIn("only 2000 lines are shown", page.lines[-1])
-            self.assertLess(len(page.text), 400_000)
-            self.assertLess(peak, 50_000_000)
-            self.assertEqual(page.copies("Copy JSON"), [])  # it is too large for a button
         self.assertEqual(len(delivery_page(delivered(OFFER)).copies("Copy JSON")), 1)
+        values = [dict.fromkeys(map(str, range(1_000)), 0), [{}] * 10_000]
+        delivery = delivered({**OFFER, "summary": {"k" * 200_000: values}}, findings=[])
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        page = coarinbox.delivery_page(CONTEXT, delivery, ())
+        self.assertLess(tracemalloc.get_traced_memory()[1], 50_000_000)
+        self.assertIn("only 2000 lines are shown", Page(page).lines[-1])
+        self.assertLess(len(page), 400_000)
+        self.assertEqual(Page(page).copies("Copy JSON"), [])  # it is too large for a button
 
     def test_whatever_came_instead_of_json_is_shown(self) -> None:
         for body, shown in [
             (b"<p>no\r\nJSON\t", "<p>no JSON\\t"), (b"\xff\0", "\\xff\\u0000"),
-            (b"\n" * 1_000_000, "only 2000 lines are shown"),
+            (b"\n" * 1_000_000, "only 2000 lines are shown"), (b"", "Nothing of it was read."),
         ]:  # fmt: skip
             page = delivery_page(delivered(None, 400, detail="not JSON", body=body))
-            self.assertIn(shown, page.all("pre")[0].text)
-            self.assertEqual(page.one("h1").text, "No pattern")
-            self.assertIn("not JSON", page.texts("p"))
-        page = delivery_page(delivered(None, 411, body=b""))
-        self.assertIn("Nothing of it was read.", page.texts("p"))
-
-    def test_the_request_and_its_answer_are_shown(self) -> None:
-        found = [finding("S", "", "send it as `application/ld+json`", code="content-type")]
-        headers = {"Content-Type": "application/json", "X-Trace": "<b>"}
-        delivery = delivered(OFFER, 201, headers=headers, findings=found, seconds=0.003)
-        delivery = delivery._replace(answer_headers={"Location": "http://localhost:5005/inbox/1"})
-        page = delivery_page(delivery, answer=b'{"warnings": []}')
-        self.assertEqual(page.texts("pre"), [
-            "POST /inbox Content-Type: application/json 1 X-Trace: <b>",
-            "201 Created Location: http://localhost:5005/inbox/1", '{ "warnings": [] }',
-        ])  # fmt: skip
-        self.assertEqual(page.one("mark").text, "Content-Type: application/json 1")
-        self.assertIn("What we answered after 3 ms", page.texts("h2"))
-        self.assertIn("Body, 16 bytes", page.texts("summary"))
-        page = delivery_page(delivery._replace(headers={}))
-        self.assertEqual(page.lines[0], "{ 1", "without the header it is about the whole")
-        page = delivery_page(sent(ACCEPT, 0), answer=None)
-        self.assertIn("What they answered", page.texts("h2"))
-        self.assertEqual(page.texts("pre")[1], "no answer")
+            self.assertIn("400 No pattern from 192.0.2.1 not JSON", page.text)
+            self.assertIn(shown, page.text)
 
     @unittest.skipUnless(shutil.which("sh"), "there is no shell")
     def test_the_copied_command_makes_the_same_request(self) -> None:
@@ -3273,32 +3264,24 @@ class DeliveryPageTest(unittest.TestCase):
             ])  # fmt: skip
 
     def test_a_conversation_is_shown_in_order_with_attempts_folded(self) -> None:
-        def at(seconds: int) -> str:
-            return f"2026-01-31T12:00:{seconds:02}.000Z"
-
-        offer, review = delivered(OFFER, time=at(0)), NOTIFICATIONS["Announce Review"]
-        accept = sent(ACCEPT, time=at(2), via="REPLIES")
-        attempts = [sent(review, 503, time=at(seconds)) for seconds in (10, 12, 16)]
+        offer, review = delivered(OFFER), NOTIFICATIONS["Announce Review"]
+        accept = sent(ACCEPT, time="2026-01-31T12:00:02.000Z", via="REPLIES")
+        attempts = [sent(review, 503, time=f"2026-01-31T12:00:{s}.000Z") for s in (10, 12, 16)]
         page = delivery_page(attempts[1], [offer, accept, *attempts])
-        self.assertIn("Conversation 1 received, 4 sent, the last 16 s later", page.texts("h2"))
-        self.assertIn(
-            "201 Request Review 2026-01-31 12:00:00 from repository.example.org,"
+        self.assertEqual(page.one("section", id="conversation").text, (
+            "Conversation 1 received, 4 sent, the last 16 s later"
+            " 201 Request Review 2026-01-31 12:00:00 from repository.example.org,"
             " about /preprint/421"
             " ↗ sent 201 Accept 2026-01-31 12:00:02 2.0 s later, to localhost:8080, by REPLIES"
             " ↗ sent 503 Announce Review 2026-01-31 12:00:16 14 s later, to localhost:8080,"
             " about /review/7 3 attempts 2026-01-31 12:00:10 ↗ sent 503"
             " 2026-01-31 12:00:12 ↗ sent 503 this page 2.0 s later"
-            " 2026-01-31 12:00:16 ↗ sent 503 4.0 s later",
-            page.one("section", id="conversation").text,
-        )
+            " 2026-01-31 12:00:16 ↗ sent 503 4.0 s later"
+        ))  # fmt: skip
         links = {f"../deliveries/{each.name}" for each in (offer, accept, attempts[2])}
         self.assertLessEqual(links, {a.attributes["href"] for a in page.all("a")})
         stream = "../deliveries?q=" + urllib.parse.quote_plus(OFFER_ID)
         self.assertEqual(page.one("body").attributes["data-stream"], stream)
-        text = delivery_page(accept, [accept]).text
-        self.assertIn(f"It answers {OFFER_ID}, which was never delivered here.", text)
-        self.assertIn("Nothing else has this id or answers it.", text)
-        self.assertNotIn("never delivered", page.text)
 
     def test_the_deliveries_beside_it_are_those_of_the_filter(self) -> None:
         filtered = "?status=4xx&direction=in"
@@ -3317,8 +3300,7 @@ class DeliveryPageTest(unittest.TestCase):
         self.assertEqual(actions, [f"{url}#reply", f"{url}/send", f"{url}/send"])
         self.assertEqual(page.texts("option", selected="selected"), ["Reject"])
         document = json.loads("".join(page.one("textarea").texts))
-        self.assertEqual(document["type"], "Reject")
-        self.assertEqual(document["object"]["summary"], "\u202e<b>")
+        self.assertEqual((document["type"], document["object"]["summary"]), ("Reject", "\u202e<b>"))
         to = [field.attributes["value"] for field in page.all("input", name="to")]
         self.assertEqual(to, [REPOSITORY["inbox"], "http://localhost:5005/inbox"])
         self.assertEqual(page.links("Reply"), ["#reply"])
@@ -3332,13 +3314,6 @@ class DeliveryPageTest(unittest.TestCase):
             self.assertEqual((page.all("form"), page.links("Send again")), ([], []))
         self.assertIn("no longer: it was removed", page.texts("dd"))
         self.assertIn("It is no longer stored: it was removed.", page.texts("p"))
-
-    def test_what_was_found_in_the_store_has_all_its_views(self) -> None:
-        found = delivered(ACCEPT, 0, via="adopted", client="", target="", headers={})
-        page = delivery_page(found, [found], answer=None)
-        self.assertEqual(page.texts("dt")[:2], ["Found", "Stored"])
-        self.assertEqual(page.all("section", id="request"), [], "there was none")
-        self.assertIn(f'"inReplyTo": "{OFFER_ID}",', page.lines)
 
 
 def every_page(document: Any = REFUSED) -> Iterator[Page]:
@@ -3360,12 +3335,9 @@ class PageTest(unittest.TestCase):
     def test_constraints_are_those_of_one_pattern_with_an_example(self) -> None:
         for pattern in coarinbox.PATTERNS:
             page = Page(coarinbox.constraints_page(CONTEXT, pattern))
-            self.assertEqual(page.one("h1").text, pattern.name)
             tabs = page.texts("a", aria_current="page")
-            self.assertEqual(tabs, ["Constraints", pattern.name])
-            rules = coarinbox.constraints_of(pattern)
-            self.assertGreater(len(rules), 30)
-            for rule in rules:
+            self.assertEqual([*page.texts("h1"), *tabs], [pattern.name, "Constraints", pattern.name])
+            for rule in coarinbox.constraints_of(pattern):
                 self.assertEqual(page.one("li", id=rule["code"]).attributes["class"], rule["level"])
             example = json.loads(*page.copies("Copy JSON"))
             self.assertEqual(coarinbox.pattern_of(example), pattern)
@@ -3386,9 +3358,8 @@ class PageTest(unittest.TestCase):
             self.assertEqual(len(page.all("button", data_send=pattern.name)), 1)
 
     def test_an_error_is_a_page_with_navigation(self) -> None:
-        page = Page(coarinbox.error_page(CONTEXT, 404, "this <delivery> was removed"))
-        self.assertEqual(page.one("h1").text, "404 Not Found")
-        self.assertIn("this <delivery> was removed", page.texts("p"))
+        page = Page(coarinbox.error_page(CONTEXT, 404, "it <was> removed"))
+        self.assertEqual(page.text, "404 Not Found it <was> removed All deliveries")
         self.assertEqual(page.links("All deliveries"), ["../"])
 
     def test_links_and_labels_lead_somewhere_wherever_the_inbox_is(self) -> None:
@@ -3461,41 +3432,34 @@ def hostile_notifications() -> list[Any]:
 HOSTILE = hostile_notifications()
 
 
-class ForeignPageTest(DeliveriesTest):
-    def test_the_pages_of_other_sites_cannot_empty_the_inbox(self) -> None:
-        host, port = address(self.server)
-        path = path_of(self.post().headers["Location"])
-        for headers in [
-            {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Origin": ""},
-            {"Origin": f"http://{host}:{port + 1}"}, {"Origin": f"http://{host}"},
-            {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"},
-            {"Sec-Fetch-Site": "same-origin", "Origin": "https://evil.example"},
-        ]:  # fmt: skip
-            for where in ("/inbox", path):
-                with self.subTest(headers, where=where):
-                    problem = self.assert_problem(self.ask("DELETE", where, headers=headers), 403)
-                    named = headers.get("Origin") or headers.get("Sec-Fetch-Site", "none")
-                    self.assertIn(named, problem["detail"])
-                    self.assertIn("BASE_URL", problem["detail"])
-        self.assertEqual((len(self.stored()), len(self.deliveries())), (1, 1))
-
-    def test_its_own_page_can(self) -> None:
-        same, proxied = {"Sec-Fetch-Site": "same-origin"}, {"Origin": "https://inbox.example.org"}
+class ForeignPageTest(unittest.TestCase):
+    def test_only_its_own_pages_can_empty_the_inbox(self) -> None:
+        none, same = {"Sec-Fetch-Site": "none"}, {"Sec-Fetch-Site": "same-origin"}
+        evil, proxied = {"Origin": "https://evil.example"}, {"Origin": "https://inbox.example.org"}
         cases: list[tuple[str | None, dict[str, str], int]] = [
-            (None, {}, 204), (None, {"Sec-Fetch-Site": "none"}, 204),
+            (None, {}, 204), (None, none, 204), (None, evil, 403), (None, {"Origin": "null"}, 403),
             (None, {"Origin": "http://127.0.0.1:PORT", **same}, 204),
             (None, {"Origin": "http://LOCALHOST:PORT", "Host": "localhost:PORT"}, 204),
+            (None, {"Origin": "http://127.0.0.1:1"}, 403), (None, {"Origin": ""}, 403),
+            (None, {"Origin": "http://127.0.0.1"}, 403), (None, {**same, **evil}, 403),
+            (None, {"Sec-Fetch-Site": "cross-site"}, 403),
+            (None, {"Sec-Fetch-Site": "same-site"}, 403),
             ("https://Inbox.example.org/coar", {**proxied, **same}, 204),
             ("https://inbox.example.org:443", proxied, 204), ("http://other", proxied, 403),
         ]  # fmt: skip
         for base, headers, status in cases:
-            with self.subTest(base, headers=headers), serving(BASE_URL=base) as server:
-                port = str(address(server)[1])
+            with self.subTest(base, headers=headers), coarinbox.running(BASE_URL=base) as inbox:
+                port = str(address(inbox.server)[1])
                 headers = {name: text.replace("PORT", port) for name, text in headers.items()}
-                self.assertEqual(ask(server, "POST", "/inbox", ACCEPT).status, 201)
-                self.assertEqual(ask(server, "DELETE", "/inbox", headers=headers).status, status)
-                listing = ask(server, "GET", "/inbox").json()["ldp:contains"]
-                self.assertEqual(len(listing), int(status == 403))
+                send(inbox.url)
+                for path in (f"/inbox/{inbox.deliveries[0].name}", "/inbox"):
+                    answer = ask(inbox.server, "DELETE", path, headers=headers)
+                    self.assertEqual(answer.status, status, path)
+                    if status == 403:
+                        foreign = headers.get("Origin") or headers.get("Sec-Fetch-Site", "none")
+                        self.assertIn(foreign, answer.json()["detail"])
+                        self.assertIn("BASE_URL", answer.json()["detail"])
+                self.assertEqual(len(inbox.notifications), int(status == 403))
 
 
 # --- Browser -------------------------------------------------------------------------------------
