@@ -2756,6 +2756,9 @@ class EventsTest(DeliveriesTest):
             newest = self.deliveries()[0]
             self.assertEqual(listener.event(), Event(newest["name"], newest))
         self.assertEqual(selective.event().id, newest["name"])
+        for accept in ("*/*", "text/event-stream;q=0.5, application/json"):
+            answer = self.ask("GET", "/deliveries?limit=1", headers={"Accept": accept})
+            self.assertEqual(answer.json()["deliveries"], [newest])
 
     def test_a_line_that_is_just_being_written_comes_when_it_is_whole(self) -> None:
         self.post(OFFER)
@@ -2863,15 +2866,6 @@ class EventsTest(DeliveriesTest):
             self.assertEqual(len(self.server.connections), 1)
         self.wait_until(lambda: not self.server.connections)
         self.assertNotIn("lost", "".join(self.log_lines()))
-
-    def test_clients_that_can_read_both_get_what_they_prefer(self) -> None:
-        for accept, kind in [
-            ("*/*", "application/json"), ("text/event-stream", "text/event-stream"),
-            ("text/html", "text/html; charset=utf-8"),
-            ("text/event-stream;q=0.5, application/json", "application/json"),
-        ]:  # fmt: skip
-            answer = self.ask("HEAD", "/deliveries", headers={"Accept": accept})
-            self.assertEqual(answer.headers["Content-Type"], kind, accept)
 
     @constants(GRACE=0.01)
     @with_settings(MAX_CONNECTIONS=2)
@@ -3067,15 +3061,12 @@ class ListPageTest(unittest.TestCase):
                 self.assertEqual(len(page.all("span", class_="tag")), int(delivery.simulated))
 
     def test_who_sent_it_is_never_the_actor_and_an_answer_is_about_what_was_offered(self) -> None:
-        offer = {**ACCEPT["object"], "id": "https://repository.example.org/offers/1"}
-        for document, shown in [
+        for document, row in [
             (changed(OFFER, "origin", ABSENT), "Request Review 192.0.2.1 repository.example.org"),
-            ({**ACCEPT, "object": offer}, "Accept journal.example.com /preprint/421"),
-            (NOTIFICATIONS["Announce Relationship"], "journal.example.com /preprint/421"),  # no urn
+            (changed(ACCEPT, "object.id", "https://a.example/offer"), "example.com /preprint/421"),
+            (NOTIFICATIONS["Announce Relationship"], "example.com /preprint/421"),  # not its urn
         ]:
-            (row,) = list_page(delivered(document)).rows
-            self.assertIn(shown, row)
-            self.assertNotIn("orcid.org", row)
+            self.assertIn(row, list_page(delivered(document)).rows[0])
 
     def test_totals_lead_to_the_deliveries_that_they_count(self) -> None:
         warned = changed(OFFER, "target.inbox", ABSENT)
@@ -3089,43 +3080,35 @@ class ListPageTest(unittest.TestCase):
             query = query_of(url.partition("?")[2])
             self.assertEqual(len(list(filter(query.matches, deliveries))), count, name)
 
-    def test_a_row_leads_to_filters_which_are_shown_and_can_be_removed(self) -> None:
-        page = list_page(delivered(OFFER), query="q=a+b&status=415&origin=x&pattern=Accept")
-        self.assertEqual(page.links("remove"), [
-            "../?pattern=Accept&q=a+b&origin=x", "../?status=415&q=a+b&origin=x",
-            "../?status=415&pattern=Accept&origin=x", "../?status=415&pattern=Accept&q=a+b",
-        ])  # fmt: skip
-        refused = "../?status=4xx&direction=in"
-        page = list_page(delivered(OFFER), query=refused[4:])
-        self.assertEqual(page.links("remove"), [], "the chip shows it")
+    def test_filters_are_kept_by_every_link_and_the_form_but_for_what_it_changes(self) -> None:
+        filters = {"limit": "2", "status": "4xx", "pattern": "Accept", "q": '"><b>', "origin": "x",
+                   "direction": "in", "day": "2026-01-30", "before": delivered().name}  # fmt: skip
+        first, second, third = (delivered(OFFER) for _ in range(3))
+        text = urllib.parse.urlencode(filters)
+        page = list_page(first, second, third, query=text, all=1284)
+        for label, changes in {
+            "Newest": {}, "Older": {"before": second.name}, "Refused": {},
+            "Sent": {"status": "", "direction": "out"}, "pattern Accept": {"pattern": ""},
+            "q ": {"q": ""}, "origin x": {"origin": ""}, "day 2026-01-30": {"day": ""},
+            "01-31 12:00": {"day": "2026-01-31"},
+            "repository.example.org": {"origin": "repository.example.org"},
+        }.items():  # fmt: skip
+            expected = query_of(text)._replace(**{"before": "", **changes})
+            self.assertEqual({query_of(url[4:]) for url in page.links(label)}, {expected}, label)
         self.assertIn("Refused", page.one("a", aria_current="true").text)
-        (by_origin,) = page.links("repository.example.org")
-        self.assertEqual(by_origin, "../?status=4xx&origin=repository.example.org&direction=in")
-        matches = query_of(by_origin[4:]).matches
-        self.assertEqual([*map(matches, (delivered(OFFER, 400), delivered(ACCEPT, 400)))], [1, 0])
-        (by_day,) = page.links("01-31 12:00")
-        self.assertEqual(by_day, f"{refused}&day=2026-01-31")
-        page = list_page(delivered(OFFER), query=by_day[4:])
-        self.assertEqual(page.links("day 2026-01-31"), [refused])
-
-    def test_the_form_holds_the_filters_and_keeps_the_others(self) -> None:
-        others = {"since": "2026-01-01", "status": "4xx", "day": "2026-01-31"}
-        query = urllib.parse.urlencode({"q": '"><b>', "pattern": "Accept", **others})
-        page = list_page(delivered(), query=query)
+        self.assertEqual(len(page.links("remove")), 4, "the chip shows the status")
+        self.assertEqual(list_page(delivered(), query="status=415").links("remove"), ["../"])
         fields = {each.attributes["name"]: each.attributes["value"] for each in page.all("input")}
-        self.assertEqual(fields, {"q": '"><b>', "origin": "", **others})
+        kept = ("status", "q", "origin", "direction", "day")
+        self.assertEqual(fields, {name: filters[name] for name in kept})
         self.assertEqual(page.texts("option", selected="selected"), ["Accept"])
-        self.assertEqual(page.texts("option", value=""), ["Any pattern"])
 
     def test_older_deliveries_are_a_link_away(self) -> None:
         deliveries = [delivered(OFFER) for _ in range(3)]
-        page = list_page(*deliveries, query="limit=2&q=offer", all=1284)
-        self.assertEqual(len(page.rows), 2)
+        page = list_page(*deliveries, query="limit=2", all=1284)
+        self.assertEqual((len(page.rows), page.links("Newest")), (2, []))
         self.assertIn("2 of 1,284", page.text)
-        older = f"../?limit=2&before={deliveries[1].name}&q=offer"
-        self.assertEqual((page.links("Older"), page.links("Newest")), ([older], []))
-        page = list_page(*deliveries[:2], query=older.partition("?")[2])
-        self.assertEqual((page.links("Older"), page.links("Newest")), ([], ["../?limit=2&q=offer"]))
+        self.assertEqual(list_page(*deliveries[:2], query="limit=2").links("Older"), [])
 
     def test_an_empty_list_says_so_or_how_to_send_the_first_notification(self) -> None:
         before = delivered().name
@@ -3171,25 +3154,21 @@ class DeliveryPageTest(unittest.TestCase):
         self.assertEqual(page.lines[0], "{ 3", "without the header it is about the whole")
 
     def test_one_that_was_sent_in_vain_and_one_that_was_found_in_the_store(self) -> None:
-        document = {"id": "urn:x:1", "inReplyTo": "urn:x:2", "origin": "https://a.example/"}
+        about = f"id {ACCEPT['id']} Answers {OFFER_ID} "
         for delivery, facts, exchange in [
-            (sent(document, 0, detail="no answer within 10 s", via="REPLIES", findings=[]),
-             "↗ no answer No pattern to localhost:8080 no answer within 10 s Sent 2026-01-31 "
-             "12:00:00 , to http://localhost:8080/inbox, by REPLIES",
-             "What we sent POST http://localhost:8080/inbox Host: localhost:5005 Content-Type: "
-             "application/ld+json What they answered no answer "),
-            (delivered(document, 0, via="adopted", client="", target="", headers={}, findings=[]),
-             "found No pattern from a.example Found 2026-01-31 12:00:00 , in the store Stored NAME",
-             ""),
+            (sent(ACCEPT, 0, detail="no answer within 10 s", via="REPLIES"),
+             "↗ no answer Accept to localhost:8080 about /preprint/421 no answer within 10 s Sent "
+             f"2026-01-31 12:00:00 , to http://localhost:8080/inbox, by REPLIES {about}",
+             " } What we sent POST http://localhost:8080/inbox Host: localhost:5005 Content-Type: "
+             "application/ld+json What they answered no answer Findings None: this is a valid"),
+            (delivered(ACCEPT, 0, via="adopted", name="NAME", client="", target="", headers={}),
+             "found Accept from journal.example.com about /preprint/421 Found "
+             f"2026-01-31 12:00:00 , in the store Stored NAME {about}", " } Findings "),
         ]:  # fmt: skip
-            page = delivery_page(delivery, [delivery], answer=None)
-            self.assertEqual(page.text.replace(delivery.name, "NAME"), (
-                f"← All {facts} id urn:x:1 Answers urn:x:2 Send again Copy as curl Copy JSON Copy "
-                'link Raw Payload { "id": "urn:x:1", "inReplyTo": "urn:x:2", "origin": '
-                f'"https://a.example/" }} {exchange}Findings The document was not checked. '
-                "Conversation It answers urn:x:2, which was never delivered here. Nothing else "
-                "has this id or answers it. Send again To the same bytes Send again"
-            ))  # fmt: skip
+            text = delivery_page(delivery, [delivery], answer=None).text
+            self.assertTrue(text.startswith(f"← All {facts}"), text)
+            self.assertIn(exchange, text)
+            self.assertIn(f"It answers {OFFER_ID}, which was never delivered here. Nothing", text)
 
     def test_findings_and_members_point_at_each_other(self) -> None:
         """What is missing has a line where it belongs."""
@@ -3347,15 +3326,15 @@ class PageTest(unittest.TestCase):
         self.assertIn("error id is an HTTP URI origin.id-http-uri", page.texts("li"))
         self.assertIn("This inbox refuses: error.", page.text)
 
-    def test_samples_can_be_read_and_copied(self) -> None:
+    def test_samples_can_be_read_copied_and_sent(self) -> None:
         page = Page(coarinbox.samples_page(CONTEXT))
         for copied, pattern in itertools.zip_longest(page.copies("Copy JSON"), coarinbox.PATTERNS):
             document = json.loads(copied)
             self.assertEqual(coarinbox.pattern_of(document), pattern)
             self.assertEqual(document["target"]["inbox"], "http://localhost:5005/inbox")
             (link,) = (each for each in page.all("a") if each.text == pattern.name)
-            section = page.one("section", id=link.attributes["href"][1:])
-            self.assertIn(pattern.name, section.text)
+            shown = page.one("section", id=link.attributes["href"][1:]).text
+            self.assertIn(json.dumps(document["type"]), shown)
             self.assertEqual(len(page.all("button", data_send=pattern.name)), 1)
 
     def test_an_error_is_a_page_with_navigation(self) -> None:
@@ -4414,9 +4393,8 @@ class DoubleTest(unittest.TestCase):
 
     def test_a_failure_that_cannot_be_is_refused(self) -> None:
         for arguments in [
-            {"status": 200}, {"status": 600}, {"status": 503, "times": 0},
-            {"status": 503, "retry_after": "soon"}, {"status": 503, "delay": -1}, {},
-            {"status": 503, "times": None}, {"retry_after": 1}, {"delay": 10_000},
+            {}, {"status": 200}, {"status": 503, "times": None}, {"retry_after": "soon"},
+            {"status": 503, "delay": -1}, {"delay": 10_000},
         ]:  # fmt: skip
             with self.subTest(arguments), self.assertRaisesRegex(ValueError, "expected|needs"):
                 self.inbox.fail_next(**arguments)  # type: ignore[arg-type]
