@@ -3183,12 +3183,14 @@ class DeliveryPageTest(unittest.TestCase):
         values = [dict.fromkeys(map(str, range(1_000)), 0), [{}] * 10_000]
         delivery = delivered({**OFFER, "summary": {"k" * 200_000: values}}, findings=[])
         tracemalloc.start()
-        self.addCleanup(tracemalloc.stop)
-        page = coarinbox.delivery_page(CONTEXT, delivery, ())
-        self.assertLess(tracemalloc.get_traced_memory()[1], 50_000_000)
-        self.assertIn("only 2000 lines are shown", Page(page).lines[-1])
-        self.assertLess(len(page), 400_000)
-        self.assertEqual(Page(page).copies("Copy JSON"), [])  # it is too large for a button
+        text = coarinbox.delivery_page(CONTEXT, delivery, ())
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        page = Page(text)
+        self.assertLess(peak, 50_000_000)
+        self.assertLess(len(text), 400_000)
+        self.assertIn("only 2000 lines are shown", page.lines[-1])
+        self.assertEqual(page.copies("Copy JSON"), [])  # it is too large for a button
 
     def test_whatever_came_instead_of_json_is_shown(self) -> None:
         for body, shown in [
@@ -3807,12 +3809,12 @@ class ProgramTest(unittest.TestCase):
     def invoke(self, *arguments: str, stdin: str = "", **env: str) -> Done:
         """Run the command line to its end, in this process, as it takes long to start another."""
         output, errors = io.TextIOWrapper(io.BytesIO()), io.StringIO()
-        streams = {"stdin": io.TextIOWrapper(io.BytesIO(stdin.encode())), "stdout": output}
+        given = io.TextIOWrapper(io.BytesIO(stdin.encode()))
         logger, patch = logging.getLogger(), unittest.mock.patch
         with contextlib.ExitStack() as stack:
             stack.callback(os.chdir, os.getcwd())
             os.chdir(self.directory)
-            stack.enter_context(patch.multiple("sys", stderr=errors, **streams))
+            stack.enter_context(patch.multiple("sys", stdin=given, stdout=output, stderr=errors))
             stack.enter_context(patch("os.environ", environment(**env)))
             stack.enter_context(patch.object(logger, "handlers", []))
             stack.callback(logger.setLevel, logger.level)
@@ -3931,15 +3933,13 @@ class StartTest(ProgramTest):
                 while True:
                     acknowledged.append(inbox.ask("POST", "/inbox", document).headers["Location"])
 
-        kills = int(os.environ.get("COARINBOX_KILLS", "1"))  # a hundred take half a minute
-        for kill in range(kills):
-            with running(self.command("--port", "0"), cwd=self.directory) as inbox:
-                with concurrent.futures.ThreadPoolExecutor(4) as pool:
-                    senders = [pool.submit(post, inbox) for _ in range(4)]
-                    while len(acknowledged) < 50 * (kill + 1) and not senders[0].done():
-                        time.sleep(0)
-                    inbox.process.kill()
-        self.assertGreaterEqual(len(acknowledged), 50 * kills)
+        with running(self.command("--port", "0"), cwd=self.directory) as inbox:
+            with concurrent.futures.ThreadPoolExecutor(4) as pool:
+                senders = [pool.submit(post, inbox) for _ in range(4)]
+                while len(acknowledged) < 50 and not senders[0].done():
+                    time.sleep(0)
+                inbox.process.kill()
+        self.assertGreaterEqual(len(acknowledged), 50)
         stored = {path.stem: path.read_bytes() for path in self.directory.glob("*/*.json")}
         self.assertLessEqual({url.rpartition("/")[2] for url in acknowledged}, stored.keys())
         self.assertEqual(set(stored.values()), {document})
@@ -4161,7 +4161,7 @@ class RunningTest(unittest.TestCase):
                     if limit > 1:
                         clients.enter_context(Listener(inbox.server))
                     started = time.monotonic()
-                self.assertLess(time.monotonic() - started, 1)
+                self.assertLess(time.monotonic() - started, coarinbox.STOP_WITHIN)
 
     @unittest.skipUnless(PROC, "this system does not list descriptors")
     def test_it_is_quiet_and_leaves_nothing_behind(self) -> None:
@@ -4199,9 +4199,7 @@ class DoubleTest(unittest.TestCase):
 
     def test_it_shows_what_came_and_what_was_stored_here(self) -> None:
         inbox = self.inbox
-        self.assertEqual((inbox.deliveries, inbox.notifications), ([], []))
         self.assertEqual(self.send(OFFER, REFUSED, b"no", ACCEPT), [201, 400, 400, 201])
-        self.assertEqual([each.status for each in inbox.deliveries], [201, 400, 400, 201])
         shown = [each.notification for each in inbox.deliveries]
         self.assertEqual(shown, [OFFER, REFUSED, None, ACCEPT])
         self.assertEqual(inbox.notifications, [OFFER, ACCEPT])
@@ -4344,7 +4342,6 @@ class DoubleTest(unittest.TestCase):
         told = [(answer.status, answer.headers["Retry-After"]) for answer in answers]
         self.assertEqual(told, [(503, "7"), (503, "7"), (429, date), (201, None)])
         self.assertEqual([each.simulated for each in inbox.deliveries], [True] * 3 + [False])
-        self.assertEqual(len(inbox.notifications), 1)
         self.assertEqual(inbox.wait_for(status=503).notification, ACCEPT)
         inbox.fail_next(close=True)
         with self.assertRaises(http.client.RemoteDisconnected):
