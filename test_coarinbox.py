@@ -3839,7 +3839,8 @@ class ProgramTest(unittest.TestCase):
 
     def fail_to_start(self, *arguments: str, **env: str) -> str:
         """Expect exit status 2 and one line on standard error, which is returned."""
-        done = self.invoke(*arguments, **env)
+        with unittest.mock.patch("coarinbox.run"):  # which would serve for ever if it did start
+            done = self.invoke(*arguments, **env)
         self.assertEqual(done.status, 2, done.errors)
         self.assertEqual(done.errors.count("\n"), 1, done.errors)
         self.assertEqual(done.output, [])
