@@ -5677,7 +5677,7 @@ class AutoReplyTest(unittest.TestCase):
         with self.assertLogs("coarinbox", logging.INFO) as logged:
             with replying("Accept", REPLY_DELAY=600) as inbox:
                 inbox.send(offer_between(inbox.url, inbox.url), inbox.url)
-        reason = "the inbox stops; replies that were to come are dropped"
+        reason = "the inbox stops; replies still waiting are dropped"
         self.assertIn(reason, "".join(logged.output))
 
 
