@@ -296,7 +296,7 @@ PATTERNS = (
 )
 # fmt: on
 
-REQUEST_REVIEW = PATTERNS[7]  # the usual example
+REQUEST_REVIEW = next(each for each in PATTERNS if each.name == "Request Review")  # as example
 ACTIVITY_STREAMS = "https://www.w3.org/ns/activitystreams"
 COAR_NOTIFY = "https://coar-notify.net"
 PURL = "https://purl.org/coar/notify"  # the namespace of earlier versions
@@ -513,9 +513,11 @@ class Finding(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         """Return the members of a JSON object, leaving out empty ones."""
-        optional = self._field_defaults
-        items = self._asdict().items()
-        return {name: value for name, value in items if optional.get(name, items) != value}
+        members = self._asdict()
+        for name, default in self._field_defaults.items():
+            if members[name] == default:
+                del members[name]
+        return members
 
     @classmethod
     def from_json(cls, members: Mapping[str, Any]) -> Finding:
@@ -5548,10 +5550,8 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     def get_constraints(self, values: Mapping[str, str]) -> Steps:
         """List the rules, for people those of one pattern."""
         if self.prefers("text/html"):
-            context, pattern = (
-                self.context(),
-                find_pattern(values.get("pattern") or "Request Review"),
-            )
+            context = self.context()
+            pattern = find_pattern(values.get("pattern") or REQUEST_REVIEW.name)
             page = yield Blocking(lambda: constraints_page(context, pattern))
             self.answer(html_response(page))
             return
