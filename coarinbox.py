@@ -87,7 +87,7 @@ import traceback
 import types
 import uuid
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from email.utils import formatdate, parsedate_to_datetime
 from html.parser import HTMLParser
 from typing import IO, Any, NamedTuple, Optional, Union
@@ -393,8 +393,9 @@ def type_hint(value: Any) -> str:
     """Suggest the one or two patterns that a `type` probably means; nothing if unsure.
 
     A word speaks for a pattern if it is close to the name of the pattern, or to one of its types,
-    with or without `Action`.
+    with or without `Action`. A whole type that is the name of a pattern decides.
     """
+    whole = {simplify(name)[:40] for name in names_in(value)[:5]}
     words = (word for name in names_in(value)[:5] for word in re.split("[ ,+]+", name[:200]))
     given = {simplify(word) for word in itertools.islice(words, 5)}
     if any(word.endswith("ingestaction") for word in given):
@@ -404,6 +405,7 @@ def type_hint(value: Any) -> str:
         names = [simplify(name) for name in (pattern.name, *pattern.types)]
         names += [name.replace("action", "") for name in names]
         votes[str(pattern)] = sum(close_to(word, names) != "" for word in given)
+        votes[str(pattern)] += 10 * (close_to(names[0], whole) != "")
     most = max(votes.values())
     likely = [pattern for pattern, count in votes.items() if count == most > 0]
     return f"did you mean {' or '.join(likely)}?" if 0 < len(likely) <= 2 else ""
@@ -436,6 +438,13 @@ def strings_hint(value: Any) -> str:
     """Suggest the strings alone where a `type` also holds other values."""
     names = [name for name in names_in(value)[:5] if len(name) <= 100]
     return f"write `{json_types(names)}`" if names else ""
+
+
+def single_hint(value: Any) -> str:
+    """Suggest one of the types in a list, the first that an actor may have."""
+    names = names_in(value)[:50]
+    chosen = next(filter(ACTOR_TYPES.__contains__, names), "".join(names[:1]))
+    return f"write `{json_types([chosen])}`" if 0 < len(chosen) <= 100 else ""
 
 
 def object_hint(value: Any) -> str:
@@ -586,6 +595,19 @@ def old_contexts_in(value: Any) -> list[str]:
     return [old for old, right in VARIANTS.items() if old in names and right not in names]
 
 
+def context_hint(value: Any) -> str:
+    """Write both namespaces, and after them the other contexts that a notification has."""
+    given = value if isinstance(value, list) else [value]
+    namespaces = {ACTIVITY_STREAMS, COAR_NOTIFY, *VARIANTS}
+    others = [
+        each
+        for each in given[:10]
+        if isinstance(each, dict) or (is_uri(each) and each not in namespaces)
+    ]
+    written = [ACTIVITY_STREAMS, COAR_NOTIFY, *(short_value(others) or [])]
+    return f"write `{json.dumps(written, ensure_ascii=False)}`"
+
+
 def include(name: str, wanted: frozenset[str], what: str) -> Check:
     """Demand one of the wanted types."""
     return Check(
@@ -596,13 +618,16 @@ def include(name: str, wanted: frozenset[str], what: str) -> Check:
     )
 
 
-def equal(member: str) -> Check:
-    """Demand the value of another member, unless that one is missing."""
+def equal(member: str, meaning: str) -> Check:
+    """Demand the value of another member, unless that one is missing; both have one meaning."""
     return Check(
         f"equals-{member}",
         f"equal {member}",
         lambda value, other: other is None or value == other,
-        lambda value, other: f"write `{clip(other, 200)}`" if is_uri(other) else "make them equal",
+        lambda value, other: (
+            f"write {meaning} in both"
+            + (f"; {member} is `{clip(other, 200)}`" if is_uri(other) else "")
+        ),
         sibling=member,
     )
 
@@ -622,7 +647,8 @@ RECOMMENDED_ID = Check("preferred", "be `urn:uuid:` in lower case and a hyphenat
                        is_uuid_urn, id_hint)
 TYPES = Check("strings", "be a string or a list of strings",
               lambda value: isinstance(value, str) or names_in(value) == value, strings_hint)
-ONE_TYPE = Check("single", "be a single string", lambda value: not isinstance(value, list))
+ONE_TYPE = Check("single", "be a single string", lambda value: not isinstance(value, list),
+                 single_hint)
 SERVICE = include("service", frozenset({"Service"}), "Service")
 OFFER = include("offer", frozenset({"Offer"}), "Offer")
 ACTOR_TYPE = include("actor", ACTOR_TYPES, f"one of {', '.join(sorted(ACTOR_TYPES))}")
@@ -633,14 +659,16 @@ SCHEMA_TYPE = Check("schema", "include a schema.org type, such as sorg:Scholarly
                     lambda value: any(name.startswith(SCHEMA_ORG) for name in names_in(value)))
 MIME_TYPE = Check("media-type", "be a media type, type/subtype", is_media_type)
 NAMESPACED = Check("namespaces", f"be a list holding {ACTIVITY_STREAMS} and {COAR_NOTIFY}",
-                   lambda value: {ACTIVITY_STREAMS, COAR_NOTIFY} <= set(contexts_in(value)))
+                   lambda value: {ACTIVITY_STREAMS, COAR_NOTIFY} <= set(contexts_in(value)),
+                   context_hint)
 CURRENT = Check("current", "name no outdated variant of a namespace",
                 lambda value: not old_contexts_in(value),
                 lambda value: "; ".join(
                     f"found `{old}`; write `{VARIANTS[old]}`" for old in old_contexts_in(value)))
 FIRST = Check("order", f"begin with {ACTIVITY_STREAMS}",
               lambda value: ACTIVITY_STREAMS in contexts_in(value)[:1]
-              or ACTIVITY_STREAMS not in contexts_in(value))
+              or ACTIVITY_STREAMS not in contexts_in(value),
+              context_hint)
 PATTERN = Check("pattern", "fit a pattern", lambda value: fitting(value) is not None,
                 lambda value: type_hint(value)
                 or f"write the types of one, such as {REQUEST_REVIEW}")
@@ -649,6 +677,9 @@ ORDER = Check("order", "name the ActivityStreams type before the `coar-notify:` 
               lambda value: f"write `{json_types(in_order(value))}`")
 KNOWN_ACTIONS = Check("known-actions", "name only actions that a pattern has",
                       lambda value: not any(map(is_lookalike, names_in(value))), action_hint)
+SAME_OFFER = equal("object.id", "the id of the Offer")
+SAME_NOTIFICATION = equal("object.id", "the id of the notification")
+SAME_RESOURCE = equal("object.as:object", "the URL of the resource")
 # An Offer is complete if its types are those of a pattern.
 COMPLETE = PATTERN._replace(demand="be that of a complete Offer", hint=lambda value: EMBED_OFFER)
 
@@ -745,7 +776,7 @@ FAMILIES: Mapping[str, tuple[Rule, ...]] = {
     ),
     "answer": EVERY + (
         Rule("inReplyTo",           REFUSED, REFUSED, ABSOLUTE_URI),
-        Rule("inReplyTo",           FINE,    REFUSED, equal("object.id")),
+        Rule("inReplyTo",           FINE,    REFUSED, SAME_OFFER),
         Rule("object.@context",     FINE,    SHOULD,  UNEXPECTED),
         Rule("object.type",         REFUSED, REFUSED, TYPES),
         Rule("object.type",         FINE,    MUST,    OFFER),
@@ -761,11 +792,11 @@ FAMILIES: Mapping[str, tuple[Rule, ...]] = {
         Rule("object.as:subject",      REFUSED, REFUSED, ABSOLUTE_URI),
         Rule("object.as:relationship", REFUSED, REFUSED, ABSOLUTE_URI),
         Rule("object.as:object",       REFUSED, REFUSED, ABSOLUTE_URI),
-        Rule("context.id",             FINE,    MUST,    equal("object.as:object")),
+        Rule("context.id",             FINE,    MUST,    SAME_RESOURCE),
     ),
     "unprocessable": tuple(rule for rule in EVERY if rule.member != "summary") + (
         Rule("inReplyTo",           REFUSED, REFUSED, ABSOLUTE_URI),
-        Rule("inReplyTo",           FINE,    SHOULD,  equal("object.id")),
+        Rule("inReplyTo",           FINE,    SHOULD,  SAME_NOTIFICATION),
         Rule("summary",             REFUSED, MUST,    TEXT),
     ),
 }
@@ -790,6 +821,11 @@ class Refusal(NamedTuple):
     applies: Callable[[Any], bool] = lambda value: True  # to the value of the member
     rules: tuple[Rule, ...] = ()  # for this receiver alone, about values that are there
 
+    @property
+    def all_codes(self) -> tuple[str, ...]:
+        """The codes of all findings that it is about."""
+        return (*self.codes, *(rule.code(rule.check.name) for rule in self.rules))
+
 
 class Receiver(NamedTuple):
     """A production receiver, and the notifications it is known to refuse besides level E."""
@@ -800,6 +836,7 @@ class Receiver(NamedTuple):
 
 
 # fmt: off
+EXACT_TYPE = "content-type-exact"  # a code
 FOREIGN_MEDIA_TYPE = Refusal("a Content-Type other than application/ld+json", ("content-type",))
 REPEATED_ID = Refusal("a repeated id", ("id-repeated",))
 PLAIN_TYPES = Check("activitystreams", "name ActivityStreams types, or others with a prefix",
@@ -814,7 +851,7 @@ RECEIVERS = (
     )),
     Receiver("EPrints", "https://github.com/eprintsug/coar_notify", (
         Refusal("a Content-Type that is not exactly application/ld+json",
-                ("content-type", "content-type-exact")),
+                ("content-type", EXACT_TYPE)),
     )),
     Receiver("PCI", "https://github.com/pci-dev/pci", (
         FOREIGN_MEDIA_TYPE,
@@ -849,7 +886,7 @@ def refused_by(code: str, *values: Any) -> tuple[str, ...]:
     return tuple(
         name
         for name, _, refusals in RECEIVERS
-        if any(code in each.codes and all(map(each.applies, values)) for each in refusals)
+        if any(code in each.all_codes and all(map(each.applies, values)) for each in refusals)
     )
 
 
@@ -983,11 +1020,14 @@ def fix_of(rule: Rule, value: Any, part: Any, pattern: Pattern | None) -> str:
     if value is None:
         around = lookup(part, parent) if parent else part
         known = {each.member.rpartition(".")[::2] for each in rules}
-        hint = misnamed(name, [each for each in around if (parent, each) not in known])
+        unknown = [each for each in around if (parent, each) not in known]
+        if ACTIVITY_STREAMS in contexts_in(names_in(around.get("context"))):
+            unknown.append("context")  # else it is known as the member for a resource
+        hint = misnamed(name, unknown)
     else:
         other = [lookup(part, rule.check.sibling)] if rule.check.sibling else []
         hint = rule.check.hint(value, *other)
-    if not hint and (family, rule.member) == ("answer", "object"):
+    if not hint and family == "answer" and rule.member in ("object", "object.type"):
         return EMBED_OFFER
     example = lookup({**EXAMPLE, "object": EXAMPLE_OBJECTS[family]}, rule.member)
     if hint or example is None:
@@ -997,8 +1037,10 @@ def fix_of(rule: Rule, value: Any, part: Any, pattern: Pattern | None) -> str:
     twin = lookup(part, twins.get(rule.member, ""))
     if is_uri(twin) and rule.check.accepts(twin) and len(twin) <= 200:
         example = twin
-    elif isinstance(example, dict) and is_uri(value) and len(value) <= 200:
-        example = {**example, "id": value}
+    elif isinstance(example, dict) and isinstance(value, str) and len(value) <= 200:
+        checks = [each.check for each in rules if each.member == f"{rule.member}.id"]
+        if checks and all(check.accepts(value) for check in checks):
+            example = {**example, "id": value}
     written = json.dumps(example, ensure_ascii=False)
     return f"write `{json.dumps(name)}: {written}`" if value is None else f"write `{written}`"
 
@@ -1021,7 +1063,9 @@ def report(rule: Rule, value: Any, part: Any, pattern: Pattern | None, prefix: s
     fault = f"{where} is missing; it {demand}" if missing else f"{where} {demand}"
     if value == "":
         fault += "; it is empty"
-    fix = fix_of(rule, value, part, pattern) if rule.member else ""
+    fix = fix_of(rule, value, part, pattern) if rule.member else rule.check.hint(value)
+    if prefix and rule.check is RECOMMENDED_ID:
+        fix = "keep it if the Offer has this id"  # its sender has chosen it
     spec = pattern.spec if pattern else SPECIFICATION
     finding = describe(level, member, rule.code(need), fault, fix, spec, value)
     # Receivers look at the notification itself only.
@@ -1089,6 +1133,7 @@ BY_ITSELF = Arrival(JSON_LD)  # for a document that was not delivered, such as a
 # Rules for the delivery, all of level S, by code: the member, and the demand on it.
 DELIVERY_RULES = {
     "content-type": ("", f"have the Content-Type {JSON_LD}"),
+    EXACT_TYPE: ("", f"have exactly the Content-Type {JSON_LD}"),
     "id-repeated": ("id", "be new"),
     "target.inbox-elsewhere": ("target.inbox", "be the URL that was posted to"),
 }
@@ -1133,16 +1178,16 @@ def delivery_findings(document: Any, arrival: Arrival) -> list[Finding]:
 
 def receiver_findings(document: Any, receiver: Receiver, content_type: str) -> list[Finding]:
     """Find faults that only this receiver objects to."""
-    findings, pattern, code = [], pattern_of(document), "content-type-exact"
+    findings, pattern = [], pattern_of(document)
     inexact = media_type_of(content_type) == JSON_LD != content_type.strip()
-    if inexact and receiver.name in refused_by(code):
+    if inexact and receiver.name in refused_by(EXACT_TYPE):
         fault, fix = f"the Content-Type must be exactly {JSON_LD}", "send it without parameters"
-        findings.append(describe(SHOULD, "", code, fault, fix, receiver.source, content_type))
+        findings.append(describe(SHOULD, "", EXACT_TYPE, fault, fix, receiver.source, content_type))
     for rule in (rule for refusal in receiver.refusals for rule in refusal.rules):
         value = lookup(document, rule.member)
         if value is not None and not rule.check.accepts(value):
             findings.append(report(rule, value, document, pattern))
-    return [finding._replace(refused_by=(receiver.name,)) for finding in findings]
+    return findings
 
 
 @functools.cache
@@ -1242,6 +1287,9 @@ def constraints_of(pattern: Pattern) -> list[dict[str, Any]]:
     for rule in RULES[pattern.name]:
         add(rule.code("required"), rule.member, "be present", rule.if_missing)
         add(rule.code(rule.check.name), rule.member, rule.check.demand, rule.if_wrong)
+    for refusal in (refusal for receiver in RECEIVERS for refusal in receiver.refusals):
+        for rule in refusal.rules:
+            add(rule.code(rule.check.name), rule.member, rule.check.demand, rule.if_wrong)
     for code, (member, demand) in DELIVERY_RULES.items():
         add(code, member, demand, SHOULD)
     return list(listed.values())
@@ -1299,6 +1347,7 @@ RESULTS = {
 REPLY_PATTERNS = tuple(
     pattern for pattern in PATTERNS if pattern.family not in ("relationship", "request")
 )
+AUTO_REPLIES = tuple(each.name for each in REPLY_PATTERNS if each.name != "Undo Offer")
 
 
 class UnknownPatternError(ValueError):
@@ -1464,7 +1513,7 @@ def origin_of(url: str) -> tuple[str, str, int]:
 
 def reply_patterns(value: Any) -> tuple[str, ...] | None:
     """Return names of patterns that answer an Offer, in their right case; None if one does not."""
-    known = {pattern.name.lower(): pattern.name for pattern in REPLY_PATTERNS}
+    known = {name.lower(): name for name in AUTO_REPLIES}
     names = value if isinstance(value, (list, tuple)) else [value]
     found = tuple(known.get(str(name).lower(), "") for name in names)
     return found if all(found) else None
@@ -1487,8 +1536,7 @@ A_PORT = Kind("a port, 0 to 65535", in_range(0, 65535, int))
 A_TIMEOUT = Kind("a number of seconds, 0.001 to 86400", in_range(0.001, 86400, int, float))
 A_DELAY = Kind("a number of seconds, 0 to 86400", in_range(0, 86400, int, float))
 SOME_PATTERNS = Kind(
-    "a list of " + ", ".join(pattern.name for pattern in REPLY_PATTERNS),
-    lambda value: reply_patterns(value) is not None,
+    "a list of " + ", ".join(AUTO_REPLIES), lambda value: reply_patterns(value) is not None
 )
 AN_INBOX = Kind('the URL of an inbox, such as "http://localhost:8080/inbox"', is_inbox_url)
 A_HOST = Kind("a host name or an IP address", is_line)
@@ -2049,7 +2097,7 @@ class Delivery(NamedTuple):
             via="adopted",
             pattern=pattern and pattern.name,
             about=summary(document),
-            findings=validate(document),
+            findings=by_level(validate(document)),
         )
 
 
@@ -2241,8 +2289,8 @@ TOTALS = {
 }
 # The parts of a line that are needed to count it, and to know the id of a stored notification.
 LINE = re.compile(
-    rb'\{"name": "([^"]*)", "time": "[^"]*", (?:"direction": "([a-z]+)", )?.*?"status": ([0-9]+), '
-    rb'.*?"about": \{(?:"id": ("(?:[^"\\]|\\.)*"))?.*?"findings": \[(\{)?'
+    rb'\{"name": "([^"]*)", "time": "[^"]*", (?:"direction": "([a-z]+)", )?'
+    rb'.*?"status": ([0-9]+), .*?"about": \{(?:"id": ("(?:[^"\\]|\\.)*"))?.*?"findings": \[(\{)?'
 )
 
 
@@ -2510,6 +2558,7 @@ class Ledger:
     def __init__(self, directory: str, fsync: bool) -> None:
         self.store = Store(directory, fsync)
         self.log = DeliveryLog(os.path.join(self.store.directory, "deliveries.jsonl"))
+        self.recorded: set[bytes] | None = set()  # names, while the survey counts the other lines
         self.forget()
 
     def forget(self) -> None:
@@ -2528,6 +2577,8 @@ class Ledger:
 
     def record(self, delivery: Delivery) -> Delivery:
         """Log a delivery. A failure to log is reported, but does not fail the request."""
+        if self.recorded is not None:
+            self.recorded.add(delivery.name.encode())
         try:
             delivery = self.log.append(delivery)
         except OSError as error:
@@ -2565,12 +2616,14 @@ class Ledger:
                 name, direction, status, id_, finding = match.groups(default=b"")
                 known.add(name)
                 way = "out" if direction == b"out" else "in"
-                survey.tally[way, int(status), finding != b""] += 1
+                if name not in (self.recorded or ()):
+                    survey.tally[way, int(status), finding != b""] += 1
                 is_stored = way == "in" and status in (b"201", b"202")
                 if is_stored and id_ and len(survey.ids) < MAX_IDS:
                     with contextlib.suppress(ValueError):  # somebody has edited the line badly
                         survey.ids.setdefault(hash(json.loads(id_)), name.decode())
             yield None
+        self.recorded = None
         for missing in (name for name in names if name.encode() not in known):
             with contextlib.suppress(KeyError):
                 body = self.store.read(missing)
@@ -3750,7 +3803,7 @@ def reply_addresses(url: Any, client: str, proxied: bool, settings: Settings) ->
     if settings.REPLY_TO:
         return addresses_of(url)
     if not is_http_uri(url):
-        raise SendError("the Offer has no origin.inbox to reply to; set REPLY_TO")
+        raise SendError("the Offer has no usable origin.inbox to reply to; set REPLY_TO")
     if proxied:
         raise SendError("behind a proxy, anybody could have sent the Offer; set REPLY_TO")
     allowed = addresses_of_client(addresses_of(url), client)
@@ -3783,12 +3836,14 @@ def answer_offer(
                 tries += 1
                 seconds = retry_delay(tries, sent.status or None, sent.answer_headers)
     except (SendError, ValueError, Problem) as error:
+        unsent = Delivery(new_name(), direction="out", pattern=settings.REPLIES[0], via="REPLIES")
         about = {"inReplyTo": delivery.about.get("id", "")}
-        record(Delivery(new_name(), direction="out", detail=str(error), about=about, via="REPLIES"))
+        target = url if is_inbox_url(url) else ""
+        record(unsent._replace(target=target, detail=str(error), about=about))
 
 
 def reply_to(offer: Any, pattern: str, url: str) -> Document:
-    """Build a reply that is addressed to the inbox that it goes to. Raises `ValueError`."""
+    """Build a reply, addressed to the inbox that it is sent to. Raises `ValueError`."""
     document = reply(offer, pattern)
     if isinstance(document.get("target"), dict):
         document["target"]["inbox"] = url
@@ -4005,6 +4060,11 @@ function localize(part) {
     last.textContent = recent ? `${Math.floor(age / size)} ${unit} ago` : "";
   }
 }
+function announce(count) { document.title = count ? `(${count}) ${title}` : title; }
+function mark(part) {  // a new row, or a new list of rows
+  const rows = part.matches("[id^=row-]") ? [part] : part.querySelectorAll("[id^=row-]");
+  for (const row of rows) { row.className = "new"; unseen += 1; }
+}
 function morph(old, fresh, marking) {
   if (old.isEqualNode(fresh) || old.nodeName === "FORM") return;
   if (old.nodeName !== fresh.nodeName) return old.replaceWith(fresh);
@@ -4020,8 +4080,7 @@ function morph(old, fresh, marking) {
   let next = old.firstChild;
   for (const node of [...fresh.childNodes]) {
     const twin = node.id ? document.getElementById(node.id) : next?.id ? null : next;
-    const isNew = marking && !twin && node.id?.startsWith("row-");
-    if (isNew) { node.className = "new"; unseen += 1; }
+    if (marking && !twin && node.matches) mark(node);
     if (!twin || twin !== next) old.insertBefore(twin ?? node, next);
     next = (twin ?? node).nextSibling;
     if (twin) morph(twin, node, marking);
@@ -4039,8 +4098,7 @@ async function renew(marking) {
     localize(page);
     morph(query("main"), page.querySelector("main"), marking);
     const rows = document.querySelectorAll(".rows li").length, older = query("[rel=next]");
-    const count = unseen >= rows && older ? `${rows}+` : unseen;  // more than the list shows
-    document.title = unseen ? `(${count}) ${title}` : title;
+    announce(unseen >= rows && older ? `${rows}+` : unseen);  // more than the list shows
     const {dataset} = document.body, {stream} = page.body.dataset;
     if (dataset.stream === stream) return;
     dataset.stream = stream;
@@ -4058,11 +4116,11 @@ async function refresh() {  // at most once a second
   pause = renew(true).then(() => new Promise(done => setTimeout(done, 1000)));
 }
 function listen() {
-  events?.close();  // a browser has few connections for all the pages that are open
-  if (document.hidden || !document.body.dataset.stream) return;
+  events?.close();  // a browser has few connections for all open pages; hidden lists still count
+  if ((document.hidden && query("#payload")) || !document.body.dataset.stream) return;
   events = new EventSource(document.body.dataset.stream);
   events.onopen = () => { say("live"); renew(true); };  // what came meanwhile
-  events.onmessage = refresh;
+  events.onmessage = () => document.hidden ? announce(unseen += 1) : refresh();
   events.onerror = () => say("not connected");
 }
 function search(form) {
@@ -4126,7 +4184,12 @@ addEventListener("keydown", event => {
 for (const kind of ["focus", "pointermove", "keydown"]) {
   addEventListener(kind, () => { if (unseen) [unseen, document.title] = [0, title]; });
 }
-document.addEventListener("visibilitychange", listen);
+document.addEventListener("visibilitychange", () => {
+  if (query("#payload")) return listen();
+  if (document.hidden) return;
+  unseen = 0;  // the new rows are counted again
+  renew(true);
+});
 setInterval(() => document.hidden || localize(document), 5000);
 document.documentElement.className = "scripted";
 localize(document);
@@ -4219,11 +4282,11 @@ not.</p><div class="beside"><div><section><h2>Send a first notification {#copies
 {#again}<a href="#again">Send again</a> {/again}{#copies}{>copy} {/copies}
 {#raw}<a href="{raw}">Raw</a>{/raw}</p>
 <div class="beside"><div><section id="payload"><h2>Payload</h2>{payload}</section>
-{^adopted}<section id="request"><h2>What {#sent}we sent{/sent}{^sent}arrived{/sent}</h2>
+{#exchanged}<section id="request"><h2>What {#sent}we sent{/sent}{^sent}arrived{/sent}</h2>
 <pre>{request}</pre></section><section id="answer">
 <h2>What {#sent}they{/sent}{^sent}we{/sent} answered <small>{took}</small></h2>
 <pre>{answer}</pre>{#size}<details><summary>Body, {size} bytes</summary>{answered}</details>{/size}
-</section>{/adopted}</div><div>{>findings}{>conversation}{>reply}{>again}</div></div>""",
+</section>{/exchanged}</div><div>{>findings}{>conversation}{>reply}{>again}</div></div>""",
     "findings": """<section id="findings" class="first"><h2>Findings {^clean}{#pattern}
 <small>compare with <a href="{rules}#example">a valid {pattern}</a></small>{/pattern}{/clean}</h2>
 {#levels}<h3 class="level {level}">{count} <small>{meaning}</small></h3><ol class="findings">
@@ -4231,7 +4294,7 @@ not.</p><div class="beside"><div><section><h2>Send a first notification {#copies
 aria-label="finding {number}, show where">{number}</a>{/marked}
 {^marked}<span class="ref">{number}</span>{/marked} <p><b>{fault}</b></p> <p>{advice}</p>
 <p>{#named}refused by {#refused_by}<span class="tag">{refused_by}</span> {/refused_by}· {/named}
-<a href="{rules}#{code}">rule</a> ·
+{#rule}<a href="{rules}#{rule}">rule</a> · {/rule}
 {#spec}<a href="{spec}">specification</a>{/spec}{^spec}specification{/spec}</p></li>{/items}</ol>
 {/levels}{#omitted}<p class="faint">and {omitted} more</p>{/omitted}
 {#clean}<p>{#pattern}None: this is <a href="{rules}#example">a valid {pattern}</a>.{/pattern}
@@ -4242,6 +4305,7 @@ aria-label="finding {number}, show where">{number}</a>{/marked}
 <ol class="timeline">{#entries}<li class="{direction}"><h3>{>chip} {>linked} {>time}</h3>
 <p class="faint">{#later}{later}, {/later}{#sent}to{/sent}{^sent}from{/sent} {host}{#by}, by {by}
 {/by}{^by}{#about}, about {about}{/about}{/by}</p>
+{#failed}<p>{why}</p>{/failed}
 {#count}<details><summary>{count} attempts</summary><ol class="attempts">
 {#attempts}<li>{>time} {>linked} <small>{later}</small></li> {/attempts}</ol></details>{/count}
 </li>{/entries}</ol></section>""",
@@ -4252,7 +4316,7 @@ aria-label="finding {number}, show where">{number}</a>{/marked}
 <form method="post" action="{root}deliveries/{name}/send"><label for="document">Document
 <small>as it will be sent; edit it as you like</small></label>
 <textarea id="document" name="document" rows="12" spellcheck="false">{reply}</textarea>
-<label for="reply-to">To <small>the inbox of the Offer's origin</small></label>
+<label for="reply-to">To <small>the inbox of its target</small></label>
 <p class="tools"><input id="reply-to" name="to" type="url" value="{inbox}" required>
 <button class="main">Send</button></p></form></div></section>{/reply}""",
     "again": """{#again}<section id="again"><h2>Send again</h2><form class="card" method="post"
@@ -4271,7 +4335,7 @@ action="{root}deliveries/{name}/send"><label for="to">To <small>the same bytes</
 id="at-{number}" href="#finding-{number}" aria-label="finding {number}">{number}</a>{/refs}""",
     "document": """<div class="json">{lines}</div>""",
     "text": """{#text}<pre>{text}</pre>{/text}{^text}<p>{note}</p>{/text}""",
-    "constraints": """<h1>{title}</h1><p class="faint">{count} rules. This inbox refuses: {levels}.
+    "constraints": """<h1>{title}</h1><p class="faint">{count} rules. This inbox refuses: {refused}.
 <a href="{spec}">Specification</a></p>
 <div class="rail"><nav aria-label="Patterns">{#patterns}{>link}{/patterns}</nav>
 <div>{#groups}<section><h2>{group}</h2><ul class="rules">
@@ -4360,14 +4424,20 @@ def chip_of(delivery: Delivery) -> tuple[str, str]:
     levels = [finding.level for finding in delivery.findings]
     text = str(status) if status else "found" if accepted else "dropped"
     if delivery.direction == "out":
-        text = f"↗ sent {status}" if status else "↗ no answer"
-    elif levels:
-        errors = levels.count("E")
-        word = "warning" if accepted else "error" if errors else "finding"
-        text += " · " + counted(errors if word == "error" else len(levels), word)
+        no_answer = "not sent" if is_unsent(delivery) else "no answer"
+        text = f"↗ sent {status}" if status else f"↗ {no_answer}"
+    elif delivery.errors:
+        text += f" · {counted(delivery.errors, 'error')}"
+    elif levels and not delivery.simulated:
+        text += f" · {counted(len(levels), 'warning' if accepted else 'finding')}"
     if not accepted:
         return "none" if delivery.simulated else "E", text
     return "ok" if not levels else "S" if set(levels) == {"S"} else "M", text
+
+
+def is_unsent(delivery: Delivery) -> bool:
+    """Whether it is the record of a reply that could not be sent: one without a body."""
+    return delivery.direction == "out" and delivery.body is None
 
 
 def host_of(url: str) -> str:
@@ -4409,6 +4479,19 @@ def between(earlier: str, later: str) -> str:
         return in_words((end - start).total_seconds()) + " later"
     except (TypeError, ValueError):
         return ""
+
+
+def began(delivery: Delivery) -> Delivery:
+    """Return a delivery with the time of its request instead of its answer.
+
+    A receiver may send its reply before it answers. The order of answers would mislead then.
+    """
+    try:
+        end = datetime.fromisoformat(delivery.time.rstrip("Z"))
+        start = end - timedelta(seconds=delivery.seconds)
+    except (OverflowError, ValueError):  # somebody has edited the log
+        return delivery
+    return delivery._replace(time=start.isoformat(timespec="milliseconds") + "Z")
 
 
 def curl_command(delivery: Delivery, base: str, needs_token: bool) -> str:
@@ -4454,7 +4537,7 @@ class PageContext(NamedTuple):
     root: str  # the relative URL of `/`
     base: str  # the absolute URL of `/`, without the slash
     query: Query = Query()  # the deliveries that the reader looks through
-    refused: Sequence[str] = ("E",)  # levels of findings that the inbox refuses
+    mode: bool | str = True  # VALIDATE_INCOMING, one of the MODES
     token: bool = False  # whether requests need a token
     may_send: bool = True  # whether the reader may send from here
 
@@ -4513,7 +4596,9 @@ def view_delivery(context: PageContext, delivery: Delivery) -> Values:
     subject, about = subject_of(delivery)
     host, sent = host_of(delivery.peer or delivery.client), delivery.direction == "out"
     phrase = http.client.responses.get(delivery.status, "") if kind == "E" else ""
-    messages = [finding.message.replace("`", "") for finding in by_level(delivery.findings)]
+    has_reason = delivery.simulated or (sent and delivery.detail)
+    told = () if has_reason else delivery.findings
+    messages = [finding.message.replace("`", "") for finding in told]
     return {
         **delivery._asdict(),
         "kind": kind,
@@ -4617,12 +4702,14 @@ def delivery_page(
     rest = [each for each in numbered if each not in head]
     document = delivery.notification
     payload = render_text(delivery.body) if document is None else render_document(document, rest)
+    if is_unsent(delivery):
+        payload = render("text", text="", note="Nothing was sent.")
     values = {
         **view_delivery(context, delivery),
         "title": f"{chip_of(delivery)[1]} {delivery.pattern or ''}",
         "clean": not numbered,
         "omitted": delivery.omitted and f"{delivery.omitted:,}",
-        "levels": group_by_level(context, numbered),
+        "levels": group_by_level(numbered),
         "rules": context.rules_url(delivery.pattern),
         "marked": document is not None,
         "payload": payload,
@@ -4647,7 +4734,8 @@ def view_beside(context: PageContext, newer: str, older: str) -> Values:
 def view_fate(delivery: Delivery) -> Values:
     """Say where a delivery came from or went to, and whether it is stored."""
     if delivery.direction == "out":
-        return {"how": "Sent", "where": f"to {delivery.target}"}
+        how = "Not sent" if is_unsent(delivery) else "Sent"
+        return {"how": how, "where": f"to {delivery.target or 'nobody'}"}
     not_stored = {"E": "no; correct it and send it again", "none": "no; send it again"}
     stored = "no longer: it was removed" if delivery.body is None else f"`{delivery.name}`"
     stored = with_code(not_stored.get(chip_of(delivery)[0], stored))
@@ -4658,13 +4746,15 @@ def view_fate(delivery: Delivery) -> Values:
 
 
 def view_findings(delivery: Delivery) -> list[Values]:
-    """Number the findings, the gravest first."""
+    """Number the findings; the ones that the delivery was refused for come first."""
     shown = []
-    for number, finding in enumerate(by_level(delivery.findings), 1):
+    for number, finding in enumerate(delivery.findings, 1):
         member = finding.pointer.rpartition("/")[2]
         written = re.search(rf'"{re.escape(member)}": [^`]+', finding.fix)
         view: Values = {
             "number": number,
+            "refused": number <= delivery.errors,
+            "rule": "" if finding.code == "coarnotify" else finding.code,
             "fault": with_code(finding.fault),
             "advice": with_code(finding.fix[:1].upper() + finding.fix[1:]),
             "missing": written[0] if written else f"{json_text(member)}: …",
@@ -4676,12 +4766,12 @@ def view_findings(delivery: Delivery) -> list[Values]:
     return shown
 
 
-def group_by_level(context: PageContext, numbered: Sequence[Values]) -> list[Values]:
-    """Group findings under a heading for each level."""
+def group_by_level(numbered: Sequence[Values]) -> list[Values]:
+    """Group findings by level, and by whether the delivery was refused for them."""
     groups = []
-    for level, found in itertools.groupby(numbered, operator.itemgetter("level")):
-        items = list(found)
-        meaning = "refused here" if level in context.refused else "a warning here"
+    for key, found in itertools.groupby(numbered, operator.itemgetter("refused", "level")):
+        (refused, level), items = key, list(found)
+        meaning = "refused here" if refused else "a warning here"
         count = counted(len(items), WORDS.get(level, str(level)))
         groups.append({"level": level, "count": count, "meaning": meaning, "items": items})
     return groups
@@ -4761,7 +4851,7 @@ def view_exchange(delivery: Delivery, head: Sequence[Values]) -> Values:
     with contextlib.suppress(ValueError):
         answer = json_text(parse(answer), indent=2).encode()
     return {
-        "adopted": delivery.via == "adopted",
+        "exchanged": not (delivery.via == "adopted" or is_unsent(delivery)),
         "request": render_head(f"{delivery.method} {delivery.target}", delivery.headers, head),
         "took": f"after {in_words(delivery.seconds)}" if delivery.seconds else "",
         "answer": render_head(status, delivery.answer_headers),
@@ -4783,6 +4873,7 @@ def view_conversation(
     context: PageContext, delivery: Delivery, conversation: Sequence[Delivery]
 ) -> Values:
     """Show a conversation in the order of time; repeated attempts are folded into one entry."""
+    conversation = sorted(map(began, conversation), key=lambda each: each.time)
     asked, ids = delivery.about.get("inReplyTo"), {each.about.get("id") for each in conversation}
     entries: list[Values] = []
     before = ""
@@ -4797,6 +4888,7 @@ def view_conversation(
             attempts.append({**shown, "text": shown["chip"], "later": later})
             earlier = each.time
         last = {**attempts[-1], "text": each.pattern or "No pattern", "attempts": attempts}
+        last["failed"] = last["sent"] and last["kind"] == "E"
         count = len(attempts) if attempts[1:] else 0
         entries.append({**last, "later": between(before, earlier), "count": count})
         before = earlier
@@ -4825,11 +4917,11 @@ def view_forms(context: PageContext, delivery: Delivery, pattern: str) -> Values
     with contextlib.suppress(ValueError):
         answer = reply(parse(body if len(body) <= MAX_COPY else b""), pattern)
         values["reply"] = whole(json_text(answer, indent=2))
+        values["inbox"] = lookup(answer, "target.inbox")
     return {
         **values,
         "kept": filters(context, *Query._fields),
         "menu": choices({each.name: "" for each in REPLY_PATTERNS}, pattern),
-        "inbox": delivery.about.get("origin.inbox"),
         "again": delivery.target if delivery.direction == "out" else f"{context.base}/inbox",
     }
 
@@ -4867,12 +4959,15 @@ def constraints_page(context: PageContext, pattern: Pattern) -> Html:
             "demand": with_code(f"{verb} {rest}"),
         }
         groups.setdefault(name, []).append({**rule, **shown})
+    refused = [WORDS[level] for level in MODES[context.mode]] or ["none of them"]
+    if context.mode not in (True, False, "strict"):
+        refused.append(f"whatever {context.mode} refuses")
     values = {
         **view_sample(context, pattern.name),
         "title": pattern.name,
         "spec": pattern.spec,
         "count": sum(map(len, groups.values())),
-        "levels": ", ".join(WORDS[level] for level in context.refused) or "none of them",
+        "refused": ", ".join(refused),
         "patterns": choices({name: context.rules_url(name) for name in RULES}, pattern.name),
         "groups": [
             {"group": name or "The notification", "rules": rules} for name, rules in groups.items()
@@ -5306,8 +5401,8 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     def context(self, query: Query = TOTALS["all"]) -> PageContext:
         """Return the context of a page. Links are relative: pages work behind any proxy."""
         root, settings = "../" * (self.resource.count("/") - 1) or "./", self.server.settings
-        refused, token = MODES[settings.VALIDATE_INCOMING], settings.TOKEN is not None
-        return PageContext(root, self.base, query, refused, token, self.is_user)
+        mode, token = settings.VALIDATE_INCOMING, settings.TOKEN is not None
+        return PageContext(root, self.base, query, mode, token, self.is_user)
 
     def prefers(self, media_type: str) -> bool:
         """Whether the client prefers a media type to JSON."""
@@ -5325,7 +5420,8 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         except ValueError as error:
             raise Problem(400, str(error)) from error
         settings, name = self.server.settings, ""
-        here = [f"{self.base}{self.resource}", f"{self.server.base}/inbox"]
+        requested = f"{self.server.scheme}://{self.request.host}{self.resource}"
+        here = [f"{self.base}{self.resource}", f"{self.server.base}/inbox", requested]
         failures = functools.partial(self.server.failures.pop, failure)
         mode, known_as = settings.VALIDATE_INCOMING, self.server.ledger.known_as
         verdict = judge(self.request, mode, here, known_as, failures)
@@ -5352,12 +5448,13 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     def reply(self, delivery: Delivery) -> None:
         """Start the REPLIES to an Offer; an Undo Offer cancels those that are still to come."""
-        server, offered = self.server, (delivery.pattern or "").startswith("Request ")
+        server = self.server
         if delivery.pattern == "Undo Offer" and delivery.about.get("inReplyTo"):
             server.cancel(delivery.about["inReplyTo"])
-        if server.settings.REPLIES and offered:
-            offer = parse(bytes(self.request.body))
-            steps = answer_offer(offer, delivery, self.is_proxied, server.settings, server.record)
+        document = parse(bytes(self.request.body)) if server.settings.REPLIES else None
+        if "Offer" in types_of(lookup(document, "type")):
+            proxied, settings = self.is_proxied, server.settings
+            steps = answer_offer(document, delivery, proxied, settings, server.record)
             server.start(steps, delivery.about.get("id", ""))
 
     @route("GET", INBOX, FAILURE_PARAMETERS)
@@ -6403,7 +6500,7 @@ class Wanted(NamedTuple):
 
     def mismatch(self, delivery: Delivery) -> str:
         """Return the first reason why a delivery is not wanted; empty if it is."""
-        listed = "; ".join(f"{each.level} {each.message}" for each in by_level(delivery.findings))
+        listed = "; ".join(f"{each.level} {each.message}" for each in delivery.findings)
         if not delivery.has_status(str(self.status)):
             refused = delivery.verdict == "refused" and not delivery.simulated
             return (refused and listed) or delivery.detail or f"its status is not {self.status}"
@@ -6525,12 +6622,13 @@ class Inbox:
     def reply(self, delivery: Delivery, pattern: str = "Accept", to: str | None = None) -> Delivery:
         """Answer an Offer with a pattern; returns the outgoing delivery.
 
-        It goes to `to`, by default the Offer's `origin.inbox`. Raises `ValueError` for what cannot
+        It goes to `to`, by default the Offer's `origin.inbox`; Undo Offer, which the sender of an
+        Offer sends, to its `target.inbox`. Raises `ValueError` for what cannot
         be answered, see `coarinbox.reply`.
         """
-        url = to or lookup(delivery.notification, "origin.inbox")
+        url = to or lookup(reply(delivery.notification, pattern), "target.inbox")
         if not is_http_uri(url):
-            raise ValueError("the Offer has no origin.inbox; say where the reply goes with `to`")
+            raise ValueError("the Offer names no inbox to reply to; say where it is with `to`")
         return self.send(reply_to(delivery.notification, pattern, url), url)
 
     def clear(self) -> None:

@@ -479,7 +479,7 @@ WRONG: dict[str, list[Any]] = {
         ("actor.type", "single", S, ["Person"]),
         ("inReplyTo", "required", E, ABSENT, f'write `"inReplyTo": "{OFFER_ID}"`'),
         ("inReplyTo", "absolute-uri", E, [{"@id": OFFER_ID}], f"write `{OFFER_ID}`"),
-        ("inReplyTo", "equals-object.id", E, "urn:x", f"must equal object.id; write `{OFFER_ID}`"),
+        ("inReplyTo", "equals-object.id", E, "urn:x", f"in both; object.id is `{OFFER_ID}`"),
         ("object.type", "strings", E, 5), ("object.type", "pattern", S, "Offer", WHOLE_OFFER),
         ("object.type", "offer", M, "Invite", "object.type must include Offer"),
         ("object.@context", "unexpected", S, [*NAMESPACES], "should be left out"),
@@ -612,6 +612,7 @@ class RulesTest(unittest.TestCase):
     def test_the_list_of_constraints_holds_these_rules_with_their_levels(self) -> None:
         listed = {rule["code"]: rule for rule in coarinbox.constraints()}
         others = {"notification-object", "notification-required", *coarinbox.DELIVERY_RULES}
+        others |= {"origin.type-single", "target.type-single", "type-activitystreams"}
         self.assertEqual({fault.code for fault in FAULTS} | others, set(listed))
         for fault in FAULTS:
             self.assertEqual(listed[fault.code]["levels"].get(fault.pattern), fault.level, fault)
@@ -3030,7 +3031,11 @@ def delivered(document: Any = None, status: int = 201, **more: Any) -> coarinbox
         "findings": coarinbox.validate(document) if document else [],
         "body": document if isinstance(document, bytes) else json.dumps(document).encode(),
     }  # fmt: skip
-    return coarinbox.Delivery(**{**members, **more})
+    members.update(more)
+    members["findings"] = sorted(members["findings"], key=lambda each: each.level)
+    refused = status >= 400 and members.get("direction") != "out"
+    errors = sum(each.level == E for each in members["findings"]) if refused else 0
+    return coarinbox.Delivery(**{"errors": errors, **members})
 
 
 def sent(document: Any = ACCEPT, status: int = 201, **more: Any) -> coarinbox.Delivery:
@@ -3318,7 +3323,7 @@ class DeliveryPageTest(unittest.TestCase):
             " about /preprint/421"
             " ↗ sent 201 Accept 2026-01-31 12:00:02 2.0 s later, to localhost:8080, by REPLIES"
             " ↗ sent 503 Announce Review 2026-01-31 12:00:16 14 s later, to localhost:8080,"
-            " about /review/7 3 attempts 2026-01-31 12:00:10 ↗ sent 503"
+            " about /review/7 Service Unavailable 3 attempts 2026-01-31 12:00:10 ↗ sent 503"
             " 2026-01-31 12:00:12 ↗ sent 503 this page 2.0 s later"
             " 2026-01-31 12:00:16 ↗ sent 503 4.0 s later",
             page.one("section", id="conversation").text,
@@ -3755,6 +3760,10 @@ class BrowserTest(DeliveriesTest):
         self.open()
         self.post()
         self.wait_for_rows(2)
+        self.run_script(
+            "window.titles = []; new MutationObserver(() => window.titles.push(document.title))"
+            ".observe(document.querySelector('title'), {childList: true})"
+        )
         hide(True)
         self.post_each(*[ACCEPT] * 3)
         # A page that is seen shows the same deliveries before this one is looked at again.
@@ -3765,8 +3774,11 @@ class BrowserTest(DeliveriesTest):
         self.driver.close()
         self.driver.switch_to.window(hidden)
         self.assertEqual(len(self.all("#deliveries .open")), 2)
+        counted = [f"({count}) Deliveries · coarinbox" for count in (2, 3, 4)]
+        self.assertLessEqual(set(counted), set(self.run_script("return window.titles")))
         self.assertEqual(hide(False), 0)
         self.wait_for_rows(5)
+        self.wait_until(lambda: self.driver.title == "(3) Deliveries · coarinbox")
 
     def test_a_button_copies(self) -> None:
         self.post(OFFER)
@@ -3783,6 +3795,8 @@ class BrowserTest(DeliveriesTest):
         self.assertIn("Nothing has been delivered yet", self.text("h1"))
         self.post(OFFER)
         self.wait_for("#deliveries", "Request Review", seconds=1)
+        self.assertEqual(len(self.all("li.new")), 1)
+        self.assertEqual(self.driver.title, "(1) Deliveries · coarinbox")
         self.assertEqual(self.all("pre"), [])
         for answer, left in (("dismiss", 1), ("accept", 0)):
             self.click("[data-clear]")
@@ -5532,7 +5546,7 @@ class AutoReplyTest(unittest.TestCase):
 
     def test_where_replies_may_go(self) -> None:
         tunnel, far = {"X-Forwarded-For": "203.0.113.9"}, {"REPLY_TO": "{partner}"}
-        other, nowhere = "its host is not 127.0.0.1, which delivered", "no origin.inbox to reply to"
+        other, nowhere = "its host is not 127.0.0.1, which delivered", "no usable origin.inbox"
         table: list[tuple[dict[str, Any], str | None, dict[str, str], str]] = [
             ({}, "{partner}", {}, ""), ({}, "http://localhost:{port}/", {}, ""),
             ({}, "http://192.0.2.1:{port}/", {}, other), ({}, "http://127.0.0.2/", {}, other),
@@ -5619,13 +5633,13 @@ class AutoReplyTest(unittest.TestCase):
 
     def test_nothing_goes_on_for_ever(self) -> None:
         """Two inboxes that reply to each other come to an end, and so does one by itself."""
-        patterns = "Accept", "Undo Offer"
+        patterns = "Accept", "Reject"
         with replying(*patterns) as first, replying(*patterns) as second:
             for partner in (second, first):
                 for _ in range(2):  # the second shows that the first has ended
                     offer = offer_between(partner.url, first.url)
                     coarinbox.send(offer, first.url)
-                    partner.wait_for(pattern="Undo Offer", in_reply_to=offer["id"])
+                    partner.wait_for(pattern="Reject", in_reply_to=offer["id"])
             self.assertEqual(len(sent_by(first, 8)), 8)
             first.assert_none(pattern="Request Review", direction="out")
             second.assert_none(direction="out")
@@ -5889,7 +5903,7 @@ class SendingDoubleTest(unittest.TestCase):
             inbox.send(changed(OFFER, "origin.inbox", ABSENT), inbox.url)
             broken, offer = (each for each in inbox.deliveries if each.direction == "in")
             for delivery in (broken, offer):
-                with self.assertRaisesRegex(ValueError, "no origin.inbox"):
+                with self.assertRaisesRegex(ValueError, "only an Offer|names no inbox"):
                     inbox.reply(delivery)
             with self.assertRaisesRegex(ValueError, "answers no Offer"):
                 inbox.reply(offer, "Request Review", inbox.url)
