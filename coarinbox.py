@@ -148,7 +148,7 @@ to_json = json.JSONEncoder(check_circular=False).encode
 def depth(text: str) -> int:
     """Count how many brackets of a JSON text are open at once, ignoring those in strings."""
     brackets = re.sub(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[^][{}"]+', "", text, flags=re.DOTALL)
-    return max(itertools.accumulate(1 if each in "[{" else -1 for each in brackets))
+    return max(itertools.accumulate(1 if each in "[{" else -1 for each in brackets), default=0)
 
 
 def parse(data: bytes) -> Any:
@@ -633,6 +633,7 @@ def equal(member: str, meaning: str) -> Check:
 
 
 EMBED_OFFER = "write the complete Offer, without its `@context`"
+ASK_ID = "write the id of the notification that it answers"
 
 # fmt: off
 UNEXPECTED = Check("unexpected", "be left out", lambda value: False)
@@ -1029,6 +1030,8 @@ def fix_of(rule: Rule, value: Any, part: Any, pattern: Pattern | None) -> str:
         hint = rule.check.hint(value, *other)
     if not hint and family == "answer" and rule.member in ("object", "object.type"):
         return EMBED_OFFER
+    if rule.member == "inReplyTo" and not names_original(part, family):
+        return (not rule.check.sibling and hint) or ASK_ID
     example = lookup({**EXAMPLE, "object": EXAMPLE_OBJECTS[family]}, rule.member)
     if hint or example is None:
         return hint
@@ -1043,6 +1046,12 @@ def fix_of(rule: Rule, value: Any, part: Any, pattern: Pattern | None) -> str:
             example = {**example, "id": value}
     written = json.dumps(example, ensure_ascii=False)
     return f"write `{json.dumps(name)}: {written}`" if value is None else f"write `{written}`"
+
+
+def names_original(part: Any, family: str) -> bool:
+    """Whether the `object` of an answer can be what it answers: an Offer, and not itself."""
+    is_other = lookup(part, "object.id") != lookup(part, "id")
+    return is_other and (family != "answer" or "Offer" in types_of(lookup(part, "object.type")))
 
 
 def describe(
@@ -1796,6 +1805,8 @@ class Store:
         self.directory, self.fsync = os.path.abspath(directory), fsync
         self.syncers = Pool(8)  # more do not make the disk faster
         os.makedirs(self.directory, exist_ok=True)
+        with contextlib.suppress(OSError):  # it may belong to somebody else
+            self.sync_directory(os.path.dirname(self.directory))
         if not os.access(self.directory, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), self.directory)
         self.sweep()
@@ -1837,7 +1848,7 @@ class Store:
         for name in names:
             self.publish(name, outcomes)
         try:
-            self.sync_directory()
+            self.sync_directory(self.directory)
         except OSError as error:
             for name in names:  # nobody will be told that they are there
                 outcomes[name] = error
@@ -1894,10 +1905,10 @@ class Store:
         with contextlib.suppress(OSError):
             os.unlink(draft)
 
-    def sync_directory(self) -> None:
+    def sync_directory(self, path: str) -> None:
         """Flush the names of new files to the disk; only POSIX systems can."""
         if self.fsync and os.name == "posix":
-            directory = os.open(self.directory, os.O_RDONLY)
+            directory = os.open(path, os.O_RDONLY)
             try:
                 sync_file(directory)
             finally:
@@ -1970,7 +1981,15 @@ def summary(document: Any) -> dict[str, str]:
     return found
 
 
-VERDICTS = ("dropped", "stored", "queued", "redirected", "refused", "failed")
+# Which status, as a regular expression, has which verdict; an adopted notification is stored, too.
+VERDICTS = {
+    "dropped": "0",
+    "stored": "0|[12]..",
+    "queued": "202",
+    "redirected": "3..",
+    "refused": "4..",
+    "failed": "[5-9]..",
+}
 
 
 class Delivery(NamedTuple):
@@ -2023,8 +2042,9 @@ class Delivery(NamedTuple):
     @property
     def summary(self) -> str:
         """What came from whom, or went where: `Request Review from https://…`."""
-        wrong_path = self.direction == "in" and not self.target.startswith("/inbox")
-        what = f"{self.method} {self.target}" if wrong_path else self.pattern or "no pattern"
+        asked = self.method, self.target.partition("?")[0].rstrip("/")
+        is_elsewhere = self.direction == "in" and asked != ("POST", "/inbox")
+        what = f"{self.method} {self.target}" if is_elsewhere else self.pattern or "no pattern"
         way = "to" if self.direction == "out" else "from"
         return f"{what} {way} {self.peer or self.client}"
 
@@ -2224,12 +2244,11 @@ class Query(NamedTuple):
 
     def may_match(self, line: bytes) -> bool:
         """Test one raw line, or many, cheaply: parsing every line would be slow."""
-        exact, texts = needles(self)
-        if not all(needle.search(line) for needle in exact):
+        expressions, texts = needles(self)
+        if not all(expression.search(line) for expression in expressions):
             return False
         lower = line.lower() if texts else b""
-        # What JSON escapes may be written in many ways.
-        return b"\\u" in lower or all(text in lower for text in texts)
+        return all(text in lower for text in texts) or LOOKALIKES.search(lower) is not None
 
     def may_concern(self, block: bytes, *names: str) -> bool:
         """Test many raw lines at once: for a match, or for the delivery of one of these names."""
@@ -2260,6 +2279,11 @@ class Query(NamedTuple):
         return delivery.name == self.since or delivery.time < start
 
 
+# Escaped characters that are equal to ASCII letters where case is ignored, such as the Kelvin sign,
+# and ASCII characters that somebody has escaped.
+LOOKALIKES = re.compile(rb"\\u(00[2-7]|00df|0130|0149|017f|01f0|1e9[6-9abe]|212a|fb0)")
+
+
 @functools.lru_cache(maxsize=64)
 def needles(query: Query) -> tuple[list[re.Pattern[bytes]], list[bytes]]:
     """Return expressions and lower-case texts that the line of every match contains."""
@@ -2270,12 +2294,16 @@ def needles(query: Query) -> tuple[list[re.Pattern[bytes]], list[bytes]]:
         r'"findings": \[\{': query.warnings,
         '"time": "%sT': query.day,
     }
-    exact = [part.replace("%s", value) for part, value in parts.items() if value]
-    texts = [text.lower() for text in (query.origin, query.q) if text]
-    # The line does not hold the verdict, and JSON may write other characters differently.
-    plain = [text for text in texts if json_bytes(text) == text.encode()]
-    sure = [text for text in plain if not any(text in verdict for verdict in VERDICTS)]
-    return [re.compile(text.encode()) for text in exact], [text.encode() for text in sure]
+    expressions = [part.replace("%s", value) for part, value in parts.items() if value]
+    texts, text = [query.origin.casefold()], query.q.casefold()
+    statuses = [VERDICTS[verdict] for verdict in VERDICTS if text and text in verdict]
+    if statuses:  # the line does not hold the verdict
+        expressions.append(f'"status": ({"|".join(statuses)}),|(?i:{text})')
+    else:
+        texts.append(text)
+    # JSON escapes the other characters, which may be in upper or lower case.
+    plain = [part for text in texts for part in re.findall("[\0-\x7f]+", text)]
+    return [re.compile(text.encode()) for text in expressions], list(map(json_bytes, plain))
 
 
 # The kinds of deliveries that the page counts, each as the query that selects it.
@@ -2610,15 +2638,16 @@ class Ledger:
         names = [name for name in self.store.names() if name < now]
         known: set[bytes] = set()
         survey = Survey(collections.Counter(), {}, [])
-        for line in self.log.lines():
-            match = LINE.match(line or b"")
+        for line in (each or b"" for each in self.log.lines()):
+            match = LINE.match(line)
             if match:
                 name, direction, status, id_, finding = match.groups(default=b"")
                 known.add(name)
                 way = "out" if direction == b"out" else "in"
                 if name not in (self.recorded or ()):
                     survey.tally[way, int(status), finding != b""] += 1
-                is_stored = way == "in" and status in (b"201", b"202")
+                was_adopted = status == b"0" and b'"via": "adopted"' in line
+                is_stored = way == "in" and (status in (b"201", b"202") or was_adopted)
                 if is_stored and id_ and len(survey.ids) < MAX_IDS:
                     with contextlib.suppress(ValueError):  # somebody has edited the line badly
                         survey.ids.setdefault(hash(json.loads(id_)), name.decode())
@@ -2861,7 +2890,7 @@ class Request:
         shown: dict[str, str] = {}
         room = MAX_LOGGED_HEADERS
         for key, value in self.headers.items() if self.approved else ():
-            room -= len(key) + len(value)
+            room -= len(key) + len(value) * (1 if value.isascii() else 6)  # as JSON writes it
             if room < 0:
                 shown["…"] = f"more than {MAX_LOGGED_HEADERS} characters of headers"
                 break
@@ -2951,7 +2980,7 @@ def read_head(incoming: Incoming, request: Request) -> Reading:
         line = (yield from incoming.line(MAX_HEAD)).decode("latin-1")
     finally:  # the page shows a malformed line too, as far as it can be read
         request.line = (line or incoming.data[:200].decode("latin-1")).rstrip("\r\n")
-        request.method, request.target = [*request.line.split(" "), ""][:2]
+        request.method, request.target = [*request.line[:1000].split(" "), ""][:2]
     if not line:
         raise Problem(414, f"the request line is longer than {MAX_HEAD} bytes")
     match = REQUEST_LINE.fullmatch(line)
@@ -2999,7 +3028,8 @@ def check_fields(data: bytearray, start: int) -> int:
     line = bytes(data[end : data.find(b"\n", end) + 1])
     if line not in (b"", b"\r\n"):  # its value may be a secret, so do not quote that
         name = line.partition(b":")[0][:80] if line[:1].strip() and b":" in line else b""
-        raise Problem(400, f"header line {number + 1} is malformed: {name!r}")
+        shown = repr(name.decode("latin-1")) if name else "it has no name before a colon"
+        raise Problem(400, f"header line {number + 1} is malformed: {shown}")
     return end
 
 
@@ -3042,10 +3072,15 @@ def check_length(length: int, max_body: int) -> None:
 
 def read_chunks(incoming: Incoming, body: bytearray, max_body: int) -> Reading:
     """Read a chunked body, and discard the trailer after it (RFC 9112 section 7.1)."""
+    framing = 0
     while True:
-        match = CHUNK_SIZE.fullmatch((yield from incoming.line(1024)))
+        line = yield from incoming.line(1024)
+        match = CHUNK_SIZE.fullmatch(line)
         if not match:
             raise Problem(400, "the chunks of the body are malformed: one has no size")
+        framing += len(line)
+        if framing > MAX_HEAD + len(body):  # reading many tiny chunks would hold up other clients
+            raise Problem(400, "the chunks of the body are too small, or their extensions too long")
         size = int(match[1], 16)
         if size == 0:
             break
@@ -3081,11 +3116,11 @@ def check_content(request: Request) -> None:
     """Raise `Problem` if the body cannot be JSON, by its headers."""
     given = request.headers.get("content-type", "missing")
     if given != JSON_LD and not JSON_TYPE.match(given):
-        detail = f"Content-Type is {given}, expected {ACCEPT_POST} or the like"
+        detail = f"Content-Type is {clip(given, 100)}, expected {ACCEPT_POST} or the like"
         raise Problem(415, detail, {"Accept-Post": ACCEPT_POST})
     coding = request.headers.get("content-encoding", "identity").lower()
     if coding != "identity":
-        detail = f"Content-Encoding is {coding}, expected none"
+        detail = f"Content-Encoding is {clip(coding, 100)}, expected none"
         raise Problem(415, detail, {"Accept-Encoding": "identity"})
 
 
@@ -3183,7 +3218,7 @@ def conclude(
         name=name or new_name(),
         client=client,
         method=request.method,
-        target=request.target,
+        target=clip(request.target, 2000),
         headers=request.shown_fields(),
         status=response.status,
         answer_headers=dict(response.headers),
@@ -5050,8 +5085,8 @@ def check_host(request: Request, server: InboxServer) -> None:
     if not match or (header != request.host and not HOST.fullmatch(header)):
         raise Problem(400, "the Host header is malformed")
     if not answers_to(match[1], str(server.server_address[0]), server.settings.BASE_URL):
-        detail = f"an inbox on loopback does not answer to {request.host}; set BASE_URL to its URL"
-        raise Problem(421, detail)
+        cause = f"an inbox on loopback does not answer to {clip(request.host, 200)}"
+        raise Problem(421, f"{cause}; set BASE_URL to its URL")
 
 
 def answers_to(host: str, address: str, base_url: str | None) -> bool:
@@ -5077,7 +5112,9 @@ def check_token(request: Request, token: str | None) -> None:
     if token is None:
         return
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    data = given.encode("latin-1") if scheme.lower() in ("bearer", "token", "basic") else b""
+    data = (
+        given.strip().encode("latin-1") if scheme.lower() in ("bearer", "token", "basic") else b""
+    )
     if scheme.lower() == "basic":
         try:
             data = base64.b64decode(data).partition(b":")[2]
@@ -5094,7 +5131,16 @@ def allowed_origin(request: Request, allowed: Collection[str]) -> str | None:
     if origin is None or not (origin.lower() in allowed or "*" in allowed):
         return None
     fits = CORS_RESOURCES.fullmatch(request.target.partition("?")[0])
-    return origin if fits and request.method in CORS_METHODS else None
+    method = request.method
+    if is_preflight(request):
+        method = request.headers["access-control-request-method"]
+    return origin if fits and method in CORS_METHODS else None
+
+
+def is_foreign(request: Request, server: InboxServer) -> bool:
+    """Whether the page of another origin has sent a request."""
+    origin, ours = request.headers.get("origin"), (f"//{request.host}", server.base)
+    return origin is not None and authority(origin) not in map(authority, ours)
 
 
 def check_site(request: Request, server: InboxServer) -> None:
@@ -5104,10 +5150,8 @@ def check_site(request: Request, server: InboxServer) -> None:
     ):
         return
     site, origin = request.headers.get("sec-fetch-site", "none"), request.headers.get("origin")
-    ours = (f"//{request.host}", server.base)
-    foreign = origin is not None and authority(origin) not in map(authority, ours)
-    if foreign or site not in ("same-origin", "none"):
-        cause = f"pages of {origin or f'another site ({site})'} may not do this"
+    if is_foreign(request, server) or site not in ("same-origin", "none"):
+        cause = f"pages of {clip(origin or f'another site ({site})', 200)} may not do this"
         raise Problem(403, f"{cause}; CORS_ORIGINS may allow them to POST, or set BASE_URL")
 
 
@@ -5201,10 +5245,10 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         """Answer the request. Exceptions end here."""
         request = self.request
         try:
+            if self.server.settings.DEBUG and request.approved:
+                self.log_exchange()
             if request.problem:
                 raise request.problem
-            if self.server.settings.DEBUG:
-                self.log_exchange()
             method = getattr(self, f"do_{self.command}", self.do_GET)
             yield from method() or ()
         except ConnectionAbortedError:
@@ -5243,9 +5287,6 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         if is_preflight(self.request) and allowed_origin(self.request, self.server.allowed_origins):
             headers["Access-Control-Allow-Methods"] = CORS_METHODS
             headers["Access-Control-Allow-Headers"] = "Content-Type, Authorization, Slug"
-        elif is_preflight(self.request):
-            origin = self.request.headers.get("origin")
-            self.log_message("CORS_ORIGINS does not allow pages of %s to do this", origin)
         self.answer(Response(204, headers=headers))
 
     def find_resource(self) -> tuple[Mapping[str, Route], dict[str, str]]:
@@ -5257,6 +5298,9 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         detail = "nothing is here; see /, /inbox, /deliveries, /samples and /constraints"
         if self.command == "POST":
             detail = f"no inbox is here; POST notifications to {self.inbox}"
+        prefix = urlsplit(self.server.base).path
+        if prefix and self.resource.startswith(f"{prefix}/"):
+            detail = f"the proxy has to remove {prefix}, the path of BASE_URL, from the request"
         raise Problem(404, detail)
 
     def parameters(self, known: Parameters) -> dict[str, str]:
@@ -5302,6 +5346,9 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         if origin:
             headers["Access-Control-Allow-Origin"] = origin
             headers["Access-Control-Expose-Headers"] = "Location, Link, Retry-After"
+        elif self.command in ("GET", "HEAD", "OPTIONS") and is_foreign(self.request, self.server):
+            foreign = clip(self.request.headers["origin"], 200)
+            self.log_message("CORS_ORIGINS does not allow pages of %s to do this", foreign)
         if isinstance(response.body, bytes):
             if response.status not in BODILESS:
                 headers["Content-Length"] = str(len(response.body))
@@ -5525,7 +5572,8 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     def get_deliveries(self, values: Mapping[str, str]) -> Steps:
         """List the deliveries, the newest first, or stream them as they arrive."""
         query, log = Query(**values), self.server.deliveries
-        if self.prefers("text/event-stream"):
+        accept = self.request.headers.get("accept", "")
+        if "text/event-stream" in accept.lower() and self.prefers("text/event-stream"):
             query = query._replace(since=self.request.headers.get("last-event-id", query.since))
             (place,) = yield Scan(log.place_after(query))
             body = Events(query, place)
@@ -5727,6 +5775,7 @@ class State(enum.Enum):
     READING = "a request has begun"
     COMMITTING = "its notification is on the way to the disk"
     WORKING = "another thread works for it"
+    SCANNING = "a long read, which takes turns with others"
     PAUSING = "a simulated delay"
     QUEUING = "its next request has already arrived, but other clients are served first"
     WRITING = "an answer is being sent"
@@ -5735,7 +5784,15 @@ class State(enum.Enum):
     CLOSED = "gone"
 
 
-EVICTABLE = (State.IDLE, State.READING, State.WRITING, State.LISTENING, State.PAUSING)
+EVICTABLE = (
+    State.IDLE,
+    State.READING,
+    State.WRITING,
+    State.LISTENING,
+    State.PAUSING,
+    State.SCANNING,
+)
+PATIENT = (State.PAUSING, State.SCANNING)  # those that have asked for something that takes long
 # Here the end of input means that the client has left; elsewhere it may half-close and wait.
 ATTENTIVE = (State.IDLE, State.PAUSING, State.LISTENING, State.LINGERING)
 
@@ -5873,7 +5930,8 @@ class Connection:
             self.enter(State.COMMITTING, NEVER)
             self.server.commit(step.body, self.on_result)
         else:
-            self.enter(State.WORKING, NEVER)
+            is_scan = isinstance(step, (Scan, Turn))
+            self.enter(State.SCANNING if is_scan else State.WORKING, NEVER)
             self.server.perform(step, self.on_result, self.is_wanted)
 
     def on_result(self, result: Any) -> None:
@@ -5915,7 +5973,7 @@ class Connection:
             self.enter(State.LISTENING, NEVER)
             self.server.listeners.add(self, rest)
         elif rest is not None:
-            self.enter(State.WORKING, NEVER)
+            self.enter(State.SCANNING, NEVER)
             turn = functools.partial(take_turn, rest)
             self.server.run_in(self.server.scans, turn, self.on_pieces)
         elif self.handler.close_connection or self.server.closing:
@@ -5982,7 +6040,10 @@ class Connection:
 
     def lose(self, error: OSError) -> None:
         """Log an error of the connection, and close it."""
-        LOG.info("%s connection lost: %s", self.address[0], escape_controls(str(error)))
+        reason = escape_controls(str(error))
+        if getattr(error, "reason", "") == "HTTP_REQUEST":
+            reason = "the client speaks plain HTTP, this port does not: use https://"
+        LOG.info("%s connection lost: %s", self.address[0], reason)
         self.close()
 
     def close(self) -> None:
@@ -6385,12 +6446,12 @@ class InboxServer(Loop, http.server.HTTPServer):
     def make_room(self) -> bool:
         """Disconnect the client that has been idle longest; returns whether there is room now.
 
-        Clients in a simulated delay are disconnected last.
+        Clients in a simulated delay, or with a long read, are disconnected last.
         """
         now = time.monotonic()
         candidates = [each for each in self.connections if each.may_be_evicted(now)]
         if candidates:
-            min(candidates, key=lambda each: (each.state is State.PAUSING, each.since)).evict()
+            min(candidates, key=lambda each: (each.state in PATIENT, each.since)).evict()
         return self.has_room()
 
     def pause(self) -> None:
@@ -6707,11 +6768,14 @@ FLUSH_WITHIN = 0.5  # seconds that the program waits at its end for a reader of 
 # process and its group.
 DOUBLE_SIGNAL = 0.5
 # Windows has no SIGHUP. Only Windows has SIGBREAK, with which other programs can end it there.
-STOP_SIGNALS = [
-    number
-    for number in signal.Signals
-    if number.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
-]
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+
+
+def handle_signals(handler: Callable[[int, types.FrameType | None], None]) -> None:
+    """Handle STOP_SIGNALS, except those that the parent has disabled, as `nohup` does."""
+    for number in signal.Signals:
+        if number.name in STOP_SIGNALS and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -6729,7 +6793,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--config", metavar="FILE", help="configuration file, see local.cfg.example")
     add("--store", metavar="DIR", dest="STORE_DIR", help="where notifications are stored")
     add("--host", metavar="H", dest="HOST", help="address to listen on")
-    add("--port", metavar="N", dest="PORT", type=int, help="port to listen on, 0 for a free one")
+    add("--port", metavar="N", dest="PORT", type=read_value, help="port, 0 for a free one")
     modes = "true, false, strict, coarnotify, or a receiver such as DSpace"
     add("--validate", metavar="MODE", dest="VALIDATE_INCOMING", type=read_value, help=modes)
     add("-d", action="store_true", dest="DEBUG_PYCHARM", help="attach to a PyCharm debug server")
@@ -6875,8 +6939,7 @@ def run(server: InboxServer) -> None:
             server.stop(within=0)
 
     with server:
-        for number in STOP_SIGNALS:
-            signal.signal(number, stop)
+        handle_signals(stop)
         # A signal may reach another thread; this wakes up the loop, and Python calls `stop` there.
         signal.set_wakeup_fd(server.ringer.fileno(), warn_on_full_buffer=False)
         lines = [
@@ -7004,18 +7067,32 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     with log_to_stderr():
         try:
-            if options.send is not None:
-                return send_files(options)
-            if options.sample is not None:
-                print(json.dumps(sample(options.sample), indent=2))
-                return 0
-            return check_files(options) if options.check else serve(options)
+            is_tool = options.check or options.send is not None or options.sample is not None
+            return use_tool(options) if is_tool else serve(options)
         except (ConfigurationError, UnknownPatternError) as error:
             complain(error)
             return 2
 
 
+def use_tool(options: argparse.Namespace) -> int:
+    """Check or send files, or print a sample; returns the exit status, 2 if nobody reads it."""
+    try:
+        if options.send is not None:
+            status = send_files(options)
+        elif options.check:
+            status = check_files(options)
+        else:
+            print(json.dumps(sample(options.sample), indent=2))
+            status = 0
+        sys.stdout.flush()
+        return status
+    except OSError as error:  # such as a closed pipe
+        complain(f"standard output: {error.strerror}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+        return 2
+
+
 if __name__ == "__main__":
-    for number in STOP_SIGNALS:  # until `run` takes over, there is nothing to finish
-        signal.signal(number, lambda number, frame: os._exit(128 + number))
+    # Until `run` takes over, there is nothing to finish.
+    handle_signals(lambda number, frame: os._exit(128 + number))
     sys.exit(main())

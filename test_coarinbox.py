@@ -794,6 +794,42 @@ class HintsTest(unittest.TestCase):
             document = changed(NOTIFICATIONS["Announce Review"], member, ABSENT)
             self.assertNotIn("found", self.message(changed(document, another, "x"), member))
 
+    def test_advice_fits_what_is_there(self) -> None:
+        other = "https://x.example/context"
+        offered = f"urn:uuid:{UUID.replace('-', '')}"
+        away = altered("Accept", object=PREPRINT, inReplyTo=PREPRINT["id"] + "0")
+        elsewhere = {**changed(OFFER, "@context", ABSENT), "context": [*NAMESPACES]}
+        theirs = altered("Accept", object__id=offered, inReplyTo=offered)
+        for document, member, advice in [
+            (
+                altered("Accept", type="Tentatively Accept"),
+                "type",
+                '"TentativeAccept" (Tentatively',
+            ),
+            (altered("Accept", type="request_review"), "type", "(Request Review)?"),
+            (altered("Accept", type=["Offer", "UndoOffer"]), "type", 'did you mean "Undo" (Undo'),
+            (away, "object.type", "write the complete Offer, without its `@context`"),
+            (away, "inReplyTo", "write the id of the notification that it answers"),
+            (changed(away, "inReplyTo", ABSENT), "inReplyTo", "write the id of the notification"),
+            (theirs, "object.id", "keep it if the Offer has this id"),
+            (altered("Accept", actor__type=["sorg:X", "Group"]), "actor.type", 'write `"Group"`'),
+            (altered("Accept", at_context=[COAR, other, AS2]), "@context", f'"{COAR}", "{other}"]'),
+            (altered("Accept", at_context=other), "@context", f'"{COAR}", "{other}"]'),
+            (elsewhere, "@context", "found `context`; write `@context`"),
+            (
+                altered("Accept", origin="urn:x:1"),
+                "origin",
+                '{"id": "https://…", "type": "Service"',
+            ),
+            ([ACCEPT], "", "write the object alone, without the list around it"),
+        ]:
+            with self.subTest(advice):
+                found = coarinbox.validate(document)
+                pointer = "/" + member.replace(".", "/") if member else ""
+                self.assertIn(
+                    advice, [each.message for each in found if each.pointer == pointer][0]
+                )
+
     def test_hostile_values_make_short_messages_in_short_time(self) -> None:
         # Each would take minutes if it were compared as a whole, or repeated in each finding.
         huge = "x" * 10**6
@@ -1993,12 +2029,13 @@ class ReadRequestTest(unittest.TestCase):
 
     def test_malformed_header_lines(self) -> None:
         for line, name in [
-            (b"no colon\r\n", b""), (b"Host : x\r\n", b"Host "), (b" folded: x\r\n", b""),
-            (b"X: y\n", b"X"), (b"X: y\rContent-Length: 5\r\n", b"X"), (b"X: \x00\r\n", b"X"),
-            (b"X: y\r\r\nContent-Length: 5\r\n", b"X"), (b": y\r\n", b""),
-            (b"From somebody\r\n", b""), (b"X\xa0: y\r\n", b"X\xa0"),
+            (b"no colon\r\n", ""), (b"Host : x\r\n", "Host "), (b" folded: x\r\n", ""),
+            (b"X: y\n", "X"), (b"X: y\rContent-Length: 5\r\n", "X"), (b"X: \x00\r\n", "X"),
+            (b"X: y\r\r\nContent-Length: 5\r\n", "X"), (b": y\r\n", ""),
+            (b"From somebody\r\n", ""), (b"X\xa0: y\r\n", "X\xa0"),
         ]:  # fmt: skip
-            reason = f"header line 1 is malformed: {name!r}"
+            shown = repr(name) if name else "it has no name before a colon"
+            reason = f"header line 1 is malformed: {shown}"
             self.assert_refused(b"GET / HTTP/1.1\r\n" + line, 400, reason)
         folded = b"GET / HTTP/1.1\r\nX: y\r\n folded\r\n"
         self.assert_refused(folded, 400, "header line 2 is malformed")
@@ -3089,10 +3126,13 @@ class ListPageTest(unittest.TestCase):
             (delivered(OFFER, findings=[should]), "S", "201 · 1 warning"),
             (delivered(OFFER, 400, findings=[finding("E", "/c"), must]), "E", "400 · 1 error"),
             (delivered(OFFER, 400, findings=[must]), "E", "400 · 1 finding"),
+            (delivered(OFFER, 400, findings=[must, should], errors=1), "E", "400 · 1 error"),
             (delivered(OFFER, 503, simulated=True), "none", "503"),
+            (delivered(OFFER, 503, findings=[must], simulated=True), "none", "503"),
             (delivered(OFFER, 0, simulated=True), "none", "dropped"),
             (delivered(OFFER, 0, via="adopted"), "ok", "found"),
             (sent(ACCEPT, 0), "E", "↗ no answer"),
+            (sent(ACCEPT, 0)._replace(body=None), "E", "↗ not sent"),
             (sent(ACCEPT, 202), "ok", "↗ sent 202"),
         ]:
             with self.subTest(text):
@@ -3112,6 +3152,18 @@ class ListPageTest(unittest.TestCase):
             (row,) = list_page(delivered(document)).rows
             self.assertIn(shown, row)
             self.assertNotIn("orcid.org", row)
+
+    def test_the_reason_of_a_failure_comes_before_what_the_notification_could_do_better(
+        self,
+    ) -> None:
+        warned = [finding("S", "/a")]
+        for delivery, reason in [
+            (delivered(OFFER, 503, findings=warned, simulated=True, detail="a simulated failure"),
+             "a simulated failure"),
+            (sent(OFFER, 0, findings=warned, detail="Connection refused"), "Connection refused"),
+            (sent(OFFER, 201, findings=warned), "/a is wrong"),
+        ]:  # fmt: skip
+            self.assertIn(reason, list_page(delivery).rows[0])
 
     def test_a_click_on_a_time_filters_by_its_day(self) -> None:
         page = list_page(delivered(REFUSED, 400), query="status=4xx&direction=in&origin=r.example")
@@ -4254,10 +4306,13 @@ class ConfigurationTest(ProgramTest):
         self.assertEqual(sorted(caught.output), expected)
 
     def test_unknown_flags_and_values_end_it_with_status_2(self) -> None:
-        for arguments in (["--nothing"], ["--port", "x"], ["extra"]):
+        for *arguments, line in [
+            ("--nothing", "usage: coarinbox"), ("extra", "usage: coarinbox"),
+            ("--port", "x", "coarinbox: PORT is 'x', expected a port, 0 to 65535\n"),
+        ]:  # fmt: skip
             done = self.invoke(*arguments)
             self.assertEqual((done.status, done.output), (2, []))
-            self.assertIn("usage: coarinbox", done.errors)
+            self.assertIn(line, done.errors)
         done = self.invoke("--version")
         self.assertEqual(done, (0, [f"coarinbox {coarinbox.__version__}"], ""))
 
@@ -5895,6 +5950,13 @@ class SendingDoubleTest(unittest.TestCase):
             self.assertEqual(reviews.notifications, [offer])
             self.assertEqual(len(repository.notifications), 2)
 
+    def test_an_offer_is_undone_where_it_was_sent(self) -> None:
+        with coarinbox.running() as repository, coarinbox.running() as reviews:
+            sent = repository.send(offer_between(repository.url, reviews.url), reviews.url)
+            undone = repository.reply(sent, "Undo Offer")
+            self.assertEqual((undone.target, undone.findings), (reviews.url, []))
+            reviews.wait_for(pattern="Undo Offer", clean=True)
+
     def test_what_cannot_be_done(self) -> None:
         with coarinbox.running() as inbox:
             nobody = f"http://127.0.0.1:{free_port()}/"
@@ -7434,7 +7496,8 @@ class StartAndEndTest(ProgramTest):
     def test_a_signal_in_the_first_moments_ends_it_quietly(self) -> None:
         """The configuration sends it, because nobody else knows when the first moments are."""
         processes = []
-        for number, milliseconds in zip(coarinbox.STOP_SIGNALS, (3, 8, 20)):
+        signals = [each for each in signal.Signals if each.name in coarinbox.STOP_SIGNALS]
+        for number, milliseconds in zip(signals, (3, 8, 20)):
             path = self.directory / number.name
             path.write_text(
                 "import os, threading, time; pid = os.getpid()\n"
