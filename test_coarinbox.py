@@ -827,7 +827,7 @@ class HintsTest(unittest.TestCase):
                 found = coarinbox.validate(document)
                 pointer = "/" + member.replace(".", "/") if member else ""
                 self.assertIn(
-                    advice, [each.message for each in found if each.pointer == pointer][0]
+                    advice, next(each.message for each in found if each.pointer == pointer)
                 )
 
     def test_hostile_values_make_short_messages_in_short_time(self) -> None:
@@ -1827,6 +1827,29 @@ class LogTest(InboxTest):
         self.ask_raw(get_head(target="/" + "x" * 60_000))
         self.assertLess(max(map(len, self.log_lines())), 1100)
 
+    def test_no_part_of_a_request_swells_its_answer_or_the_log(self) -> None:
+        """65 kB became 390, because JSON writes six characters for one."""
+        swelling = b"\xff" * 60_000
+        for data in (
+            b"POST /" + swelling + b" HTTP/1.1\r\n\r\n",
+            post_head("Content-Length: 0").replace(b"/inbox", b"/" + b"x" * 60_000),
+            post_head("Content-Length: 0").replace(b"localhost", b"x" * 60_000),
+            post_head("Content-Length: 0").replace(JSON_LD.encode(), swelling),
+            post_head("Content-Length: 0", "Origin: http://" + "\xff" * 60_000),
+            post_head("Content-Length: 0", "Content-Encoding: " + "\xff" * 60_000),
+            post_head("Content-Length: 0", "X: " + "\xff" * 16_000),
+        ):
+            answer = self.ask_raw(data)
+            self.assertGreaterEqual(answer.status, 400)
+            self.assertLess(len(answer.body), 4_000, data[:60])
+        with self.server.deliveries.open() as log:
+            self.assertEqual([line[:50] for line in log if len(line) > 20_000], [])
+
+    @with_settings(DEBUG=True, MAX_CONTENT_LENGTH=9)
+    def test_a_request_that_is_refused_early_is_logged_whole_too(self) -> None:
+        self.ask_raw(post_head("Content-Length: 10", "X-Mine: yes"))
+        self.assertIn("X-Mine: yes", "".join(self.log_lines()))
+
     def test_what_the_script_of_a_page_asks_for_is_not_worth_a_line(self) -> None:
         script = {"Sec-Fetch-Dest": "empty", "Sec-Fetch-Site": "same-origin"}
         self.ask("GET", "/", headers=script)
@@ -2051,6 +2074,13 @@ class ReadRequestTest(unittest.TestCase):
         self.assert_refused(b"GET /" + b"x" * 60_000 + line[5:] + long * 6, 431, "65536")
         for trailer in (b"X: y\r\n" * 101, b"X: " + b"y" * 70_000):
             self.assert_refused(post_head(CHUNKED) + b"0\r\n" + trailer, 431)
+
+    def test_chunks_that_are_mostly_framing(self) -> None:
+        """A body of 1 MB in chunks of one byte held up everybody for two seconds."""
+        data = post_head(CHUNKED) + b"1;" + b"e" * 100 + b"\r\nx\r\n"
+        chunk = data.partition(b"\r\n\r\n")[2]
+        self.assertEqual(len(self.read_one(data + chunk * 600 + b"0\r\n\r\n").body), 601)
+        self.assert_refused(data + chunk * 700, 400, "too small")
 
     def test_lengths_that_are_missing_or_wrong_or_contradict_each_other(self) -> None:
         self.assert_refused(post_head() + BODY, 411)
@@ -2731,6 +2761,32 @@ class QueryTest(DeliveriesTest):
         ]:  # fmt: skip
             with self.subTest(query):
                 self.assertEqual(self.names(f"?{query}"), [names[index] for index in expected])
+
+    def test_a_search_ignores_case_and_how_json_writes_a_character(self) -> None:
+        texts = ["Straße", "ΣΊΣΥΦΟΣ", "a 5\u212a run", 'say "so"', "line\nbreak", "a\\b"]
+        self.post_each(*(changed(OFFER, "actor.name", text) for text in texts))
+        names = self.names("?limit=6")[::-1]
+        for query, index in [
+            ("STRASSE", 0), ("straße", 0), ("σίσυφος", 1), ("5k RUN", 2), ('"SO"', 3),
+            ("E\nb", 4), ("A\\B", 5),
+        ]:  # fmt: skip
+            found = self.names("?limit=6&q=" + urllib.parse.quote(query))
+            self.assertEqual(found, [names[index]], query)
+        for query, statuses in [
+            ("drop", []),
+            ("Queued", []),
+            ("tored", [201] * 8),
+            ("fuse", [400] * 2),
+        ]:
+            self.assertEqual(self.statuses(f"?q={query}"), statuses, query)
+
+    def test_most_lines_are_passed_over_without_reading_them_whole(self) -> None:
+        """Texts with other letters than ASCII took seven seconds in 100,000 deliveries."""
+        lines = self.path.read_bytes().splitlines()
+        self.assertEqual(len(lines), 4)
+        for text, expected in [("zzéz", 0), ("queued", 0), ("failed", 0), ("Ünïcode.ex", 1)]:
+            query = coarinbox.Query(q=text)
+            self.assertEqual(sum(map(query.may_match, lines)), expected, text)
 
     def test_a_time_selects_from_then_on(self) -> None:
         times = "2026-01-31T11:59:59.999Z", "2026-01-31T12:00:00.000Z", "2026-01-31T12:00:00.001Z"
@@ -6103,6 +6159,17 @@ class ScarcityTest(InboxTest):
         self.assert_answered(second, third)
 
     @constants(GRACE=0.02)
+    def test_long_searches_make_room(self) -> None:
+        """As many as there are connections let nobody else in for minutes."""
+        self.assert_serves()
+        os.truncate(self.server.deliveries.path, 2**36)  # it takes long to read
+        for kind in ("text/html", "application/json"):
+            head = get_head(f"Accept: {kind}", target="/deliveries?q=x")
+            with connect(self.server, head) as first, connect(self.server, head):
+                self.assert_serves()
+                self.assertEqual(first.recv(1), b"")
+
+    @constants(GRACE=0.02)
     def test_slow_clients_make_room_and_are_told_so(self) -> None:
         """They do not end their request, wait for a simulated delay or do not read the answer."""
         large = drop_in(self.server, b" " * 10_000_000)
@@ -7073,6 +7140,19 @@ class OtherSitesTest(InboxTest):
         self.assertIn("CORS_ORIGINS", "".join(self.log_lines()))
         self.assertEqual(self.ask("OPTIONS", "/inbox").status, 401)
 
+    def test_a_page_that_cannot_read_the_answer_finds_the_reason_in_the_log(self) -> None:
+        delete = {**self.preflight, "Access-Control-Request-Method": "DELETE"}
+        for method, path, headers, allowed in [
+            ("GET", "/inbox", self.allowed, True), ("OPTIONS", "/inbox", self.preflight, True),
+            ("GET", "/inbox", {"Origin": FOREIGN}, False), ("OPTIONS", "/inbox", delete, False),
+            ("OPTIONS", "/deliveries", self.preflight, False),
+        ]:  # fmt: skip
+            self.log.clear()
+            answer = self.ask(method, path, headers=headers)
+            self.assertEqual("Access-Control-Allow-Origin" in answer.headers, allowed)
+            reason = f"CORS_ORIGINS does not allow pages of {headers['Origin']} to do this"
+            self.assertEqual(reason in "".join(self.log_lines()), not allowed)
+
 
 class SharedStoreTest(DeliveriesTest):
     """A store that others use too, or have used."""
@@ -7295,8 +7375,14 @@ class FirstDayTest(unittest.TestCase):
                 self.assertIn(inbox.url, answer.json()["detail"])
             self.assertEqual((answer.status, "POST" in answer.headers["Allow"]), (405, True))
             self.assertEqual([each.target for each in inbox.deliveries], [*paths, "/inbox"])
-            with self.assertRaisesRegex(AssertionError, rf"404[^\n]*{inbox.url}"):
+            with self.assertRaisesRegex(AssertionError, rf"404[^\n]*{inbox.url}") as missing:
                 inbox.wait_for(type="Offer", timeout=0)
+            for line in (
+                "404 refused POST /inboxes from",
+                "POST /inbox/x",
+                "405 refused PUT /inbox ",
+            ):
+                self.assertIn(line, str(missing.exception))
             with self.assertRaisesRegex(AssertionError, "unexpected"):
                 inbox.assert_none()
 
