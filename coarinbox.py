@@ -4932,7 +4932,9 @@ def view_conversation(
         return {**values, "summary": "", "entries": []}
     sent = sum(each.direction == "out" for each in conversation)
     later = between(conversation[0].time, before)
-    summary = f"{len(conversation) - sent} received, {sent} sent, the last {later}"
+    summary = f"{len(conversation) - sent} received, {sent} sent" + (
+        later and f", the last {later}"
+    )
     return {**values, "summary": summary, "entries": entries}
 
 

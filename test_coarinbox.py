@@ -3417,6 +3417,15 @@ class DeliveryPageTest(unittest.TestCase):
                 "Authorization: Bearer secret", *data,
             ])  # fmt: skip
 
+    def test_a_conversation_is_in_the_order_of_its_requests(self) -> None:
+        """A receiver may send its reply before it answers."""
+        offer = sent(OFFER, time="2026-01-31T12:00:09.000Z", seconds=9.0)
+        reply = delivered(ACCEPT, time="2026-01-31T12:00:05.000Z")
+        edited = delivered(REFUSED, 400, time="yesterday", seconds=1.0)
+        page = delivery_page(offer, [reply, offer, edited])
+        timeline = page.one("section", id="conversation").text
+        self.assertRegex(timeline, "sent 201 Request Review .* 201 Accept .* 5.0 s later")
+
     def test_a_conversation_is_shown_in_order_with_attempts_folded(self) -> None:
         def at(seconds: int) -> str:
             return f"2026-01-31T12:00:{seconds:02}.000Z"
@@ -3518,6 +3527,13 @@ class PageTest(unittest.TestCase):
             self.assertIn(f'"id": "{example["id"]}",', page.lines)
         self.assertIn("error id is an HTTP URI origin.id-http-uri", page.texts("li"))
         self.assertIn("This inbox refuses: error.", page.text)
+        for mode, refused in [
+            (False, "none of them"), ("strict", "error, MUST"),
+            ("PCI", "error, whatever PCI refuses"),
+        ]:  # fmt: skip
+            context = CONTEXT._replace(mode=mode)
+            page = Page(coarinbox.constraints_page(context, coarinbox.PATTERNS[0]))
+            self.assertIn(f"This inbox refuses: {refused}.", page.text)
 
     def test_samples_can_be_read_and_copied(self) -> None:
         page = Page(coarinbox.samples_page(CONTEXT))
@@ -4818,6 +4834,17 @@ class CheckTest(ProgramTest):
         done = self.invoke("--check", "-", stdin=json.dumps(ACCEPT))
         self.assertEqual((done.status, done.output), (0, ["-: ok"]))
 
+    @unittest.skipUnless(os.path.exists("/dev/full"), "there is no device that is always full")
+    def test_output_that_cannot_be_written_is_no_verdict(self) -> None:
+        self.write("good.json", ACCEPT)
+        for arguments in (["--check", "good.json"], ["--sample", "Accept"]):
+            with open("/dev/full", "wb") as full:
+                options: Any = {"stdout": full, "stderr": subprocess.PIPE, "cwd": self.directory}
+                done = subprocess.run(self.command(*arguments), **options, text=True)
+            self.assertEqual(done.returncode, 2)
+            self.assertIn("coarinbox: standard output: No space left on device\n", done.stderr)
+            self.assertNotIn("Traceback", done.stderr)
+
     def test_the_exit_status_tells_the_verdict(self) -> None:
         good, bad = self.write("good.json", ACCEPT), self.write("bad.json", REFUSED)
         warned = self.write("warned.json", changed(ACCEPT, "@context", ABSENT))
@@ -5450,6 +5477,7 @@ class ArrivedTest(InboxTest):
                 (self.server, self.here, "/inbox", "inbox.localhost", True),
                 (proxied, f"{public}:443/inbox", "/inbox", "", False),
                 (proxied, f"{proxied.local}/inbox", "/inbox", "", True),
+                (proxied, "http://{}:{}/inbox".format(*address(proxied)), "/inbox", "", False),
             ]:
                 with self.subTest(inbox, path=path, host=host):
                     ask(server, "POST", path, self.offer(inbox), {"Host": host} if host else {})
@@ -5654,6 +5682,33 @@ class AutoReplyTest(unittest.TestCase):
             for earlier, later in zip(times, times[1:]):  # to the millisecond
                 self.assertGreaterEqual((later - earlier).total_seconds(), 0.049)
             self.assertEqual(reviews.notifications, [offer])
+
+    def test_the_page_of_the_offer_says_why_a_reply_was_not_sent(self) -> None:
+        nobody = f"http://127.0.0.1:{free_port()}/"
+        far, near = "its host is not 127.0.0.1, which delivered the Offer", "Connection refused"
+        for partner, chip, why in [
+            ("http://192.0.2.1/", "↗ not sent", far), (nobody, "↗ no answer", near),
+        ]:  # fmt: skip
+            with self.subTest(partner), constants(retry_delay=lambda *_: None):
+                with replying("Accept") as inbox:
+                    offer = offer_between(partner, inbox.url)
+                    page_of_offer = send(inbox.url, offer).headers["Location"]
+                    (out,) = sent_by(inbox, 1)
+                    page = Page(fetch(page_of_offer, headers=HTML).body.decode())
+                    timeline = page.one("section", id="conversation").text
+                    self.assertRegex(timeline, f"{chip} Accept .* {why}")
+                    url = f"{inbox.server.base}/deliveries/{out.name}"
+                    page = Page(fetch(url, headers=HTML).body.decode())
+                self.assertIn(why, page.text)
+                self.assertEqual("Nothing was sent." in page.text, chip == "↗ not sent")
+                self.assertEqual("What we sent" in page.text, chip != "↗ not sent")
+
+    def test_any_offer_that_was_accepted_is_answered(self) -> None:
+        with coarinbox.running() as partner:
+            with replying("Accept", VALIDATE_INCOMING=False) as inbox:
+                offer = {**offer_between(partner.url, inbox.url), "type": "Offer"}
+                coarinbox.send(offer, inbox.url)
+                partner.wait_for(in_reply_to=offer["id"], status="")
 
     def test_where_replies_may_go(self) -> None:
         tunnel, far = {"X-Forwarded-For": "203.0.113.9"}, {"REPLY_TO": "{partner}"}
@@ -7190,6 +7245,19 @@ class SharedStoreTest(DeliveriesTest):
                     self.assertGreaterEqual(adopted["time"], start)
                     self.assertEqual(ask(server, "GET", f"/deliveries/{name}/body").body, BODY)
             self.assertEqual(files_in(store), [f"{name}.json"])
+            with serving(STORE_DIR=store) as server:
+                self.wait_until(lambda: server.ledger.known_as(ACCEPT["id"]) == name)
+
+    def test_a_delivery_that_is_logged_while_it_looks_around_counts_once(self) -> None:
+        self.post()
+        with serving(STORE_DIR=self.server.store.directory) as server:
+            self.wait_until(lambda: not server.tasks)
+            ledger = coarinbox.Ledger(server.store.directory, fsync=False)
+            ledger.record(delivered(OFFER, 404))
+            *_, survey = ledger.survey("3")
+            ledger.take_over(survey)
+            ledger.record(delivered(OFFER, 404))
+        self.assertEqual(sum(ledger.tally.values()), 3)
 
     def test_an_inbox_that_is_emptied_while_it_looks_around_adopts_nothing(self) -> None:
         names, looking, emptied = coarinbox.Store.names, threading.Event(), threading.Event()
@@ -7558,15 +7626,17 @@ class CommitTest(InboxTest):
 class StartAndEndTest(ProgramTest):
     @unittest.skipUnless(os.path.exists("/dev/full"), "there is no device that is always full")
     def test_it_serves_though_standard_error_is_closed_or_full(self) -> None:
+        """And though SIGHUP arrives, which its parent has disabled, as `nohup` does."""
         for way in ("2>&-", "2>/dev/full"):
             with self.subTest(way):
                 port = free_port()
                 command = self.command("--port", str(port), "--store", way[-3:])
-                shell = ["sh", "-c", f'exec "$0" "$@" {way}', *command]
+                shell = ["sh", "-c", f'trap "" HUP; exec "$0" "$@" {way}', *command]
                 with subprocess.Popen(shell, cwd=self.directory, stdout=subprocess.PIPE) as inbox:
                     self.addCleanup(inbox.kill)
                     while not can_connect(("localhost", port)):
                         self.assertIsNone(inbox.poll())
+                    inbox.send_signal(signal.SIGHUP)
                     self.assertEqual(send(f"http://localhost:{port}/inbox").status, 201)
                     inbox.terminate()
                     self.assertEqual(inbox.wait(20), 0)
