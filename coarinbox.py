@@ -2244,9 +2244,11 @@ class Query(NamedTuple):
 
     def may_match(self, line: bytes) -> bool:
         """Test one raw line, or many, cheaply: parsing every line would be slow."""
-        expressions, texts = needles(self)
+        expressions, texts, verdict = needles(self)
         if not all(expression.search(line) for expression in expressions):
             return False
+        if verdict and verdict.search(line):
+            return True
         lower = line.lower() if texts else b""
         return all(text in lower for text in texts) or LOOKALIKES.search(lower) is not None
 
@@ -2284,9 +2286,17 @@ class Query(NamedTuple):
 LOOKALIKES = re.compile(rb"\\u(00[2-7]|00df|0130|0149|017f|01f0|1e9[6-9abe]|212a|fb0)")
 
 
+class Needles(NamedTuple):
+    """The marks of lines that a query may select, which are found without parsing the lines."""
+
+    expressions: list[re.Pattern[bytes]]  # a line matches all of them
+    texts: list[bytes]  # in lower case; a line contains all of them, or LOOKALIKES
+    verdict: re.Pattern[bytes] | None  # or it has a status whose verdict contains `q`
+
+
 @functools.lru_cache(maxsize=64)
-def needles(query: Query) -> tuple[list[re.Pattern[bytes]], list[bytes]]:
-    """Return expressions and lower-case texts that the line of every match contains."""
+def needles(query: Query) -> Needles:
+    """Return the marks of lines that a query may select."""
     parts = {
         '"pattern": "%s"': query.pattern,
         '"direction": "%s"': query.direction if query.direction == "out" else "",
@@ -2295,15 +2305,23 @@ def needles(query: Query) -> tuple[list[re.Pattern[bytes]], list[bytes]]:
         '"time": "%sT': query.day,
     }
     expressions = [part.replace("%s", value) for part, value in parts.items() if value]
-    texts, text = [query.origin.casefold()], query.q.casefold()
-    statuses = [VERDICTS[verdict] for verdict in VERDICTS if text and text in verdict]
-    if statuses:  # the line does not hold the verdict
-        expressions.append(f'"status": ({"|".join(statuses)}),|(?i:{text})')
-    else:
-        texts.append(text)
-    # JSON escapes the other characters, which may be in upper or lower case.
-    plain = [part for text in texts for part in re.findall("[\0-\x7f]+", text)]
-    return [re.compile(text.encode()) for text in expressions], list(map(json_bytes, plain))
+    texts: list[bytes] = []
+    for text in filter(None, (query.origin.casefold(), query.q.casefold())):
+        in_ascii = re.findall("[\0-\x7f]+", text)  # JSON escapes the other characters
+        texts += map(json_bytes, in_ascii)
+        expressions += [] if in_ascii else [spellings(text[0])]
+    text = query.q.casefold()
+    statuses = "|".join(VERDICTS[verdict] for verdict in VERDICTS if text and text in verdict)
+    verdict = re.compile(f'"status": ({statuses}),'.encode()) if statuses else None
+    return Needles([re.compile(each.encode()) for each in expressions], texts, verdict)
+
+
+def spellings(character: str) -> str:
+    """Return an expression for a character in either case, escaped as in JSON or not."""
+    cased = map(chr, range(0x80, 0x1E944))  # Adlam, the last alphabet that has two cases
+    same = {character, *(each for each in cased if character in each.casefold())}
+    escaped = (json_bytes(each).decode() for each in same)
+    return "|".join(map(re.escape, (*escaped, *same)))
 
 
 # The kinds of deliveries that the page counts, each as the query that selects it.
