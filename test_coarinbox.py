@@ -327,6 +327,21 @@ def constants(**values: Any) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def syncing_with(sync: Callable[[int], object]) -> Iterator[None]:
+    """Have a function stand for what a disk does with a file, in a block or in a test."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(unittest.mock.patch("os.fsync", sync))
+        if importlib.util.find_spec("fcntl"):  # macOS has a call of its own there
+            refused = OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+            stack.enter_context(unittest.mock.patch("fcntl.fcntl", side_effect=refused))
+        yield
+
+
+# Windows syncs the directory when it likes.
+SYNCED_KINDS = [stat.S_IFREG, stat.S_IFDIR] if os.name == "posix" else [stat.S_IFREG]
+
+
 class InboxTest(unittest.TestCase):
     """Tests against an inbox of their own; a test fails if the inbox logs an error."""
 
@@ -2356,12 +2371,12 @@ class StorageTest(InboxTest):
         def fsync(descriptor: int) -> None:
             synced.append(stat.S_IFMT(os.fstat(descriptor).st_mode))
 
-        with unittest.mock.patch("os.fsync", fsync):
+        with syncing_with(fsync):
             self.assert_serves()
-            self.assertEqual(synced, [stat.S_IFREG, stat.S_IFDIR])
+            self.assertEqual(synced, SYNCED_KINDS)
             with serving(FSYNC=False) as other:
                 self.assertEqual(ask(other, "POST", "/inbox", ACCEPT).status, 201)
-            self.assertEqual(len(synced), 2)
+            self.assertEqual(synced, SYNCED_KINDS)
 
     def test_a_disk_without_hard_links_will_do(self) -> None:
         with unittest.mock.patch("os.link", side_effect=PermissionError(errno.EPERM, "no links")):
@@ -2371,7 +2386,7 @@ class StorageTest(InboxTest):
 
     def test_while_a_file_is_synced_others_are_served_and_the_end_waits_for_it(self) -> None:
         released = threading.Event()
-        with unittest.mock.patch("os.fsync", lambda _: released.wait(10)):
+        with syncing_with(lambda _: released.wait(10)):
             with connect(self.server, post_to()) as syncing:
                 self.wait_until(lambda: bool(files_in(self.directory)))
                 self.assertEqual(self.ask("GET", "/constraints").status, 200)
@@ -2409,13 +2424,13 @@ class BrokenStoreTest(InboxTest):
 
     def test_a_disk_that_fails_leaves_nothing_behind(self) -> None:
         failures = ((errno.EIO, 500), (errno.ENOSPC, 507), (errno.EDQUOT, 507))
-        for kind, (number, status) in itertools.product((stat.S_IFREG, stat.S_IFDIR), failures):
+        for kind, (number, status) in itertools.product(SYNCED_KINDS, failures):
 
             def fsync(descriptor: int, kind: int = kind, number: int = number) -> None:
                 if stat.S_IFMT(os.fstat(descriptor).st_mode) == kind:
                     raise OSError(number, os.strerror(number))
 
-            with unittest.mock.patch("os.fsync", fsync):
+            with syncing_with(fsync):
                 self.assert_problem(self.post(), status)
             self.assertEqual(files_in(self.server.store.directory), [])
 
@@ -2457,7 +2472,6 @@ class BrokenStoreTest(InboxTest):
         self.assertEqual(self.log_lines()[-1], "the store failed: the disk is gone")
         self.assert_serves()
 
-    @unittest.skipUnless(shutil.which("nsenter"), "making a small disk needs util-linux")
     def test_a_disk_that_is_full_or_read_only(self) -> None:
         """On a tmpfs of 64 KiB, in a mount namespace of its own."""
         with tempfile.TemporaryDirectory() as directory:
@@ -2493,9 +2507,13 @@ class BrokenStoreTest(InboxTest):
 
 def on_small_disk(options: str, directory: Any) -> list[str]:
     """Return the command line of an inbox for which a tmpfs is mounted on a directory."""
-    script = f'mount -t tmpfs -o {options} tmpfs {directory} && exec "$0" "$@"'
-    shell = ["unshare", "--mount", "--map-root-user", "sh", "-c", script]
-    return [*shell, sys.executable, str(MODULE), "--port", "0"]
+    mount = f"mount -t tmpfs -o {options} tmpfs {directory}"
+    shell = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
+    try:
+        subprocess.run([*shell, mount], check=True, capture_output=True, timeout=20)
+    except (OSError, subprocess.CalledProcessError):
+        raise unittest.SkipTest("only root may mount a disk, and nobody may pass for it") from None
+    return [*shell, f'{mount} && exec "$0" "$@"', sys.executable, str(MODULE), "--port", "0"]
 
 
 # --- Deliveries ----------------------------------------------------------------------------------
@@ -4240,7 +4258,6 @@ class StartTest(ProgramTest):
             ]:  # fmt: skip
                 self.assertIn(expected, self.fail_to_start("--port", "0", *arguments))
 
-    @unittest.skipUnless(shutil.which("unshare"), "a read-only disk needs util-linux")
     def test_a_store_that_cannot_be_written_to(self) -> None:
         command = [*on_small_disk("ro", self.directory), "--store", str(self.directory)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
@@ -4566,13 +4583,14 @@ class DoubleTest(unittest.TestCase):
 
     def test_a_delivery_is_shown_in_one_line(self) -> None:
         inbox, long = self.inbox, changed(OFFER, "id", "urn:x:\n" + "x" * 5000)
-        for url, document, expected in [
-            (inbox.url, OFFER, f"201 stored Request Review from {REPOSITORY['id']} {OFFER_ID}>"),
-            (inbox.url, b"no", "400 refused no pattern from 127.0.0.1 without an id>"),
-            (inbox.url[:-1], OFFER, "404 refused POST /inbo from 127.0.0.1 without an id>"),
-            (inbox.url, long, "400 refused Request Review"),
+        url = inbox.url.replace("localhost", "127.0.0.1")
+        for to, document, expected in [
+            (url, OFFER, f"201 stored Request Review from {REPOSITORY['id']} {OFFER_ID}>"),
+            (url, b"no", "400 refused no pattern from 127.0.0.1 without an id>"),
+            (url[:-1], OFFER, "404 refused POST /inbo from 127.0.0.1 without an id>"),
+            (url, long, "400 refused Request Review"),
         ]:  # fmt: skip
-            send(url, document)
+            send(to, document)
             line = repr(inbox.deliveries[-1])
             self.assertTrue(line.startswith(f"<Delivery {expected}"), line)
             self.assertTrue(line.isprintable() and len(line) < 600, line)
@@ -5173,7 +5191,7 @@ SILENT: dict[str, tuple[str, str, str]] = {
     "a comment": ("text/html", '<!-- <link rel="ldp:inbox" href="/inbox"> -->', ""),
     "a script": ("text/html", """<script>'<link rel="ldp:inbox" href="/inbox">'</script>""", ""),
     "no URL": ("text/html", '<link rel="ldp:inbox">', ""),
-    "odd HTML": ("text/html", '<![odd[x]]><link rel="ldp:inbox" href="/inbox">', ""),
+    "odd HTML": ("text/html", "<![odd[x]]><p>", ""),  # some Pythons raise an error
     "not JSON": (JSON_LD, "{", ""),
     "odd JSON": (JSON_LD, '[5, null, {"inbox": 5}, {"inbox": []}, {"inbox": {"@id": {}}}]', ""),
     "itself": ("", "", f"</a/page>; rel={LDP_INBOX}"),
@@ -5510,7 +5528,7 @@ class ArrivedTest(InboxTest):
             inbox.send(offers[1], receiver.url)
             self.assertEqual(ask(inbox.server, "DELETE", path_of(locations[2])).status, 204)
         with coarinbox.running(STORE_DIR=store) as inbox:
-            self.wait_until(lambda: b"id-repeated" in send(inbox.url, offers[0]).body)
+            self.wait_until(lambda: b"4 of 4" in ask(inbox.server, "GET", "/", headers=HTML).body)
             answers = [send(inbox.url, offer).body.decode() for offer in offers[1:]]
             self.assertIn(f"before, as {last_part(locations[1])}", answers[0])
             self.assertNotIn("id-repeated", answers[1])
@@ -5836,11 +5854,18 @@ class AutoReplyTest(unittest.TestCase):
             self.assertEqual(out.about["inReplyTo"], offer["id"])
 
     def test_a_bug_surfaces_and_ends_the_replies_to_its_offer(self) -> None:
+        failed = threading.Event()
+
+        def fail(*_: object) -> None:
+            failed.set()
+            raise ZeroDivisionError
+
         with self.assertLogs("coarinbox") as logged, self.assertRaises(RuntimeError) as caught:
             with replying("Accept", "Reject") as inbox, receiving(CREATED) as receiver:
-                with unittest.mock.patch("coarinbox.retry_delay", side_effect=ZeroDivisionError):
+                with unittest.mock.patch("coarinbox.retry_delay", fail):
                     send(inbox.url, offer_between(receiver.url, inbox.url))
                     self.assertEqual(sent_by(inbox, 1)[0].pattern, "Accept")
+                    self.assertTrue(failed.wait(10))
         self.assertIsInstance(caught.exception.__cause__, ZeroDivisionError)
         self.assertNotIn("dropped", "".join(logged.output))  # nothing was to come
 
@@ -6666,10 +6691,10 @@ class TlsTest(SendingTest):
             self.assertEqual(answer_on(first).status, 503)
 
     def test_requests_that_come_at_once_are_all_answered(self) -> None:
-        """The second lies where nobody but TLS knows of it: the first is just as long as a read."""
+        """Together they fill a TLS record: what a read leaves of it, nobody but TLS knows of."""
         last = post_head("Content-Length: 0", "Connection: close")
         first = post_head("Content-Length: 0", "X: ")
-        padding = b"x" * (io.DEFAULT_BUFFER_SIZE - len(first))
+        padding = b"x" * (16384 - len(first + last))
         with self.serving() as server:
             secure = self.connect(server, first.replace(b"X: ", b"X: " + padding) + last)
             with secure.makefile("rb") as stream:
@@ -7581,15 +7606,15 @@ class CommitTest(InboxTest):
             if number := fails(status):
                 raise OSError(number, os.strerror(number))
 
-        with unittest.mock.patch.multiple(os, create=True, fsync=sync, fdatasync=sync):
+        with syncing_with(sync):
             yield synced
 
     @unittest.skipUnless(importlib.util.find_spec("fcntl"), "the system has no such call")
     def test_a_drive_with_a_cache_of_its_own_is_told_to_empty_it(self) -> None:
         """On macOS, `os.fsync` leaves a notification in there."""
         told = unittest.mock.Mock()
-        with unittest.mock.patch.multiple("fcntl", create=True, F_FULLFSYNC=51, fcntl=told):
-            with self.disk() as synced:
+        with self.disk() as synced:
+            with unittest.mock.patch.multiple("fcntl", create=True, F_FULLFSYNC=51, fcntl=told):
                 self.assertEqual(self.post_together(1), [201])
         self.assertEqual([call.args[1] for call in told.call_args_list], [51, 51])
         self.assertEqual(synced, [])
@@ -7604,6 +7629,7 @@ class CommitTest(InboxTest):
         with self.disk(lambda status: errno.ENOSPC if status.st_size > 5000 else 0):
             self.assertEqual(self.post_together(*[9000, 1] * 8), [507, 201] * 8)
 
+    @unittest.skipUnless(stat.S_IFDIR in SYNCED_KINDS, "nobody can sync a directory here")
     def test_a_directory_that_cannot_be_synced_fails_all_of_them(self) -> None:
         with self.disk(lambda status: errno.EIO if stat.S_ISDIR(status.st_mode) else 0):
             self.assertEqual(self.post_together(*range(8)), [500] * 8)
