@@ -297,6 +297,15 @@ def path_of(url: str) -> str:
     return "/" + url.split("/", 3)[3]
 
 
+def what_the_system_says(call: Callable[..., object], *arguments: Any) -> str:
+    """Return the reason for which a call fails, in the words of this system."""
+    try:
+        call(*arguments)
+    except OSError as error:
+        return str(error.strerror)
+    raise AssertionError("it does not fail")
+
+
 def utc_now() -> str:
     now = datetime.datetime.now(datetime.timezone.utc)
     return now.strftime("%Y-%m-%dT%H:%M:%S.") + f"{now.microsecond // 1000:03}Z"
@@ -2250,6 +2259,7 @@ class StallTest(InboxTest):
         bodies = sorted(each["body"] for each in deliveries)
         self.assertEqual(bodies, sorted(body.decode() for body in UNFINISHED.values()))
 
+    @unittest.skipUnless(os.name == "posix", "Windows takes an answer of any length at once")
     def test_a_client_that_does_not_read_its_answer_is_disconnected(self) -> None:
         name = "20200101_000000_" + "a" * 32
         pathlib.Path(self.server.store.directory, f"{name}.json").write_bytes(b" " * 10_000_000)
@@ -2434,6 +2444,7 @@ class BrokenStoreTest(InboxTest):
                 self.assert_problem(self.post(), status)
             self.assertEqual(files_in(self.server.store.directory), [])
 
+    @unittest.skipUnless(os.name == "posix", "Windows takes it for a directory that is missing")
     def test_a_file_where_the_store_should_be(self) -> None:
         directory, one = self.server.store.directory, "/inbox/20200101_000000_" + "a" * 32
         os.rmdir(directory)
@@ -2939,7 +2950,10 @@ class EventsTest(DeliveriesTest):
     def test_a_log_that_begins_anew_is_followed_from_its_beginning(self) -> None:
         self.post_each(*[ACCEPT] * 3)
         listener = self.listen()
-        for forget in (self.path.unlink, lambda: self.ask("DELETE", "/inbox")):
+        ways: list[Callable[[], object]] = [lambda: self.ask("DELETE", "/inbox")]
+        if os.name == "posix":  # Windows does not remove a file that somebody reads
+            ways.append(self.path.unlink)
+        for forget in ways:
             forget()
             self.assertEqual(self.deliveries(), [])
             self.post_each(*[REFUSED] * 5)  # longer than the one before
@@ -3413,7 +3427,7 @@ class DeliveryPageTest(unittest.TestCase):
         self.assertIn("What they answered", page.texts("h2"))
         self.assertEqual(page.texts("pre")[1], "no answer")
 
-    @unittest.skipUnless(shutil.which("sh"), "there is no shell")
+    @unittest.skipUnless(os.name == "posix", "the command is for another shell")
     def test_the_copied_command_makes_the_same_request(self) -> None:
         headers = {"Content-Type": "text/plain", "X": "it's `id`", "Authorization": "(masked)",
                    "Cookie": "(masked)", "Content-Length": "9"}  # fmt: skip
@@ -4037,9 +4051,13 @@ class Program:
     def ask(self, *arguments: Any, **more: Any) -> Answer:
         return ask(self, *arguments, **more)
 
+    def send_signal(self, number: int) -> None:
+        """Send a signal; Windows has only one that a process can send and its receiver handle."""
+        self.process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", number))
+
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
         """Send a signal; returns the exit status and what was logged."""
-        self.process.send_signal(number)
+        self.send_signal(number)
         status = self.process.wait(20)
         self.reader.join()
         return status, "\n".join(self.log)
@@ -4052,7 +4070,8 @@ def environment(**more: str) -> dict[str, str]:
 @contextlib.contextmanager
 def running(command: list[str], **options: Any) -> Iterator[Program]:
     """Run an inbox as a process until the block ends."""
-    options = {"env": environment(), **options}
+    group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # or Windows signals us as well
+    options = {"env": environment(), "creationflags": group, **options}
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **options
     ) as process:
@@ -4204,10 +4223,10 @@ class StartTest(ProgramTest):
     def test_a_request_in_flight_is_answered_before_the_end(self) -> None:
         """Even if the signal comes twice, and other clients wait for a connection."""
         with self.stalled(DOUBLE_SIGNAL=60) as (inbox, connection), connect(inbox):
-            inbox.process.send_signal(signal.SIGTERM)
+            inbox.send_signal(signal.SIGTERM)
             while can_connect(inbox.server_address):  # it stops listening first
                 pass
-            inbox.process.send_signal(signal.SIGINT)
+            inbox.send_signal(signal.SIGINT)
             connection.sendall(BODY)
             answer = answer_on(connection)
             self.assertEqual((answer.status, answer.headers["Connection"]), (201, "close"))
@@ -4216,11 +4235,11 @@ class StartTest(ProgramTest):
 
     def test_a_signal_some_time_after_the_first_does_not_wait(self) -> None:
         with self.stalled(DOUBLE_SIGNAL=0) as (inbox, _):
-            inbox.process.send_signal(signal.SIGTERM)
+            inbox.send_signal(signal.SIGTERM)
             while can_connect(inbox.server_address):
                 pass
             started = time.monotonic()
-            inbox.process.send_signal(signal.SIGINT)
+            inbox.send_signal(signal.SIGINT)
             self.assertEqual(inbox.process.wait(10), 0)
             self.assertLess(time.monotonic() - started, coarinbox.STOP_WITHIN - 0.5)
         self.assertEqual(files_in(self.directory / "notifications"), [])
@@ -4836,8 +4855,9 @@ class CheckTest(ProgramTest):
             (b"[" * 101 + b"]" * 101, "depth it is nested more than 100 levels deep"),
             (b" " * 1048577, "size it is larger than 1048576 bytes"),
         ]:  # fmt: skip
-            # Not even an odd name breaks the line.
-            done = self.invoke("--check", self.write("two\nlines.json", document))
+            # Not even an odd name breaks the line, on systems that have such names.
+            odd = "two\nlines.json" if os.name == "posix" else "two lines.json"
+            done = self.invoke("--check", self.write(odd, document))
             (line,) = done.output
             self.assertIn(f"lines.json: E - {expected}", line)
             self.assertNotIn("Traceback", done.errors)
@@ -4868,6 +4888,7 @@ class CheckTest(ProgramTest):
         warned = self.write("warned.json", changed(ACCEPT, "@context", ABSENT))
         nameless = self.write("nameless.json", changed(ACCEPT, "actor.name", ABSENT))
         broken, scalar = self.write("broken.json", b"{"), self.write("scalar.json", 5)
+        not_there = what_the_system_says(os.stat, self.directory / "missing.json")
         for mode, names, expected, count in [
             (True, [good], 0, 1), (True, [bad], 1, 3), (True, [good, bad], 1, 4),
             (True, [warned], 0, 1), (True, [broken], 1, 1), ("strict", [warned], 1, 1),
@@ -4879,7 +4900,7 @@ class CheckTest(ProgramTest):
                 config = self.write("mode.cfg", f"VALIDATE_INCOMING = {mode!r}".encode())
                 status, lines, stderr = self.invoke("--config", config, "--check", *names)
                 self.assertEqual((status, len(lines)), (expected, count), (lines, stderr))
-                self.assertEqual("missing.json: No such file" in stderr, expected == 2)
+                self.assertEqual(f"missing.json: {not_there}\n" in stderr, expected == 2)
 
     def test_directories_are_searched_for_files(self) -> None:
         for name in ("a/2.jsonld", "a/1.json", "a/b/3.json", "a/notes.txt", "a/deliveries.jsonl"):
@@ -4893,7 +4914,8 @@ class CheckTest(ProgramTest):
         done = self.invoke("--check", "a", "--check", "a/1.json")
         self.assertEqual(done.status, 1)
         checked = [line.partition(":")[0] for line in done.output]
-        self.assertEqual(checked, ["a/1.json", "a/2.jsonld", "a/b/3.json", "a/1.json"])
+        found = [os.path.join("a", *name.split("/")) for name in ("1.json", "2.jsonld", "b/3.json")]
+        self.assertEqual(checked, [*found, "a/1.json"])
         done = self.invoke("--check", "empty")
         self.assertEqual(done.status, 2)
         self.assertIn("0 checked, 0 refused", done.errors)
@@ -5431,11 +5453,14 @@ class ConverseTest(ProgramTest):
             self.write("good.json", addressed(ACCEPT, inbox.url))
             status, lines, errors = self.invoke("--send", inbox.url, "none.json", ".", "good.json")
         self.assertEqual((status, len(lines)), (2, 1))
-        self.assertIn("coarinbox: none.json: No such file", errors)
+        not_there = what_the_system_says(os.stat, self.directory / "none.json")
+        self.assertIn(f"coarinbox: none.json: {not_there}\n", errors)
         self.assertIn("coarinbox: .: ", errors)
-        url = f"http://127.0.0.1:{free_port()}/inbox"
+        port = free_port()
+        url = f"http://127.0.0.1:{port}/inbox"
+        refused = what_the_system_says(socket.create_connection, ("127.0.0.1", port))
         done = self.invoke("--send", url, "good.json")
-        self.assertEqual(done, (2, [], f"coarinbox: good.json: {url}: Connection refused\n"))
+        self.assertEqual(done, (2, [], f"coarinbox: good.json: {url}: {refused}\n"))
 
     def test_a_token_is_sent_and_never_shown(self) -> None:
         with coarinbox.running(TOKEN="s3cret") as inbox:
@@ -6141,8 +6166,10 @@ class UnderLoadTest(ProgramTest):
             connection.close()
 
         command = self.command("--port", "0")
+        # Windows cannot append to a file in one step, so that two might write at the same place.
+        ways = ("True", "False") if os.name == "posix" else ("True",)
         with contextlib.ExitStack() as stack:
-            environments = [environment(COARNOTIFY_FSYNC=text) for text in ("True", "False")]
+            environments = [environment(COARNOTIFY_FSYNC=text) for text in ways]
             inboxes = [stack.enter_context(running(command, cwd=self.directory, env=each))
                        for each in environments]  # fmt: skip
             pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(8))
@@ -6157,7 +6184,7 @@ class UnderLoadTest(ProgramTest):
                 self.assertLessEqual(known, {f"/inbox/{line['name']}" for line in lines})
             for status, log in [inbox.stop() for inbox in inboxes]:
                 self.assertEqual((status, "Traceback" in log), (0, False), log)
-            self.assertEqual([each.result() for each in senders], [None] * 8)
+            self.assertEqual({each.result() for each in senders}, {None})
         store = self.directory / "notifications"
         whole = [name for name in files_in(store) if (store / name).read_bytes() == document]
         log = (store / "deliveries.jsonl").read_text()
@@ -6643,13 +6670,15 @@ class TlsTest(SendingTest):
         cls.addClassCleanup(directory.cleanup)
         cls.directory = directory.name
         cls.certificate, cls.key = f"{cls.directory}/cert.pem", f"{cls.directory}/key.pem"
-        subprocess.run(
+        done = subprocess.run(
             ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
              "-nodes", "-days", "2", "-subj", "/CN=localhost",
              "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
              "-keyout", cls.key, "-out", cls.certificate],
-            check=True, capture_output=True, timeout=60,
+            capture_output=True, timeout=60,
         )  # fmt: skip
+        if done.returncode:  # on Windows, some do not find their configuration
+            raise unittest.SkipTest(f"openssl makes no certificate: {done.stderr!r}")
         cls.context = ssl.create_default_context(cafile=cls.certificate)
 
     def serving(self, **settings: Any) -> Any:
@@ -7398,14 +7427,14 @@ class AddressTest(unittest.TestCase):
     def test_a_port_that_is_free_on_one_loopback_only_is_passed_over(self) -> None:
         """Clients have ports, too: of many inboxes that start, one met the port of a client."""
         in_use = OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-        create, taken = socket.create_server, [in_use, in_use]
+        bind, taken = socket.socket.bind, [in_use, in_use]
 
-        def create_later(*arguments: Any, **more: Any) -> socket.socket:
-            if taken:
+        def bind_later(sock: socket.socket, where: Any) -> None:
+            if where[0] == "::1" and where[1] and taken:
                 raise taken.pop()
-            return create(*arguments, **more)
+            bind(sock, where)
 
-        with unittest.mock.patch("socket.create_server", create_later):
+        with unittest.mock.patch("socket.socket.bind", bind_later):
             self.assert_serves_localhost("127.0.0.1")
 
     @NEEDS_IPV6
@@ -7430,8 +7459,9 @@ class AddressTest(unittest.TestCase):
         """Windows would let it, but for an option; here, another one stands for it."""
         option, create = socket.SO_KEEPALIVE, not hasattr(socket, "SO_EXCLUSIVEADDRUSE")
         with unittest.mock.patch("socket.SO_EXCLUSIVEADDRUSE", option, create=create):
-            with serving() as server:
-                self.assertTrue(server.socket.getsockopt(socket.SOL_SOCKET, option))
+            with serving(HOST="localhost") as server:
+                for sock in server.sockets:
+                    self.assertTrue(sock.getsockopt(socket.SOL_SOCKET, option))
 
     @unittest.skipUnless(hasattr(os, "fork"), "this system has no fork")
     def test_a_child_leaves_the_inbox_of_its_parent_alone(self) -> None:
@@ -7682,9 +7712,9 @@ class StartAndEndTest(ProgramTest):
         for number, milliseconds in zip(signals, (3, 8, 20)):
             path = self.directory / number.name
             path.write_text(
-                "import os, threading, time; pid = os.getpid()\n"
-                f"def end(): time.sleep({milliseconds / 1000}); os.kill(pid, {int(number)})\n"
-                "threading.Thread(target=end).start()\n"
+                "import signal, threading\n"
+                f"end = lambda: signal.raise_signal({int(number)})\n"
+                f"threading.Timer({milliseconds / 1000}, end).start()\n"
             )
             command = [sys.executable, str(MODULE), "--port", "0", "--config", str(path)]
             options: Any = {"env": environment(), "cwd": self.directory, "stderr": subprocess.PIPE}
