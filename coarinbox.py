@@ -360,7 +360,8 @@ def json_types(types: Sequence[str]) -> str:
 def short_value(value: Any) -> Any:
     """Return a value if its JSON is short enough to be repeated in an answer, else None."""
     try:
-        pieces = json.JSONEncoder(allow_nan=False).iterencode(value)
+        # It would remember the value when looking for circles, and stay in memory with it.
+        pieces = json.JSONEncoder(allow_nan=False, check_circular=False).iterencode(value)
         short = sum(map(len, itertools.islice(pieces, 101))) <= 100
     except (RecursionError, TypeError, ValueError):
         short = False

@@ -55,6 +55,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -7052,6 +7053,20 @@ class MemoryTest(unittest.TestCase):
                 client.sendall(b"GET /health HTTP/1.1\r\n" + head + body)
                 self.assertEqual(answer_on(client).status, 204)
             self.assertLess(tracemalloc.get_traced_memory()[0] - before, 1_000_000)
+
+    def test_what_was_validated_does_not_stay_in_it(self) -> None:
+        """A value that was too long for its finding did, and brought the document with it."""
+
+        class Document(list):  # type: ignore[type-arg]
+            """A list that can be watched."""
+
+        gc.disable()
+        self.addCleanup(gc.enable)
+        document = Document([{}] * 1000)
+        left = weakref.ref(document)
+        self.assertEqual([each.value for each in coarinbox.validate(document)], [None])
+        del document
+        self.assertIsNone(left())
 
     def test_documents_are_parsed_one_at_a_time(self) -> None:
         """A hundred bodies of 1 MB took 2.7 GB, because each was kept until its answer was sent."""
