@@ -5299,7 +5299,7 @@ class DeadlineTest(SendingTest):
             head = b"HTTP/1.1 201 Created\r\n" + headers + b"\r\n"
             for pause, size, least, most in ((0.01, 1, 1, 1000), (0, 1000, 60_000, 65_535)):
                 self.receiver.reset(endless(head, b"x" * size, pause))
-                timeout = 0.15 if pause else 10
+                timeout = 0.3 if pause else 10
                 received = coarinbox.send(ACCEPT, self.receiver.url, timeout=timeout)
                 self.assertEqual((received.status, {*received.body}), (201, {ord("x")}))
                 self.assertTrue(least <= len(received.body) <= most, len(received.body))
@@ -6786,7 +6786,7 @@ class TlsTest(SendingTest):
                 self.assertEqual(coarinbox.send(ACCEPT, f"{server.base}/inbox").status, 201)
             drip = endless(b"HTTP/1.1 201 Created\r\n\r\n", b"x", 0.01)
             with receiving(drip, (self.certificate, self.key)) as receiver:
-                self.assertEqual(coarinbox.send(ACCEPT, receiver.url, timeout=0.2).status, 201)
+                self.assertEqual(coarinbox.send(ACCEPT, receiver.url, timeout=1).status, 201)
 
     def test_the_certificate_must_be_trusted_and_have_the_name_of_the_url(self) -> None:
         with receiving(CREATED, (self.certificate, self.key)) as receiver:
