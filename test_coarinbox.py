@@ -2462,10 +2462,9 @@ class BrokenStoreTest(InboxTest):
         self.assert_serves()
 
     def test_it_never_overwrites(self) -> None:
-        with unittest.mock.patch("time.gmtime", return_value=time.gmtime(0)):
-            with unittest.mock.patch("os.urandom", return_value=bytes(16)):
-                location = self.post().headers["Location"]
-                self.assert_problem(self.post(OFFER), 500)  # for it would have the same name
+        with unittest.mock.patch("coarinbox.new_name", lambda: f"20200101_000000_{'0' * 32}"):
+            location = self.post().headers["Location"]
+            self.assert_problem(self.post(OFFER), 500)  # for it would have the same name
         self.assertEqual(self.ask("GET", path_of(location)).body, BODY)
         self.assertEqual(len(files_in(self.server.store.directory)), 1)
 
