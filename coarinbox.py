@@ -7009,6 +7009,12 @@ def local_time(second: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
 
 
+def shows_colors(stream: IO[str] | None) -> bool:
+    """Whether a stream is a terminal that shows colors; on Windows, the old console does not."""
+    is_able = os.name == "posix" or "WT_SESSION" in os.environ
+    return bool(stream and stream.isatty() and is_able and not os.environ.get("NO_COLOR"))
+
+
 class LineFormatter(logging.Formatter):
     """Writes a line of the log with its time; the status of a delivery has a color."""
 
@@ -7037,8 +7043,7 @@ class StderrHandler(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        is_colored = sys.stderr and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-        self.setFormatter(LineFormatter(bool(is_colored)))
+        self.setFormatter(LineFormatter(shows_colors(sys.stderr)))
         # The lines to write. An event is set when its turn comes, and None ends the thread.
         self.lines: queue.SimpleQueue[str | threading.Event | None] = queue.SimpleQueue()
         self.dropped = 0

@@ -7156,10 +7156,19 @@ class StandardErrorTest(unittest.TestCase):
         ]:  # fmt: skip
             status, _, rest = words.partition(" ")
             with self.subTest(words):
-                line = self.log_on_a_terminal(request, NO_COLOR="").split("\n")[0]
+                able = {"WT_SESSION": "x", "NO_COLOR": ""}  # the first is for Windows
+                line = self.log_on_a_terminal(request, **able).split("\n")[0]
                 self.assertRegex(line, f"^\x1b\\[{color}m{status}\x1b\\[0m {rest}")
-                plain = self.log_on_a_terminal(request, NO_COLOR="1").split("\n")[0]
+                plain = self.log_on_a_terminal(request, **{**able, "NO_COLOR": "1"}).split("\n")[0]
                 self.assertRegex(plain, f"^{words}")
+
+    def test_the_old_console_of_windows_gets_no_colors(self) -> None:
+        """It shows the characters that ask for them."""
+        terminal = unittest.mock.Mock(isatty=lambda: True)
+        for session, expected in ({}, False), ({"WT_SESSION": "x"}, True):
+            with unittest.mock.patch.dict(os.environ, session, clear=True):
+                with unittest.mock.patch("os.name", "nt"):
+                    self.assertEqual(coarinbox.shows_colors(terminal), expected)
 
 
 class FullHouseTest(InboxTest):
