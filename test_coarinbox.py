@@ -7364,6 +7364,7 @@ class SharedStoreTest(DeliveriesTest):
         self.assertIn("not JSON", self.lines()[1]["detail"])
 
     @constants(RECHECK=0.02, GATHER=0)
+    @unittest.skipUnless(os.name == "posix", "Windows replaces no file that somebody reads")
     def test_followers_of_a_log_that_is_replaced_or_cut_begin_anew(self) -> None:
         for _ in range(3):
             self.post(REFUSED)
@@ -8006,8 +8007,8 @@ class ShapeTest(unittest.TestCase):
         code = "import sys, coarinbox; print(*{name.partition('.')[0] for name in sys.modules})"
         command = [sys.executable, "-S", "-c", code]
         done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True)
-        names = set(done.stdout.split())
-        self.assertEqual(names - sys.stdlib_module_names - {"coarinbox", "__main__"}, set())
+        names = {name for name in done.stdout.split() if not name.startswith("_")}
+        self.assertEqual(names - sys.stdlib_module_names, {"coarinbox"})
 
 
 if __name__ == "__main__":
