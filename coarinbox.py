@@ -6333,6 +6333,7 @@ class InboxServer(Loop, http.server.HTTPServer):
             self.server_bind(attempts - 1)
 
     def listen_on_ipv6(self, port: int) -> socket.socket:
+        """Listen on the loopback of IPv6 too. Raises `OSError` if the port is taken there."""
         with contextlib.ExitStack() as unless_it_listens:
             sock = unless_it_listens.enter_context(socket.socket(socket.AF_INET6))
             if self.allow_reuse_address:
