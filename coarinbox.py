@@ -360,7 +360,8 @@ def json_types(types: Sequence[str]) -> str:
 def short_value(value: Any) -> Any:
     """Return a value if its JSON is short enough to be repeated in an answer, else None."""
     try:
-        pieces = json.JSONEncoder(allow_nan=False).iterencode(value)
+        # It would remember the value when looking for circles, and stay in memory with it.
+        pieces = json.JSONEncoder(allow_nan=False, check_circular=False).iterencode(value)
         short = sum(map(len, itertools.islice(pieces, 101))) <= 100
     except (RecursionError, TypeError, ValueError):
         short = False
@@ -1540,6 +1541,11 @@ A_MODE = Kind(
 )
 A_STATUS = Kind("201 or 202", in_range(201, 202, int))
 A_COUNT = Kind("a whole number from 1 to 2147483647", in_range(1, 2147483647, int))
+# `select` on Windows takes 512 sockets; those of clients that were just answered come on top.
+MOST_CONNECTIONS = 250 if os.name == "nt" else 2147483647
+SOME_CONNECTIONS = Kind(
+    f"a whole number from 1 to {MOST_CONNECTIONS}", in_range(1, MOST_CONNECTIONS, int)
+)
 A_PORT = Kind("a port, 0 to 65535", in_range(0, 65535, int))
 # Sockets refuse time-outs that overflow the platform's clock.
 A_TIMEOUT = Kind("a number of seconds, 0.001 to 86400", in_range(0.001, 86400, int, float))
@@ -1586,7 +1592,7 @@ class Settings:
     BASE_URL: str | None = setting(None, A_BASE_URL)  # public address behind a proxy or tunnel
     MAX_CONTENT_LENGTH: int = setting(1048576, A_COUNT)  # bytes of a body
     REQUEST_TIMEOUT: float = setting(30, A_TIMEOUT)  # seconds for one whole request
-    MAX_CONNECTIONS: int = setting(128, A_COUNT)  # served at once
+    MAX_CONNECTIONS: int = setting(128, SOME_CONNECTIONS)  # served at once
     FSYNC: bool = setting(True, A_FLAG)  # 2xx means: on the disk
     TOKEN: str | None = setting(None, A_SECRET)  # that every request must carry
     CORS_ORIGINS: object = setting((), ANYTHING)  # a name of Flask-CORS, see `cors_origins`
@@ -6254,6 +6260,12 @@ def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | No
     return context
 
 
+def keep_port(sock: socket.socket) -> None:
+    """See to it that no other program takes the port as well, which Windows would let it do."""
+    if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+
+
 class InboxServer(Loop, http.server.HTTPServer):
     """An inbox that listens as soon as it is made, and serves from `serve_forever` to `shutdown`.
 
@@ -6304,17 +6316,14 @@ class InboxServer(Loop, http.server.HTTPServer):
         """Bind the sockets. `localhost` means both loopbacks: clients may try either first."""
         if self.settings.HOST == "::":
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        keep_port(self.socket)
         # HTTPServer would also look up a name for the address, and may wait long for it.
         socketserver.TCPServer.server_bind(self)
         self.sockets = [self.socket]
         if self.settings.HOST != "localhost" or not self.has_ipv6_loopback():
             return
-        other, backlog = ("::1", self.server_address[1]), self.request_queue_size
         try:
-            sock = socket.create_server(other, family=socket.AF_INET6, backlog=backlog)
-            self.sockets.append(sock)
+            self.sockets.append(self.listen_on_ipv6(self.server_address[1]))
         except OSError:
             if self.settings.PORT or not attempts:
                 raise
@@ -6322,6 +6331,18 @@ class InboxServer(Loop, http.server.HTTPServer):
             self.socket = socket.socket(self.address_family, self.socket_type)
             self.server_address = (self.settings.HOST, 0)
             self.server_bind(attempts - 1)
+
+    def listen_on_ipv6(self, port: int) -> socket.socket:
+        """Listen on the loopback of IPv6 too. Raises `OSError` if the port is taken there."""
+        with contextlib.ExitStack() as unless_it_listens:
+            sock = unless_it_listens.enter_context(socket.socket(socket.AF_INET6))
+            if self.allow_reuse_address:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            keep_port(sock)
+            sock.bind(("::1", port))
+            sock.listen(self.request_queue_size)
+            unless_it_listens.pop_all()
+            return sock
 
     def has_ipv6_loopback(self) -> bool:
         """Whether this machine has the address ::1."""
@@ -6989,6 +7010,12 @@ def local_time(second: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
 
 
+def shows_colors(stream: IO[str] | None) -> bool:
+    """Whether a stream is a terminal that shows colors; on Windows, the old console does not."""
+    is_able = os.name == "posix" or "WT_SESSION" in os.environ
+    return bool(stream and stream.isatty() and is_able and not os.environ.get("NO_COLOR"))
+
+
 class LineFormatter(logging.Formatter):
     """Writes a line of the log with its time; the status of a delivery has a color."""
 
@@ -7017,8 +7044,7 @@ class StderrHandler(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        is_colored = sys.stderr and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-        self.setFormatter(LineFormatter(bool(is_colored)))
+        self.setFormatter(LineFormatter(shows_colors(sys.stderr)))
         # The lines to write. An event is set when its turn comes, and None ends the thread.
         self.lines: queue.SimpleQueue[str | threading.Event | None] = queue.SimpleQueue()
         self.dropped = 0

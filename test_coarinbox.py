@@ -55,6 +55,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -297,6 +298,15 @@ def path_of(url: str) -> str:
     return "/" + url.split("/", 3)[3]
 
 
+def what_the_system_says(call: Callable[..., object], *arguments: Any) -> str:
+    """Return the reason for which a call fails, in the words of this system."""
+    try:
+        call(*arguments)
+    except OSError as error:
+        return str(error.strerror)
+    raise AssertionError("it does not fail")
+
+
 def utc_now() -> str:
     now = datetime.datetime.now(datetime.timezone.utc)
     return now.strftime("%Y-%m-%dT%H:%M:%S.") + f"{now.microsecond // 1000:03}Z"
@@ -325,6 +335,21 @@ def constants(**values: Any) -> Iterator[None]:
     """Give constants of the module other values in a block or, as a decorator, in a test."""
     with unittest.mock.patch.multiple("coarinbox", **values):
         yield
+
+
+@contextlib.contextmanager
+def syncing_with(sync: Callable[[int], object]) -> Iterator[None]:
+    """Have a function stand for what a disk does with a file, in a block or in a test."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(unittest.mock.patch("os.fsync", sync))
+        if importlib.util.find_spec("fcntl"):  # macOS has a call of its own there
+            refused = OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+            stack.enter_context(unittest.mock.patch("fcntl.fcntl", side_effect=refused))
+        yield
+
+
+# Windows syncs the directory when it likes.
+SYNCED_KINDS = [stat.S_IFREG, stat.S_IFDIR] if os.name == "posix" else [stat.S_IFREG]
 
 
 class InboxTest(unittest.TestCase):
@@ -2235,6 +2260,7 @@ class StallTest(InboxTest):
         bodies = sorted(each["body"] for each in deliveries)
         self.assertEqual(bodies, sorted(body.decode() for body in UNFINISHED.values()))
 
+    @unittest.skipUnless(os.name == "posix", "Windows takes an answer of any length at once")
     def test_a_client_that_does_not_read_its_answer_is_disconnected(self) -> None:
         name = "20200101_000000_" + "a" * 32
         pathlib.Path(self.server.store.directory, f"{name}.json").write_bytes(b" " * 10_000_000)
@@ -2356,12 +2382,12 @@ class StorageTest(InboxTest):
         def fsync(descriptor: int) -> None:
             synced.append(stat.S_IFMT(os.fstat(descriptor).st_mode))
 
-        with unittest.mock.patch("os.fsync", fsync):
+        with syncing_with(fsync):
             self.assert_serves()
-            self.assertEqual(synced, [stat.S_IFREG, stat.S_IFDIR])
+            self.assertEqual(synced, SYNCED_KINDS)
             with serving(FSYNC=False) as other:
                 self.assertEqual(ask(other, "POST", "/inbox", ACCEPT).status, 201)
-            self.assertEqual(len(synced), 2)
+            self.assertEqual(synced, SYNCED_KINDS)
 
     def test_a_disk_without_hard_links_will_do(self) -> None:
         with unittest.mock.patch("os.link", side_effect=PermissionError(errno.EPERM, "no links")):
@@ -2371,7 +2397,7 @@ class StorageTest(InboxTest):
 
     def test_while_a_file_is_synced_others_are_served_and_the_end_waits_for_it(self) -> None:
         released = threading.Event()
-        with unittest.mock.patch("os.fsync", lambda _: released.wait(10)):
+        with syncing_with(lambda _: released.wait(10)):
             with connect(self.server, post_to()) as syncing:
                 self.wait_until(lambda: bool(files_in(self.directory)))
                 self.assertEqual(self.ask("GET", "/constraints").status, 200)
@@ -2409,16 +2435,17 @@ class BrokenStoreTest(InboxTest):
 
     def test_a_disk_that_fails_leaves_nothing_behind(self) -> None:
         failures = ((errno.EIO, 500), (errno.ENOSPC, 507), (errno.EDQUOT, 507))
-        for kind, (number, status) in itertools.product((stat.S_IFREG, stat.S_IFDIR), failures):
+        for kind, (number, status) in itertools.product(SYNCED_KINDS, failures):
 
             def fsync(descriptor: int, kind: int = kind, number: int = number) -> None:
                 if stat.S_IFMT(os.fstat(descriptor).st_mode) == kind:
                     raise OSError(number, os.strerror(number))
 
-            with unittest.mock.patch("os.fsync", fsync):
+            with syncing_with(fsync):
                 self.assert_problem(self.post(), status)
             self.assertEqual(files_in(self.server.store.directory), [])
 
+    @unittest.skipUnless(os.name == "posix", "Windows takes it for a directory that is missing")
     def test_a_file_where_the_store_should_be(self) -> None:
         directory, one = self.server.store.directory, "/inbox/20200101_000000_" + "a" * 32
         os.rmdir(directory)
@@ -2435,10 +2462,9 @@ class BrokenStoreTest(InboxTest):
         self.assert_serves()
 
     def test_it_never_overwrites(self) -> None:
-        with unittest.mock.patch("time.gmtime", return_value=time.gmtime(0)):
-            with unittest.mock.patch("os.urandom", return_value=bytes(16)):
-                location = self.post().headers["Location"]
-                self.assert_problem(self.post(OFFER), 500)  # for it would have the same name
+        with unittest.mock.patch("coarinbox.new_name", lambda: f"20200101_000000_{'0' * 32}"):
+            location = self.post().headers["Location"]
+            self.assert_problem(self.post(OFFER), 500)  # for it would have the same name
         self.assertEqual(self.ask("GET", path_of(location)).body, BODY)
         self.assertEqual(len(files_in(self.server.store.directory)), 1)
 
@@ -2457,7 +2483,6 @@ class BrokenStoreTest(InboxTest):
         self.assertEqual(self.log_lines()[-1], "the store failed: the disk is gone")
         self.assert_serves()
 
-    @unittest.skipUnless(shutil.which("nsenter"), "making a small disk needs util-linux")
     def test_a_disk_that_is_full_or_read_only(self) -> None:
         """On a tmpfs of 64 KiB, in a mount namespace of its own."""
         with tempfile.TemporaryDirectory() as directory:
@@ -2493,9 +2518,13 @@ class BrokenStoreTest(InboxTest):
 
 def on_small_disk(options: str, directory: Any) -> list[str]:
     """Return the command line of an inbox for which a tmpfs is mounted on a directory."""
-    script = f'mount -t tmpfs -o {options} tmpfs {directory} && exec "$0" "$@"'
-    shell = ["unshare", "--mount", "--map-root-user", "sh", "-c", script]
-    return [*shell, sys.executable, str(MODULE), "--port", "0"]
+    mount = f"mount -t tmpfs -o {options} tmpfs {directory}"
+    shell = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
+    try:
+        subprocess.run([*shell, mount], check=True, capture_output=True, timeout=20)
+    except (OSError, subprocess.CalledProcessError):
+        raise unittest.SkipTest("only root may mount a disk, and nobody may pass for it") from None
+    return [*shell, f'{mount} && exec "$0" "$@"', sys.executable, str(MODULE), "--port", "0"]
 
 
 # --- Deliveries ----------------------------------------------------------------------------------
@@ -2921,7 +2950,10 @@ class EventsTest(DeliveriesTest):
     def test_a_log_that_begins_anew_is_followed_from_its_beginning(self) -> None:
         self.post_each(*[ACCEPT] * 3)
         listener = self.listen()
-        for forget in (self.path.unlink, lambda: self.ask("DELETE", "/inbox")):
+        ways: list[Callable[[], object]] = [lambda: self.ask("DELETE", "/inbox")]
+        if os.name == "posix":  # Windows does not remove a file that somebody reads
+            ways.append(self.path.unlink)
+        for forget in ways:
             forget()
             self.assertEqual(self.deliveries(), [])
             self.post_each(*[REFUSED] * 5)  # longer than the one before
@@ -3395,7 +3427,7 @@ class DeliveryPageTest(unittest.TestCase):
         self.assertIn("What they answered", page.texts("h2"))
         self.assertEqual(page.texts("pre")[1], "no answer")
 
-    @unittest.skipUnless(shutil.which("sh"), "there is no shell")
+    @unittest.skipUnless(os.name == "posix", "the command is for another shell")
     def test_the_copied_command_makes_the_same_request(self) -> None:
         headers = {"Content-Type": "text/plain", "X": "it's `id`", "Authorization": "(masked)",
                    "Cookie": "(masked)", "Content-Length": "9"}  # fmt: skip
@@ -4019,9 +4051,13 @@ class Program:
     def ask(self, *arguments: Any, **more: Any) -> Answer:
         return ask(self, *arguments, **more)
 
+    def send_signal(self, number: int) -> None:
+        """Send a signal; Windows has only one that a process can send and its receiver handle."""
+        self.process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", number))
+
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
         """Send a signal; returns the exit status and what was logged."""
-        self.process.send_signal(number)
+        self.send_signal(number)
         status = self.process.wait(20)
         self.reader.join()
         return status, "\n".join(self.log)
@@ -4034,7 +4070,8 @@ def environment(**more: str) -> dict[str, str]:
 @contextlib.contextmanager
 def running(command: list[str], **options: Any) -> Iterator[Program]:
     """Run an inbox as a process until the block ends."""
-    options = {"env": environment(), **options}
+    group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # or Windows signals us as well
+    options = {"env": environment(), "creationflags": group, **options}
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **options
     ) as process:
@@ -4186,10 +4223,10 @@ class StartTest(ProgramTest):
     def test_a_request_in_flight_is_answered_before_the_end(self) -> None:
         """Even if the signal comes twice, and other clients wait for a connection."""
         with self.stalled(DOUBLE_SIGNAL=60) as (inbox, connection), connect(inbox):
-            inbox.process.send_signal(signal.SIGTERM)
+            inbox.send_signal(signal.SIGTERM)
             while can_connect(inbox.server_address):  # it stops listening first
                 pass
-            inbox.process.send_signal(signal.SIGINT)
+            inbox.send_signal(signal.SIGINT)
             connection.sendall(BODY)
             answer = answer_on(connection)
             self.assertEqual((answer.status, answer.headers["Connection"]), (201, "close"))
@@ -4198,11 +4235,11 @@ class StartTest(ProgramTest):
 
     def test_a_signal_some_time_after_the_first_does_not_wait(self) -> None:
         with self.stalled(DOUBLE_SIGNAL=0) as (inbox, _):
-            inbox.process.send_signal(signal.SIGTERM)
+            inbox.send_signal(signal.SIGTERM)
             while can_connect(inbox.server_address):
                 pass
             started = time.monotonic()
-            inbox.process.send_signal(signal.SIGINT)
+            inbox.send_signal(signal.SIGINT)
             self.assertEqual(inbox.process.wait(10), 0)
             self.assertLess(time.monotonic() - started, coarinbox.STOP_WITHIN - 0.5)
         self.assertEqual(files_in(self.directory / "notifications"), [])
@@ -4240,7 +4277,6 @@ class StartTest(ProgramTest):
             ]:  # fmt: skip
                 self.assertIn(expected, self.fail_to_start("--port", "0", *arguments))
 
-    @unittest.skipUnless(shutil.which("unshare"), "a read-only disk needs util-linux")
     def test_a_store_that_cannot_be_written_to(self) -> None:
         command = [*on_small_disk("ro", self.directory), "--store", str(self.directory)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
@@ -4566,13 +4602,14 @@ class DoubleTest(unittest.TestCase):
 
     def test_a_delivery_is_shown_in_one_line(self) -> None:
         inbox, long = self.inbox, changed(OFFER, "id", "urn:x:\n" + "x" * 5000)
-        for url, document, expected in [
-            (inbox.url, OFFER, f"201 stored Request Review from {REPOSITORY['id']} {OFFER_ID}>"),
-            (inbox.url, b"no", "400 refused no pattern from 127.0.0.1 without an id>"),
-            (inbox.url[:-1], OFFER, "404 refused POST /inbo from 127.0.0.1 without an id>"),
-            (inbox.url, long, "400 refused Request Review"),
+        url = inbox.url.replace("localhost", "127.0.0.1")
+        for to, document, expected in [
+            (url, OFFER, f"201 stored Request Review from {REPOSITORY['id']} {OFFER_ID}>"),
+            (url, b"no", "400 refused no pattern from 127.0.0.1 without an id>"),
+            (url[:-1], OFFER, "404 refused POST /inbo from 127.0.0.1 without an id>"),
+            (url, long, "400 refused Request Review"),
         ]:  # fmt: skip
-            send(url, document)
+            send(to, document)
             line = repr(inbox.deliveries[-1])
             self.assertTrue(line.startswith(f"<Delivery {expected}"), line)
             self.assertTrue(line.isprintable() and len(line) < 600, line)
@@ -4818,8 +4855,9 @@ class CheckTest(ProgramTest):
             (b"[" * 101 + b"]" * 101, "depth it is nested more than 100 levels deep"),
             (b" " * 1048577, "size it is larger than 1048576 bytes"),
         ]:  # fmt: skip
-            # Not even an odd name breaks the line.
-            done = self.invoke("--check", self.write("two\nlines.json", document))
+            # Not even an odd name breaks the line, on systems that have such names.
+            odd = "two\nlines.json" if os.name == "posix" else "two lines.json"
+            done = self.invoke("--check", self.write(odd, document))
             (line,) = done.output
             self.assertIn(f"lines.json: E - {expected}", line)
             self.assertNotIn("Traceback", done.errors)
@@ -4850,6 +4888,7 @@ class CheckTest(ProgramTest):
         warned = self.write("warned.json", changed(ACCEPT, "@context", ABSENT))
         nameless = self.write("nameless.json", changed(ACCEPT, "actor.name", ABSENT))
         broken, scalar = self.write("broken.json", b"{"), self.write("scalar.json", 5)
+        not_there = what_the_system_says(os.stat, self.directory / "missing.json")
         for mode, names, expected, count in [
             (True, [good], 0, 1), (True, [bad], 1, 3), (True, [good, bad], 1, 4),
             (True, [warned], 0, 1), (True, [broken], 1, 1), ("strict", [warned], 1, 1),
@@ -4861,7 +4900,7 @@ class CheckTest(ProgramTest):
                 config = self.write("mode.cfg", f"VALIDATE_INCOMING = {mode!r}".encode())
                 status, lines, stderr = self.invoke("--config", config, "--check", *names)
                 self.assertEqual((status, len(lines)), (expected, count), (lines, stderr))
-                self.assertEqual("missing.json: No such file" in stderr, expected == 2)
+                self.assertEqual(f"missing.json: {not_there}\n" in stderr, expected == 2)
 
     def test_directories_are_searched_for_files(self) -> None:
         for name in ("a/2.jsonld", "a/1.json", "a/b/3.json", "a/notes.txt", "a/deliveries.jsonl"):
@@ -4875,7 +4914,8 @@ class CheckTest(ProgramTest):
         done = self.invoke("--check", "a", "--check", "a/1.json")
         self.assertEqual(done.status, 1)
         checked = [line.partition(":")[0] for line in done.output]
-        self.assertEqual(checked, ["a/1.json", "a/2.jsonld", "a/b/3.json", "a/1.json"])
+        found = [os.path.join("a", *name.split("/")) for name in ("1.json", "2.jsonld", "b/3.json")]
+        self.assertEqual(checked, [*found, "a/1.json"])
         done = self.invoke("--check", "empty")
         self.assertEqual(done.status, 2)
         self.assertIn("0 checked, 0 refused", done.errors)
@@ -5173,7 +5213,7 @@ SILENT: dict[str, tuple[str, str, str]] = {
     "a comment": ("text/html", '<!-- <link rel="ldp:inbox" href="/inbox"> -->', ""),
     "a script": ("text/html", """<script>'<link rel="ldp:inbox" href="/inbox">'</script>""", ""),
     "no URL": ("text/html", '<link rel="ldp:inbox">', ""),
-    "odd HTML": ("text/html", '<![odd[x]]><link rel="ldp:inbox" href="/inbox">', ""),
+    "odd HTML": ("text/html", "<![odd[x]]><p>", ""),  # some Pythons raise an error
     "not JSON": (JSON_LD, "{", ""),
     "odd JSON": (JSON_LD, '[5, null, {"inbox": 5}, {"inbox": []}, {"inbox": {"@id": {}}}]', ""),
     "itself": ("", "", f"</a/page>; rel={LDP_INBOX}"),
@@ -5258,7 +5298,7 @@ class DeadlineTest(SendingTest):
             head = b"HTTP/1.1 201 Created\r\n" + headers + b"\r\n"
             for pause, size, least, most in ((0.01, 1, 1, 1000), (0, 1000, 60_000, 65_535)):
                 self.receiver.reset(endless(head, b"x" * size, pause))
-                timeout = 0.15 if pause else 10
+                timeout = 0.3 if pause else 10
                 received = coarinbox.send(ACCEPT, self.receiver.url, timeout=timeout)
                 self.assertEqual((received.status, {*received.body}), (201, {ord("x")}))
                 self.assertTrue(least <= len(received.body) <= most, len(received.body))
@@ -5413,11 +5453,14 @@ class ConverseTest(ProgramTest):
             self.write("good.json", addressed(ACCEPT, inbox.url))
             status, lines, errors = self.invoke("--send", inbox.url, "none.json", ".", "good.json")
         self.assertEqual((status, len(lines)), (2, 1))
-        self.assertIn("coarinbox: none.json: No such file", errors)
+        not_there = what_the_system_says(os.stat, self.directory / "none.json")
+        self.assertIn(f"coarinbox: none.json: {not_there}\n", errors)
         self.assertIn("coarinbox: .: ", errors)
-        url = f"http://127.0.0.1:{free_port()}/inbox"
+        port = free_port()
+        url = f"http://127.0.0.1:{port}/inbox"
+        refused = what_the_system_says(socket.create_connection, ("127.0.0.1", port))
         done = self.invoke("--send", url, "good.json")
-        self.assertEqual(done, (2, [], f"coarinbox: good.json: {url}: Connection refused\n"))
+        self.assertEqual(done, (2, [], f"coarinbox: good.json: {url}: {refused}\n"))
 
     def test_a_token_is_sent_and_never_shown(self) -> None:
         with coarinbox.running(TOKEN="s3cret") as inbox:
@@ -5510,7 +5553,7 @@ class ArrivedTest(InboxTest):
             inbox.send(offers[1], receiver.url)
             self.assertEqual(ask(inbox.server, "DELETE", path_of(locations[2])).status, 204)
         with coarinbox.running(STORE_DIR=store) as inbox:
-            self.wait_until(lambda: b"id-repeated" in send(inbox.url, offers[0]).body)
+            self.wait_until(lambda: b"4 of 4" in ask(inbox.server, "GET", "/", headers=HTML).body)
             answers = [send(inbox.url, offer).body.decode() for offer in offers[1:]]
             self.assertIn(f"before, as {last_part(locations[1])}", answers[0])
             self.assertNotIn("id-repeated", answers[1])
@@ -5684,11 +5727,13 @@ class AutoReplyTest(unittest.TestCase):
             self.assertEqual(reviews.notifications, [offer])
 
     def test_the_page_of_the_offer_says_why_a_reply_was_not_sent(self) -> None:
-        nobody = f"http://127.0.0.1:{free_port()}/"
-        far, near = "its host is not 127.0.0.1, which delivered the Offer", "Connection refused"
+        nobody = ("127.0.0.1", free_port())
+        near = what_the_system_says(socket.create_connection, nobody)
+        far = "its host is not [^,]*, which delivered the Offer"
         for partner, chip, why in [
-            ("http://192.0.2.1/", "↗ not sent", far), (nobody, "↗ no answer", near),
-        ]:  # fmt: skip
+            ("http://192.0.2.1/", "↗ not sent", far),
+            ("http://{}:{}/".format(*nobody), "↗ no answer", re.escape(near)),
+        ]:
             with self.subTest(partner), constants(retry_delay=lambda *_: None):
                 with replying("Accept") as inbox:
                     offer = offer_between(partner, inbox.url)
@@ -5699,7 +5744,7 @@ class AutoReplyTest(unittest.TestCase):
                     self.assertRegex(timeline, f"{chip} Accept .* {why}")
                     url = f"{inbox.server.base}/deliveries/{out.name}"
                     page = Page(fetch(url, headers=HTML).body.decode())
-                self.assertIn(why, page.text)
+                self.assertRegex(page.text, why)
                 self.assertEqual("Nothing was sent." in page.text, chip == "↗ not sent")
                 self.assertEqual("What we sent" in page.text, chip != "↗ not sent")
 
@@ -5836,11 +5881,18 @@ class AutoReplyTest(unittest.TestCase):
             self.assertEqual(out.about["inReplyTo"], offer["id"])
 
     def test_a_bug_surfaces_and_ends_the_replies_to_its_offer(self) -> None:
+        failed = threading.Event()
+
+        def fail(*_: object) -> None:
+            failed.set()
+            raise ZeroDivisionError
+
         with self.assertLogs("coarinbox") as logged, self.assertRaises(RuntimeError) as caught:
             with replying("Accept", "Reject") as inbox, receiving(CREATED) as receiver:
-                with unittest.mock.patch("coarinbox.retry_delay", side_effect=ZeroDivisionError):
+                with unittest.mock.patch("coarinbox.retry_delay", fail):
                     send(inbox.url, offer_between(receiver.url, inbox.url))
                     self.assertEqual(sent_by(inbox, 1)[0].pattern, "Accept")
+                    self.assertTrue(failed.wait(10))
         self.assertIsInstance(caught.exception.__cause__, ZeroDivisionError)
         self.assertNotIn("dropped", "".join(logged.output))  # nothing was to come
 
@@ -6116,8 +6168,10 @@ class UnderLoadTest(ProgramTest):
             connection.close()
 
         command = self.command("--port", "0")
+        # Windows cannot append to a file in one step, so that two might write at the same place.
+        ways = ("True", "False") if os.name == "posix" else ("True",)
         with contextlib.ExitStack() as stack:
-            environments = [environment(COARNOTIFY_FSYNC=text) for text in ("True", "False")]
+            environments = [environment(COARNOTIFY_FSYNC=text) for text in ways]
             inboxes = [stack.enter_context(running(command, cwd=self.directory, env=each))
                        for each in environments]  # fmt: skip
             pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(8))
@@ -6132,7 +6186,7 @@ class UnderLoadTest(ProgramTest):
                 self.assertLessEqual(known, {f"/inbox/{line['name']}" for line in lines})
             for status, log in [inbox.stop() for inbox in inboxes]:
                 self.assertEqual((status, "Traceback" in log), (0, False), log)
-            self.assertEqual([each.result() for each in senders], [None] * 8)
+            self.assertEqual({each.result() for each in senders}, {None})
         store = self.directory / "notifications"
         whole = [name for name in files_in(store) if (store / name).read_bytes() == document]
         log = (store / "deliveries.jsonl").read_text()
@@ -6213,6 +6267,7 @@ class ScarcityTest(InboxTest):
             client.sendall(post_to())
         self.assert_answered(second, third)
 
+    @NEEDS_SPARSE_FILES
     @constants(GRACE=0.02)
     def test_long_searches_make_room(self) -> None:
         """As many as there are connections let nobody else in for minutes."""
@@ -6220,9 +6275,9 @@ class ScarcityTest(InboxTest):
         os.truncate(self.server.deliveries.path, 2**36)  # it takes long to read
         for kind in ("text/html", "application/json"):
             head = get_head(f"Accept: {kind}", target="/deliveries?q=x")
-            with connect(self.server, head) as first, connect(self.server, head):
+            with connect(self.server, head), connect(self.server, head):
                 self.assert_serves()
-                self.assertEqual(first.recv(1), b"")
+                self.wait_until(lambda: len(self.server.connections) == 1)
 
     @constants(GRACE=0.02)
     def test_slow_clients_make_room_and_are_told_so(self) -> None:
@@ -6618,13 +6673,15 @@ class TlsTest(SendingTest):
         cls.addClassCleanup(directory.cleanup)
         cls.directory = directory.name
         cls.certificate, cls.key = f"{cls.directory}/cert.pem", f"{cls.directory}/key.pem"
-        subprocess.run(
+        done = subprocess.run(
             ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
              "-nodes", "-days", "2", "-subj", "/CN=localhost",
              "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
              "-keyout", cls.key, "-out", cls.certificate],
-            check=True, capture_output=True, timeout=60,
+            capture_output=True, timeout=60,
         )  # fmt: skip
+        if done.returncode:  # on Windows, some do not find their configuration
+            raise unittest.SkipTest(f"openssl makes no certificate: {done.stderr!r}")
         cls.context = ssl.create_default_context(cafile=cls.certificate)
 
     def serving(self, **settings: Any) -> Any:
@@ -6666,10 +6723,10 @@ class TlsTest(SendingTest):
             self.assertEqual(answer_on(first).status, 503)
 
     def test_requests_that_come_at_once_are_all_answered(self) -> None:
-        """The second lies where nobody but TLS knows of it: the first is just as long as a read."""
+        """Together they fill a TLS record: what a read leaves of it, nobody but TLS knows of."""
         last = post_head("Content-Length: 0", "Connection: close")
         first = post_head("Content-Length: 0", "X: ")
-        padding = b"x" * (io.DEFAULT_BUFFER_SIZE - len(first))
+        padding = b"x" * (16384 - len(first + last))
         with self.serving() as server:
             secure = self.connect(server, first.replace(b"X: ", b"X: " + padding) + last)
             with secure.makefile("rb") as stream:
@@ -6731,7 +6788,7 @@ class TlsTest(SendingTest):
                 self.assertEqual(coarinbox.send(ACCEPT, f"{server.base}/inbox").status, 201)
             drip = endless(b"HTTP/1.1 201 Created\r\n\r\n", b"x", 0.01)
             with receiving(drip, (self.certificate, self.key)) as receiver:
-                self.assertEqual(coarinbox.send(ACCEPT, receiver.url, timeout=0.2).status, 201)
+                self.assertEqual(coarinbox.send(ACCEPT, receiver.url, timeout=1).status, 201)
 
     def test_the_certificate_must_be_trusted_and_have_the_name_of_the_url(self) -> None:
         with receiving(CREATED, (self.certificate, self.key)) as receiver:
@@ -6999,6 +7056,20 @@ class MemoryTest(unittest.TestCase):
                 self.assertEqual(answer_on(client).status, 204)
             self.assertLess(tracemalloc.get_traced_memory()[0] - before, 1_000_000)
 
+    def test_what_was_validated_does_not_stay_in_it(self) -> None:
+        """A value that was too long for its finding did, and brought the document with it."""
+
+        class Document(list):  # type: ignore[type-arg]
+            """A list that can be watched."""
+
+        gc.disable()
+        self.addCleanup(gc.enable)
+        document = Document([{}] * 1000)
+        left = weakref.ref(document)
+        self.assertEqual([each.value for each in coarinbox.validate(document)], [None])
+        del document
+        self.assertIsNone(left())
+
     def test_documents_are_parsed_one_at_a_time(self) -> None:
         """A hundred bodies of 1 MB took 2.7 GB, because each was kept until its answer was sent."""
         body = b"[" + b"{}," * 10_000 + b"{}]"
@@ -7015,11 +7086,11 @@ class MemoryTest(unittest.TestCase):
 
 class StandardErrorTest(unittest.TestCase):
     def setUp(self) -> None:
-        self.addCleanup(self.wait_for_threads, threading.active_count())
+        self.addCleanup(self.wait_for_threads, set(threading.enumerate()))
 
-    def wait_for_threads(self, number: int) -> None:
+    def wait_for_threads(self, others: set[threading.Thread]) -> None:
         deadline = time.monotonic() + 10
-        while threading.active_count() > number:
+        while set(threading.enumerate()) - others:
             self.assertLess(time.monotonic(), deadline)
             time.sleep(0)
 
@@ -7088,10 +7159,19 @@ class StandardErrorTest(unittest.TestCase):
         ]:  # fmt: skip
             status, _, rest = words.partition(" ")
             with self.subTest(words):
-                line = self.log_on_a_terminal(request, NO_COLOR="").split("\n")[0]
+                able = {"WT_SESSION": "x", "NO_COLOR": ""}  # the first is for Windows
+                line = self.log_on_a_terminal(request, **able).split("\n")[0]
                 self.assertRegex(line, f"^\x1b\\[{color}m{status}\x1b\\[0m {rest}")
-                plain = self.log_on_a_terminal(request, NO_COLOR="1").split("\n")[0]
+                plain = self.log_on_a_terminal(request, **{**able, "NO_COLOR": "1"}).split("\n")[0]
                 self.assertRegex(plain, f"^{words}")
+
+    def test_the_old_console_of_windows_gets_no_colors(self) -> None:
+        """It shows the characters that ask for them."""
+        terminal = unittest.mock.Mock(isatty=lambda: True)
+        for session, expected in ({}, False), ({"WT_SESSION": "x"}, True):
+            with unittest.mock.patch.dict(os.environ, session, clear=True):
+                with unittest.mock.patch("os.name", "nt"):
+                    self.assertEqual(coarinbox.shows_colors(terminal), expected)
 
 
 class FullHouseTest(InboxTest):
@@ -7287,6 +7367,7 @@ class SharedStoreTest(DeliveriesTest):
         self.assertIn("not JSON", self.lines()[1]["detail"])
 
     @constants(RECHECK=0.02, GATHER=0)
+    @unittest.skipUnless(os.name == "posix", "Windows replaces no file that somebody reads")
     def test_followers_of_a_log_that_is_replaced_or_cut_begin_anew(self) -> None:
         for _ in range(3):
             self.post(REFUSED)
@@ -7373,14 +7454,14 @@ class AddressTest(unittest.TestCase):
     def test_a_port_that_is_free_on_one_loopback_only_is_passed_over(self) -> None:
         """Clients have ports, too: of many inboxes that start, one met the port of a client."""
         in_use = OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-        create, taken = socket.create_server, [in_use, in_use]
+        bind, taken = socket.socket.bind, [in_use, in_use]
 
-        def create_later(*arguments: Any, **more: Any) -> socket.socket:
-            if taken:
+        def bind_later(sock: socket.socket, where: Any) -> None:
+            if where[0] == "::1" and where[1] and taken:
                 raise taken.pop()
-            return create(*arguments, **more)
+            bind(sock, where)
 
-        with unittest.mock.patch("socket.create_server", create_later):
+        with unittest.mock.patch("socket.socket.bind", bind_later):
             self.assert_serves_localhost("127.0.0.1")
 
     @NEEDS_IPV6
@@ -7405,8 +7486,9 @@ class AddressTest(unittest.TestCase):
         """Windows would let it, but for an option; here, another one stands for it."""
         option, create = socket.SO_KEEPALIVE, not hasattr(socket, "SO_EXCLUSIVEADDRUSE")
         with unittest.mock.patch("socket.SO_EXCLUSIVEADDRUSE", option, create=create):
-            with serving() as server:
-                self.assertTrue(server.socket.getsockopt(socket.SOL_SOCKET, option))
+            with serving(HOST="localhost") as server:
+                for sock in server.sockets:
+                    self.assertTrue(sock.getsockopt(socket.SOL_SOCKET, option))
 
     @unittest.skipUnless(hasattr(os, "fork"), "this system has no fork")
     def test_a_child_leaves_the_inbox_of_its_parent_alone(self) -> None:
@@ -7581,15 +7663,15 @@ class CommitTest(InboxTest):
             if number := fails(status):
                 raise OSError(number, os.strerror(number))
 
-        with unittest.mock.patch.multiple(os, create=True, fsync=sync, fdatasync=sync):
+        with syncing_with(sync):
             yield synced
 
     @unittest.skipUnless(importlib.util.find_spec("fcntl"), "the system has no such call")
     def test_a_drive_with_a_cache_of_its_own_is_told_to_empty_it(self) -> None:
         """On macOS, `os.fsync` leaves a notification in there."""
         told = unittest.mock.Mock()
-        with unittest.mock.patch.multiple("fcntl", create=True, F_FULLFSYNC=51, fcntl=told):
-            with self.disk() as synced:
+        with self.disk() as synced:
+            with unittest.mock.patch.multiple("fcntl", create=True, F_FULLFSYNC=51, fcntl=told):
                 self.assertEqual(self.post_together(1), [201])
         self.assertEqual([call.args[1] for call in told.call_args_list], [51, 51])
         self.assertEqual(synced, [])
@@ -7604,6 +7686,7 @@ class CommitTest(InboxTest):
         with self.disk(lambda status: errno.ENOSPC if status.st_size > 5000 else 0):
             self.assertEqual(self.post_together(*[9000, 1] * 8), [507, 201] * 8)
 
+    @unittest.skipUnless(stat.S_IFDIR in SYNCED_KINDS, "nobody can sync a directory here")
     def test_a_directory_that_cannot_be_synced_fails_all_of_them(self) -> None:
         with self.disk(lambda status: errno.EIO if stat.S_ISDIR(status.st_mode) else 0):
             self.assertEqual(self.post_together(*range(8)), [500] * 8)
@@ -7656,9 +7739,9 @@ class StartAndEndTest(ProgramTest):
         for number, milliseconds in zip(signals, (3, 8, 20)):
             path = self.directory / number.name
             path.write_text(
-                "import os, threading, time; pid = os.getpid()\n"
-                f"def end(): time.sleep({milliseconds / 1000}); os.kill(pid, {int(number)})\n"
-                "threading.Thread(target=end).start()\n"
+                "import signal, threading\n"
+                f"end = lambda: signal.raise_signal({int(number)})\n"
+                f"threading.Timer({milliseconds / 1000}, end).start()\n"
             )
             command = [sys.executable, str(MODULE), "--port", "0", "--config", str(path)]
             options: Any = {"env": environment(), "cwd": self.directory, "stderr": subprocess.PIPE}
@@ -7927,8 +8010,8 @@ class ShapeTest(unittest.TestCase):
         code = "import sys, coarinbox; print(*{name.partition('.')[0] for name in sys.modules})"
         command = [sys.executable, "-S", "-c", code]
         done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True)
-        names = set(done.stdout.split())
-        self.assertEqual(names - sys.stdlib_module_names - {"coarinbox", "__main__"}, set())
+        names = {name for name in done.stdout.split() if not name.startswith("_")}
+        self.assertEqual(names - sys.stdlib_module_names, {"coarinbox"})
 
 
 if __name__ == "__main__":
