@@ -7902,7 +7902,7 @@ class ReadmeTest(ProgramTest):
         self.assertEqual({flag for flag in flags if f"{flag} " not in help_}, set())
 
     def test_the_parameters_that_select_deliveries_are_those_of_the_code(self) -> None:
-        listed = re.search(r"\n(`status` .*?) select deliveries", README, re.DOTALL)
+        listed = re.search(r"\n(`status` .*?)\s+select\s+deliveries", README, re.DOTALL)
         assert listed
         without_examples = re.sub(r"\(.*?\)", "", listed[1], flags=re.DOTALL)
         names = set(re.findall("`([a-z]+)`", without_examples))
