@@ -93,7 +93,7 @@ from html.parser import HTMLParser
 from typing import IO, Any, NamedTuple, Optional, Union
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 
-__version__ = "1.0.0"
+__version__ = "1.0.1"
 
 LOG = logging.getLogger("coarinbox")
 
