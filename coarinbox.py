@@ -45,7 +45,7 @@ from __future__ import annotations
 
 import sys
 
-# An older Python stumbles over := and shows this line, so it says what is needed.
+# An older Python fails at the := below and prints this line, so the line names the version.
 if (version := sys.version_info[:2]) < (3, 9):  # coarinbox needs Python 3.9 or later
     sys.exit("coarinbox needs Python 3.9 or later, and this is {}.{}".format(*version))
 
@@ -87,13 +87,13 @@ import traceback
 import types
 import uuid
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from email.utils import formatdate, parsedate_to_datetime
 from html.parser import HTMLParser
 from typing import IO, Any, NamedTuple, Optional, Union
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 
-__version__ = "1.0.0"
+__version__ = "1.0.1"
 
 LOG = logging.getLogger("coarinbox")
 
@@ -101,8 +101,9 @@ LOG = logging.getLogger("coarinbox")
 # --- JSON and URIs -------------------------------------------------------------------------------
 #
 # Reads JSON strictly (`parse`, `lookup`), tells URIs from other strings (`is_uri`, `is_http_uri`,
-# `ip_address`) and prepares untrusted text for people (`clip`, `escape_controls`). All of it takes
-# time linear in its input. Nothing here knows about notifications or HTTP.
+# `ip_address`) and prepares untrusted text for people (`clip`, `escape_controls`). Every function
+# takes time linear in its input.
+# Must not know: notifications, HTTP.
 
 # A notification is nested five levels deep. Python's own limit differs between versions.
 MAX_DEPTH = 100
@@ -113,17 +114,17 @@ class NestedTooDeeplyError(ValueError):
 
 
 def clip(text: str, length: int) -> str:
-    """Return the beginning of a text; where that is not all, say how long it is."""
+    """Shorten a text, and append its full length if it was cut."""
     return text if len(text) <= length else f"{text[:length]}… ({len(text)} characters)"
 
 
 def counted(count: int, word: str) -> str:
-    """Write a number and a word, in the plural if need be."""
+    """Write a number and a word, in the plural where the number demands it."""
     return f"{count:,} {word}" + "s" * (count != 1 and word.islower())
 
 
 def parse_number(digits: str) -> int | float:
-    """Read a JSON number; raises `ValueError` for one that no receiver could hold."""
+    """Read a JSON number. Raises `ValueError` for a number that overflows a double."""
     value = float(digits)
     if math.isinf(value):
         raise ValueError(f"a number is too large: {clip(digits, 20)}")
@@ -140,14 +141,14 @@ DECODER = json.JSONDecoder(
 )
 
 
-# What this module writes holds no loops; to look for them takes time.
+# The documents that this module builds have no cycles, so it need not look for them.
 to_json = json.JSONEncoder(check_circular=False).encode
 
 
 def depth(text: str) -> int:
-    """Count how many brackets of a JSON text are open at once, those in strings aside."""
+    """Count how many brackets of a JSON text are open at once, ignoring those in strings."""
     brackets = re.sub(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[^][{}"]+', "", text, flags=re.DOTALL)
-    return max(itertools.accumulate(1 if each in "[{" else -1 for each in brackets))
+    return max(itertools.accumulate(1 if each in "[{" else -1 for each in brackets), default=0)
 
 
 def parse(data: bytes) -> Any:
@@ -164,13 +165,13 @@ def parse(data: bytes) -> Any:
         raise ValueError("the body is empty")
     if text.startswith("\ufeff"):
         raise ValueError("it starts with a byte order mark (RFC 8259 section 8.1)")
-    # Most texts do not even have that many brackets.
+    # Counting brackets is cheap, and most texts have fewer than MAX_DEPTH.
     if data.count(b"{") + data.count(b"[") > MAX_DEPTH and depth(text) > MAX_DEPTH:
         raise NestedTooDeeplyError(f"nested more than {MAX_DEPTH} levels deep")
     return DECODER.decode(text)
 
 
-# Characters that `str.isprintable` accepts although they show nothing.
+# Characters without a glyph that `str.isprintable` accepts all the same.
 INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
@@ -190,7 +191,7 @@ def escape_controls(text: str) -> str:
 
 
 def lookup(document: Any, member: str) -> Any:
-    """Return the member with a dotted name; None if there is none."""
+    """Return the member with a dotted name, or None if it is missing."""
     value = document
     for name in member.split("."):
         value = value.get(name) if isinstance(value, dict) else None
@@ -247,10 +248,11 @@ def is_http_uri(value: Any) -> bool:
 
 # --- Patterns and hints --------------------------------------------------------------------------
 #
-# The vocabulary of COAR Notify, and what to write instead of something that is not in it. A pattern
-# is recognised by its types (`pattern_of`); a hint is a text such as "write `Person`", made from
-# the value that was found. Hints look at the beginning of a value only: it may be hostile. Public
-# names: `PATTERNS`, `Pattern`, `pattern_of`, `types_of`. Nothing here knows the rules.
+# The vocabulary of COAR Notify, and corrections for words that are not in it. A pattern is
+# recognised by its types (`pattern_of`). A hint is a text such as "write `Person`", made from the
+# faulty value. Hints read only the beginning of a value, because it may be hostile. Public names:
+# `PATTERNS`, `Pattern`, `pattern_of`, `types_of`.
+# Must not know: the rules.
 
 SPECIFICATION = "https://coar-notify.net/specification/1.0.1/"
 
@@ -265,6 +267,7 @@ class Pattern(NamedTuple):
 
     @property
     def spec(self) -> str:
+        """The URL of the page of the specification."""
         return f"{SPECIFICATION}{self.page}/"
 
     def __str__(self) -> str:
@@ -293,10 +296,10 @@ PATTERNS = (
 )
 # fmt: on
 
-REQUEST_REVIEW = PATTERNS[7]  # the usual example
+REQUEST_REVIEW = next(each for each in PATTERNS if each.name == "Request Review")  # as example
 ACTIVITY_STREAMS = "https://www.w3.org/ns/activitystreams"
 COAR_NOTIFY = "https://coar-notify.net"
-PURL = "https://purl.org/coar/notify"  # what the specification used to recommend
+PURL = "https://purl.org/coar/notify"  # the namespace of earlier versions
 ACTOR_TYPES = frozenset("Application Group Organization Person Service".split())
 AS2_OBJECT_TYPES = ACTOR_TYPES | frozenset(
     "Activity Article Audio Collection CollectionPage Relationship Document Event Image"
@@ -357,7 +360,8 @@ def json_types(types: Sequence[str]) -> str:
 def short_value(value: Any) -> Any:
     """Return a value if its JSON is short enough to be repeated in an answer, else None."""
     try:
-        pieces = json.JSONEncoder(allow_nan=False).iterencode(value)
+        # It would remember the value when looking for circles, and stay in memory with it.
+        pieces = json.JSONEncoder(allow_nan=False, check_circular=False).iterencode(value)
         short = sum(map(len, itertools.islice(pieces, 101))) <= 100
     except (RecursionError, TypeError, ValueError):
         short = False
@@ -378,7 +382,7 @@ def close_to(name: str, wanted: Iterable[str], cutoff: float = 0.85) -> str:
 
 
 def misspelt(given: Any, wanted: Iterable[str]) -> str:
-    """Find a name that was probably meant to be a wanted one; returns a hint, or nothing."""
+    """Return a hint if one of the given names looks like a misspelt wanted one, else nothing."""
     spelt = {simplify(name): name for name in wanted}
     for name in names_in(given)[:50]:
         if close := close_to(simplify(name)[:40], spelt):
@@ -387,11 +391,12 @@ def misspelt(given: Any, wanted: Iterable[str]) -> str:
 
 
 def type_hint(value: Any) -> str:
-    """Name the one or two patterns that a `type` was probably meant to fit; nothing if unsure.
+    """Suggest the one or two patterns that a `type` probably means; nothing if unsure.
 
     A word speaks for a pattern if it is close to the name of the pattern, or to one of its types,
-    with or without `Action`.
+    with or without `Action`. A whole type that is the name of a pattern decides.
     """
+    whole = {simplify(name)[:40] for name in names_in(value)[:5]}
     words = (word for name in names_in(value)[:5] for word in re.split("[ ,+]+", name[:200]))
     given = {simplify(word) for word in itertools.islice(words, 5)}
     if any(word.endswith("ingestaction") for word in given):
@@ -401,26 +406,27 @@ def type_hint(value: Any) -> str:
         names = [simplify(name) for name in (pattern.name, *pattern.types)]
         names += [name.replace("action", "") for name in names]
         votes[str(pattern)] = sum(close_to(word, names) != "" for word in given)
+        votes[str(pattern)] += 10 * (close_to(names[0], whole) != "")
     most = max(votes.values())
     likely = [pattern for pattern, count in votes.items() if count == most > 0]
     return f"did you mean {' or '.join(likely)}?" if 0 < len(likely) <= 2 else ""
 
 
 def action_hint(value: Any) -> str:
-    """Name the first type that looks like an action, and what it was probably meant to be."""
+    """Name the first type that looks like an action, and suggest the pattern it may stand for."""
     name = next(filter(is_lookalike, names_in(value)))
     hint = type_hint(["Announce", name])
     return f"found `{clip(name, 100)}`" + (f"; {hint}" if hint else "")
 
 
 def misnamed(member: str, given: list[Any]) -> str:
-    """Find the name under which a missing member was probably written; returns a hint."""
+    """Return a hint if a missing member was probably written under another name."""
     if member == "ietf:item" and "url" in given:
         return "found `url`, its name in version 0.9; write `ietf:item`"
     return misspelt(given, [member])
 
 
-# What is often written in place of a URI, and the URI.
+# Common substitutes for a URI (a bare UUID, DOI, host or ORCID iD), and the URI to write.
 MEANT_AS_URI = (
     ("[{]?([0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12})[}]?", "urn:uuid:{}"),
     ("(?:(?:doi|DOI):? ?|doi[.]org/)?(10[.][0-9]{4,9}/.+)", "https://doi.org/{}"),
@@ -430,19 +436,26 @@ MEANT_AS_URI = (
 
 
 def strings_hint(value: Any) -> str:
-    """Write the strings alone where a `type` holds something else too."""
+    """Suggest the strings alone where a `type` also holds other values."""
     names = [name for name in names_in(value)[:5] if len(name) <= 100]
     return f"write `{json_types(names)}`" if names else ""
 
 
+def single_hint(value: Any) -> str:
+    """Suggest one of the types in a list, the first that an actor may have."""
+    names = names_in(value)[:50]
+    chosen = next(filter(ACTOR_TYPES.__contains__, names), "".join(names[:1]))
+    return f"write `{json_types([chosen])}`" if 0 < len(chosen) <= 100 else ""
+
+
 def object_hint(value: Any) -> str:
-    """Say so where an object is wrapped in a list."""
+    """Suggest removing the list around a single object."""
     wrapped = isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict)
     return "write the object alone, without the list around it" if wrapped else ""
 
 
 def uri_hint(value: Any, is_wanted: Callable[[Any], bool]) -> str:
-    """Say what to write instead of something that is not the wanted kind of URI."""
+    """Suggest a URI of the wanted kind in place of the value, if it can be derived from it."""
     inner = value[0] if isinstance(value, list) and len(value) == 1 else value
     inner = inner.get("id", inner.get("@id")) if isinstance(inner, dict) else inner
     if not isinstance(inner, str) or len(inner) > 200:
@@ -457,17 +470,17 @@ def uri_hint(value: Any, is_wanted: Callable[[Any], bool]) -> str:
 
 
 def id_hint(value: str) -> str:
-    """Write the UUID of an `id` the way that is recommended, if it has one."""
+    """Suggest the recommended form of the UUID in an `id`, or a new UUID if it has none."""
     match = re.fullmatch("(?:[^:]{1,20}:)*([0-9a-f]{32})", value[-100:].lower().replace("-", ""))
     return f"write `{uuid.UUID(match[1]).urn}`" if match else "write `urn:uuid:…` with a new UUID"
 
 
 # --- Rules ---------------------------------------------------------------------------------------
 #
-# What a notification must be, as tables that read like the specification, and what is known of
+# The rules for notifications, as tables that read like the specification, and the habits of
 # production receivers. A rule puts a check on a member and says how bad it is to break it. Public
-# names: `LEVELS`, `Finding`, `RULES` (by name of the pattern), `RECEIVERS`. Nothing here applies
-# the rules, and nothing knows about HTTP or storage.
+# names: `LEVELS`, `Finding`, `RULES` (by name of the pattern), `RECEIVERS`.
+# Must not know: how the rules are applied, HTTP, storage.
 
 REFUSED, MUST, SHOULD, FINE = "E", "M", "S", ""
 
@@ -501,7 +514,7 @@ class Finding(NamedTuple):
     spec: str  # URL of the page that says so
     value: Any = None  # the value of the member, if it is short
     refused_by: tuple[str, ...] = ()  # names of receivers
-    fix: str = ""  # the end of the message: what to write
+    fix: str = ""  # the end of the message: how to mend it
 
     @property
     def fault(self) -> str:
@@ -509,10 +522,12 @@ class Finding(NamedTuple):
         return self.message.removesuffix(f"; {self.fix}")
 
     def as_json(self) -> dict[str, Any]:
-        """Return the members of a JSON object, without those that are empty."""
-        optional = self._field_defaults
-        items = self._asdict().items()
-        return {name: value for name, value in items if optional.get(name, items) != value}
+        """Return the members of a JSON object, leaving out empty ones."""
+        members = self._asdict()
+        for name, default in self._field_defaults.items():
+            if members[name] == default:
+                del members[name]
+        return members
 
     @classmethod
     def from_json(cls, members: Mapping[str, Any]) -> Finding:
@@ -531,11 +546,11 @@ class Finding(NamedTuple):
 class Check(NamedTuple):
     """A demand on the value of a member."""
 
-    name: str  # ends the code of a finding, so it stays as it is for ever
+    name: str  # the end of the code of a finding, so it must never change
     demand: str  # completes "the member must"
-    # Gets any JSON value, and that of the sibling if there is one; never raises.
+    # Takes any JSON value, and the value of the sibling if there is one. Never raises.
     accepts: Callable[..., bool]
-    hint: Callable[..., str] = lambda *values: ""  # what to write; nothing where EXAMPLE will do
+    hint: Callable[..., str] = lambda *values: ""  # how to mend it; empty where EXAMPLE will do
     sibling: str = ""  # dotted name of another member of the notification
 
 
@@ -560,7 +575,7 @@ is_loose_uuid_urn = matches(r"urn:uuid:[0-9a-fA-F-]{32,36}\Z")  # with hyphens o
 
 
 def in_order(value: Any) -> Any:
-    """Return types with those of their pattern first; the same object if they are so already."""
+    """Return types with the pattern's own first; the same object if they are in order already."""
     pattern = fitting(value)
     types = pattern.types if pattern else ()
     places = [value.index(name) for name in types]
@@ -581,6 +596,19 @@ def old_contexts_in(value: Any) -> list[str]:
     return [old for old, right in VARIANTS.items() if old in names and right not in names]
 
 
+def context_hint(value: Any) -> str:
+    """Write both namespaces, and after them the other contexts that a notification has."""
+    given = value if isinstance(value, list) else [value]
+    namespaces = {ACTIVITY_STREAMS, COAR_NOTIFY, *VARIANTS}
+    others = [
+        each
+        for each in given[:10]
+        if isinstance(each, dict) or (is_uri(each) and each not in namespaces)
+    ]
+    written = [ACTIVITY_STREAMS, COAR_NOTIFY, *(short_value(others) or [])]
+    return f"write `{json.dumps(written, ensure_ascii=False)}`"
+
+
 def include(name: str, wanted: frozenset[str], what: str) -> Check:
     """Demand one of the wanted types."""
     return Check(
@@ -591,18 +619,22 @@ def include(name: str, wanted: frozenset[str], what: str) -> Check:
     )
 
 
-def equal(member: str) -> Check:
-    """Demand the value of another member, unless that one is missing."""
+def equal(member: str, meaning: str) -> Check:
+    """Demand the value of another member, unless that one is missing; both have one meaning."""
     return Check(
         f"equals-{member}",
         f"equal {member}",
         lambda value, other: other is None or value == other,
-        lambda value, other: f"write `{clip(other, 200)}`" if is_uri(other) else "make them equal",
+        lambda value, other: (
+            f"write {meaning} in both"
+            + (f"; {member} is `{clip(other, 200)}`" if is_uri(other) else "")
+        ),
         sibling=member,
     )
 
 
 EMBED_OFFER = "write the complete Offer, without its `@context`"
+ASK_ID = "write the id of the notification that it answers"
 
 # fmt: off
 UNEXPECTED = Check("unexpected", "be left out", lambda value: False)
@@ -617,7 +649,8 @@ RECOMMENDED_ID = Check("preferred", "be `urn:uuid:` in lower case and a hyphenat
                        is_uuid_urn, id_hint)
 TYPES = Check("strings", "be a string or a list of strings",
               lambda value: isinstance(value, str) or names_in(value) == value, strings_hint)
-ONE_TYPE = Check("single", "be a single string", lambda value: not isinstance(value, list))
+ONE_TYPE = Check("single", "be a single string", lambda value: not isinstance(value, list),
+                 single_hint)
 SERVICE = include("service", frozenset({"Service"}), "Service")
 OFFER = include("offer", frozenset({"Offer"}), "Offer")
 ACTOR_TYPE = include("actor", ACTOR_TYPES, f"one of {', '.join(sorted(ACTOR_TYPES))}")
@@ -628,14 +661,16 @@ SCHEMA_TYPE = Check("schema", "include a schema.org type, such as sorg:Scholarly
                     lambda value: any(name.startswith(SCHEMA_ORG) for name in names_in(value)))
 MIME_TYPE = Check("media-type", "be a media type, type/subtype", is_media_type)
 NAMESPACED = Check("namespaces", f"be a list holding {ACTIVITY_STREAMS} and {COAR_NOTIFY}",
-                   lambda value: {ACTIVITY_STREAMS, COAR_NOTIFY} <= set(contexts_in(value)))
+                   lambda value: {ACTIVITY_STREAMS, COAR_NOTIFY} <= set(contexts_in(value)),
+                   context_hint)
 CURRENT = Check("current", "name no outdated variant of a namespace",
                 lambda value: not old_contexts_in(value),
                 lambda value: "; ".join(
                     f"found `{old}`; write `{VARIANTS[old]}`" for old in old_contexts_in(value)))
 FIRST = Check("order", f"begin with {ACTIVITY_STREAMS}",
               lambda value: ACTIVITY_STREAMS in contexts_in(value)[:1]
-              or ACTIVITY_STREAMS not in contexts_in(value))
+              or ACTIVITY_STREAMS not in contexts_in(value),
+              context_hint)
 PATTERN = Check("pattern", "fit a pattern", lambda value: fitting(value) is not None,
                 lambda value: type_hint(value)
                 or f"write the types of one, such as {REQUEST_REVIEW}")
@@ -644,6 +679,9 @@ ORDER = Check("order", "name the ActivityStreams type before the `coar-notify:` 
               lambda value: f"write `{json_types(in_order(value))}`")
 KNOWN_ACTIONS = Check("known-actions", "name only actions that a pattern has",
                       lambda value: not any(map(is_lookalike, names_in(value))), action_hint)
+SAME_OFFER = equal("object.id", "the id of the Offer")
+SAME_NOTIFICATION = equal("object.id", "the id of the notification")
+SAME_RESOURCE = equal("object.as:object", "the URL of the resource")
 # An Offer is complete if its types are those of a pattern.
 COMPLETE = PATTERN._replace(demand="be that of a complete Offer", hint=lambda value: EMBED_OFFER)
 
@@ -660,11 +698,12 @@ class Rule(NamedTuple):
     check: Check
 
     def code(self, need: str) -> str:
+        """Return the code of findings: `need` is "required", or the name of the check."""
         return f"{self.member or 'notification'}-{need}"
 
 
 EVERY = (
-    #    member            if missing, if wrong, what it must be
+    #    member            if missing, if wrong, check
     Rule("",               REFUSED, REFUSED, OBJECT),
     Rule("@context",       MUST,    MUST,    NAMESPACED),
     Rule("@context",       FINE,    SHOULD,  CURRENT),
@@ -739,7 +778,7 @@ FAMILIES: Mapping[str, tuple[Rule, ...]] = {
     ),
     "answer": EVERY + (
         Rule("inReplyTo",           REFUSED, REFUSED, ABSOLUTE_URI),
-        Rule("inReplyTo",           FINE,    REFUSED, equal("object.id")),
+        Rule("inReplyTo",           FINE,    REFUSED, SAME_OFFER),
         Rule("object.@context",     FINE,    SHOULD,  UNEXPECTED),
         Rule("object.type",         REFUSED, REFUSED, TYPES),
         Rule("object.type",         FINE,    MUST,    OFFER),
@@ -755,11 +794,11 @@ FAMILIES: Mapping[str, tuple[Rule, ...]] = {
         Rule("object.as:subject",      REFUSED, REFUSED, ABSOLUTE_URI),
         Rule("object.as:relationship", REFUSED, REFUSED, ABSOLUTE_URI),
         Rule("object.as:object",       REFUSED, REFUSED, ABSOLUTE_URI),
-        Rule("context.id",             FINE,    MUST,    equal("object.as:object")),
+        Rule("context.id",             FINE,    MUST,    SAME_RESOURCE),
     ),
     "unprocessable": tuple(rule for rule in EVERY if rule.member != "summary") + (
         Rule("inReplyTo",           REFUSED, REFUSED, ABSOLUTE_URI),
-        Rule("inReplyTo",           FINE,    SHOULD,  equal("object.id")),
+        Rule("inReplyTo",           FINE,    SHOULD,  SAME_NOTIFICATION),
         Rule("summary",             REFUSED, MUST,    TEXT),
     ),
 }
@@ -777,16 +816,21 @@ def has_foreign_names(value: Any) -> bool:
 
 
 class Refusal(NamedTuple):
-    """Something that a receiver refuses: findings, or what is a finding for nobody else."""
+    """Something that a receiver refuses: findings of ours, or faults that only it reports."""
 
     what: str
     codes: tuple[str, ...] = ()
     applies: Callable[[Any], bool] = lambda value: True  # to the value of the member
     rules: tuple[Rule, ...] = ()  # for this receiver alone, about values that are there
 
+    @property
+    def all_codes(self) -> tuple[str, ...]:
+        """The codes of all findings that it is about."""
+        return (*self.codes, *(rule.code(rule.check.name) for rule in self.rules))
+
 
 class Receiver(NamedTuple):
-    """A production receiver, and what it is known to refuse besides level E."""
+    """A production receiver, and the notifications it is known to refuse besides level E."""
 
     name: str
     source: str  # where this was read
@@ -794,6 +838,7 @@ class Receiver(NamedTuple):
 
 
 # fmt: off
+EXACT_TYPE = "content-type-exact"  # a code
 FOREIGN_MEDIA_TYPE = Refusal("a Content-Type other than application/ld+json", ("content-type",))
 REPEATED_ID = Refusal("a repeated id", ("id-repeated",))
 PLAIN_TYPES = Check("activitystreams", "name ActivityStreams types, or others with a prefix",
@@ -808,7 +853,7 @@ RECEIVERS = (
     )),
     Receiver("EPrints", "https://github.com/eprintsug/coar_notify", (
         Refusal("a Content-Type that is not exactly application/ld+json",
-                ("content-type", "content-type-exact")),
+                ("content-type", EXACT_TYPE)),
     )),
     Receiver("PCI", "https://github.com/pci-dev/pci", (
         FOREIGN_MEDIA_TYPE,
@@ -839,19 +884,20 @@ RECEIVERS = (
 
 
 def refused_by(code: str, *values: Any) -> tuple[str, ...]:
-    """Name the receivers that refuse a value for this code; without one, those that refuse some."""
+    """Name the receivers that refuse a value for this code, or, without a value, any value."""
     return tuple(
         name
         for name, _, refusals in RECEIVERS
-        if any(code in each.codes and all(map(each.applies, values)) for each in refusals)
+        if any(code in each.all_codes and all(map(each.applies, values)) for each in refusals)
     )
 
 
 # --- Validation ----------------------------------------------------------------------------------
 #
-# Applies the rules. `validate` finds everything that breaks them; `assess` decides what is refused
-# in a mode of validation (`mode_of`), with what is known of the delivery (`Arrival`); `constraints`
-# and `receivers` list the rules for people. No HTTP, no storage.
+# Applies the rules. `validate` finds everything that breaks them. `assess` sorts the findings into
+# errors and warnings for a mode of validation (`mode_of`), and adds findings about the delivery
+# (`Arrival`). `constraints` and `receivers` list the rules for people.
+# Must not know: HTTP, storage.
 
 MAX_EMBEDDED = 4  # notifications that are embedded in each other; the specification has one
 
@@ -862,7 +908,7 @@ A_PDF = {"id": "https://…", "type": ["Article", "sorg:ScholarlyArticle"],
 A_PAGE = {"id": "https://…", "type": ["Page", "sorg:AboutPage"],
           "ietf:cite-as": "https://doi.org/…", "ietf:item": A_PDF}
 A_RESULT = {"id": "https://…", "type": ["Page", "sorg:WebPage"]}
-# What to write for each member, and for the `object` in each family, where a check has no hint.
+# Examples for the messages, by member, and for the `object` by family, where a check has no hint.
 EXAMPLE = {
     "@context": [ACTIVITY_STREAMS, COAR_NOTIFY],
     "id": "urn:uuid:…",
@@ -890,12 +936,12 @@ EXAMPLE_OBJECTS = {
 
 
 def rules_for(pattern: Pattern | None) -> tuple[Rule, ...]:
-    """Return the rules for a pattern, or those for every notification."""
+    """Return the rules for a pattern, or the common rules if there is none."""
     return RULES[pattern.name] if pattern else EVERY
 
 
-# The name of a member, the rules for when it is missing, those for its value, and what is known to
-# break none of them. Most notifications share services, types and namespaces with others.
+# The name of a member, the rules that demand it, the rules for its value, and the values that are
+# known to break none. Most notifications share services, types and namespaces with others.
 MemberRules = tuple[str, list[Rule], list[Rule], set[object]]
 MAX_KNOWN = 1000  # values of a member
 
@@ -926,7 +972,7 @@ def tests_for(pattern: Pattern | None, embedded: bool) -> list[tuple[list[str], 
 def broken_rules(
     part: dict[str, Any], pattern: Pattern | None, embedded: bool
 ) -> Iterator[tuple[Rule, Any]]:
-    """Apply the rules; yields those that are broken, with the value or None if it is missing."""
+    """Yield the broken rules, each with the value, or None if the member is missing."""
     for path, members in tests_for(pattern, embedded):
         node: Any = part
         for name in path:
@@ -935,7 +981,7 @@ def broken_rules(
             continue  # the rule for that object reports it
         for name, missing, rules, known in members:
             value = node.get(name)
-            # No types are missing types, but coarnotify refuses an actor that has none.
+            # An empty list of types counts as missing, but coarnotify refuses it in an actor.
             if not value and (
                 value is None or (value == [] and name == "type" and path != ["actor"])
             ):
@@ -946,7 +992,7 @@ def broken_rules(
 
 
 def form_of(value: Any) -> object:
-    """Return what a value is known by: a string, a list of strings, or `dict` for any object."""
+    """Return a hashable stand-in: strings, a tuple of strings, or `dict` for any object."""
     if isinstance(value, list):
         return tuple(value) if all(isinstance(each, str) for each in value) else None
     return dict if isinstance(value, dict) else value
@@ -970,18 +1016,23 @@ def broken_by(
 
 
 def fix_of(rule: Rule, value: Any, part: Any, pattern: Pattern | None) -> str:
-    """Say what to write: what was probably meant, or else an example."""
+    """Suggest a correction: the value that was probably meant, or else an example."""
     family, rules = pattern.family if pattern else "request", rules_for(pattern)
     parent, _, name = rule.member.rpartition(".")
     if value is None:
         around = lookup(part, parent) if parent else part
         known = {each.member.rpartition(".")[::2] for each in rules}
-        hint = misnamed(name, [each for each in around if (parent, each) not in known])
+        unknown = [each for each in around if (parent, each) not in known]
+        if ACTIVITY_STREAMS in contexts_in(names_in(around.get("context"))):
+            unknown.append("context")  # else it is known as the member for a resource
+        hint = misnamed(name, unknown)
     else:
         other = [lookup(part, rule.check.sibling)] if rule.check.sibling else []
         hint = rule.check.hint(value, *other)
-    if not hint and (family, rule.member) == ("answer", "object"):
+    if not hint and family == "answer" and rule.member in ("object", "object.type"):
         return EMBED_OFFER
+    if rule.member == "inReplyTo" and not names_original(part, family):
+        return (not rule.check.sibling and hint) or ASK_ID
     example = lookup({**EXAMPLE, "object": EXAMPLE_OBJECTS[family]}, rule.member)
     if hint or example is None:
         return hint
@@ -990,10 +1041,18 @@ def fix_of(rule: Rule, value: Any, part: Any, pattern: Pattern | None) -> str:
     twin = lookup(part, twins.get(rule.member, ""))
     if is_uri(twin) and rule.check.accepts(twin) and len(twin) <= 200:
         example = twin
-    elif isinstance(example, dict) and is_uri(value) and len(value) <= 200:
-        example = {**example, "id": value}
+    elif isinstance(example, dict) and isinstance(value, str) and len(value) <= 200:
+        checks = [each.check for each in rules if each.member == f"{rule.member}.id"]
+        if checks and all(check.accepts(value) for check in checks):
+            example = {**example, "id": value}
     written = json.dumps(example, ensure_ascii=False)
     return f"write `{json.dumps(name)}: {written}`" if value is None else f"write `{written}`"
+
+
+def names_original(part: Any, family: str) -> bool:
+    """Whether the `object` of an answer can be what it answers: an Offer, and not itself."""
+    is_other = lookup(part, "object.id") != lookup(part, "id")
+    return is_other and (family != "answer" or "Offer" in types_of(lookup(part, "object.type")))
 
 
 def describe(
@@ -1014,7 +1073,9 @@ def report(rule: Rule, value: Any, part: Any, pattern: Pattern | None, prefix: s
     fault = f"{where} is missing; it {demand}" if missing else f"{where} {demand}"
     if value == "":
         fault += "; it is empty"
-    fix = fix_of(rule, value, part, pattern) if rule.member else ""
+    fix = fix_of(rule, value, part, pattern) if rule.member else rule.check.hint(value)
+    if prefix and rule.check is RECOMMENDED_ID:
+        fix = "keep it if the Offer has this id"  # its sender has chosen it
     spec = pattern.spec if pattern else SPECIFICATION
     finding = describe(level, member, rule.code(need), fault, fix, spec, value)
     # Receivers look at the notification itself only.
@@ -1022,9 +1083,9 @@ def report(rule: Rule, value: Any, part: Any, pattern: Pattern | None, prefix: s
 
 
 def parts(document: Any) -> Iterator[tuple[str, Any, Pattern | None]]:
-    """Yield the notification, the one that it embeds if it is an answer, and so on.
+    """Yield the notification, then the Offer that it embeds if it is an answer, and so on.
 
-    Each comes with the prefix of its members and its pattern.
+    Each is a tuple: the prefix of its members, the document, and its pattern.
     """
     for level in range(MAX_EMBEDDED + 1):
         pattern = pattern_of(document)
@@ -1044,7 +1105,7 @@ def validate(document: Any) -> list[Finding]:
     if not isinstance(document, dict):
         return [report(EVERY[0], document, document, None)]
     findings = []
-    refused = set()  # members with an error; a second finding would be about the same fault
+    refused = set()  # members with an error: a second finding would repeat the same fault
     for prefix, part, pattern in parts(document):
         for rule, value in broken_rules(part, pattern, prefix != ""):
             member = prefix + rule.member
@@ -1069,7 +1130,7 @@ def most_important(findings: Sequence[Finding], limit: int = 100) -> tuple[list[
 
 
 class Arrival(NamedTuple):
-    """What is known of a delivery besides the document."""
+    """The circumstances of a delivery, besides the document."""
 
     content_type: str
     posted_to: Collection[str] = ()  # URLs of the inbox: as requested, and as given out
@@ -1078,10 +1139,11 @@ class Arrival(NamedTuple):
 
 LDN = "https://www.w3.org/TR/ldn/"
 JSON_LD = "application/ld+json"
-BY_ITSELF = Arrival(JSON_LD)  # when nothing is known of a delivery
-# Rules for the delivery, all of level S, by code: the member, and what it should do.
+BY_ITSELF = Arrival(JSON_LD)  # for a document that was not delivered, such as a file
+# Rules for the delivery, all of level S, by code: the member, and the demand on it.
 DELIVERY_RULES = {
     "content-type": ("", f"have the Content-Type {JSON_LD}"),
+    EXACT_TYPE: ("", f"have exactly the Content-Type {JSON_LD}"),
     "id-repeated": ("id", "be new"),
     "target.inbox-elsewhere": ("target.inbox", "be the URL that was posted to"),
 }
@@ -1101,7 +1163,7 @@ def without_query(url: str) -> str:
 
 
 def delivery_findings(document: Any, arrival: Arrival) -> list[Finding]:
-    """Find what is wrong with a delivery, though the document does not show it."""
+    """Find faults of a delivery that the document does not show."""
     found: dict[str, tuple[Any, str]] = {}  # by code: the value, and the rest of the message
     if arrival.content_type != JSON_LD and media_type_of(arrival.content_type) != JSON_LD:
         content_type = clip(arrival.content_type, 100)
@@ -1125,17 +1187,17 @@ def delivery_findings(document: Any, arrival: Arrival) -> list[Finding]:
 
 
 def receiver_findings(document: Any, receiver: Receiver, content_type: str) -> list[Finding]:
-    """Find what the specification allows, and this receiver alone refuses."""
-    findings, pattern, code = [], pattern_of(document), "content-type-exact"
+    """Find faults that only this receiver objects to."""
+    findings, pattern = [], pattern_of(document)
     inexact = media_type_of(content_type) == JSON_LD != content_type.strip()
-    if inexact and receiver.name in refused_by(code):
+    if inexact and receiver.name in refused_by(EXACT_TYPE):
         fault, fix = f"the Content-Type must be exactly {JSON_LD}", "send it without parameters"
-        findings.append(describe(SHOULD, "", code, fault, fix, receiver.source, content_type))
+        findings.append(describe(SHOULD, "", EXACT_TYPE, fault, fix, receiver.source, content_type))
     for rule in (rule for refusal in receiver.refusals for rule in refusal.rules):
         value = lookup(document, rule.member)
         if value is not None and not rule.check.accepts(value):
             findings.append(report(rule, value, document, pattern))
-    return [finding._replace(refused_by=(receiver.name,)) for finding in findings]
+    return findings
 
 
 @functools.cache
@@ -1160,7 +1222,7 @@ def library_errors(errors: Mapping[Any, Any], pointer: str = "") -> Iterator[tup
 
 
 def coarnotify_findings(document: Any) -> list[Finding]:
-    """Ask the installed coarnotify library; whatever it raises is an error, in its words."""
+    """Ask the installed coarnotify library, and report its exceptions in its own words."""
     try:
         # It changes the document that it is given.
         coarnotify_server().receive(copy.deepcopy(document))
@@ -1192,7 +1254,7 @@ def mode_of(value: Any) -> bool | str | None:
 
 
 class Assessment(NamedTuple):
-    """What a notification is refused for, and the other findings."""
+    """The findings that a notification is refused for, and the others."""
 
     errors: list[Finding]
     warnings: list[Finding]
@@ -1205,7 +1267,7 @@ class Assessment(NamedTuple):
 
 
 def assess(document: Any, mode: bool | str, arrival: Arrival = BY_ITSELF) -> Assessment:
-    """Validate a notification in one of the MODES, by itself if nothing is known of its arrival."""
+    """Validate a notification in one of the MODES; without `arrival`, judge the document alone."""
     findings = validate(document)
     for receiver in RECEIVERS:
         if receiver.name == mode:
@@ -1235,6 +1297,9 @@ def constraints_of(pattern: Pattern) -> list[dict[str, Any]]:
     for rule in RULES[pattern.name]:
         add(rule.code("required"), rule.member, "be present", rule.if_missing)
         add(rule.code(rule.check.name), rule.member, rule.check.demand, rule.if_wrong)
+    for refusal in (refusal for receiver in RECEIVERS for refusal in receiver.refusals):
+        for rule in refusal.rules:
+            add(rule.code(rule.check.name), rule.member, rule.check.demand, rule.if_wrong)
     for code, (member, demand) in DELIVERY_RULES.items():
         add(code, member, demand, SHOULD)
     return list(listed.values())
@@ -1251,7 +1316,7 @@ def constraints() -> list[dict[str, Any]]:
 
 
 def receivers() -> list[dict[str, Any]]:
-    """List the receivers: name, where the facts come from, and what is refused."""
+    """List the receivers: their name, the source of the facts, and their refusals."""
     return [
         {"name": each.name, "source": each.source, "refuses": [what for what, *_ in each.refusals]}
         for each in RECEIVERS
@@ -1260,9 +1325,10 @@ def receivers() -> list[dict[str, Any]]:
 
 # --- Samples and replies -------------------------------------------------------------------------
 #
-# Builds valid notifications from one set of parts. `sample` makes one of any pattern, `reply` makes
-# one that answers an Offer, `find_pattern` finds a pattern by its name. All three are pure, except
-# that each notification gets a new id. Must not know HTTP, the store or the settings.
+# Builds valid notifications from one set of parts. `sample` makes a notification of any pattern,
+# `reply` answers an Offer, `find_pattern` finds a pattern by its name. All three are pure, except
+# that each notification gets a new id.
+# Must not know: HTTP, the store, the settings.
 
 Document = dict[str, Any]  # a notification
 
@@ -1282,7 +1348,7 @@ PREPRINT = {
     },
     "type": ["Page", "sorg:AboutPage"],
 }
-# What the service announces: how its URL and its DOI end, and its types.
+# The results that the service announces: the end of their URL and DOI, and their types.
 RESULTS = {
     "Announce Endorsement": ("endorsement/7", ["Page", "sorg:WebPage"]),
     "Announce Review": ("review/7", ["Document", "sorg:Review"]),
@@ -1291,14 +1357,15 @@ RESULTS = {
 REPLY_PATTERNS = tuple(
     pattern for pattern in PATTERNS if pattern.family not in ("relationship", "request")
 )
+AUTO_REPLIES = tuple(each.name for each in REPLY_PATTERNS if each.name != "Undo Offer")
 
 
 class UnknownPatternError(ValueError):
-    """No pattern has this name; the text lists those that there are."""
+    """No pattern has this name; the text lists the names."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a suggestion to end a message with, or nothing unless a known name is really close."""
+    """Return the end of a message, with a known name that is really close, or nothing."""
     spelt = {each.lower(): each for each in known}
     near = close_to(name.lower(), spelt, cutoff=0.64)
     return f"; did you mean {spelt[near]}?" if near else ""
@@ -1356,7 +1423,7 @@ def reply(offer: Any, pattern: str = "Accept") -> Document:
 
 
 def build_answer(offer: Any, pattern: Pattern, origin: Any = None, target: Any = None) -> Document:
-    """Build what `reply` returns, for any pattern but requests, and between other services."""
+    """Answer an Offer with any pattern but a request, optionally between other services."""
     if pattern.family == "request":
         raise ValueError(f"{pattern.name} starts a conversation and answers no Offer")
     if "Offer" not in types_of(lookup(offer, "type")):
@@ -1373,7 +1440,7 @@ def build_answer(offer: Any, pattern: Pattern, origin: Any = None, target: Any =
 
 
 def answer_members(offer: Any, pattern: Pattern) -> dict[str, Any]:
-    """Return the members that say what an answer to an Offer is about."""
+    """Return `object`, `context` and `summary` of an answer to an Offer."""
     if pattern.types[0] == "Flag":
         return {"object": {"id": offer["id"]}, "summary": "The preprint answers with status 404."}
     if pattern.types[0] != "Announce":
@@ -1410,7 +1477,7 @@ def build(pattern: Pattern, actor: Any, origin: Any, target: Any, **members: Any
 # --- Settings ------------------------------------------------------------------------------------
 #
 # `Settings` is the table of everything that a user may set. `configure` fills it from a file,
-# environment variables and flags; what is unusable raises `ConfigurationError`.
+# environment variables and flags. An unusable value raises `ConfigurationError`.
 # Must not know: HTTP, how a setting is used.
 
 
@@ -1419,7 +1486,7 @@ class ConfigurationError(ValueError):
 
 
 class Kind(NamedTuple):
-    """A kind of value that a setting takes, in words and as a predicate."""
+    """The values that a setting takes, in words and as a predicate."""
 
     expected: str
     accepts: Callable[[Any], bool]
@@ -1456,7 +1523,7 @@ def origin_of(url: str) -> tuple[str, str, int]:
 
 def reply_patterns(value: Any) -> tuple[str, ...] | None:
     """Return names of patterns that answer an Offer, in their right case; None if one does not."""
-    known = {pattern.name.lower(): pattern.name for pattern in REPLY_PATTERNS}
+    known = {name.lower(): name for name in AUTO_REPLIES}
     names = value if isinstance(value, (list, tuple)) else [value]
     found = tuple(known.get(str(name).lower(), "") for name in names)
     return found if all(found) else None
@@ -1474,13 +1541,17 @@ A_MODE = Kind(
 )
 A_STATUS = Kind("201 or 202", in_range(201, 202, int))
 A_COUNT = Kind("a whole number from 1 to 2147483647", in_range(1, 2147483647, int))
+# `select` on Windows takes 512 sockets; those of clients that were just answered come on top.
+MOST_CONNECTIONS = 250 if os.name == "nt" else 2147483647
+SOME_CONNECTIONS = Kind(
+    f"a whole number from 1 to {MOST_CONNECTIONS}", in_range(1, MOST_CONNECTIONS, int)
+)
 A_PORT = Kind("a port, 0 to 65535", in_range(0, 65535, int))
-# Sockets refuse what the platform's clock cannot hold.
+# Sockets refuse time-outs that overflow the platform's clock.
 A_TIMEOUT = Kind("a number of seconds, 0.001 to 86400", in_range(0.001, 86400, int, float))
 A_DELAY = Kind("a number of seconds, 0 to 86400", in_range(0, 86400, int, float))
 SOME_PATTERNS = Kind(
-    "a list of " + ", ".join(pattern.name for pattern in REPLY_PATTERNS),
-    lambda value: reply_patterns(value) is not None,
+    "a list of " + ", ".join(AUTO_REPLIES), lambda value: reply_patterns(value) is not None
 )
 AN_INBOX = Kind('the URL of an inbox, such as "http://localhost:8080/inbox"', is_inbox_url)
 A_HOST = Kind("a host name or an IP address", is_line)
@@ -1501,7 +1572,7 @@ def setting(default: Any, kind: Kind) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything a user may set, see `local.cfg.example`; what is None by default may be None.
+    """Everything a user may set, see `local.cfg.example`. A setting with default None is optional.
 
     Raises `ConfigurationError` when a value is unusable.
     """
@@ -1510,7 +1581,7 @@ class Settings:
     HOST: str = setting("localhost", A_HOST)  # address to listen on
     PORT: int = setting(5005, A_PORT)  # 0 takes a free one
     RESPONSE_STATUS: int = setting(201, A_STATUS)  # of a notification that was accepted
-    VALIDATE_INCOMING: bool | str = setting(True, A_MODE)  # what is refused, see `MODES`
+    VALIDATE_INCOMING: bool | str = setting(True, A_MODE)  # see `MODES`
     REPLIES: tuple[str, ...] = setting((), SOME_PATTERNS)  # to each Offer that was accepted
     REPLY_DELAY: float = setting(1, A_DELAY)  # seconds before each reply
     REPLY_TO: str | None = setting(None, AN_INBOX)  # None: to the origin of the Offer
@@ -1521,7 +1592,7 @@ class Settings:
     BASE_URL: str | None = setting(None, A_BASE_URL)  # public address behind a proxy or tunnel
     MAX_CONTENT_LENGTH: int = setting(1048576, A_COUNT)  # bytes of a body
     REQUEST_TIMEOUT: float = setting(30, A_TIMEOUT)  # seconds for one whole request
-    MAX_CONNECTIONS: int = setting(128, A_COUNT)  # served at once
+    MAX_CONNECTIONS: int = setting(128, SOME_CONNECTIONS)  # served at once
     FSYNC: bool = setting(True, A_FLAG)  # 2xx means: on the disk
     TOKEN: str | None = setting(None, A_SECRET)  # that every request must carry
     CORS_ORIGINS: object = setting((), ANYTHING)  # a name of Flask-CORS, see `cors_origins`
@@ -1626,7 +1697,7 @@ def configure(
 
 
 def cors_origins(value: Any) -> frozenset[str]:
-    """Read CORS_ORIGINS: an origin, "*", or a list of them; what is no origin gets a warning."""
+    """Read CORS_ORIGINS: an origin, "*", or a list of them. Warns about anything else."""
     listed = value if isinstance(value, (list, tuple, set, frozenset)) else [value]
     origins = {each.lower().rstrip("/") for each in listed if isinstance(each, str)}
     usable = frozenset(each for each in origins if re.fullmatch(r"\*|https?://[^/?#@]+", each))
@@ -1638,9 +1709,9 @@ def cors_origins(value: Any) -> frozenset[str]:
 # --- Store ---------------------------------------------------------------------------------------
 #
 # `Store` keeps notifications in a directory, one file each. The directory is the only truth about
-# them: files that people, or other processes, add or remove count. `Store.add` stores a batch: it
+# them: files that people or other processes add or remove count. `Store.add` stores a batch: it
 # writes and syncs the files side by side in a `Pool`, links them under their names, and syncs the
-# directory once. What goes wrong with a file is returned, with the directory raised, as `OSError`.
+# directory once. An `OSError` of one file is returned in its place, one of the directory is raised.
 # Must not know: JSON, HTTP, the event loop.
 
 NAME = "[0-9]{8}_[0-9]{6}_[0-9a-f]{32}"
@@ -1648,7 +1719,7 @@ FILE_NAME = re.compile(rf"({NAME})\.json")
 DRAFT_NAME = re.compile(rf"\.{NAME}\.part")
 DRAFT_LIFETIME = 3600  # seconds after which nobody can still be writing a draft
 
-Outcome = Union[str, OSError]  # the name of what was stored, or why it was not
+Outcome = Union[str, OSError]  # the name under which a body was stored, or why it was not
 
 
 @functools.lru_cache(maxsize=8)  # most notifications of a second need the same
@@ -1682,7 +1753,7 @@ def create_file(path: str, flags: int) -> int:
 
 
 def sync_file(file: int) -> None:
-    """Have the disk take what was written; on macOS, `os.fsync` leaves it in the drive's cache."""
+    """Flush a file to the disk; on macOS, `os.fsync` would stop at the cache of the drive."""
     try:
         import fcntl
 
@@ -1719,6 +1790,7 @@ class Pool:
         self.tasks.put(task)
 
     def work(self) -> None:
+        """Run tasks until None comes."""
         while task := self.tasks.get():
             task()
             self.idle.release()
@@ -1739,6 +1811,8 @@ class Store:
         self.directory, self.fsync = os.path.abspath(directory), fsync
         self.syncers = Pool(8)  # more do not make the disk faster
         os.makedirs(self.directory, exist_ok=True)
+        with contextlib.suppress(OSError):  # it may belong to somebody else
+            self.sync_directory(os.path.dirname(self.directory))
         if not os.access(self.directory, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), self.directory)
         self.sweep()
@@ -1747,7 +1821,7 @@ class Store:
         """Remove the drafts that a killed process has left behind."""
         with os.scandir(self.directory) as entries:
             for entry in entries:
-                if not DRAFT_NAME.fullmatch(entry.name):  # to look at every file takes seconds
+                if not DRAFT_NAME.fullmatch(entry.name):  # a `stat` of every file takes seconds
                     continue
                 with contextlib.suppress(OSError):
                     age = time.time() - entry.stat(follow_symlinks=False).st_mtime
@@ -1755,9 +1829,11 @@ class Store:
                         os.unlink(entry.path)
 
     def path(self, name: str) -> str:
+        """Return the path of a notification."""
         return f"{self.directory}{os.sep}{name}.json"
 
     def draft(self, name: str) -> str:
+        """Return the path of a notification while it is being written."""
         return f"{self.directory}{os.sep}.{name}.part"
 
     def names(self) -> list[str]:
@@ -1778,7 +1854,7 @@ class Store:
         for name in names:
             self.publish(name, outcomes)
         try:
-            self.sync_directory()
+            self.sync_directory(self.directory)
         except OSError as error:
             for name in names:  # nobody will be told that they are there
                 outcomes[name] = error
@@ -1806,6 +1882,7 @@ class Store:
             done.get()
 
     def write_draft(self, name: str, body: bytes) -> Outcome:
+        """Write a body under its temporary name."""
         try:
             file = create_file(self.draft(name), os.O_WRONLY | os.O_EXCL)
             try:
@@ -1834,9 +1911,10 @@ class Store:
         with contextlib.suppress(OSError):
             os.unlink(draft)
 
-    def sync_directory(self) -> None:
+    def sync_directory(self, path: str) -> None:
+        """Flush the names of new files to the disk; only POSIX systems can."""
         if self.fsync and os.name == "posix":
-            directory = os.open(self.directory, os.O_RDONLY)
+            directory = os.open(path, os.O_RDONLY)
             try:
                 sync_file(directory)
             finally:
@@ -1871,12 +1949,12 @@ class Store:
 
 # --- Deliveries ----------------------------------------------------------------------------------
 #
-# A `Delivery` is one attempt to deliver a notification, in either direction, and what became of
-# it. A `Query` selects deliveries, and tells which parts of the log can hold none of them; `Totals`
-# count them.
+# A `Delivery` is one attempt to deliver a notification, in either direction, and its outcome. A
+# `Query` selects deliveries, and tells which parts of the log can hold none of them. `Totals` count
+# them.
 # Must not know: HTTP, files, the event loop.
 
-# The members that say what a notification is about: who sent it, and its place in a conversation.
+# The members that tell the subject of a notification, its sender, and its place in a conversation.
 ABOUT = {
     "": ("id", "inReplyTo", "origin"), "origin": ("id", "inbox"), "target": ("id",),
     "actor": ("name", "id"), "context": ("id",), "object": ("id",), "object.object": ("id",),
@@ -1909,18 +1987,26 @@ def summary(document: Any) -> dict[str, str]:
     return found
 
 
-VERDICTS = ("dropped", "stored", "queued", "redirected", "refused", "failed")
+# Which status, as a regular expression, has which verdict; an adopted notification is stored, too.
+VERDICTS = {
+    "dropped": "0",
+    "stored": "0|[12]..",
+    "queued": "202",
+    "redirected": "3..",
+    "refused": "4..",
+    "failed": "[5-9]..",
+}
 
 
 class Delivery(NamedTuple):
-    """An attempt to deliver a notification, and what became of it."""
+    """An attempt to deliver a notification, and its outcome."""
 
-    name: str = ""  # also that of the notification, if it was stored; first, see `line_start`
+    name: str = ""  # also the name of the stored notification; the first field, see `line_start`
     time: str = ""  # of the answer: ISO 8601, UTC
-    direction: str = "in"  # "out" for what this inbox sent
-    client: str = ""  # its address; empty for what this inbox sent
+    direction: str = "in"  # "out" if this inbox was the sender
+    client: str = ""  # the IP address of the sender; empty if this inbox was the sender
     method: str = "POST"
-    target: str = ""  # of the request: path and query; the whole URL of what this inbox sent
+    target: str = ""  # of the request: path and query; the whole URL if this inbox was the sender
     headers: Mapping[str, str] = {}  # of the request, without secrets
     status: int = 0  # of the answer; 0 if there was none
     answer_headers: Mapping[str, str] = {}
@@ -1928,13 +2014,13 @@ class Delivery(NamedTuple):
     pattern: str | None = None
     about: Mapping[str, str] = {}  # see `summary`
     findings: Sequence[Finding] = ()
-    errors: int = 0  # how many of the findings it was refused for: the first ones
-    omitted: int = 0  # findings beyond a hundred
+    errors: int = 0  # the number of findings that it was refused for; they come first
+    omitted: int = 0  # the number of findings left out, beyond a hundred
     body: bytes | None = None  # as far as it arrived; None in the log if it was stored
-    answer_body: bytes | None = None  # only of what this inbox sent
+    answer_body: bytes | None = None  # only if this inbox was the sender
     simulated: bool = False  # whether a failure, or a delay, was asked for
     seconds: float = 0.0  # from the end of the request to the answer
-    via: str = ""  # how it got here, if not by a request: "adopted", "REPLIES" or "page"
+    via: str = ""  # its origin, if that was no request: "adopted", "REPLIES", "page" or "test"
 
     @property
     def verdict(self) -> str:
@@ -1949,6 +2035,7 @@ class Delivery(NamedTuple):
 
     @property
     def is_stored(self) -> bool:
+        """Whether the inbox that got it has stored it."""
         return self.verdict in ("stored", "queued")
 
     def __repr__(self) -> str:
@@ -1961,8 +2048,9 @@ class Delivery(NamedTuple):
     @property
     def summary(self) -> str:
         """What came from whom, or went where: `Request Review from https://…`."""
-        wrong_path = self.direction == "in" and not self.target.startswith("/inbox")
-        what = f"{self.method} {self.target}" if wrong_path else self.pattern or "no pattern"
+        asked = self.method, self.target.partition("?")[0].rstrip("/")
+        is_elsewhere = self.direction == "in" and asked != ("POST", "/inbox")
+        what = f"{self.method} {self.target}" if is_elsewhere else self.pattern or "no pattern"
         way = "to" if self.direction == "out" else "from"
         return f"{what} {way} {self.peer or self.client}"
 
@@ -2035,7 +2123,7 @@ class Delivery(NamedTuple):
             via="adopted",
             pattern=pattern and pattern.name,
             about=summary(document),
-            findings=validate(document),
+            findings=by_level(validate(document)),
         )
 
 
@@ -2065,8 +2153,8 @@ class LogLine(NamedTuple):
 
 
 def log_delivery(delivery: Delivery, url: str) -> None:
-    """Log what became of a delivery, and why, for those whose client hides the answer."""
-    # Not `info`, which would look for the caller; that takes longer than writing the line.
+    """Log the outcome of a delivery and the reasons, because many clients hide the answer."""
+    # `info` would look for its caller, which takes longer than writing the line.
     LOG.handle(
         logging.LogRecord(LOG.name, logging.INFO, __file__, 0, LogLine(delivery, url), (), None)
     )
@@ -2132,19 +2220,19 @@ def check_parameters(values: Mapping[str, str], parameters: Parameters) -> None:
 
 
 def json_bytes(text: str) -> bytes:
-    """Write a text as it stands in a line of the log, without its quotes."""
+    """Write a text the way a line of the log holds it, without its quotes."""
     return json.dumps(text)[1:-1].encode()
 
 
 def line_start(name: str) -> bytes:
-    """How the line of a delivery begins."""
+    """Return the beginning of the line of a delivery."""
     return b'{"name": "%b"' % json_bytes(name)
 
 
 class Query(NamedTuple):
-    """Which deliveries somebody wants to see; its members are the parameters of a URL."""
+    """A selection of deliveries; its members are the parameters of a URL."""
 
-    limit: str = ""  # at most so many, the newest ones
+    limit: str = ""  # the largest number of deliveries, the newest ones
     status: str = ""  # of the answer, such as 400 or 4xx
     pattern: str = ""
     since: str = ""  # after the delivery of this name, or from this time on
@@ -2157,22 +2245,25 @@ class Query(NamedTuple):
 
     @property
     def page_length(self) -> int:
+        """The number of deliveries on a page."""
         return int(self.limit or 50)
 
     def may_match(self, line: bytes) -> bool:
-        """Look at the raw line, or at many, first: parsing every line would be slow."""
-        exact, texts = needles(self)
-        if not all(needle.search(line) for needle in exact):
+        """Test one raw line, or many, cheaply: parsing every line would be slow."""
+        expressions, texts, verdict = needles(self)
+        if not all(expression.search(line) for expression in expressions):
             return False
+        if verdict and verdict.search(line):
+            return True
         lower = line.lower() if texts else b""
-        # What JSON escapes may be written in many ways.
-        return b"\\u" in lower or all(text in lower for text in texts)
+        return all(text in lower for text in texts) or LOOKALIKES.search(lower) is not None
 
     def may_concern(self, block: bytes, *names: str) -> bool:
-        """Look at many lines at once: for a match, or the line of one of these deliveries."""
+        """Test many raw lines at once: for a match, or for the delivery of one of these names."""
         return self.may_match(block) or any(line_start(name) in block for name in names if name)
 
     def matches(self, delivery: Delivery) -> bool:
+        """Whether a delivery is selected, `limit`, `since` and `before` aside."""
         text = self.q.casefold()
         return (
             self.direction in ("", delivery.direction)
@@ -2196,9 +2287,22 @@ class Query(NamedTuple):
         return delivery.name == self.since or delivery.time < start
 
 
+# Escaped characters that are equal to ASCII letters where case is ignored, such as the Kelvin sign,
+# and ASCII characters that somebody has escaped.
+LOOKALIKES = re.compile(rb"\\u(00[2-7]|00df|0130|0149|017f|01f0|1e9[6-9abe]|212a|fb0)")
+
+
+class Needles(NamedTuple):
+    """The marks of lines that a query may select, which are found without parsing the lines."""
+
+    expressions: list[re.Pattern[bytes]]  # a line matches all of them
+    texts: list[bytes]  # in lower case; a line contains all of them, or LOOKALIKES
+    verdict: re.Pattern[bytes] | None  # or it has a status whose verdict contains `q`
+
+
 @functools.lru_cache(maxsize=64)
-def needles(query: Query) -> tuple[list[re.Pattern[bytes]], list[bytes]]:
-    """Return what the line of every match holds: as expressions, and as texts in lower case."""
+def needles(query: Query) -> Needles:
+    """Return the marks of lines that a query may select."""
     parts = {
         '"pattern": "%s"': query.pattern,
         '"direction": "%s"': query.direction if query.direction == "out" else "",
@@ -2206,15 +2310,27 @@ def needles(query: Query) -> tuple[list[re.Pattern[bytes]], list[bytes]]:
         r'"findings": \[\{': query.warnings,
         '"time": "%sT': query.day,
     }
-    exact = [part.replace("%s", value) for part, value in parts.items() if value]
-    texts = [text.lower() for text in (query.origin, query.q) if text]
-    # The line does not hold the verdict, and JSON may write other characters differently.
-    plain = [text for text in texts if json_bytes(text) == text.encode()]
-    sure = [text for text in plain if not any(text in verdict for verdict in VERDICTS)]
-    return [re.compile(text.encode()) for text in exact], [text.encode() for text in sure]
+    expressions = [part.replace("%s", value) for part, value in parts.items() if value]
+    texts: list[bytes] = []
+    for text in filter(None, (query.origin.casefold(), query.q.casefold())):
+        in_ascii = re.findall("[\0-\x7f]+", text)  # JSON escapes the other characters
+        texts += map(json_bytes, in_ascii)
+        expressions += [] if in_ascii else [spellings(text[0])]
+    text = query.q.casefold()
+    statuses = "|".join(VERDICTS[verdict] for verdict in VERDICTS if text and text in verdict)
+    verdict = re.compile(f'"status": ({statuses}),'.encode()) if statuses else None
+    return Needles([re.compile(each.encode()) for each in expressions], texts, verdict)
 
 
-# What the page counts, each as the query that selects it.
+def spellings(character: str) -> str:
+    """Return an expression for a character in either case, escaped as in JSON or not."""
+    cased = map(chr, range(0x80, 0x1E944))  # Adlam, the last alphabet that has two cases
+    same = {character, *(each for each in cased if character in each.casefold())}
+    escaped = (json_bytes(each).decode() for each in same)
+    return "|".join(map(re.escape, (*escaped, *same)))
+
+
+# The kinds of deliveries that the page counts, each as the query that selects it.
 TOTALS = {
     "all": Query(),
     "stored": Query(status="2xx", direction="in"),
@@ -2223,10 +2339,10 @@ TOTALS = {
     "failed": Query(status="5xx", direction="in"),
     "sent": Query(direction="out"),
 }
-# What is needed of a line to count it, and to know the id of what was stored.
+# The parts of a line that are needed to count it, and to know the id of a stored notification.
 LINE = re.compile(
-    rb'\{"name": "([^"]*)", "time": "[^"]*", (?:"direction": "([a-z]+)", )?.*?"status": ([0-9]+), '
-    rb'.*?"about": \{(?:"id": ("(?:[^"\\]|\\.)*"))?.*?"findings": \[(\{)?'
+    rb'\{"name": "([^"]*)", "time": "[^"]*", (?:"direction": "([a-z]+)", )?'
+    rb'.*?"status": ([0-9]+), .*?"about": \{(?:"id": ("(?:[^"\\]|\\.)*"))?.*?"findings": \[(\{)?'
 )
 
 
@@ -2256,7 +2372,7 @@ class Totals(NamedTuple):
 #
 # `DeliveryLog` keeps all deliveries in a file, one JSON object a line, the newest at the end. The
 # file may be edited, cut or replaced at any time: a line that cannot be read is passed over.
-# Reading backwards yields None now and then: there, long reads take turns, or are given up.
+# Reading backwards yields None now and then, so that long reads can take turns or be abandoned.
 # Must not know: HTTP, the event loop.
 
 CONVERSATION = 50  # deliveries shown of one conversation, the newest
@@ -2266,7 +2382,7 @@ RECHECK = 1.0  # seconds after which those who follow the log look for changes b
 
 
 class Place(NamedTuple):
-    """A position in the log: how the file begins, and the offset of what is to be read next."""
+    """A position in the log: the beginning of the file, and the offset to read from next."""
 
     beginning: bytes = b""  # with the name of a delivery; the next file may have the same inode
     offset: int = 0
@@ -2277,7 +2393,7 @@ BEGINNING = 64  # bytes of the log that tell it from another one
 
 
 class DeliveryLog:
-    """All deliveries, in a file; what goes wrong with it is raised as `OSError`."""
+    """All deliveries, in a file. Methods raise `OSError` if it cannot be read or written."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -2285,6 +2401,7 @@ class DeliveryLog:
         self.size = 0  # of the log after our last line
 
     def open(self) -> IO[bytes]:
+        """Open the log for reading. Raises `FileNotFoundError` before the first delivery."""
         return open(self.path, "rb", opener=open_file)
 
     def append(self, delivery: Delivery) -> Delivery:
@@ -2339,9 +2456,9 @@ class DeliveryLog:
         return [], START
 
     def follow(self, deadline: float) -> Iterator[Delivery]:
-        """Yield all deliveries, and those that arrive before a deadline (`time.monotonic`).
+        """Yield all deliveries, and further ones until a deadline (`time.monotonic`).
 
-        Deliveries that were already logged count even if reading them takes longer than that.
+        Deliveries that were already logged count even if reading them takes longer.
         """
         place, enough = START, self.end()
         while True:
@@ -2357,7 +2474,7 @@ class DeliveryLog:
     def lines(self, worth: Callable[[bytes], bool] = lambda block: True) -> Iterator[bytes | None]:
         """Yield the lines of the log, the newest first, and None after each block that is read.
 
-        The lines of a block are left out if it is not `worth` it: splitting all takes long.
+        Blocks that are not `worth` reading are skipped: splitting all of them takes long.
         """
         with contextlib.suppress(FileNotFoundError), self.open() as file:
             start = file.seek(0, os.SEEK_END)
@@ -2416,9 +2533,9 @@ class DeliveryLog:
                 return
 
     def conversation(self, about: Mapping[str, str]) -> Iterator[Delivery | None]:
-        """Yield what a notification answers, what answers it, and itself, the newest first.
+        """Yield a notification, the one that it answers, and its answers, the newest first.
 
-        Of very many, these are the newest, and what it answers.
+        Yields at most CONVERSATION of them, and the one that it answers.
         """
         asked = about.get("inReplyTo")
         ids = set(filter(None, (about.get("id"), asked)))
@@ -2457,7 +2574,7 @@ class DeliveryLog:
         yield newer, ""
 
     def place_after(self, query: Query) -> Iterator[Place | None]:
-        """Yield the place where following is to begin, according to `since`; else the end."""
+        """Yield the place where `since` tells followers to begin, else the end."""
         place = self.end()
         for line in self.lines() if query.since else ():
             delivery = Delivery.from_json(line) if line else None
@@ -2470,21 +2587,21 @@ class DeliveryLog:
 
 # --- Ledger --------------------------------------------------------------------------------------
 #
-# `Ledger` keeps the store and the log of deliveries together, with what is derived from them: how
-# many deliveries there are of which kind, and which ids are stored. It adopts notifications that
-# are only in the store. Other threads may call `clear` and iterate `survey`.
+# `Ledger` keeps the store and the log of deliveries together, and derives two facts from them: the
+# number of deliveries of each kind, and the ids of stored notifications. It adopts notifications
+# that are only in the store. Other threads may call `clear` and iterate `survey`.
 # Must not know: HTTP, the event loop.
 
 
 class Survey(NamedTuple):
-    """What the log says at the start, and which stored notifications it does not know."""
+    """The facts that the log holds at the start, and the stored notifications that it lacks."""
 
     tally: collections.Counter[tuple[str, int, bool]]
     ids: dict[int, str]
     unlogged: list[Delivery]
 
 
-MAX_IDS = 10_000  # of stored notifications that are known, the latest; all would need much memory
+MAX_IDS = 10_000  # the latest ids of stored notifications; all of them would need much memory
 
 
 class Ledger:
@@ -2493,9 +2610,11 @@ class Ledger:
     def __init__(self, directory: str, fsync: bool) -> None:
         self.store = Store(directory, fsync)
         self.log = DeliveryLog(os.path.join(self.store.directory, "deliveries.jsonl"))
+        self.recorded: set[bytes] | None = set()  # names, while the survey counts the other lines
         self.forget()
 
     def forget(self) -> None:
+        """Forget the counts and the ids."""
         self.tally: collections.Counter[tuple[str, int, bool]] = collections.Counter()
         # Names by the hash of the id, because ids may be long; the latest last.
         self.ids: dict[int, str] = {}
@@ -2504,12 +2623,14 @@ class Ledger:
     def clear(self) -> None:
         """Forget all deliveries and notifications."""
         self.forget()
-        # In this order, or a notification that arrives meanwhile would be stored but not logged.
+        # In this order, or a notification that arrives in between would be stored but not logged.
         self.log.clear()
         self.store.clear()
 
     def record(self, delivery: Delivery) -> Delivery:
         """Log a delivery. A failure to log is reported, but does not fail the request."""
+        if self.recorded is not None:
+            self.recorded.add(delivery.name.encode())
         try:
             delivery = self.log.append(delivery)
         except OSError as error:
@@ -2525,34 +2646,37 @@ class Ledger:
         return delivery
 
     def known_as(self, id_: Any) -> str | None:
-        """Return the name of the stored notification with this id, None if there is none."""
+        """Return the name of the stored notification with this id, or None."""
         name = self.ids.get(hash(id_)) if isinstance(id_, str) else None
         return name if name and os.path.exists(self.store.path(name)) else None
 
     def adopt(self, delivery: Delivery) -> Delivery:
-        """Log a notification that is only in the store, but once; returns its delivery."""
+        """Log a notification that is only in the store, once; returns its delivery."""
         if delivery.name in self.adopted:
             return delivery
         self.adopted.add(delivery.name)
         return self.record(delivery)
 
     def survey(self, now: str) -> Iterator[Survey | None]:
-        """Yield what was there before `now`, the start of a name; None is a pause."""
+        """Yield a survey of everything older than `now`, the start of a name; None is a pause."""
         names = [name for name in self.store.names() if name < now]
         known: set[bytes] = set()
         survey = Survey(collections.Counter(), {}, [])
-        for line in self.log.lines():
-            match = LINE.match(line or b"")
+        for line in (each or b"" for each in self.log.lines()):
+            match = LINE.match(line)
             if match:
                 name, direction, status, id_, finding = match.groups(default=b"")
                 known.add(name)
                 way = "out" if direction == b"out" else "in"
-                survey.tally[way, int(status), finding != b""] += 1
-                is_stored = way == "in" and status in (b"201", b"202")
+                if name not in (self.recorded or ()):
+                    survey.tally[way, int(status), finding != b""] += 1
+                was_adopted = status == b"0" and b'"via": "adopted"' in line
+                is_stored = way == "in" and (status in (b"201", b"202") or was_adopted)
                 if is_stored and id_ and len(survey.ids) < MAX_IDS:
                     with contextlib.suppress(ValueError):  # somebody has edited the line badly
                         survey.ids.setdefault(hash(json.loads(id_)), name.decode())
             yield None
+        self.recorded = None
         for missing in (name for name in names if name.encode() not in known):
             with contextlib.suppress(KeyError):
                 body = self.store.read(missing)
@@ -2561,7 +2685,7 @@ class Ledger:
         yield survey
 
     def take_over(self, survey: Survey) -> None:
-        """Count what was there at the start, and adopt what was only stored."""
+        """Add a survey to the counts, and adopt the notifications that were only stored."""
         self.tally.update(survey.tally)
         self.ids = {**dict(reversed(survey.ids.items())), **self.ids}
         for delivery in survey.unlogged:
@@ -2570,8 +2694,8 @@ class Ledger:
 
 # --- Simulated failures --------------------------------------------------------------------------
 #
-# A `Failure` is a simulated failure. `Failures` holds those that `fail_next` asked for, and counts
-# the attempts at each notification for those that the URL of the inbox asks for.
+# A `Failure` is a simulated failure. `Failures` holds the ones that `fail_next` asked for. For the
+# ones that the URL of the inbox asks for, it counts the attempts at each notification.
 # Must not know: how HTTP is parsed, who asks.
 
 FAILURE_PARAMETERS: Parameters = {
@@ -2596,7 +2720,7 @@ DEMANDED_HEADERS: Mapping[int, Mapping[str, str]] = {
 
 
 class Failure(NamedTuple):
-    """What an attempt to deliver a notification meets, because a test wants it to."""
+    """A simulated failure of an attempt to deliver a notification."""
 
     status: int = 0  # of the answer; 0 for the usual one
     times: int = 0  # how many attempts at each notification; 0 for all
@@ -2620,7 +2744,7 @@ class Failure(NamedTuple):
         )
 
     def headers(self, inbox: str) -> dict[str, str]:
-        """Return the headers that the answer needs beside its status."""
+        """Return the headers that belong to the status of the answer."""
         location = {"Location": inbox} if self.status < 400 else {}
         retry_after = {"Retry-After": self.retry_after} if self.retry_after else {}
         return {**DEMANDED_HEADERS.get(self.status, {}), **location, **retry_after}
@@ -2636,7 +2760,7 @@ class Failures:
         self.clear()
 
     def clear(self) -> None:
-        """Forget all of them; any thread may do so, while the loop still looks at the old ones."""
+        """Forget all of them; any thread may call this while the loop still uses the old ones."""
         self.next: collections.deque[Failure] = collections.deque()
         self.attempts: dict[tuple[Failure, bytes], int] = {}  # that failed, the latest last
 
@@ -2665,11 +2789,11 @@ class Failures:
 
 # --- Messages ------------------------------------------------------------------------------------
 #
-# HTTP/1.1 without sockets (RFC 9112). `Incoming` holds the bytes that have arrived; `read_request`
+# HTTP/1.1 without sockets (RFC 9112). `Incoming` holds the bytes that have arrived. `read_request`
 # is a generator that takes one `Request` out of them. A handler answers with a `Response`, or
 # raises a `Problem`. Parsed strictly: anything that a proxy might read differently (folded lines,
-# a bare LF, two lengths) is refused, because that is how request smuggling works; and so is a head
-# of more than MAX_HEAD bytes or MAX_FIELDS lines.
+# a bare LF, two lengths) is refused, because that is how request smuggling works. A head of more
+# than MAX_HEAD bytes or MAX_FIELDS lines is refused too.
 # Must not know: sockets, threads, resources.
 
 MAX_HEAD = 65536  # bytes of a request line and its headers, and of the trailer after chunks
@@ -2713,7 +2837,7 @@ class Response(NamedTuple):
     """An answer, without the headers that every answer has."""
 
     status: int
-    # A body of unknown length is an iterator, see `Scan`, or what an event stream listens to.
+    # A body of unknown length is an iterator, see `Scan`, or the events of a stream.
     body: bytes | Iterator[bytes] | Events = b""
     headers: Mapping[str, str] = {}
 
@@ -2736,9 +2860,9 @@ def json_response(
 def json_list(
     document: Mapping[str, Any], member: str, items: Iterable[bytes | None]
 ) -> Iterator[bytes]:
-    """Yield a JSON document whose last member is a list, in pieces; for an item that is None, b"".
+    """Yield, in pieces, a JSON document whose last member is a list.
 
-    The items are JSON already.
+    The items are JSON already. An item that is None yields b"", a pause.
     """
     head, _, tail = json.dumps({**document, member: []}).rpartition("[]")
     yield f"{head}[".encode()
@@ -2758,7 +2882,7 @@ class Request:
     chunked = False
     length: int | None = 0  # of the body; None if it is missing, but there must be one
     approved = False  # whether host, token and site are right: only then is it logged
-    unread = True  # whether more of it may come, so that no other request can follow
+    unread = True  # whether a part of it is still to come, so that no other request can follow
     problem: Problem | None = None
     arrived = 0.0  # when it was complete, by `time.monotonic`
 
@@ -2774,12 +2898,14 @@ class Request:
 
     @property
     def keeps_alive(self) -> bool:
+        """Whether the client wants to use the connection again (RFC 9112 section 9.3)."""
         connection = self.headers.get("connection", "").lower()
         options = [each.strip() for each in connection.split(",")] if connection else []
         return "close" not in options and (not self.is_http10 or "keep-alive" in options)
 
     @property
     def expects_continue(self) -> bool:
+        """Whether the client waits for `100 Continue` before its body (RFC 9110 section 10.1.1)."""
         expected = self.headers.get("expect", "").lower() == "100-continue"
         return expected and not self.is_http10 and self.unread
 
@@ -2788,7 +2914,7 @@ class Request:
         shown: dict[str, str] = {}
         room = MAX_LOGGED_HEADERS
         for key, value in self.headers.items() if self.approved else ():
-            room -= len(key) + len(value)
+            room -= len(key) + len(value) * (1 if value.isascii() else 6)  # as JSON writes it
             if room < 0:
                 shown["…"] = f"more than {MAX_LOGGED_HEADERS} characters of headers"
                 break
@@ -2800,20 +2926,20 @@ Reading = Generator[Optional[Request], None, None]  # yields None while bytes ar
 
 
 class Incoming:
-    """The bytes that have arrived on a connection, and why no more will."""
+    """The bytes that have arrived on a connection, and the reason why no more will."""
 
     def __init__(self) -> None:
         self.data = bytearray()
         self.ended: Problem | None = None
 
     def more(self) -> Reading:
-        """Wait for more bytes: the only place where a reader waits, or learns that it is over."""
+        """Wait for more bytes. Raises the `Problem` that has ended the input."""
         if self.ended:
             raise self.ended
         yield None
 
     def line(self, limit: int) -> Generator[Request | None, None, bytes]:
-        """Take a line, with its end; nothing if it has more than `limit` bytes."""
+        """Take a line with its line break; empty if it has more than `limit` bytes."""
         searched = 0
         while (end := self.data.find(b"\n", searched, limit) + 1) == 0:
             searched = len(self.data)
@@ -2823,6 +2949,7 @@ class Incoming:
         return self.take(end)
 
     def take(self, size: int) -> bytes:
+        """Remove the first bytes and return them."""
         taken = bytes(self.data[:size])
         del self.data[:size]
         return taken
@@ -2842,10 +2969,10 @@ class Incoming:
 def read_request(
     incoming: Incoming, max_body: int
 ) -> Generator[Request | None, None, Request | None]:
-    """Read one request: return it, whole or with its `problem`, or None if none has begun.
+    """Read one request; returns it, whole or with its `problem`, or None if the input has ended.
 
-    Yields None while bytes are missing, and the request itself, once, when its head is complete:
-    then the caller may refuse it by throwing a `Problem` in.
+    Yields None while bytes are missing, and the request itself once, when its head is complete.
+    The caller may then refuse it by throwing in a `Problem`.
     """
     while not incoming.data or incoming.data[0] in b"\r\n":  # RFC 9112 section 2.2
         if not incoming.data:
@@ -2875,9 +3002,9 @@ def read_head(incoming: Incoming, request: Request) -> Reading:
     line = ""
     try:
         line = (yield from incoming.line(MAX_HEAD)).decode("latin-1")
-    finally:  # a malformed one is still shown as what it was meant to be
+    finally:  # the page shows a malformed line too, as far as it can be read
         request.line = (line or incoming.data[:200].decode("latin-1")).rstrip("\r\n")
-        request.method, request.target = [*request.line.split(" "), ""][:2]
+        request.method, request.target = [*request.line[:1000].split(" "), ""][:2]
     if not line:
         raise Problem(414, f"the request line is longer than {MAX_HEAD} bytes")
     match = REQUEST_LINE.fullmatch(line)
@@ -2903,7 +3030,7 @@ def read_fields(
     """Read header lines, at most `limit` bytes, up to the empty line that ends them."""
     data, end, searched = incoming.data, 0, 0
     while True:
-        if data.find(b"\n", searched) >= 0:  # only then is there another whole line
+        if data.find(b"\n", searched) >= 0:  # another line is complete
             end = check_fields(data, end)
             if data.startswith(b"\r\n", end) and end + 2 <= limit:
                 break
@@ -2917,7 +3044,7 @@ def read_fields(
 
 
 def check_fields(data: bytearray, start: int) -> int:
-    """Return where the first line begins that is no header line, but empty or not complete."""
+    """Return the offset of the first line that is empty or incomplete. Raises `Problem`."""
     end = FIELDS.match(data, start).end()  # type: ignore[union-attr]
     number = data.count(b"\n", 0, end)
     if number > MAX_FIELDS:
@@ -2925,12 +3052,13 @@ def check_fields(data: bytearray, start: int) -> int:
     line = bytes(data[end : data.find(b"\n", end) + 1])
     if line not in (b"", b"\r\n"):  # its value may be a secret, so do not quote that
         name = line.partition(b":")[0][:80] if line[:1].strip() and b":" in line else b""
-        raise Problem(400, f"header line {number + 1} is malformed: {name!r}")
+        shown = repr(name.decode("latin-1")) if name else "it has no name before a colon"
+        raise Problem(400, f"header line {number + 1} is malformed: {shown}")
     return end
 
 
 def check_framing(request: Request) -> None:
-    """Find out where the body ends, for every method: the next request begins there."""
+    """Determine the length of the body, for every method (RFC 9112 section 6.3)."""
     coding, length = request.headers.get("transfer-encoding"), request.headers.get("content-length")
     if coding is not None and (length is not None or request.is_http10):
         raise Problem(400, "Transfer-Encoding needs HTTP/1.1 and excludes Content-Length")
@@ -2944,7 +3072,7 @@ def check_framing(request: Request) -> None:
         request.length = int(length.lstrip("0")[:20] or "0")
     elif request.method in ("POST", "PUT") and not request.chunked:
         request.length = None
-    # What follows a POST without a length is a body all the same, and no request.
+    # Bytes after a POST without a length are a body all the same, not another request.
     request.unread = request.chunked or request.length != 0
 
 
@@ -2967,11 +3095,16 @@ def check_length(length: int, max_body: int) -> None:
 
 
 def read_chunks(incoming: Incoming, body: bytearray, max_body: int) -> Reading:
-    """Read a body that comes in chunks, and the trailer after it (RFC 9112 section 7.1)."""
+    """Read a chunked body, and discard the trailer after it (RFC 9112 section 7.1)."""
+    framing = 0
     while True:
-        match = CHUNK_SIZE.fullmatch((yield from incoming.line(1024)))
+        line = yield from incoming.line(1024)
+        match = CHUNK_SIZE.fullmatch(line)
         if not match:
             raise Problem(400, "the chunks of the body are malformed: one has no size")
+        framing += len(line)
+        if framing > MAX_HEAD + len(body):  # reading many tiny chunks would hold up other clients
+            raise Problem(400, "the chunks of the body are too small, or their extensions too long")
         size = int(match[1], 16)
         if size == 0:
             break
@@ -2981,14 +3114,14 @@ def read_chunks(incoming: Incoming, body: bytearray, max_body: int) -> Reading:
             raise Problem(
                 400, "the chunks of the body are malformed: one is not as long as it says"
             )
-    yield from read_fields(incoming, MAX_HEAD)  # the trailer, which nobody needs
+    yield from read_fields(incoming, MAX_HEAD)  # the trailer
 
 
 # --- Intake --------------------------------------------------------------------------------------
 #
-# What becomes of a notification, as pure functions: `judge` looks at the request and returns a
-# `Verdict`; with the store's answer, `conclude` makes the `Response` and the `Delivery` of it. The
-# waiting in between is up to the caller.
+# Decides about a notification, in pure functions. `judge` checks the request and returns a
+# `Verdict`. `accepted` makes the `Response` to a notification that was stored, and `conclude`
+# describes the `Delivery`. The caller stores the notification in between.
 # Must not know: sockets, threads, how a notification is stored.
 
 JSON_TYPE = re.compile(r"(?i:application/([^\s;]+\+)?json)[ \t]*(;|\Z)")
@@ -2996,22 +3129,22 @@ ACCEPT_POST = f"{JSON_LD}, application/json, application/activity+json"
 
 
 class Verdict(NamedTuple):
-    """What is known of a notification before it is stored."""
+    """The decision about a notification, before it is stored."""
 
     problem: Problem | None = None  # why it is refused
     failure: Failure | None = None  # a simulated failure that is due
-    known: Delivery = Delivery()  # what the document tells: its pattern, its findings and so on
+    known: Delivery = Delivery()  # the members that follow from the document, such as its findings
 
 
 def check_content(request: Request) -> None:
     """Raise `Problem` if the body cannot be JSON, by its headers."""
     given = request.headers.get("content-type", "missing")
     if given != JSON_LD and not JSON_TYPE.match(given):
-        detail = f"Content-Type is {given}, expected {ACCEPT_POST} or the like"
+        detail = f"Content-Type is {clip(given, 100)}, expected {ACCEPT_POST} or the like"
         raise Problem(415, detail, {"Accept-Post": ACCEPT_POST})
     coding = request.headers.get("content-encoding", "identity").lower()
     if coding != "identity":
-        detail = f"Content-Encoding is {coding}, expected none"
+        detail = f"Content-Encoding is {clip(coding, 100)}, expected none"
         raise Problem(415, detail, {"Accept-Encoding": "identity"})
 
 
@@ -3034,9 +3167,9 @@ def judge(
 ) -> Verdict:
     """Check a notification: its headers, its syntax, the rules, and whether a failure is due.
 
-    `mode` is VALIDATE_INCOMING, `here` the URLs of this inbox, `known_as` returns the name of a
-    stored notification by its id, `failures` the failure to simulate by what tells notifications
-    apart.
+    `mode` is VALIDATE_INCOMING, `here` the URLs of this inbox. `known_as` returns the name of the
+    stored notification with an id. `failures` returns the failure to simulate for a notification,
+    which it knows by its id or else by its body.
     """
     body = bytes(request.body)
     try:
@@ -3066,7 +3199,7 @@ def judge(
 
 
 def receipt(delivery: Delivery) -> dict[str, Any]:
-    """Return what an answer tells the client about its notification."""
+    """Return the members of an answer that are about the notification."""
     members: dict[str, Any] = {"pattern": delivery.pattern}
     findings = [finding.as_json() for finding in delivery.findings]
     if delivery.errors:
@@ -3087,7 +3220,7 @@ def simulated(failure: Failure, inbox: str) -> Problem | None:
 
 
 def store_problem(error: OSError) -> Problem:
-    """Say what went wrong with the store: 507 if the disk is full, else 500."""
+    """Return the problem for an error of the store: 507 if the disk is full, else 500."""
     full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
     return Problem(507 if full else 500, f"the store failed: {error.strerror or error}")
 
@@ -3109,7 +3242,7 @@ def conclude(
         name=name or new_name(),
         client=client,
         method=request.method,
-        target=request.target,
+        target=clip(request.target, 2000),
         headers=request.shown_fields(),
         status=response.status,
         answer_headers=dict(response.headers),
@@ -3122,39 +3255,39 @@ def conclude(
 
 # --- Waiting -------------------------------------------------------------------------------------
 #
-# What a generator can wait for, and the event loop that waits in its place. The generator yields
-# one of the values `Commit`, `Pause`, `Blocking`, `Sending`, `Scan` or `Turn`, and is resumed with
-# the result: `name = yield Commit(body)` reads like a call that blocks, and holds no thread. `Loop`
-# has the sockets, the timers and the pools; `post` is how other threads reach it.
+# The steps that a generator can wait for, and the event loop that waits in its place. The generator
+# yields a `Commit`, `Pause`, `Blocking`, `Sending`, `Scan` or `Turn`, and is resumed with the
+# result: `name = yield Commit(body)` reads like a call that blocks, and holds no thread. `Loop`
+# owns the selector, the timers and the pools. Other threads reach it through `post`.
 # Must not know: connections, resources.
 
 
 class Commit(NamedTuple):
-    """Wait until a body is stored; gives its name, or raises `OSError`."""
+    """Wait until a body is stored; results in its name, or raises `OSError`."""
 
     body: bytes
 
 
 class Pause(NamedTuple):
-    """Wait for some seconds; raises `ConnectionAbortedError` if the client leaves meanwhile."""
+    """Wait for some seconds; raises `ConnectionAbortedError` if the client leaves before."""
 
     seconds: float
 
 
 class Blocking(NamedTuple):
-    """Wait for a function that may block; gives what it returns, or raises what it raises."""
+    """Wait for a function that may block; results in its result or its exception."""
 
     function: Callable[[], Any]
 
 
 class Sending(NamedTuple):
-    """Wait for a function that talks to another inbox; gives what it returns, or raises."""
+    """Wait for a function that talks to another inbox; results in its result or its exception."""
 
     function: Callable[[], Any]
 
 
 class Scan(NamedTuple):
-    """Advance an iterator that reads much; gives the list of its items that are not None.
+    """Exhaust an iterator that reads much; results in the list of its items that are not None.
 
     Scans take turns, and end when their client leaves, or the server stops.
     """
@@ -3163,7 +3296,7 @@ class Scan(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """Advance such an iterator for one turn; gives the items, and whether it has ended."""
+    """Advance such an iterator for one turn; results in its items, and whether it has ended."""
 
     items: Iterator[Any]
 
@@ -3172,7 +3305,7 @@ TURN = 0.02  # seconds that a scan may take before the next one has its turn
 
 
 def take_turn(items: Iterator[Any]) -> tuple[list[Any], bool]:
-    """Advance an iterator for a while; returns its items but None, and whether it has ended."""
+    """Advance an iterator for TURN seconds; returns its items but None, and whether it ended."""
     end = time.monotonic() + TURN
     found = []
     for item in items:
@@ -3188,11 +3321,11 @@ Steps = Generator[Step, Any, None]
 
 
 def advance(steps: Steps, result: Any) -> Step:
-    """Give a generator the result that it waits for, or raise it there; returns the next step."""
+    """Send a generator the result that it waits for, or throw it in; returns the next step."""
     return steps.throw(result) if isinstance(result, Exception) else steps.send(result)
 
 
-Then = Callable[[Any], None]  # takes the result of a function; an exception is a result too
+Then = Callable[[Any], None]  # takes a result, or an exception in its place
 NEVER = math.inf
 
 
@@ -3208,9 +3341,9 @@ class Loop:
     """An event loop: sockets, timers, generators, and pools for what would block it."""
 
     def __init__(self) -> None:
-        self.bugs: list[BaseException] = []  # there should be none
+        self.bugs: list[BaseException] = []  # exceptions that should not happen
         self.closing = False
-        self.tasks: dict[Steps, str | None] = {}  # without a client, with a key; None: cancelled
+        self.tasks: dict[Steps, str | None] = {}  # without a client, by key; None if cancelled
         # Long reads take turns in one thread. More threads would be no faster, and make the loop
         # wait longer for the GIL.
         self.pool, self.senders, self.scans = Pool(16), Pool(8), Pool(1)
@@ -3224,7 +3357,7 @@ class Loop:
         self.selector.register(self.bell, selectors.EVENT_READ, lambda events: self.bell.recv(4096))
 
     def close_loop(self) -> None:
-        """Give back what the loop holds."""
+        """Close the sockets, the selector and the pools."""
         for sock in (self.bell, self.ringer):
             sock.close()
         self.selector.close()
@@ -3232,9 +3365,9 @@ class Loop:
             pool.close()
 
     def turn(self, deadline: float) -> bool:
-        """Do what there is to do, or wait for it, but not beyond a deadline.
+        """Run everything that is ready, after waiting for it until a deadline at most.
 
-        Returns whether a socket was ready; then more may follow at once.
+        Returns whether a socket was ready, because more may follow at once.
         """
         soonest = min(deadline, self.timers[0][0] if self.timers else NEVER)
         seconds = max(0, soonest - time.monotonic()) if soonest < NEVER else None
@@ -3249,7 +3382,7 @@ class Loop:
         return bool(ready)
 
     def guard(self, task: Callable[..., object], *arguments: Any) -> None:
-        """Run a task; a bug in it ends the connection that it is for, but not the loop."""
+        """Run a task; a bug in it closes the connection that it works for, but spares the loop."""
         try:
             task(*arguments)
         except Exception as error:
@@ -3261,19 +3394,20 @@ class Loop:
                 close()
 
     def report_bug(self, error: BaseException) -> None:
+        """Log an exception that should not happen, and remember it for `running`."""
         LOG.error("a bug of the inbox", exc_info=error)
         self.bugs.append(error)
 
     def post(self, task: Callable[[], object]) -> None:
-        """Have the loop run a task; for other threads and signal handlers."""
+        """Queue a task for the loop, from any thread or signal handler."""
         self.mailbox.append(task)
         with contextlib.suppress(OSError):  # if the buffer is full, the loop will wake up anyway
             self.ringer.send(b"!")
 
     def call(self, function: Callable[[], Any]) -> Any:
-        """Run a function in the loop, and wait for what it returns; for other threads.
+        """Run a function in the loop, from another thread, and return its result.
 
-        Raises what it raises, or `queue.Empty` if the loop does not get to it within ten seconds.
+        Raises its exception, or `queue.Empty` if the loop does not get to it within ten seconds.
         """
         results: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.post(lambda: results.put(result_of(function)))
@@ -3283,10 +3417,11 @@ class Loop:
         return result
 
     def call_later(self, seconds: float, task: Callable[[], None]) -> None:
+        """Run a task after some seconds."""
         heapq.heappush(self.timers, (time.monotonic() + seconds, next(self.numbers), task))
 
     def perform(self, step: Any, then: Then, wanted: Callable[[], bool]) -> None:
-        """Do what a generator waits for; the loop passes the result, or an exception, to `then`."""
+        """Perform a step; the loop passes its result, or an exception, to `then`."""
         if isinstance(step, Pause):
             self.call_later(step.seconds, functools.partial(then, None))
         elif isinstance(step, Scan):
@@ -3300,7 +3435,7 @@ class Loop:
     def scan(
         self, items: Iterator[Any], found: list[Any], then: Then, wanted: Callable[[], bool]
     ) -> None:
-        """Take turns with other scans, as long as somebody wants the result."""
+        """Exhaust an iterator, taking turns with other scans, while somebody wants the result."""
 
         def on_turn(turn: Any) -> None:
             if isinstance(turn, Exception):
@@ -3319,7 +3454,7 @@ class Loop:
         self.run_in(self.scans, functools.partial(take_turn, items), on_turn)
 
     def run_in(self, pool: Pool, function: Callable[[], Any], then: Then) -> None:
-        """Run a function in a pool; the loop passes what it returns, or raises, to `then`."""
+        """Run a function in a pool; the loop passes its result, or its exception, to `then`."""
         try:
             pool.submit(lambda: self.post(functools.partial(then, result_of(function))))
         except RuntimeError:
@@ -3333,6 +3468,7 @@ class Loop:
         self.resume(steps, None)
 
     def resume(self, steps: Steps, result: Any) -> None:
+        """Advance a generator that was started, unless it has been cancelled."""
         if result is None and self.tasks[steps] is None:  # cancelled while it paused
             steps.close()
             del self.tasks[steps]
@@ -3347,7 +3483,7 @@ class Loop:
             self.perform(step, functools.partial(self.resume, steps), lambda: True)
 
     def cancel(self, key: str = "") -> None:
-        """Have the generators with a key, or with this one, end at their next pause."""
+        """End the generators with this key, or all that have a key, at their next pause."""
         for steps, each in self.tasks.items():
             if each and key in ("", each):
                 self.tasks[steps] = None
@@ -3358,14 +3494,15 @@ class Loop:
 # Sends notifications to other inboxes with `http.client`, which ignores proxies in the environment.
 # `send` is for people: it finds the inbox of a resource and follows redirects. `post` is for the
 # server: one request to addresses that were approved before. `addresses_of`, `addresses_of_client`
-# and `retry_delay` decide where and when. Starts no thread, never sleeps. Must not know the server.
+# and `retry_delay` decide where and when. Starts no thread, never sleeps.
+# Must not know: the server, the log.
 
 MAX_ANSWER = 65536  # bytes of an answer that are read, its head included
 MAX_REDIRECTS = 5
 TIMEOUT = 10  # seconds until there must be an answer
 URL_CHARACTERS = "/?%:@!$&'()*+,;=~[]"  # they stay as they are in a request
 LDP_INBOX = ("http://www.w3.org/ns/ldp#inbox", "ldp:inbox")
-# How resources that are not inboxes answer a POST. 403 comes from web frameworks that miss their
+# How resources that are not inboxes answer a POST. 403 comes from web frameworks that demand a
 # token against cross-site requests.
 NOT_AN_INBOX = (403, 404, 405, 501)
 
@@ -3375,7 +3512,7 @@ class SendError(OSError):
 
 
 class Answer(NamedTuple):
-    """What a receiver answered."""
+    """The answer of a receiver."""
 
     url: str  # of the inbox, after redirects and discovery
     status: int
@@ -3385,11 +3522,11 @@ class Answer(NamedTuple):
 
     @property
     def accepted(self) -> bool:
-        """Whether an inbox took it (LDN); 200 may come from any page that ignores the body."""
+        """Whether it is an inbox that accepted; any page that ignores the body may answer 200."""
         return self.status in (201, 202)
 
     def reasons(self) -> list[str]:
-        """Say why it was not accepted, and what a problem document (RFC 9457) or the like says.
+        """List the reasons of the receiver, from a problem document (RFC 9457) or the like.
 
         Its detail comes first, then its findings, which an answer that accepts may have too.
         """
@@ -3430,8 +3567,8 @@ def send(document: Any, url: str, *, token: str | None = None, timeout: float = 
             target = answer.location
         raise send_error(url, f"more than {MAX_REDIRECTS} redirects")
 
-    # POST before discovery: the URL is nearly always that of the inbox, where a page must not
-    # divert the notification, and a receiver under test should see one request.
+    # POST before discovery: the URL nearly always names an inbox, where a page must not divert the
+    # notification, and a receiver under test should see one request.
     answer = request(url, body)
     if answer.status not in NOT_AN_INBOX:
         return answer
@@ -3538,7 +3675,7 @@ def exchange(
 def connect(url: str, addresses: Sequence[str], deadline: float) -> http.client.HTTPConnection:
     """Connect to the host of a URL; another look-up of its addresses could lead elsewhere."""
     scheme, host, port = origin_of(url)
-    # Share the time, or one dead address would use up all of it.
+    # Divide the time among the addresses, or one dead address would use it up.
     seconds = remaining(deadline) / len(addresses)
     connection = http.client.HTTPConnection(addresses[0], port, timeout=seconds)
     try:
@@ -3559,7 +3696,7 @@ def connect(url: str, addresses: Sequence[str], deadline: float) -> http.client.
 class TimedReader(io.RawIOBase):
     """Reads an answer from a socket until a deadline, and at most MAX_ANSWER bytes of it.
 
-    The time-out of a socket starts anew with each byte, so it is set to what the deadline leaves.
+    The time-out of a socket starts anew with each byte, so it is set again before each read.
     """
 
     def __init__(self, sock: socket.socket, deadline: float) -> None:
@@ -3570,9 +3707,11 @@ class TimedReader(io.RawIOBase):
         return io.BufferedReader(self)
 
     def readable(self) -> bool:
+        """Say yes, as `io.RawIOBase` demands of a reader."""
         return True
 
     def readinto(self, buffer: Any) -> int:
+        """Receive into a buffer. Raises `TimeoutError` at the deadline."""
         self.sock.settimeout(remaining(self.deadline))
         view = memoryview(buffer)[: self.left]
         count = self.sock.recv_into(view) if view else 0
@@ -3589,7 +3728,7 @@ def remaining(deadline: float) -> float:
 
 
 def resolve(base: str, reference: str) -> str:
-    """Resolve a URL reference; one that is unusable is returned as it is."""
+    """Resolve a URL reference; an unusable one is returned unchanged."""
     try:
         return urljoin(base, reference) if reference else ""
     except ValueError:
@@ -3636,12 +3775,12 @@ def advertised_inbox(page: Answer) -> str:
 
 
 def names_inbox(relations: str) -> bool:
-    """Return whether one of the relations of a link is that of an inbox."""
+    """Return whether one of the relations of a link names an inbox."""
     return not {*LDP_INBOX}.isdisjoint(relations.lower().split())
 
 
 def described_inbox(document: Any, url: str) -> str:
-    """Find the inbox in a JSON-LD document, preferably that of the resource at the URL."""
+    """Find an inbox in a JSON-LD document, preferably of the resource at the URL."""
     parts = [document, lookup(document, "@graph")]
     lists = [part if isinstance(part, list) else [part] for part in parts]
     nodes = [node for part in lists for node in part if isinstance(node, dict)]
@@ -3660,6 +3799,7 @@ class InboxFinder(HTMLParser):
     base, inbox = "", ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Remember `base`, and the first link to an inbox."""
         given = {name: value or "" for name, value in attrs}
         if tag == "base":
             self.base = given.get("href", "")
@@ -3669,18 +3809,18 @@ class InboxFinder(HTMLParser):
 
 # --- Replies -------------------------------------------------------------------------------------
 #
-# Sends notifications as deliveries: `outgoing` makes one attempt and describes it, `answer_offer`
-# plays the review service that answers an Offer with the patterns of REPLIES, and `reply_addresses`
-# sees to it that they go only to the host that delivered the Offer, or to REPLY_TO.
+# Sends notifications as deliveries. `outgoing` makes one attempt and describes it. `answer_offer`
+# plays the review service: it answers an Offer with the patterns of REPLIES. `reply_addresses`
+# makes sure that replies go only to the host that delivered the Offer, or to REPLY_TO.
 # Must not know: sockets, pages, the event loop.
 
 FORWARDED = ("forwarded", "x-forwarded-for")  # headers of a request that came through a proxy
 
 
 def outgoing(document: Any, url: str, via: str, addresses: Sequence[str] = ()) -> Delivery:
-    """Make an attempt to send a notification, and describe it, whatever became of it.
+    """Make an attempt to send a notification, and describe it; a failure is described too.
 
-    It goes to one of the addresses, see `post`; if there are none, as `send` finds the way.
+    Uses `post` if addresses are given, else `send`.
     """
     body = encode(document)
     parsed = Delivery(body=body).notification
@@ -3714,7 +3854,7 @@ def outgoing(document: Any, url: str, via: str, addresses: Sequence[str] = ()) -
 
 
 def reply_addresses(url: Any, client: str, proxied: bool, settings: Settings) -> list[str]:
-    """Look up where replies to an Offer go. Raises `SendError`, saying why they may not.
+    """Look up the addresses that replies to an Offer may go to. Raises `SendError` if none may.
 
     A payload must not make this inbox talk to third parties: without REPLY_TO, replies go only to
     the host that delivered the Offer, the `client`; behind a proxy, that is not known.
@@ -3722,7 +3862,7 @@ def reply_addresses(url: Any, client: str, proxied: bool, settings: Settings) ->
     if settings.REPLY_TO:
         return addresses_of(url)
     if not is_http_uri(url):
-        raise SendError("the Offer has no origin.inbox to reply to; set REPLY_TO")
+        raise SendError("the Offer has no usable origin.inbox to reply to; set REPLY_TO")
     if proxied:
         raise SendError("behind a proxy, anybody could have sent the Offer; set REPLY_TO")
     allowed = addresses_of_client(addresses_of(url), client)
@@ -3755,12 +3895,14 @@ def answer_offer(
                 tries += 1
                 seconds = retry_delay(tries, sent.status or None, sent.answer_headers)
     except (SendError, ValueError, Problem) as error:
+        unsent = Delivery(new_name(), direction="out", pattern=settings.REPLIES[0], via="REPLIES")
         about = {"inReplyTo": delivery.about.get("id", "")}
-        record(Delivery(new_name(), direction="out", detail=str(error), about=about, via="REPLIES"))
+        target = url if is_inbox_url(url) else ""
+        record(unsent._replace(target=target, detail=str(error), about=about))
 
 
 def reply_to(offer: Any, pattern: str, url: str) -> Document:
-    """Build a reply that is addressed to the inbox that it goes to. Raises `ValueError`."""
+    """Build a reply, addressed to the inbox that it is sent to. Raises `ValueError`."""
     document = reply(offer, pattern)
     if isinstance(document.get("target"), dict):
         document["target"]["inbox"] = url
@@ -3771,7 +3913,7 @@ FORM = "application/x-www-form-urlencoded"
 
 
 def read_send(body: bytes, is_form: bool) -> dict[str, Any]:
-    """Read what is to be sent, and where to: a JSON object or a form. Raises `Problem`."""
+    """Read a JSON object or a form that says what to send, and where. Raises `Problem`."""
     try:
         wanted = dict(parse_qsl(body.decode())) if is_form else parse(body)
     except ValueError as error:
@@ -3790,9 +3932,9 @@ def read_send(body: bytes, is_form: bool) -> dict[str, Any]:
 
 # --- Templates -----------------------------------------------------------------------------------
 #
-# How the pages look: the style, the script that keeps a page up to date, the templates, and `fill`,
-# which puts values into them. Nothing external is loaded.
-# Must not know: what is put in.
+# The look of the pages: the style, the script that keeps a page up to date, the templates, and
+# `fill`, which puts values into them. Pages load nothing external.
+# Must not know: the meaning of the values.
 
 STYLE = """
 :root { color-scheme: light dark; --paper: light-dark(#fff, #111317);
@@ -3955,8 +4097,8 @@ pre + details, details > pre { margin-top: .5rem; }
 @media (prefers-reduced-motion: reduce) { * { animation: none !important; } }
 """
 
-# The server renders everything. The script fetches the page again when a delivery comes, and
-# changes only what differs, so that focus, folding, scrolling and what was typed stay.
+# The server renders everything. The script fetches the page again when a delivery arrives, and
+# changes only the parts that differ, so that focus, folding, scrolling and typed text stay.
 SCRIPT = """
 const {root} = document.body.dataset, {title} = document;
 const query = selector => document.querySelector(selector), state = query("#state");
@@ -3977,6 +4119,11 @@ function localize(part) {
     last.textContent = recent ? `${Math.floor(age / size)} ${unit} ago` : "";
   }
 }
+function announce(count) { document.title = count ? `(${count}) ${title}` : title; }
+function mark(part) {  // a new row, or a new list of rows
+  const rows = part.matches("[id^=row-]") ? [part] : part.querySelectorAll("[id^=row-]");
+  for (const row of rows) { row.className = "new"; unseen += 1; }
+}
 function morph(old, fresh, marking) {
   if (old.isEqualNode(fresh) || old.nodeName === "FORM") return;
   if (old.nodeName !== fresh.nodeName) return old.replaceWith(fresh);
@@ -3992,8 +4139,7 @@ function morph(old, fresh, marking) {
   let next = old.firstChild;
   for (const node of [...fresh.childNodes]) {
     const twin = node.id ? document.getElementById(node.id) : next?.id ? null : next;
-    const isNew = marking && !twin && node.id?.startsWith("row-");
-    if (isNew) { node.className = "new"; unseen += 1; }
+    if (marking && !twin && node.matches) mark(node);
     if (!twin || twin !== next) old.insertBefore(twin ?? node, next);
     next = (twin ?? node).nextSibling;
     if (twin) morph(twin, node, marking);
@@ -4011,8 +4157,7 @@ async function renew(marking) {
     localize(page);
     morph(query("main"), page.querySelector("main"), marking);
     const rows = document.querySelectorAll(".rows li").length, older = query("[rel=next]");
-    const count = unseen >= rows && older ? `${rows}+` : unseen;  // more than the list shows
-    document.title = unseen ? `(${count}) ${title}` : title;
+    announce(unseen >= rows && older ? `${rows}+` : unseen);  // more than the list shows
     const {dataset} = document.body, {stream} = page.body.dataset;
     if (dataset.stream === stream) return;
     dataset.stream = stream;
@@ -4030,11 +4175,11 @@ async function refresh() {  // at most once a second
   pause = renew(true).then(() => new Promise(done => setTimeout(done, 1000)));
 }
 function listen() {
-  events?.close();  // a browser has few connections for all the pages that are open
-  if (document.hidden || !document.body.dataset.stream) return;
+  events?.close();  // a browser has few connections for all open pages; hidden lists still count
+  if ((document.hidden && query("#payload")) || !document.body.dataset.stream) return;
   events = new EventSource(document.body.dataset.stream);
   events.onopen = () => { say("live"); renew(true); };  // what came meanwhile
-  events.onmessage = refresh;
+  events.onmessage = () => document.hidden ? announce(unseen += 1) : refresh();
   events.onerror = () => say("not connected");
 }
 function search(form) {
@@ -4098,7 +4243,12 @@ addEventListener("keydown", event => {
 for (const kind of ["focus", "pointermove", "keydown"]) {
   addEventListener(kind, () => { if (unseen) [unseen, document.title] = [0, title]; });
 }
-document.addEventListener("visibilitychange", listen);
+document.addEventListener("visibilitychange", () => {
+  if (query("#payload")) return listen();
+  if (document.hidden) return;
+  unseen = 0;  // the new rows are counted again
+  renew(true);
+});
 setInterval(() => document.hidden || localize(document), 5000);
 document.documentElement.className = "scripted";
 localize(document);
@@ -4117,9 +4267,9 @@ CONTENT_SECURITY_POLICY = (
     " frame-ancestors 'none'"
 )
 
-# Much as in Mustache, `{name}` is a value, escaped, and `{>name}` another template. What stands in
-# `{#name}…{/name}` is shown for each item of a list, whose members are values there, and once for
-# any other value unless it is empty; `{^name}…{/name}` is for a value that is empty or missing.
+# Much as in Mustache, `{name}` is a value, escaped, and `{>name}` another template. The text in
+# `{#name}…{/name}` is repeated for each item of a list, whose members are values there. It is shown
+# once for any other value, unless that is empty. `{^name}…{/name}` is shown for an empty value.
 TEMPLATES = {
     "page": """<!doctype html><html lang="en"><head><title>{title} · coarinbox</title>
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -4191,11 +4341,11 @@ not.</p><div class="beside"><div><section><h2>Send a first notification {#copies
 {#again}<a href="#again">Send again</a> {/again}{#copies}{>copy} {/copies}
 {#raw}<a href="{raw}">Raw</a>{/raw}</p>
 <div class="beside"><div><section id="payload"><h2>Payload</h2>{payload}</section>
-{^adopted}<section id="request"><h2>What {#sent}we sent{/sent}{^sent}arrived{/sent}</h2>
+{#exchanged}<section id="request"><h2>What {#sent}we sent{/sent}{^sent}arrived{/sent}</h2>
 <pre>{request}</pre></section><section id="answer">
 <h2>What {#sent}they{/sent}{^sent}we{/sent} answered <small>{took}</small></h2>
 <pre>{answer}</pre>{#size}<details><summary>Body, {size} bytes</summary>{answered}</details>{/size}
-</section>{/adopted}</div><div>{>findings}{>conversation}{>reply}{>again}</div></div>""",
+</section>{/exchanged}</div><div>{>findings}{>conversation}{>reply}{>again}</div></div>""",
     "findings": """<section id="findings" class="first"><h2>Findings {^clean}{#pattern}
 <small>compare with <a href="{rules}#example">a valid {pattern}</a></small>{/pattern}{/clean}</h2>
 {#levels}<h3 class="level {level}">{count} <small>{meaning}</small></h3><ol class="findings">
@@ -4203,7 +4353,7 @@ not.</p><div class="beside"><div><section><h2>Send a first notification {#copies
 aria-label="finding {number}, show where">{number}</a>{/marked}
 {^marked}<span class="ref">{number}</span>{/marked} <p><b>{fault}</b></p> <p>{advice}</p>
 <p>{#named}refused by {#refused_by}<span class="tag">{refused_by}</span> {/refused_by}· {/named}
-<a href="{rules}#{code}">rule</a> ·
+{#rule}<a href="{rules}#{rule}">rule</a> · {/rule}
 {#spec}<a href="{spec}">specification</a>{/spec}{^spec}specification{/spec}</p></li>{/items}</ol>
 {/levels}{#omitted}<p class="faint">and {omitted} more</p>{/omitted}
 {#clean}<p>{#pattern}None: this is <a href="{rules}#example">a valid {pattern}</a>.{/pattern}
@@ -4214,6 +4364,7 @@ aria-label="finding {number}, show where">{number}</a>{/marked}
 <ol class="timeline">{#entries}<li class="{direction}"><h3>{>chip} {>linked} {>time}</h3>
 <p class="faint">{#later}{later}, {/later}{#sent}to{/sent}{^sent}from{/sent} {host}{#by}, by {by}
 {/by}{^by}{#about}, about {about}{/about}{/by}</p>
+{#failed}<p>{why}</p>{/failed}
 {#count}<details><summary>{count} attempts</summary><ol class="attempts">
 {#attempts}<li>{>time} {>linked} <small>{later}</small></li> {/attempts}</ol></details>{/count}
 </li>{/entries}</ol></section>""",
@@ -4224,7 +4375,7 @@ aria-label="finding {number}, show where">{number}</a>{/marked}
 <form method="post" action="{root}deliveries/{name}/send"><label for="document">Document
 <small>as it will be sent; edit it as you like</small></label>
 <textarea id="document" name="document" rows="12" spellcheck="false">{reply}</textarea>
-<label for="reply-to">To <small>the inbox of the Offer's origin</small></label>
+<label for="reply-to">To <small>the inbox of its target</small></label>
 <p class="tools"><input id="reply-to" name="to" type="url" value="{inbox}" required>
 <button class="main">Send</button></p></form></div></section>{/reply}""",
     "again": """{#again}<section id="again"><h2>Send again</h2><form class="card" method="post"
@@ -4243,7 +4394,7 @@ action="{root}deliveries/{name}/send"><label for="to">To <small>the same bytes</
 id="at-{number}" href="#finding-{number}" aria-label="finding {number}">{number}</a>{/refs}""",
     "document": """<div class="json">{lines}</div>""",
     "text": """{#text}<pre>{text}</pre>{/text}{^text}<p>{note}</p>{/text}""",
-    "constraints": """<h1>{title}</h1><p class="faint">{count} rules. This inbox refuses: {levels}.
+    "constraints": """<h1>{title}</h1><p class="faint">{count} rules. This inbox refuses: {refused}.
 <a href="{spec}">Specification</a></p>
 <div class="rail"><nav aria-label="Patterns">{#patterns}{>link}{/patterns}</nav>
 <div>{#groups}<section><h2>{group}</h2><ul class="rules">
@@ -4310,9 +4461,10 @@ def render(template: str, /, **values: Any) -> Html:
 
 # --- Wording -------------------------------------------------------------------------------------
 #
-# Says in a few words what a delivery is, as plain text: its verdict (`chip_of`), what it is about
-# (`subject_of`), how long after another one it came (`between`), how to send it again
-# (`curl_command`). Must not know HTML.
+# Describes a delivery in a few words of plain text: its verdict (`chip_of`), its subject
+# (`subject_of`), the time since another one (`between`), and a command that sends it again
+# (`curl_command`).
+# Must not know: HTML.
 
 WORDS = {REFUSED: "error", MUST: "MUST", SHOULD: "SHOULD"}  # for the levels of findings
 MAX_COPY = 65536  # characters of a body that a button copies, or a form holds
@@ -4326,19 +4478,25 @@ NOT_COPIED = frozenset(
 
 
 def chip_of(delivery: Delivery) -> tuple[str, str]:
-    """Return the kind of a chip (E, M, S, ok or none), and its text."""
+    """Return the kind of the chip that shows a verdict (E, M, S, ok or none), and its text."""
     status, accepted = delivery.status, delivery.is_stored
     levels = [finding.level for finding in delivery.findings]
     text = str(status) if status else "found" if accepted else "dropped"
     if delivery.direction == "out":
-        text = f"↗ sent {status}" if status else "↗ no answer"
-    elif levels:
-        errors = levels.count("E")
-        word = "warning" if accepted else "error" if errors else "finding"
-        text += " · " + counted(errors if word == "error" else len(levels), word)
+        no_answer = "not sent" if is_unsent(delivery) else "no answer"
+        text = f"↗ sent {status}" if status else f"↗ {no_answer}"
+    elif delivery.errors:
+        text += f" · {counted(delivery.errors, 'error')}"
+    elif levels and not delivery.simulated:
+        text += f" · {counted(len(levels), 'warning' if accepted else 'finding')}"
     if not accepted:
         return "none" if delivery.simulated else "E", text
     return "ok" if not levels else "S" if set(levels) == {"S"} else "M", text
+
+
+def is_unsent(delivery: Delivery) -> bool:
+    """Whether it is the record of a reply that could not be sent: one without a body."""
+    return delivery.direction == "out" and delivery.body is None
 
 
 def host_of(url: str) -> str:
@@ -4348,10 +4506,10 @@ def host_of(url: str) -> str:
 
 
 def subject_of(delivery: Delivery) -> tuple[str, str]:
-    """Return the id of what a notification is about, and a short form of it.
+    """Return the id of the subject of a notification, and a short form of it.
 
-    An answer is about what was offered. The short form is a path if the id is one of the origin or
-    the target.
+    The subject of an answer is the offered resource. The short form is a path if the subject is on
+    the host of the origin or the target.
     """
     about = delivery.about.get
     ids: list[str] = [about(f"{name}.id", "") for name in ("object.object", "object", "context")]
@@ -4374,12 +4532,25 @@ def in_words(seconds: float) -> str:
 
 
 def between(earlier: str, later: str) -> str:
-    """Say how long after one time another one was; nothing where either cannot be read."""
+    """Say how much later another time is; empty if one of them cannot be read."""
     try:
         start, end = (datetime.fromisoformat(time.rstrip("Z")) for time in (earlier, later))
         return in_words((end - start).total_seconds()) + " later"
     except (TypeError, ValueError):
         return ""
+
+
+def began(delivery: Delivery) -> Delivery:
+    """Return a delivery with the time of its request instead of its answer.
+
+    A receiver may send its reply before it answers. The order of answers would mislead then.
+    """
+    try:
+        end = datetime.fromisoformat(delivery.time.rstrip("Z"))
+        start = end - timedelta(seconds=delivery.seconds)
+    except (OverflowError, ValueError):  # somebody has edited the log
+        return delivery
+    return delivery._replace(time=start.isoformat(timespec="milliseconds") + "Z")
 
 
 def curl_command(delivery: Delivery, base: str, needs_token: bool) -> str:
@@ -4400,31 +4571,32 @@ def curl_command(delivery: Delivery, base: str, needs_token: bool) -> str:
 
 
 def piped_command(source: str, post: Sequence[str], needs_token: bool) -> str:
-    """Write a command that fetches what another one is to send."""
+    """Write a command that fetches a body and pipes it into another command."""
     fetch = ["curl -s", shlex.quote(source), *([BEARER] if needs_token else []), "|\n "]
     return " ".join([*fetch, *post, "--data-binary @-"])
 
 
 # --- Pages ---------------------------------------------------------------------------------------
 #
-# Computes what the templates show: `list_page`, `delivery_page`, `constraints_page`, `samples_page`
-# and `error_page` are told a `PageContext` and return `Html`. They are pure functions, except that
-# samples and replies get new ids. Links are relative, so that pages work behind any reverse proxy.
+# Computes the values that templates show. `list_page`, `delivery_page`, `constraints_page`,
+# `samples_page` and `error_page` take a `PageContext` and return `Html`. They are pure functions,
+# except that samples and replies get new ids. Links are relative, so that pages work behind any
+# reverse proxy.
 # Must not know: requests, the store, the log.
 
 MAX_LINES = 2000  # of a payload that are shown
 OUTCOME = ("status", "direction", "warnings")  # the members of a query that `TOTALS` set
 json_text = functools.partial(json.dumps, ensure_ascii=False)
-Values = dict[str, Any]  # what a template shows
+Values = dict[str, Any]  # for a template
 
 
 class PageContext(NamedTuple):
-    """What a page needs to know about its inbox and its reader."""
+    """The facts about the inbox and the reader that every page needs."""
 
     root: str  # the relative URL of `/`
     base: str  # the absolute URL of `/`, without the slash
     query: Query = Query()  # the deliveries that the reader looks through
-    refused: Sequence[str] = ("E",)  # levels of findings that the inbox refuses
+    mode: bool | str = True  # VALIDATE_INCOMING, one of the MODES
     token: bool = False  # whether requests need a token
     may_send: bool = True  # whether the reader may send from here
 
@@ -4435,13 +4607,14 @@ class PageContext(NamedTuple):
         return self.root + path + ("?" + urlencode(values, errors="replace") if values else "")
 
     def rules_url(self, pattern: str | None) -> str:
+        """Return the URL of the page about the rules of a pattern."""
         return f"{self.root}constraints?{urlencode({'pattern': pattern or ''})}"
 
 
 def render_page(
     context: PageContext, template: str, values: Values, tab: str = "", stream: str = ""
 ) -> Html:
-    """Make a page, which is renewed when a delivery comes from the URL `stream`."""
+    """Make a page; its script renews it when the event stream `stream` has a delivery."""
     root, values = context.root, {**context._asdict(), **values}
     tabs = {"Deliveries": root, "Samples": f"{root}samples", "Constraints": f"{root}constraints"}
     values["content"] = render(template, **values)
@@ -4451,7 +4624,7 @@ def render_page(
 
 
 def choices(urls: Mapping[str, str], chosen: str) -> list[Values]:
-    """Make links or options, by their names; one of them is chosen."""
+    """Make links or options by name, and mark the chosen one."""
     return [{"name": name, "url": url, "chosen": name == chosen} for name, url in urls.items()]
 
 
@@ -4462,7 +4635,7 @@ def copies(texts: Mapping[str, str]) -> list[Values]:
 
 
 def filters(context: PageContext, *names: str) -> list[Values]:
-    """Return the members of the query that are set, each with a link to do without it."""
+    """Return the members of the query that are set, each with a link that removes it."""
     members = {name: value for name, value in context.query._asdict().items() if value}
     return [
         {"name": name, "value": members[name], "url": context.url(**{name: ""})}
@@ -4472,17 +4645,19 @@ def filters(context: PageContext, *names: str) -> list[Values]:
 
 
 def with_code(text: str) -> Html:
-    """Show as code what stands between backticks."""
+    """Escape a text, and show the parts between backticks as code."""
     return Html(re.sub("`([^`]*)`", r"<code>\1</code>", escape(text)))
 
 
 def view_delivery(context: PageContext, delivery: Delivery) -> Values:
-    """Return the members of a delivery, and what else the templates say about it."""
+    """Return the members of a delivery, and the texts and links that templates show for it."""
     kind, chip = chip_of(delivery)
     subject, about = subject_of(delivery)
     host, sent = host_of(delivery.peer or delivery.client), delivery.direction == "out"
     phrase = http.client.responses.get(delivery.status, "") if kind == "E" else ""
-    messages = [finding.message.replace("`", "") for finding in by_level(delivery.findings)]
+    has_reason = delivery.simulated or (sent and delivery.detail)
+    told = () if has_reason else delivery.findings
+    messages = [finding.message.replace("`", "") for finding in told]
     return {
         **delivery._asdict(),
         "kind": kind,
@@ -4518,7 +4693,7 @@ def current_total(query: Query) -> str:
 
 
 def list_page(context: PageContext, deliveries: Sequence[Delivery], totals: Totals) -> Html:
-    """Show the deliveries that a query selects, newest first; while there are none, how to begin.
+    """Show the deliveries that a query selects, newest first; before the first one, a welcome.
 
     One delivery more than the query's page length means that there are older ones.
     """
@@ -4574,7 +4749,7 @@ def delivery_page(
     beside: tuple[str, str] = ("", ""),
     reply_pattern: str = "Accept",
 ) -> Html:
-    """Show what came, what is wrong with it, what was answered, and what belongs to it.
+    """Show a delivery: its payload, its findings, the answer, and its conversation.
 
     The delivery has its body, unless that was removed, and the body of the answer. `conversation`
     has the oldest delivery first; `beside` are the names of the newer and the older delivery;
@@ -4586,12 +4761,14 @@ def delivery_page(
     rest = [each for each in numbered if each not in head]
     document = delivery.notification
     payload = render_text(delivery.body) if document is None else render_document(document, rest)
+    if is_unsent(delivery):
+        payload = render("text", text="", note="Nothing was sent.")
     values = {
         **view_delivery(context, delivery),
         "title": f"{chip_of(delivery)[1]} {delivery.pattern or ''}",
         "clean": not numbered,
         "omitted": delivery.omitted and f"{delivery.omitted:,}",
-        "levels": group_by_level(context, numbered),
+        "levels": group_by_level(numbered),
         "rules": context.rules_url(delivery.pattern),
         "marked": document is not None,
         "payload": payload,
@@ -4607,16 +4784,17 @@ def delivery_page(
 
 
 def view_beside(context: PageContext, newer: str, older: str) -> Values:
-    """Name the list that the reader came from, and link to what is beside the delivery there."""
+    """Link to the list that the reader came from, and to the neighbours of the delivery there."""
     name = (current_total(context.query) or "deliveries").replace("_", " ").capitalize()
     urls = [each and context.url(f"deliveries/{each}") for each in (newer, older)]
     return {"list": name, "list_url": context.url(), "newer": urls[0], "older": urls[1]}
 
 
 def view_fate(delivery: Delivery) -> Values:
-    """Say how a delivery got here or where it went, and whether it is stored."""
+    """Say where a delivery came from or went to, and whether it is stored."""
     if delivery.direction == "out":
-        return {"how": "Sent", "where": f"to {delivery.target}"}
+        how = "Not sent" if is_unsent(delivery) else "Sent"
+        return {"how": how, "where": f"to {delivery.target or 'nobody'}"}
     not_stored = {"E": "no; correct it and send it again", "none": "no; send it again"}
     stored = "no longer: it was removed" if delivery.body is None else f"`{delivery.name}`"
     stored = with_code(not_stored.get(chip_of(delivery)[0], stored))
@@ -4627,13 +4805,15 @@ def view_fate(delivery: Delivery) -> Values:
 
 
 def view_findings(delivery: Delivery) -> list[Values]:
-    """Number the findings, the gravest first."""
+    """Number the findings; the ones that the delivery was refused for come first."""
     shown = []
-    for number, finding in enumerate(by_level(delivery.findings), 1):
+    for number, finding in enumerate(delivery.findings, 1):
         member = finding.pointer.rpartition("/")[2]
         written = re.search(rf'"{re.escape(member)}": [^`]+', finding.fix)
         view: Values = {
             "number": number,
+            "refused": number <= delivery.errors,
+            "rule": "" if finding.code == "coarnotify" else finding.code,
             "fault": with_code(finding.fault),
             "advice": with_code(finding.fix[:1].upper() + finding.fix[1:]),
             "missing": written[0] if written else f"{json_text(member)}: …",
@@ -4645,19 +4825,19 @@ def view_findings(delivery: Delivery) -> list[Values]:
     return shown
 
 
-def group_by_level(context: PageContext, numbered: Sequence[Values]) -> list[Values]:
-    """Group findings under a heading for each level."""
+def group_by_level(numbered: Sequence[Values]) -> list[Values]:
+    """Group findings by level, and by whether the delivery was refused for them."""
     groups = []
-    for level, found in itertools.groupby(numbered, operator.itemgetter("level")):
-        items = list(found)
-        meaning = "refused here" if level in context.refused else "a warning here"
+    for key, found in itertools.groupby(numbered, operator.itemgetter("refused", "level")):
+        (refused, level), items = key, list(found)
+        meaning = "refused here" if refused else "a warning here"
         count = counted(len(items), WORDS.get(level, str(level)))
         groups.append({"level": level, "count": count, "meaning": meaning, "items": items})
     return groups
 
 
 def render_line(kind: str, text: str, found: Sequence[Values] = (), key: str = "") -> Html:
-    """Write a line of a document or of a head, with the numbers of what was found there."""
+    """Write a line of a document or of a head, with the numbers of its findings."""
     level = found[0]["level"] if found else ""
     return render(kind, key=key, text=text, level=level, refs=list(found))
 
@@ -4679,7 +4859,7 @@ def outline(
 ) -> Iterator[Html]:
     """Yield the lines of a document; missing members come before the first nested object.
 
-    Findings come with the rest of the path to what they are about.
+    Each finding comes with the rest of the path to its member.
     """
     children: dict[str, Any] = value if isinstance(value, dict) else {}
     if isinstance(value, list) and any(isinstance(each, (dict, list)) for each in value):
@@ -4730,7 +4910,7 @@ def view_exchange(delivery: Delivery, head: Sequence[Values]) -> Values:
     with contextlib.suppress(ValueError):
         answer = json_text(parse(answer), indent=2).encode()
     return {
-        "adopted": delivery.via == "adopted",
+        "exchanged": not (delivery.via == "adopted" or is_unsent(delivery)),
         "request": render_head(f"{delivery.method} {delivery.target}", delivery.headers, head),
         "took": f"after {in_words(delivery.seconds)}" if delivery.seconds else "",
         "answer": render_head(status, delivery.answer_headers),
@@ -4751,7 +4931,8 @@ def render_head(start: str, headers: Mapping[str, Any], found: Sequence[Values] 
 def view_conversation(
     context: PageContext, delivery: Delivery, conversation: Sequence[Delivery]
 ) -> Values:
-    """Tell in order what came and what was sent; attempts that repeat one are folded into it."""
+    """Show a conversation in the order of time; repeated attempts are folded into one entry."""
+    conversation = sorted(map(began, conversation), key=lambda each: each.time)
     asked, ids = delivery.about.get("inReplyTo"), {each.about.get("id") for each in conversation}
     entries: list[Values] = []
     before = ""
@@ -4766,6 +4947,7 @@ def view_conversation(
             attempts.append({**shown, "text": shown["chip"], "later": later})
             earlier = each.time
         last = {**attempts[-1], "text": each.pattern or "No pattern", "attempts": attempts}
+        last["failed"] = last["sent"] and last["kind"] == "E"
         count = len(attempts) if attempts[1:] else 0
         entries.append({**last, "later": between(before, earlier), "count": count})
         before = earlier
@@ -4774,12 +4956,14 @@ def view_conversation(
         return {**values, "summary": "", "entries": []}
     sent = sum(each.direction == "out" for each in conversation)
     later = between(conversation[0].time, before)
-    summary = f"{len(conversation) - sent} received, {sent} sent, the last {later}"
+    summary = f"{len(conversation) - sent} received, {sent} sent" + (
+        later and f", the last {later}"
+    )
     return {**values, "summary": summary, "entries": entries}
 
 
 def view_forms(context: PageContext, delivery: Delivery, pattern: str) -> Values:
-    """Offer to copy what came, to answer an Offer that a form can hold, and to send it again."""
+    """Offer to copy a delivery, to send it again, and to reply if it is an Offer."""
     if delivery.body is None:
         return {}
     url, body = f"deliveries/{delivery.name}", delivery.body
@@ -4794,11 +4978,11 @@ def view_forms(context: PageContext, delivery: Delivery, pattern: str) -> Values
     with contextlib.suppress(ValueError):
         answer = reply(parse(body if len(body) <= MAX_COPY else b""), pattern)
         values["reply"] = whole(json_text(answer, indent=2))
+        values["inbox"] = lookup(answer, "target.inbox")
     return {
         **values,
         "kept": filters(context, *Query._fields),
         "menu": choices({each.name: "" for each in REPLY_PATTERNS}, pattern),
-        "inbox": delivery.about.get("origin.inbox"),
         "again": delivery.target if delivery.direction == "out" else f"{context.base}/inbox",
     }
 
@@ -4836,12 +5020,15 @@ def constraints_page(context: PageContext, pattern: Pattern) -> Html:
             "demand": with_code(f"{verb} {rest}"),
         }
         groups.setdefault(name, []).append({**rule, **shown})
+    refused = [WORDS[level] for level in MODES[context.mode]] or ["none of them"]
+    if context.mode not in (True, False, "strict"):
+        refused.append(f"whatever {context.mode} refuses")
     values = {
         **view_sample(context, pattern.name),
         "title": pattern.name,
         "spec": pattern.spec,
         "count": sum(map(len, groups.values())),
-        "levels": ", ".join(WORDS[level] for level in context.refused) or "none of them",
+        "refused": ", ".join(refused),
         "patterns": choices({name: context.rules_url(name) for name in RULES}, pattern.name),
         "groups": [
             {"group": name or "The notification", "rules": rules} for name, rules in groups.items()
@@ -4880,9 +5067,9 @@ def html_response(page: Html, headers: Mapping[str, str] = {}, status: int = 200
 
 # --- Access --------------------------------------------------------------------------------------
 #
-# Who may ask: `check_head` refuses a request, before its body is read, by its host, its token, or
-# the site of the page that sent it; `allowed_origin` says what CORS_ORIGINS allow, `is_loopback`
-# which hosts are this machine; `quality` weighs what the client would like to get.
+# Decides who may ask. `check_head` refuses a request by its host, its token, or the site of the
+# page that sent it, before its body is read. `allowed_origin` applies CORS_ORIGINS, `is_loopback`
+# tells which hosts are this machine, and `quality` reads the preferences of an Accept header.
 # Must not know: resources, bodies.
 
 CORS_RESOURCES = re.compile(rf"/inbox(/({NAME})?)?")  # what pages of CORS_ORIGINS may use
@@ -4904,7 +5091,7 @@ def authority(url: str) -> str:
 
 
 def is_preflight(request: Request) -> bool:
-    """Whether a browser asks what a page of another site may do (Fetch section 4.8)."""
+    """Whether it is the preflight of a browser for a page of another site (Fetch section 4.8)."""
     return request.method == "OPTIONS" and "access-control-request-method" in request.headers
 
 
@@ -4917,15 +5104,15 @@ def check_head(request: Request, server: InboxServer) -> None:
 
 
 def check_host(request: Request, server: InboxServer) -> None:
-    """Refuse a request that names no host, or one that this inbox does not answer to."""
+    """Refuse a request without a Host header, or for a host that is not this inbox."""
     if "host" not in request.headers and not request.is_http10:  # RFC 9112 section 3.2
         raise Problem(400, f"the Host header is missing; {request.version} requires it")
     header, match = request.headers.get("host", ""), HOST.fullmatch(request.host)
     if not match or (header != request.host and not HOST.fullmatch(header)):
         raise Problem(400, "the Host header is malformed")
     if not answers_to(match[1], str(server.server_address[0]), server.settings.BASE_URL):
-        detail = f"an inbox on loopback does not answer to {request.host}; set BASE_URL to its URL"
-        raise Problem(421, detail)
+        cause = f"an inbox on loopback does not answer to {clip(request.host, 200)}"
+        raise Problem(421, f"{cause}; set BASE_URL to its URL")
 
 
 def answers_to(host: str, address: str, base_url: str | None) -> bool:
@@ -4951,7 +5138,9 @@ def check_token(request: Request, token: str | None) -> None:
     if token is None:
         return
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    data = given.encode("latin-1") if scheme.lower() in ("bearer", "token", "basic") else b""
+    data = (
+        given.strip().encode("latin-1") if scheme.lower() in ("bearer", "token", "basic") else b""
+    )
     if scheme.lower() == "basic":
         try:
             data = base64.b64decode(data).partition(b":")[2]
@@ -4963,32 +5152,39 @@ def check_token(request: Request, token: str | None) -> None:
 
 
 def allowed_origin(request: Request, allowed: Collection[str]) -> str | None:
-    """Return the origin of a page that CORS_ORIGINS allows what it asks for."""
+    """Return the origin of the page that sent a request, if CORS_ORIGINS allows the request."""
     origin = request.headers.get("origin")
     if origin is None or not (origin.lower() in allowed or "*" in allowed):
         return None
     fits = CORS_RESOURCES.fullmatch(request.target.partition("?")[0])
-    return origin if fits and request.method in CORS_METHODS else None
+    method = request.method
+    if is_preflight(request):
+        method = request.headers["access-control-request-method"]
+    return origin if fits and method in CORS_METHODS else None
+
+
+def is_foreign(request: Request, server: InboxServer) -> bool:
+    """Whether the page of another origin has sent a request."""
+    origin, ours = request.headers.get("origin"), (f"//{request.host}", server.base)
+    return origin is not None and authority(origin) not in map(authority, ours)
 
 
 def check_site(request: Request, server: InboxServer) -> None:
-    """Refuse what the page of another site wants to change (Fetch Metadata, RFC 6454)."""
+    """Refuse changes by a page of another site (Fetch Metadata, RFC 6454)."""
     if request.method in ("GET", "HEAD", "OPTIONS") or allowed_origin(
         request, server.allowed_origins
     ):
         return
     site, origin = request.headers.get("sec-fetch-site", "none"), request.headers.get("origin")
-    ours = (f"//{request.host}", server.base)
-    foreign = origin is not None and authority(origin) not in map(authority, ours)
-    if foreign or site not in ("same-origin", "none"):
-        cause = f"pages of {origin or f'another site ({site})'} may not do this"
+    if is_foreign(request, server) or site not in ("same-origin", "none"):
+        cause = f"pages of {clip(origin or f'another site ({site})', 200)} may not do this"
         raise Problem(403, f"{cause}; CORS_ORIGINS may allow them to POST, or set BASE_URL")
 
 
 def quality(media_type: str, accept: str) -> float:
     """Weigh a media type, from 0 to 1, by an Accept header (RFC 9110 section 12.5.1)."""
     weights: dict[str, float] = {}
-    # Browsers send some 200 characters; thousands of types would hold up others.
+    # Browsers send some 200 characters; parsing thousands of types would hold up other clients.
     for element in re.sub('"[^"]*"', "", accept[:2000].lower()).split(","):
         name, *parameters = (part.strip() for part in element.split(";"))
         weight = next((part[2:] for part in parameters if part.startswith("q=")), "")
@@ -5002,9 +5198,9 @@ def quality(media_type: str, accept: str) -> float:
 
 # --- Resources -----------------------------------------------------------------------------------
 #
-# `InboxHandler` answers one `Request`. `ROUTES` leads from path and method to the method of the
-# handler that answers. One that has to wait is a generator: `name = yield Commit(body)` reads like
-# a call that blocks, and the event loop resumes it with the result. `check_head` says who may ask.
+# `InboxHandler` answers one `Request`. `ROUTES` maps a path and a verb to the method of the handler
+# that answers. A method that has to wait is a generator: `name = yield Commit(body)` reads like a
+# call that blocks, and the event loop resumes it with the result.
 # Must not know: sockets, threads.
 
 
@@ -5049,7 +5245,7 @@ MAX_SHOWN = 1000  # lines of a request that DEBUG logs
 
 
 class InboxHandler(http.server.BaseHTTPRequestHandler):
-    """Answers one request, whole or not. Whatever is wrong is raised as `Problem`."""
+    """Answers one request, complete or not. Its methods raise `Problem` for an HTTP error."""
 
     protocol_version = "HTTP/1.1"
     server_version = f"coarinbox/{__version__}"
@@ -5075,10 +5271,10 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         """Answer the request. Exceptions end here."""
         request = self.request
         try:
+            if self.server.settings.DEBUG and request.approved:
+                self.log_exchange()
             if request.problem:
                 raise request.problem
-            if self.server.settings.DEBUG:
-                self.log_exchange()
             method = getattr(self, f"do_{self.command}", self.do_GET)
             yield from method() or ()
         except ConnectionAbortedError:
@@ -5093,7 +5289,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             self.fail(Problem(500, "a bug of the inbox; its log says more"))
 
     def do_GET(self) -> Steps | None:
-        """Call what `ROUTES` has for the resource and the method."""
+        """Call the method that `ROUTES` has for the resource and the verb."""
         methods, parts = self.find_resource()
         entry = methods.get("GET" if self.command == "HEAD" else self.command)
         if not entry:
@@ -5105,7 +5301,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_DELETE = do_GET
 
     def do_OPTIONS(self) -> None:
-        """Say what works here (RFC 9110 section 9.3.7), also to a browser's preflight."""
+        """List the methods of a resource (RFC 9110 section 9.3.7), also for a preflight."""
         methods = {} if self.path == "*" else self.find_resource()[0]
         known: dict[str, tuple[str, str]] = {}
         for entry in methods.values():
@@ -5117,12 +5313,10 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         if is_preflight(self.request) and allowed_origin(self.request, self.server.allowed_origins):
             headers["Access-Control-Allow-Methods"] = CORS_METHODS
             headers["Access-Control-Allow-Headers"] = "Content-Type, Authorization, Slug"
-        elif is_preflight(self.request):
-            origin = self.request.headers.get("origin")
-            self.log_message("CORS_ORIGINS does not allow pages of %s to do this", origin)
         self.answer(Response(204, headers=headers))
 
     def find_resource(self) -> tuple[Mapping[str, Route], dict[str, str]]:
+        """Return the routes of the resource, and the named parts of its path. Raises `Problem`."""
         for path, methods in ROUTES.items():
             match = path.fullmatch(self.resource)
             if match:
@@ -5130,17 +5324,20 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         detail = "nothing is here; see /, /inbox, /deliveries, /samples and /constraints"
         if self.command == "POST":
             detail = f"no inbox is here; POST notifications to {self.inbox}"
+        prefix = urlsplit(self.server.base).path
+        if prefix and self.resource.startswith(f"{prefix}/"):
+            detail = f"the proxy has to remove {prefix}, the path of BASE_URL, from the request"
         raise Problem(404, detail)
 
     def parameters(self, known: Parameters) -> dict[str, str]:
-        """Read the query of the URL. Raises `Problem` for what the resource does not know."""
+        """Read the query of the URL. Raises `Problem` for an unknown parameter or value."""
         try:
             return parse_query(self.query, known)
         except ValueError as error:
             raise Problem(400, str(error)) from error
 
     def answer(self, response: Response) -> None:
-        """Write the head, and the body if it is bytes; any other body is left to the connection."""
+        """Write the head, and the body if it is bytes; the connection sends any other body."""
         self.answered = response._replace(headers=self.all_headers(response))
         status, headers = response.status, self.answered.headers
         self.log_request(status)
@@ -5151,7 +5348,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             *[f"{name}: {value}" for name, value in headers.items()],
         ]
         head = "\r\n".join([*lines, "", ""]).encode("latin-1")
-        # With a line break in a value, what a client sends could become an answer of its own.
+        # A line break in a value would let a client inject headers, or a second response.
         if not head.count(b"\r") == head.count(b"\n") == len(lines) + 1:
             raise ValueError("a line break in a header")
         self.output = head
@@ -5175,6 +5372,9 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         if origin:
             headers["Access-Control-Allow-Origin"] = origin
             headers["Access-Control-Expose-Headers"] = "Location, Link, Retry-After"
+        elif self.command in ("GET", "HEAD", "OPTIONS") and is_foreign(self.request, self.server):
+            foreign = clip(self.request.headers["origin"], 200)
+            self.log_message("CORS_ORIGINS does not allow pages of %s to do this", foreign)
         if isinstance(response.body, bytes):
             if response.status not in BODILESS:
                 headers["Content-Length"] = str(len(response.body))
@@ -5186,7 +5386,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         return headers
 
     def fail(self, problem: Problem) -> None:
-        """Answer with a problem; a request that was to deliver a notification is a delivery."""
+        """Answer with a problem, and log a delivery if the request tried to deliver."""
         if self.is_delivery:
             self.deliver(Verdict(problem))
         else:
@@ -5195,9 +5395,9 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             self.send_error(problem.status, problem.detail)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Write a problem, as a document or for people a page: the one place where that is done."""
+        """Write a problem, as a document or, for people, a page. All problems go through here."""
         problem = self.request.problem or Problem(code, message or "")
-        # Their frames refer to the request, which would stay in memory.
+        # Their frames refer to the request, and would keep it in memory.
         problem.__traceback__ = problem.__context__ = problem.__cause__ = None
         response = problem.response()
         if self.prefers("text/html"):
@@ -5220,7 +5420,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         return self.server.record(delivery)
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Log a request, but no delivery, and nothing that a page or a health check repeats."""
+        """Log a request, except deliveries, health checks, and the polling of open pages."""
         if self.is_delivery or self.resource == "/health":
             return
         by_script = self.request.headers.get("sec-fetch-dest") == "empty" and self.command == "GET"
@@ -5228,7 +5428,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             super().log_request(code, size)
 
     def log_exchange(self) -> None:
-        """Log a request as it came; its body indented, if it is JSON."""
+        """Log the headers and the body of a request; a JSON body is indented."""
         self.log_message("%s", self.requestline)
         lines = [f"{name}: {value}" for name, value in self.request.shown_fields().items()]
         text = self.request.body.decode("utf-8", "backslashreplace")
@@ -5242,6 +5442,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             self.log_message("  %s", line)
 
     def log_message(self, format: str, *args: Any) -> None:
+        """Log a line with the address of the client, as the base class does to standard error."""
         # Escape control characters, so that a client cannot forge lines of the log.
         LOG.info("%s %s", self.client_address[0], escape_controls(format % args))
 
@@ -5249,11 +5450,12 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     @property
     def is_inbox(self) -> bool:
+        """Whether the request is for the inbox itself."""
         return self.resource in ("/inbox", "/inbox/")
 
     @property
     def is_delivery(self) -> bool:
-        """Whether the request was to deliver a notification, perhaps to a wrong path."""
+        """Whether the request tries to deliver a notification, perhaps to a wrong path."""
         elsewhere = self.resource.startswith("/deliveries/") and self.resource.endswith("/send")
         return self.is_inbox if self.command == "PUT" else self.command == "POST" and not elsewhere
 
@@ -5266,13 +5468,14 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     @property
     def inbox(self) -> str:
+        """The URL of the inbox as the client sees it."""
         return f"{self.base}/inbox"
 
     def context(self, query: Query = TOTALS["all"]) -> PageContext:
-        """Return what a page needs to know. Links are relative: pages work behind any proxy."""
+        """Return the context of a page. Links are relative: pages work behind any proxy."""
         root, settings = "../" * (self.resource.count("/") - 1) or "./", self.server.settings
-        refused, token = MODES[settings.VALIDATE_INCOMING], settings.TOKEN is not None
-        return PageContext(root, self.base, query, refused, token, self.is_user)
+        mode, token = settings.VALIDATE_INCOMING, settings.TOKEN is not None
+        return PageContext(root, self.base, query, mode, token, self.is_user)
 
     def prefers(self, media_type: str) -> bool:
         """Whether the client prefers a media type to JSON."""
@@ -5290,7 +5493,8 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         except ValueError as error:
             raise Problem(400, str(error)) from error
         settings, name = self.server.settings, ""
-        here = [f"{self.base}{self.resource}", f"{self.server.base}/inbox"]
+        requested = f"{self.server.scheme}://{self.request.host}{self.resource}"
+        here = [f"{self.base}{self.resource}", f"{self.server.base}/inbox", requested]
         failures = functools.partial(self.server.failures.pop, failure)
         mode, known_as = settings.VALIDATE_INCOMING, self.server.ledger.known_as
         verdict = judge(self.request, mode, here, known_as, failures)
@@ -5316,13 +5520,14 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             return verdict._replace(problem=Problem(0, "the client left during a simulated delay"))
 
     def reply(self, delivery: Delivery) -> None:
-        """Answer an Offer as REPLIES says; Undo Offer stops what is still to come."""
-        server, offered = self.server, (delivery.pattern or "").startswith("Request ")
+        """Start the REPLIES to an Offer; an Undo Offer cancels those that are still to come."""
+        server = self.server
         if delivery.pattern == "Undo Offer" and delivery.about.get("inReplyTo"):
             server.cancel(delivery.about["inReplyTo"])
-        if server.settings.REPLIES and offered:
-            offer = parse(bytes(self.request.body))
-            steps = answer_offer(offer, delivery, self.is_proxied, server.settings, server.record)
+        document = parse(bytes(self.request.body)) if server.settings.REPLIES else None
+        if "Offer" in types_of(lookup(document, "type")):
+            proxied, settings = self.is_proxied, server.settings
+            steps = answer_offer(document, delivery, proxied, settings, server.record)
             server.start(steps, delivery.about.get("id", ""))
 
     @route("GET", INBOX, FAILURE_PARAMETERS)
@@ -5338,7 +5543,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         yield from self.stream(json_list(listing, "ldp:contains", contained), JSON_LD)
 
     def stream(self, pieces: Iterator[bytes], kind: str) -> Steps:
-        """Answer with a long body. Its beginning is made before the head: that can still fail."""
+        """Answer with a long body; its beginning is computed first, while it may still fail."""
         first, ended = yield Turn(pieces)
         body = b"".join(first)
         whole = body if ended else itertools.chain([body], pieces)
@@ -5379,9 +5584,11 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         self.answer(json_response(200, here, JSON_LD, self.inbox_link()))
 
     def inbox_link(self) -> dict[str, str]:
+        """Return the Link header for the discovery of the inbox (LDN section 3.1)."""
         return {"Link": f'<{self.inbox}>; rel="http://www.w3.org/ns/ldp#inbox"'}
 
     def show_home(self, query: Query) -> Steps:
+        """Show the list of the deliveries that a query selects."""
         deliveries = yield Scan(self.server.deliveries.select(query, query.page_length + 1))
         totals, context = Totals.of(self.server.ledger.tally), self.context(query)
         page = yield Blocking(lambda: list_page(context, deliveries, totals))
@@ -5389,9 +5596,10 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     @route("GET", "/deliveries", QUERY_PARAMETERS)
     def get_deliveries(self, values: Mapping[str, str]) -> Steps:
-        """List the deliveries, the newest first, or send them as they come."""
+        """List the deliveries, the newest first, or stream them as they arrive."""
         query, log = Query(**values), self.server.deliveries
-        if self.prefers("text/event-stream"):
+        accept = self.request.headers.get("accept", "")
+        if "text/event-stream" in accept.lower() and self.prefers("text/event-stream"):
             query = query._replace(since=self.request.headers.get("last-event-id", query.since))
             (place,) = yield Scan(log.place_after(query))
             body = Events(query, place)
@@ -5416,19 +5624,20 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     @route("GET", f"/deliveries/(?P<name>{NAME})/body")
     def get_body(self, values: Mapping[str, str], name: str) -> Steps:
-        """Send what arrived, whatever it is: as text, which no browser will run."""
+        """Send the body of a delivery as plain text, which no browser executes."""
         body = yield from self.body_of((yield from self.find_delivery(name)))
         if body is None:
             raise Problem(404, "it is no longer stored")
         self.answer(Response(200, body, {"Content-Type": "text/plain; charset=utf-8"}))
 
     def read(self, name: str) -> Generator[Blocking, Any, bytes]:
+        """Read a notification from the store. Raises `Problem` (404) if it is missing."""
         with missing_is_404():
             body: bytes = yield Blocking(lambda: self.server.store.read(name))
         return body
 
     def find_delivery(self, name: str) -> Generator[Blocking | Scan, Any, Delivery]:
-        """Find a delivery; one that is only in the store is adopted."""
+        """Find a delivery by its name; adopts a notification that is only in the store."""
         found = yield Scan(self.server.deliveries.find(name))
         if found:
             delivery: Delivery = found[0]
@@ -5437,6 +5646,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         return self.server.ledger.adopt(Delivery.from_stored_file(name, body))
 
     def body_of(self, delivery: Delivery) -> Generator[Blocking, Any, bytes | None]:
+        """Return the body of a delivery, or None if it was removed from the store."""
         if delivery.body is not None:
             return delivery.body
         try:
@@ -5447,6 +5657,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     def show(
         self, delivery: Delivery, query: Query = TOTALS["all"], reply_pattern: str = "Accept"
     ) -> Steps:
+        """Show the page of a delivery, with its neighbours in a query."""
         log, context = self.server.deliveries, self.context(query)
         related = (yield Scan(log.conversation(delivery.about)))[::-1] or [delivery]
         (beside,) = yield Scan(log.beside(delivery.name, query))
@@ -5457,7 +5668,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         self.answer(html_response(page))
 
     def our_answer(self, delivery: Delivery) -> bytes:
-        """Write the body of our answer to a delivery again, as it follows from the rest."""
+        """Reconstruct the body of our answer to a delivery, which the log leaves out."""
         members = receipt(delivery) if delivery.findings or not delivery.detail else {}
         response = accepted(delivery, f"{self.inbox}/{delivery.name}", delivery.status)
         if delivery.detail:
@@ -5494,13 +5705,13 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
     @property
     def is_user(self) -> bool:
-        """Whether the client may send: this inbox is nobody's proxy. A TOKEN was checked before."""
+        """Whether the client may make this inbox send. `check_token` has checked a TOKEN before."""
         is_here = is_loopback(self.client_address[0]) and not self.is_proxied
         return self.server.settings.TOKEN is not None or is_here
 
     @property
     def is_proxied(self) -> bool:
-        """Whether strangers may look like loopback, because a proxy or tunnel stands before us."""
+        """Whether a proxy or tunnel may have made the request, so that a stranger looks local."""
         headers = self.request.headers.keys()
         return bool(self.server.settings.BASE_URL) or not headers.isdisjoint(FORWARDED)
 
@@ -5510,10 +5721,8 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
     def get_constraints(self, values: Mapping[str, str]) -> Steps:
         """List the rules, for people those of one pattern."""
         if self.prefers("text/html"):
-            context, pattern = (
-                self.context(),
-                find_pattern(values.get("pattern") or "Request Review"),
-            )
+            context = self.context()
+            pattern = find_pattern(values.get("pattern") or REQUEST_REVIEW.name)
             page = yield Blocking(lambda: constraints_page(context, pattern))
             self.answer(html_response(page))
             return
@@ -5552,7 +5761,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
 
 
 def allow(methods: Collection[str]) -> str:
-    """Write an Allow header; without any resource in mind, all methods work somewhere."""
+    """Write an Allow header; without a resource, it lists all methods of the server."""
     known = [*(methods or ("GET", "POST", "DELETE")), "OPTIONS"]
     return ", ".join([*known, "HEAD"] if "GET" in known else known)
 
@@ -5568,15 +5777,15 @@ def missing_is_404() -> Iterator[None]:
 
 # --- Connections ---------------------------------------------------------------------------------
 #
-# A `Connection` is one client and at most one request of its own: pipelined requests wait in
-# `Incoming` until the answer before has been sent. The event loop calls its methods `on_…`; each
-# ends in `proceed`, which does all that can be done without waiting. `Listeners` are connections
-# that wait for events. Everything but `read_news` runs in the thread of the event loop.
+# A `Connection` serves one client, one request at a time: pipelined requests wait in `Incoming`
+# until the answer before has been sent. The event loop calls its methods `on_…`. Each of them ends
+# in `proceed`, which advances the connection as far as possible without waiting. `Listeners` are
+# connections that wait for events. Everything but `read_news` runs in the thread of the event loop.
 # Must not know: rules, pages, how a notification is stored.
 
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-CHUNK = 65536  # bytes read at once, and kept of requests that are not looked at yet
+CHUNK = 65536  # bytes read at once, and the limit for pipelined requests that wait
 GRACE = 0.5  # seconds before a slow client may be disconnected to make room for another
 # How long to keep reading after an early error. Closing with unread data would reset the
 # connection, and the client would never see the answer.
@@ -5592,34 +5801,43 @@ class State(enum.Enum):
     READING = "a request has begun"
     COMMITTING = "its notification is on the way to the disk"
     WORKING = "another thread works for it"
+    SCANNING = "a long read, which takes turns with others"
     PAUSING = "a simulated delay"
-    QUEUING = "its next request has arrived already, and other clients come first"
+    QUEUING = "its next request has already arrived, but other clients are served first"
     WRITING = "an answer is being sent"
     LISTENING = "a stream of events"
     LINGERING = "answered; what still arrives is discarded"
     CLOSED = "gone"
 
 
-EVICTABLE = (State.IDLE, State.READING, State.WRITING, State.LISTENING, State.PAUSING)
+EVICTABLE = (
+    State.IDLE,
+    State.READING,
+    State.WRITING,
+    State.LISTENING,
+    State.PAUSING,
+    State.SCANNING,
+)
+PATIENT = (State.PAUSING, State.SCANNING)  # those that have asked for something that takes long
 # Here the end of input means that the client has left; elsewhere it may half-close and wait.
 ATTENTIVE = (State.IDLE, State.PAUSING, State.LISTENING, State.LINGERING)
 
 
 class Connection:
-    """One client."""
+    """One client, and its request that is being read or answered."""
 
     def __init__(self, server: InboxServer, sock: socket.socket, address: Any) -> None:
         self.server, self.socket, self.address = server, sock, address
         self.incoming, self.output = Incoming(), bytearray()
         self.state, self.eof, self.used = State.IDLE, False, False
-        self.events = 0  # what the selector looks for
+        self.events = 0  # the events that the selector watches for
         self.expect_request()
 
     def enter(
         self, state: State, seconds: float, overdue: Callable[[], None] | None = None
     ) -> None:
         """Change the state; `overdue`, or `close`, is called if `seconds` pass without a change."""
-        if self.state is State.CLOSED:  # its handler may still have waited for the disk
+        if self.state is State.CLOSED:  # the commit of a closed connection may return later
             return
         self.state, self.since = state, time.monotonic()
         self.deadline, self.overdue = self.since + seconds, overdue or self.close
@@ -5628,7 +5846,8 @@ class Connection:
     # Bytes in
 
     def on_ready(self, events: int) -> None:
-        if self.state is State.CLOSED:  # by something that was ready before it
+        """Receive and send, now that the selector says that the socket is ready."""
+        if self.state is State.CLOSED:  # by an event of the same turn
             return
         if events & selectors.EVENT_READ:
             self.receive()
@@ -5639,6 +5858,7 @@ class Connection:
         self.proceed()
 
     def receive(self) -> None:
+        """Read once, so that a client that never stops sending cannot starve the others."""
         try:
             data = self.socket.recv(CHUNK)
         except WOULD_BLOCK:
@@ -5660,7 +5880,7 @@ class Connection:
                 self.expect_request()
 
     def expect_request(self) -> None:
-        """Begin to read a request, or wait until one begins."""
+        """Start to read the next request, or wait for its first byte."""
         settings = self.server.settings
         if self.incoming.data:
             self.reader = read_request(self.incoming, settings.MAX_CONTENT_LENGTH)
@@ -5671,7 +5891,7 @@ class Connection:
             self.enter(State.IDLE, settings.REQUEST_TIMEOUT)
 
     def read(self) -> Request | None:
-        """Return the next request; None if more bytes have to arrive, or no more will."""
+        """Return the next request, or None if it is not complete yet, or the input has ended."""
         try:
             head = next(self.reader)
             if head is not None:
@@ -5687,7 +5907,7 @@ class Connection:
         return None
 
     def check(self, head: Request) -> None:
-        """Look at a request before its body is read, perhaps to refuse it."""
+        """Check a request before its body is read, and have the reader raise any `Problem`."""
         try:
             check_head(head, self.server)
             head.approved = True
@@ -5697,17 +5917,18 @@ class Connection:
             self.reader.throw(problem)  # which ends the reader
 
     def end_input(self, reason: Problem) -> None:
-        """Have the reader raise `reason`: timeouts, evictions and the end of the server do so."""
+        """Have the reader raise `reason`: a timeout, an eviction, or the end of the server."""
         self.incoming.ended = self.incoming.ended or reason
         self.proceed()
 
     def on_timeout(self) -> None:
+        """End a request that took longer than REQUEST_TIMEOUT."""
         self.end_input(Problem(408, "the request was not complete in time (REQUEST_TIMEOUT)"))
 
     # The request that is being answered
 
     def proceed(self) -> None:
-        """Do all that can be done now, then tell the selector what to look for."""
+        """Advance as far as possible without waiting, then update the selector."""
         while True:
             if self.state is State.WRITING and not self.output:
                 self.write_on()
@@ -5719,11 +5940,11 @@ class Connection:
             else:
                 break
         if self.state in ATTENTIVE and len(self.incoming.data) >= CHUNK:
-            self.close()  # there is no room to read on, so its leaving would go unnoticed
+            self.close()  # the buffer is full, so the end of input would go unnoticed
         self.watch()
 
     def resume(self, result: Any) -> None:
-        """Give the handler the result that it waits for, and see what it wants next."""
+        """Send the handler the result that it waits for, and start its next step."""
         try:
             step = advance(self.steps, result)
         except StopIteration:
@@ -5735,30 +5956,33 @@ class Connection:
             self.enter(State.COMMITTING, NEVER)
             self.server.commit(step.body, self.on_result)
         else:
-            self.enter(State.WORKING, NEVER)
+            is_scan = isinstance(step, (Scan, Turn))
+            self.enter(State.SCANNING if is_scan else State.WORKING, NEVER)
             self.server.perform(step, self.on_result, self.is_wanted)
 
     def on_result(self, result: Any) -> None:
+        """Continue with the result of a step."""
         self.resume(result)
         self.proceed()
 
     def is_wanted(self) -> bool:
-        """Whether the client still waits for a long read."""
+        """Whether the client is still there to get the result of a long read."""
         return not self.eof and self.state is not State.CLOSED
 
     # Bytes out
 
     def send_answer(self) -> None:
-        """Send what the handler has written; the rest of the body may follow in chunks."""
+        """Send the output of the handler; the rest of the body may follow in chunks."""
         self.enter(State.WRITING, self.server.settings.REQUEST_TIMEOUT, self.on_stalled)
         self.send(self.handler.output)
 
     def send(self, data: bytes) -> None:
+        """Queue data for the client, and send as much as its socket accepts."""
         self.output += data
         self.flush()
 
     def flush(self) -> None:
-        """Send what fits; the selector reports when more does."""
+        """Send as much as the socket accepts; the selector reports when it accepts more."""
         try:
             if self.output and self.state is not State.CLOSED:
                 del self.output[: self.socket.send(self.output)]
@@ -5775,7 +5999,7 @@ class Connection:
             self.enter(State.LISTENING, NEVER)
             self.server.listeners.add(self, rest)
         elif rest is not None:
-            self.enter(State.WORKING, NEVER)
+            self.enter(State.SCANNING, NEVER)
             turn = functools.partial(take_turn, rest)
             self.server.run_in(self.server.scans, turn, self.on_pieces)
         elif self.handler.close_connection or self.server.closing:
@@ -5784,25 +6008,26 @@ class Connection:
             self.enter(State.QUEUING, 0, self.on_turn)
         else:
             self.used = True
-            del self.handler, self.steps  # the request would stay in memory
+            del self.handler, self.steps  # they would keep the request in memory
             self.expect_request()
 
     def on_turn(self) -> None:
+        """Serve the next pipelined request, now that other clients had their turn."""
         self.expect_request()
         self.proceed()
 
     def on_pieces(self, turn: Any) -> None:
-        """Send what a turn has made of the body."""
+        """Send the next part of a body, which a turn of the scans has computed."""
         if isinstance(turn, (OSError, Problem)):
             LOG.error("the store failed: %s", turn)
         elif isinstance(turn, Exception):
             self.server.report_bug(turn)
         if isinstance(turn, Exception) or (self.server.closing and not turn[1]):
-            self.close()  # after the head, only that can tell the client that something is missing
+            self.close()  # after the head, only this tells the client that the body is incomplete
             return
         pieces, ended = turn
         if self.eof and not (ended or any(pieces)):
-            self.close()  # a search without results: the client has probably left
+            self.close()  # a half-closed client of a long search has probably left
             return
         self.enter(State.WRITING, self.server.settings.REQUEST_TIMEOUT, self.on_stalled)
         self.send_chunk(b"".join(pieces))
@@ -5818,13 +6043,14 @@ class Connection:
             self.watch()
 
     def end_chunks(self) -> None:
+        """Send the last chunk."""
         self.handler.rest = None
         self.send(b"" if self.handler.request.is_http10 else b"0\r\n\r\n")
 
     # The end
 
     def end(self) -> None:
-        """Close, but keep reading for a little if the client still sends."""
+        """Close; if the client still sends, keep reading for LINGER seconds."""
         if self.eof or not (self.handler.request.unread or self.incoming.data):
             self.close()
             return
@@ -5835,13 +6061,19 @@ class Connection:
         self.enter(State.LINGERING, LINGER)
 
     def on_stalled(self) -> None:
+        """Disconnect a client that does not read its answer."""
         self.lose(TimeoutError("the client timed out (REQUEST_TIMEOUT)"))
 
     def lose(self, error: OSError) -> None:
-        LOG.info("%s connection lost: %s", self.address[0], escape_controls(str(error)))
+        """Log an error of the connection, and close it."""
+        reason = escape_controls(str(error))
+        if getattr(error, "reason", "") == "HTTP_REQUEST":
+            reason = "the client speaks plain HTTP, this port does not: use https://"
+        LOG.info("%s connection lost: %s", self.address[0], reason)
         self.close()
 
     def close(self) -> None:
+        """Close at once; a handler that pauses learns that its client has left."""
         if self.state is State.CLOSED:
             return
         paused, self.state = self.state is State.PAUSING, State.CLOSED
@@ -5849,12 +6081,12 @@ class Connection:
         self.server.listeners.remove(self)
         self.server.connections.pop(self, None)
         self.socket.close()
-        del self.overdue  # it refers to the connection, so the request would stay in memory
+        del self.overdue  # a reference cycle would keep the request in memory
         if paused:
             self.resume(ConnectionAbortedError())
 
     def may_be_evicted(self, now: float) -> bool:
-        """Whether the client has had some time; it has none to think of another request."""
+        """Whether the client had GRACE seconds. An idle one that was served before gets none."""
         grace = 0 if self.used and self.state is State.IDLE else GRACE
         return self.state in EVICTABLE and now - self.since >= grace
 
@@ -5874,9 +6106,9 @@ class Connection:
             self.close()
 
     def on_stop(self) -> None:
-        """End at once what would not end by itself, because the server stops."""
+        """End idle connections, streams and simulated delays, because the server stops."""
         if self.state is State.IDLE:
-            self.on_ready(selectors.EVENT_READ)  # its next request may have arrived just now
+            self.on_ready(selectors.EVENT_READ)  # a request may have arrived just now
         if self.state is State.IDLE:
             self.close()
         elif self.state is State.LISTENING:
@@ -5890,7 +6122,7 @@ class Connection:
             self.on_result(None)
 
     def watch(self) -> None:
-        """Tell the selector what to look for."""
+        """Update the events that the selector watches for."""
         is_open, selector = self.state is not State.CLOSED, self.server.selector
         reads = is_open and not self.eof and len(self.incoming.data) < CHUNK
         writes = is_open and bool(self.output)
@@ -5905,7 +6137,7 @@ class Connection:
 
 
 class Listeners:
-    """Event streams. Those that have read the log up to the same place share the reading."""
+    """Event streams. Streams at the same place of the log with the same query share the reading."""
 
     def __init__(self, server: InboxServer) -> None:
         self.server = server
@@ -5915,6 +6147,7 @@ class Listeners:
         self.heartbeat = 0.0
 
     def add(self, connection: Connection, events: Events) -> None:
+        """Send a connection the events of a stream from now on."""
         if not self.rechecking:
             self.rechecking = True
             self.server.call_later(RECHECK, self.on_recheck)
@@ -5922,10 +6155,11 @@ class Listeners:
         self.on_change()
 
     def remove(self, connection: Connection) -> None:
+        """Forget a connection, whether it listens or not."""
         self.streams.pop(connection, None)
 
     def on_change(self) -> None:
-        """Read what is new, a little later: more may follow."""
+        """Read the new lines of the log after GATHER seconds: more may follow."""
         self.changed = True
         if self.streams and not self.scheduled:
             self.scheduled = True
@@ -5945,17 +6179,18 @@ class Listeners:
         self.server.call_later(RECHECK, self.on_recheck)
 
     def ready(self) -> list[Connection]:
-        """List those that have taken what they were sent; the others get no more for now."""
+        """List the listeners that have read everything so far; slow ones are left out for now."""
         return [connection for connection in self.streams if not connection.output]
 
     def read(self) -> None:
+        """Read on in the log, in the thread of the scans."""
         self.changed = False
         wanted = {self.streams[connection] for connection in self.ready()}
         news = functools.partial(read_news, self.server.deliveries, wanted)
         self.server.run_in(self.server.scans, news, self.on_news)
 
     def on_news(self, news: Any) -> None:
-        """Send each listener what is new to it."""
+        """Send each listener its news."""
         self.scheduled = False
         if isinstance(news, Exception):
             LOG.error("the log of deliveries cannot be read: %s", news)
@@ -5990,10 +6225,10 @@ def as_event(delivery: Delivery) -> bytes:
 # --- Server --------------------------------------------------------------------------------------
 #
 # One thread runs the event loop, `InboxServer.serve_forever`: it owns the selector, the connections
-# and the timers, and alone touches sockets; other threads hand it tasks through `post`. A handler
-# that has to wait is a generator and yields what it waits for; the loop resumes it with the result.
-# Whatever may block runs in a pool of daemon threads, whose results come back through `post`. While
-# one batch of notifications is being synced to the disk, those that arrive form the next one.
+# and the timers, and it alone uses sockets. A handler that has to wait is a generator and yields a
+# step; the loop resumes it with the result. Work that may block runs in a pool of daemon threads,
+# whose results return through `post`. While one batch of notifications is being synced to the disk,
+# the notifications that arrive form the next batch.
 # Must not know: rules, pages.
 
 # Seconds that a notification waits for others while the loop is busy. 64 clients need some 16 ms.
@@ -6025,6 +6260,12 @@ def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | No
     return context
 
 
+def keep_port(sock: socket.socket) -> None:
+    """See to it that no other program takes the port as well, which Windows would let it do."""
+    if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+
+
 class InboxServer(Loop, http.server.HTTPServer):
     """An inbox that listens as soon as it is made, and serves from `serve_forever` to `shutdown`.
 
@@ -6041,7 +6282,7 @@ class InboxServer(Loop, http.server.HTTPServer):
         self.allowed_origins = cors_origins(settings.CORS_ORIGINS)
         self.failures = Failures()
         self.connections: dict[Connection, None] = {}
-        self.next_deadline = NEVER  # of a connection; no later, but it may have moved meanwhile
+        self.next_deadline = NEVER  # the earliest deadline of a connection, or earlier
         self.listeners = Listeners(self)
         self.paused = False
         self.arrived: list[tuple[bytes, Then]] = []  # to be stored by the next batch
@@ -6059,12 +6300,12 @@ class InboxServer(Loop, http.server.HTTPServer):
         Loop.__init__(self)
         address = f"HOST {settings.HOST!r}, PORT {settings.PORT}"
         with as_configuration_error(address, "an address of this machine and a port that is free"):
-            # If it fails, it calls `server_close`, which needs all of the above.
+            # If it fails, it calls `server_close`, which needs the attributes above.
             http.server.HTTPServer.__init__(self, (settings.HOST, settings.PORT), InboxHandler)
         self.scheme = "https" if self.tls else "http"
         host = "localhost" if settings.HOST in ("0.0.0.0", "::") else settings.HOST
         host = f"[{host}]" if ":" in host else host
-        # The URL of the address that it listens on, and the one that it gives out; without a slash.
+        # The URL of the address that it listens on, and the public one; without a trailing slash.
         self.local = f"{self.scheme}://{host}:{self.server_address[1]}"
         self.base = settings.BASE_URL.rstrip("/") if settings.BASE_URL else self.local
         for sock in self.sockets:
@@ -6075,17 +6316,14 @@ class InboxServer(Loop, http.server.HTTPServer):
         """Bind the sockets. `localhost` means both loopbacks: clients may try either first."""
         if self.settings.HOST == "::":
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        keep_port(self.socket)
         # HTTPServer would also look up a name for the address, and may wait long for it.
         socketserver.TCPServer.server_bind(self)
         self.sockets = [self.socket]
         if self.settings.HOST != "localhost" or not self.has_ipv6_loopback():
             return
-        other, backlog = ("::1", self.server_address[1]), self.request_queue_size
         try:
-            sock = socket.create_server(other, family=socket.AF_INET6, backlog=backlog)
-            self.sockets.append(sock)
+            self.sockets.append(self.listen_on_ipv6(self.server_address[1]))
         except OSError:
             if self.settings.PORT or not attempts:
                 raise
@@ -6094,14 +6332,27 @@ class InboxServer(Loop, http.server.HTTPServer):
             self.server_address = (self.settings.HOST, 0)
             self.server_bind(attempts - 1)
 
+    def listen_on_ipv6(self, port: int) -> socket.socket:
+        """Listen on the loopback of IPv6 too. Raises `OSError` if the port is taken there."""
+        with contextlib.ExitStack() as unless_it_listens:
+            sock = unless_it_listens.enter_context(socket.socket(socket.AF_INET6))
+            if self.allow_reuse_address:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            keep_port(sock)
+            sock.bind(("::1", port))
+            sock.listen(self.request_queue_size)
+            unless_it_listens.pop_all()
+            return sock
+
     def has_ipv6_loopback(self) -> bool:
+        """Whether this machine has the address ::1."""
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as sock:
             sock.bind(("::1", 0))
             return True
         return False
 
     def clear(self) -> None:
-        """Forget all deliveries, notifications, replies and failures to come; in any thread."""
+        """Forget all deliveries, notifications, waiting replies and failures; from any thread."""
         self.post(self.cancel)
         self.ledger.clear()
         self.failures.clear()
@@ -6115,7 +6366,7 @@ class InboxServer(Loop, http.server.HTTPServer):
         return delivery
 
     def take_stock(self) -> Steps:
-        """Learn in the background what the directory held at the start."""
+        """Survey in the background the files that were there at the start."""
         tally = self.ledger.tally
         try:
             (survey,) = yield Scan(self.ledger.survey(new_name()[:15]))
@@ -6123,7 +6374,7 @@ class InboxServer(Loop, http.server.HTTPServer):
             if not self.closing:
                 LOG.error("the store could not be looked through: %s", error)
             return
-        if tally is self.ledger.tally:  # it has not been emptied meanwhile
+        if tally is self.ledger.tally:  # the inbox has not been emptied since
             self.ledger.take_over(survey)
             self.listeners.on_change()
 
@@ -6142,7 +6393,7 @@ class InboxServer(Loop, http.server.HTTPServer):
             self.stopped.set()
 
     def finish_turn(self, is_busy: bool) -> None:
-        """See to the connections whose time is over, and store what has gathered."""
+        """Handle the connections that are overdue, and store the notifications that gathered."""
         now = time.monotonic()
         if self.next_deadline <= now:
             for connection in [each for each in self.connections if each.deadline <= now]:
@@ -6174,6 +6425,7 @@ class InboxServer(Loop, http.server.HTTPServer):
             then(result_of(add))
 
     def on_committed(self, batch: list[tuple[bytes, Then]], outcomes: Any) -> None:
+        """Pass each outcome on to the handler that waits for it."""
         self.committing = False
         if isinstance(outcomes, Exception):
             outcomes = [outcomes] * len(batch)
@@ -6215,53 +6467,56 @@ class InboxServer(Loop, http.server.HTTPServer):
                 sock.close()
 
     def welcome(self, sock: socket.socket, address: Any) -> None:
+        """Make a connection for a client that was accepted. Raises `OSError` if it has left."""
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         if self.tls:  # the first read does the handshake, so that nobody waits for it
             sock = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
         connection = Connection(self, sock, address)
         self.connections[connection] = None
-        # A request often comes with the connection.
+        # A request often arrives together with the connection.
         self.guard(connection.on_ready, selectors.EVENT_READ)
 
     def has_room(self) -> bool:
-        """Whether one more client can be served. Those that were answered do not count for long."""
+        """Whether one more client can be served. Clients that linger do not count."""
         lingering = [each for each in self.connections if each.state is State.LINGERING]
         if len(lingering) > self.settings.MAX_CONNECTIONS:
             lingering[0].close()
         return len(self.connections) - len(lingering) < self.settings.MAX_CONNECTIONS
 
     def make_room(self) -> bool:
-        """Disconnect the client that has been idle longest; False if there is none.
+        """Disconnect the client that has been idle longest; returns whether there is room now.
 
-        Clients that wait for a simulated delay are asked last.
+        Clients in a simulated delay, or with a long read, are disconnected last.
         """
         now = time.monotonic()
         candidates = [each for each in self.connections if each.may_be_evicted(now)]
         if candidates:
-            min(candidates, key=lambda each: (each.state is State.PAUSING, each.since)).evict()
+            min(candidates, key=lambda each: (each.state in PATIENT, each.since)).evict()
         return self.has_room()
 
     def pause(self) -> None:
-        """Stop accepting for a moment; meanwhile, clients wait in the backlog."""
+        """Stop accepting for PAUSE seconds; new clients wait in the backlog."""
         if not self.paused:
             self.listen(False)
             self.call_later(PAUSE, self.on_unpause)
 
     def on_unpause(self) -> None:
+        """Accept again, unless the server stops."""
         if not self.closing:
             self.listen(True)
 
     # The end
 
     def stop(self, within: float = STOP_WITHIN) -> None:
-        """Have `serve_forever` end: requests in flight have so many seconds, all else ends at once.
+        """End `serve_forever`: give requests in flight some seconds, and end all else at once.
 
         May be called by any thread, and again with less time. Does not wait.
         """
         self.post(functools.partial(self.on_stop, within))
 
     def on_stop(self, within: float) -> None:
+        """Stop, in the thread of the loop, see `stop`."""
         if not self.closing:
             for sock in self.sockets:
                 self.on_accept(sock, 0)  # clients in the backlog would see a reset
@@ -6270,9 +6525,7 @@ class InboxServer(Loop, http.server.HTTPServer):
             self.closing = True
             waiting = len(list(filter(None, self.tasks.values())))
             if waiting:
-                LOG.info(
-                    "the inbox stops; replies that were to come are dropped for Offers: %d", waiting
-                )
+                LOG.info("the inbox stops; replies still waiting are dropped, Offers: %d", waiting)
             for sock in self.sockets:
                 sock.close()
             for connection in list(self.connections):
@@ -6282,7 +6535,7 @@ class InboxServer(Loop, http.server.HTTPServer):
         self.call_later(within, functools.partial(self.drop_all, spared))
 
     def drop_all(self, spared: State | None = None) -> None:
-        """Close what is left, but connections in the state `spared`."""
+        """Close all connections, except those in the state `spared`."""
         for connection in list(self.connections):
             if connection.state is State.READING:
                 connection.end_input(Problem(503, "the inbox stops"))
@@ -6295,6 +6548,7 @@ class InboxServer(Loop, http.server.HTTPServer):
         self.stopped.wait()
 
     def server_close(self) -> None:
+        """Shut down, and release sockets and threads."""
         self.shutdown()
         for sock in (self.socket, *self.sockets):
             sock.close()
@@ -6304,12 +6558,13 @@ class InboxServer(Loop, http.server.HTTPServer):
 
 # --- Test double ---------------------------------------------------------------------------------
 #
-# `running` serves an inbox while a block of a test lasts. The `Inbox` that it gives shows what has
-# arrived, waits for deliveries, sends, and makes the next attempts fail.
+# `running` serves an inbox during a block of a test. It yields an `Inbox`, which lists the
+# deliveries, waits for them, sends notifications, and makes the next attempts fail.
+# Must not know: pages, connections.
 
 
 class Wanted(NamedTuple):
-    """What a test looks for among the deliveries, see `Inbox.wait_for`."""
+    """The criteria of a test for a delivery, see `Inbox.wait_for`."""
 
     predicate: Callable[[Delivery], object] | None = None
     type: str = ""
@@ -6347,7 +6602,7 @@ class Wanted(NamedTuple):
 
     def mismatch(self, delivery: Delivery) -> str:
         """Return the first reason why a delivery is not wanted; empty if it is."""
-        listed = "; ".join(f"{each.level} {each.message}" for each in by_level(delivery.findings))
+        listed = "; ".join(f"{each.level} {each.message}" for each in delivery.findings)
         if not delivery.has_status(str(self.status)):
             refused = delivery.verdict == "refused" and not delivery.simulated
             return (refused and listed) or delivery.detail or f"its status is not {self.status}"
@@ -6394,7 +6649,7 @@ class Inbox:
         return [each.notification for each in stored if each.body is not None]
 
     def arriving(self, seconds: float | None, direction: str = "") -> Iterator[Delivery]:
-        """Yield the deliveries so far, and those that arrive in time; None is for ever."""
+        """Yield the deliveries so far, and further ones for some seconds; None is forever."""
         server = self.open_server
         deadline = NEVER if seconds is None else time.monotonic() + seconds
         for delivery in server.deliveries.follow(deadline):
@@ -6419,9 +6674,9 @@ class Inbox:
         """Return the first delivery that meets all criteria; wait for it if need be.
 
         `status` is that of the answer, such as 503 or "4xx", 0 for none, or "" for any: unless it
-        is given, a delivery counts when it was accepted. `direction` is "in", "out" for what this
-        inbox has sent, or "" for both. `clean` accepts only what has no findings at all. `timeout`
-        is in seconds, None for ever.
+        is given, a delivery counts when it was accepted. `direction` is "in", "out" for deliveries
+        that this inbox sent, or "" for both. `clean` accepts only deliveries without findings.
+        `timeout` is in seconds, None is forever.
         Raises `AssertionError`, saying what did arrive, when the time is over, and at once when
         nothing can ever meet the criteria.
         """
@@ -6449,7 +6704,7 @@ class Inbox:
         """Raise `AssertionError` if such a delivery has arrived, or does within some seconds.
 
         The criteria are those of `wait_for`, but unless a status is given, refused deliveries count
-        too. `within` may be None, for ever. What the predicate raises is raised.
+        too. `within` may be None, forever. Exceptions of the predicate are not caught.
         """
         wanted = Wanted(predicate, **criteria).checked()
         for delivery in self.arriving(within, wanted.direction):
@@ -6469,16 +6724,17 @@ class Inbox:
     def reply(self, delivery: Delivery, pattern: str = "Accept", to: str | None = None) -> Delivery:
         """Answer an Offer with a pattern; returns the outgoing delivery.
 
-        It goes to `to`, by default the Offer's `origin.inbox`. Raises `ValueError` for what cannot
+        It goes to `to`, by default the Offer's `origin.inbox`; Undo Offer, which the sender of an
+        Offer sends, to its `target.inbox`. Raises `ValueError` for what cannot
         be answered, see `coarinbox.reply`.
         """
-        url = to or lookup(delivery.notification, "origin.inbox")
+        url = to or lookup(reply(delivery.notification, pattern), "target.inbox")
         if not is_http_uri(url):
-            raise ValueError("the Offer has no origin.inbox; say where the reply goes with `to`")
+            raise ValueError("the Offer names no inbox to reply to; say where it is with `to`")
         return self.send(reply_to(delivery.notification, pattern, url), url)
 
     def clear(self) -> None:
-        """Forget all deliveries, notifications, and simulated failures to come."""
+        """Forget all deliveries, notifications, waiting replies and simulated failures."""
         self.open_server.clear()
 
     def fail_next(
@@ -6489,7 +6745,7 @@ class Inbox:
         delay: float = 0,
         close: bool = False,
     ) -> None:
-        """Let the next attempts, so many times, fail: with a status, or with no answer at all.
+        """Let the next attempts, `times` of them, fail: with a status, or without an answer.
 
         Attempts that are refused anyway do not count. `retry_after` is seconds or an HTTP date,
         `delay` seconds. Raises `ValueError` when a value is unusable.
@@ -6543,27 +6799,31 @@ def running(**settings: Any) -> Iterator[Inbox]:
 
 # --- Command line --------------------------------------------------------------------------------
 #
-# `main` chooses what to do: `check_files`, `send_files` or `serve`, each of which takes the options
-# and returns the exit status, or to print a sample.
+# `main` reads the options. It prints a sample, or calls `check_files`, `send_files` or `serve`,
+# which return the exit status. The log goes to standard error through a thread.
+# Must not know: HTTP, pages.
 
 MAX_WAITING = 10_000  # lines of the log that may wait for standard error
-FLUSH_WITHIN = 0.5  # seconds that the end waits for somebody to read standard error
-# Seconds within which a second signal is the same one: `timeout`, for one, sends it to a process
-# and to its group.
+FLUSH_WITHIN = 0.5  # seconds that the program waits at its end for a reader of standard error
+# Seconds within which a second signal counts as the same one: `timeout`, for example, signals a
+# process and its group.
 DOUBLE_SIGNAL = 0.5
 # Windows has no SIGHUP. Only Windows has SIGBREAK, with which other programs can end it there.
-STOP_SIGNALS = [
-    number
-    for number in signal.Signals
-    if number.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
-]
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+
+
+def handle_signals(handler: Callable[[int, types.FrameType | None], None]) -> None:
+    """Handle STOP_SIGNALS, except those that the parent has disabled, as `nohup` does."""
+    for number in signal.Signals:
+        if number.name in STOP_SIGNALS and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Read the options; the names of those that are settings are in capitals."""
+    """Read the options; an option in capitals is a setting."""
     parser = argparse.ArgumentParser(
         prog="coarinbox",
-        argument_default=argparse.SUPPRESS,  # what is not given leaves the setting alone
+        argument_default=argparse.SUPPRESS,  # an option that is not given changes no setting
         description="An inbox for COAR Notify notifications.",
         epilog="The environment variable COARNOTIFY_SETTINGS may name the configuration file too,"
         " and COARNOTIFY_PORT=8080 sets PORT.",
@@ -6574,7 +6834,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--config", metavar="FILE", help="configuration file, see local.cfg.example")
     add("--store", metavar="DIR", dest="STORE_DIR", help="where notifications are stored")
     add("--host", metavar="H", dest="HOST", help="address to listen on")
-    add("--port", metavar="N", dest="PORT", type=int, help="port to listen on, 0 for a free one")
+    add("--port", metavar="N", dest="PORT", type=read_value, help="port, 0 for a free one")
     modes = "true, false, strict, coarnotify, or a receiver such as DSpace"
     add("--validate", metavar="MODE", dest="VALIDATE_INCOMING", type=read_value, help=modes)
     add("-d", action="store_true", dest="DEBUG_PYCHARM", help="attach to a PyCharm debug server")
@@ -6699,7 +6959,7 @@ def attach_debugger(host: str, port: int) -> None:
     try:
         import pydevd
 
-        # Not suspended: breakpoints are set in the editor, and the inbox should serve meanwhile.
+        # Not suspended: breakpoints are set in the editor, and the inbox should keep serving.
         pydevd.settrace(host, port=port, stdoutToServer=True, stderrToServer=True, suspend=False)
     except ImportError:
         LOG.warning("no debugger: it needs the package pydevd-pycharm (pip install pydevd-pycharm)")
@@ -6720,8 +6980,7 @@ def run(server: InboxServer) -> None:
             server.stop(within=0)
 
     with server:
-        for number in STOP_SIGNALS:
-            signal.signal(number, stop)
+        handle_signals(stop)
         # A signal may reach another thread; this wakes up the loop, and Python calls `stop` there.
         signal.set_wakeup_fd(server.ringer.fileno(), warn_on_full_buffer=False)
         lines = [
@@ -6733,13 +6992,13 @@ def run(server: InboxServer) -> None:
             f"validation  {server.settings.VALIDATE_INCOMING}",
         ]
         for handler in LOG.handlers:
-            handler.flush()  # what was logged before comes first
+            handler.flush()  # earlier lines come first
         with contextlib.suppress(OSError):  # standard error may be full
             print("\n".join(lines), file=sys.stderr)
         try:
             server.serve_forever()
         finally:
-            signal.set_wakeup_fd(-1)  # before its number is that of another file
+            signal.set_wakeup_fd(-1)  # the number may soon belong to another file
 
 
 COLORS = {"stored": 32, "queued": 32, "refused": 31, "failed": 31}  # green and red
@@ -6751,6 +7010,12 @@ def local_time(second: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
 
 
+def shows_colors(stream: IO[str] | None) -> bool:
+    """Whether a stream is a terminal that shows colors; on Windows, the old console does not."""
+    is_able = os.name == "posix" or "WT_SESSION" in os.environ
+    return bool(stream and stream.isatty() and is_able and not os.environ.get("NO_COLOR"))
+
+
 class LineFormatter(logging.Formatter):
     """Writes a line of the log with its time; the status of a delivery has a color."""
 
@@ -6759,9 +7024,11 @@ class LineFormatter(logging.Formatter):
         self.is_colored = is_colored
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        """Write the local time without fractions of a second."""
         return local_time(int(record.created))
 
     def formatMessage(self, record: logging.LogRecord) -> str:
+        """Write the line; color the status if it is about a delivery."""
         line = record.msg
         if self.is_colored and isinstance(line, LogLine):
             delivery = line.delivery
@@ -6773,13 +7040,12 @@ class LineFormatter(logging.Formatter):
 
 
 class StderrHandler(logging.Handler):
-    """Writes log lines to standard error from a thread: a pipe that nobody reads would block."""
+    """Writes log lines to standard error from a thread: a pipe without a reader would block."""
 
     def __init__(self) -> None:
         super().__init__()
-        is_colored = sys.stderr and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-        self.setFormatter(LineFormatter(bool(is_colored)))
-        # What waits to be written; an event is set when it is its turn, and None is the end.
+        self.setFormatter(LineFormatter(shows_colors(sys.stderr)))
+        # The lines to write. An event is set when its turn comes, and None ends the thread.
         self.lines: queue.SimpleQueue[str | threading.Event | None] = queue.SimpleQueue()
         self.dropped = 0
         self.writer = threading.Thread(target=self.write_lines, daemon=True)
@@ -6793,6 +7059,7 @@ class StderrHandler(logging.Handler):
             self.dropped += 1
 
     def write_lines(self) -> None:
+        """Write the lines, many at once, until None comes."""
         lines: list[str | threading.Event | None] = []
         while None not in lines:
             lines = [self.lines.get()]
@@ -6817,7 +7084,7 @@ class StderrHandler(logging.Handler):
             written.wait(FLUSH_WITHIN)
 
     def close(self) -> None:
-        """Write what is left, and end the thread."""
+        """Write the remaining lines, and end the thread."""
         self.flush()
         self.lines.put(None)
         super().close()
@@ -6825,7 +7092,7 @@ class StderrHandler(logging.Handler):
 
 @contextlib.contextmanager
 def log_to_stderr() -> Iterator[None]:
-    """Have the log written to standard error while a block lasts."""
+    """Write the log to standard error during a block."""
     handler, level = StderrHandler(), LOG.level
     # Nobody asks for these, and every line would pay for them.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
@@ -6846,18 +7113,32 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     with log_to_stderr():
         try:
-            if options.send is not None:
-                return send_files(options)
-            if options.sample is not None:
-                print(json.dumps(sample(options.sample), indent=2))
-                return 0
-            return check_files(options) if options.check else serve(options)
+            is_tool = options.check or options.send is not None or options.sample is not None
+            return use_tool(options) if is_tool else serve(options)
         except (ConfigurationError, UnknownPatternError) as error:
             complain(error)
             return 2
 
 
+def use_tool(options: argparse.Namespace) -> int:
+    """Check or send files, or print a sample; returns the exit status, 2 if nobody reads it."""
+    try:
+        if options.send is not None:
+            status = send_files(options)
+        elif options.check:
+            status = check_files(options)
+        else:
+            print(json.dumps(sample(options.sample), indent=2))
+            status = 0
+        sys.stdout.flush()
+        return status
+    except OSError as error:  # such as a closed pipe
+        complain(f"standard output: {error.strerror}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+        return 2
+
+
 if __name__ == "__main__":
-    for number in STOP_SIGNALS:  # until `run` takes over, there is nothing to finish
-        signal.signal(number, lambda number, frame: os._exit(128 + number))
+    # Until `run` takes over, there is nothing to finish.
+    handle_signals(lambda number, frame: os._exit(128 + number))
     sys.exit(main())
