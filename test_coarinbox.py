@@ -441,23 +441,18 @@ MEANT: dict[str, list[Any]] = {  # by the pattern, the types that were probably 
 WRONG: dict[str, list[Any]] = {
     "Accept": [
         ("@context", "namespaces", M, AS2, f'write `["{AS2}", "{COAR}"]`'),
-        ("@context", "namespaces", M, [AS2]), ("@context", "namespaces", M, [COAR]),
-        ("@context", "namespaces", M, [{"as": "https://example.org/"}, 5]),
-        ("@context", "current", S, [AS2, PURL], f"found `{PURL}`; write `{COAR}`"),
+        ("@context", "namespaces", M, [AS2, {}, 5]), ("@context", "namespaces", M, [COAR]),
         ("@context", "current", S, [AS2, f"{COAR}/"], f"found `{COAR}/`; write `{COAR}`"),
         ("@context", "current", S, [f"{AS2}/", f"{PURL}/"],
          f"found `{AS2}/`; write `{AS2}`; found `{PURL}/`; write `{COAR}`"),
         ("@context", "order", S, [COAR, AS2], f"@context should begin with {AS2}"),
-        ("@context", "order", S, [{"dv": "https://dataverse.example.org/"}, AS2, COAR]),
         ("id", "preferred", S, f"URN:UUID:{UUID.upper()}", f"write `urn:uuid:{UUID}`"),
         ("id", "preferred", S, f"urn:uuid:{UUID.replace('-', '')}", f"write `urn:uuid:{UUID}`"),
-        ("id", "preferred", S, "info:notification/1", "write `urn:uuid:…` with a new UUID"),
         ("type", "strings", E, ["Accept", None], 'write `"Accept"`'),
         ("origin", "object", E, JOURNAL["id"], f'`{{"id": "{JOURNAL["id"]}", "type": "Service"'),
         ("origin.id", "http-uri", E, OFFER_ID, 'write `"https://…"`'),
         ("origin.type", "strings", M, ["Service", {}], 'write `"Service"`'),
-        ("origin.type", "service", S, ["Application"], "origin.type should include Service"),
-        ("origin.type", "service", S, "http://a.example/ns#Service", "write `Service`"),
+        ("origin.type", "service", S, ["x:Service"], "should include Service; found `x:Service`"),
         ("origin.inbox", "http-uri", M, "mailto:inbox@example.org"), ("target", "object", E, []),
         ("target.id", "http-uri", E, 7), ("target.type", "strings", M, ["Service", ["Service"]]),
         ("target.type", "service", S, "Person"), ("target.inbox", "http-uri", M, "/inbox"),
@@ -468,12 +463,9 @@ WRONG: dict[str, list[Any]] = {
         ("object", "object", E, [PREPRINT], "write the object alone, without the list around it"),
         ("object.id", "required", E, ABSENT, f'write `"id": "{OFFER_ID}"`'),
         ("actor", "object", E, "Jane", 'write `{"id": "https://…", "type": "Person", "name"'),
-        ("actor", "object", E, AUTHOR["id"], f'write `{{"id": "{AUTHOR["id"]}", "type": "Person"'),
         ("actor.id", "absolute-uri", E, "0000-0002-1825-0097", f"write `{AUTHOR['id']}`"),
-        ("actor.id", "absolute-uri", E, "", "actor.id must be an absolute URI; it is empty"),
         ("actor.id", "http-uri", S, "mailto:editor@example.org"), ("actor.name", "text", S, " "),
         ("actor.type", "actor", E, "Robot"), ("actor.type", "actor", E, []),
-        ("actor.type", "actor", E, "as:Organization", "write `Organization`"),
         ("actor.type", "actor", E, "organisation", "write `Organization`"),
         ("actor.type", "strings", E, ["Person", None], 'write `"Person"`'),
         ("actor.type", "single", S, ["Person"]),
@@ -496,8 +488,6 @@ WRONG: dict[str, list[Any]] = {
         ("object.as:relationship", "absolute-uri", E, "supplement"),
     ],
     "Announce Review": [
-        ("id", "absolute-uri", E, ["urn:uuid:1"], "write `urn:uuid:1`"),
-        ("inReplyTo", "absolute-uri", E, "previous", 'write `"urn:uuid:…"`'),
         ("context", "object", E, PREPRINT["id"]), ("context.id", "http-uri", E, "doi:10.5555/1"),
         ("object.id", "absolute-uri", E, "review/7"), ("object.type", "schema", S, "Page"),
         ("object.type", "as2-object", E, "sorg:Review", 'write `["Page", "sorg:Review"]`'),
@@ -520,7 +510,6 @@ WRONG: dict[str, list[Any]] = {
         ("type", "pattern", E, ["Offer", "coar-notify:IngestAction"], f"a pattern; {REMOVED}"),
         *(("type", "pattern", E, types, f"type must fit a pattern; did you mean {meant}?")
           for meant, given in MEANT.items() for types in given),
-        ("type", "pattern", E, "Flag", 'did you mean ["Flag", "coar-notify:UnprocessableNotif'),
         *(("type", "pattern", E, types, f"; write the types of one, such as {REVIEW_REQUEST}")
           for types in ("Create", ["Person"], {"@id": "Offer"})),
         ("type", "order", S, ["coar-notify:ReviewAction", "x:Y", "Offer"],
@@ -543,13 +532,11 @@ FAULTS = [Fault(pattern, *row) for pattern, rows in WRONG.items() for row in row
         ("type", "as2-object", M, "sorg:AboutPage", A_PAGE),
         ("type", "about-page", S, ["Page", "x:AboutPage"], "write `sorg:AboutPage`"),
         ("ietf:cite-as", "http-uri", S, "10.5555/1", "write `https://doi.org/10.5555/1`"),
-        ("ietf:item", "object", M, ["1.pdf"], 'write `{"id": "https://…", "type": ["Article"'),
         ("ietf:item", "object", M, "http://a.example/1", 'write `{"id": "http://a.example/1"'),
         ("ietf:item.id", "http-uri", M, "http://a.example/a b", "write `http://a.example/a%20b`"),
         ("ietf:item.type", "strings", M, ["Article", "sorg:Text", 5], '["Article", "sorg:Text"]'),
         ("ietf:item.type", "as2-object", M, ["PDF", "sorg:Text"], "such as Page, Article or Doc"),
         ("ietf:item.type", "schema", S, "Article", "such as sorg:ScholarlyArticle"),
-        ("ietf:item.mediaType", "media-type", M, "pdf", 'write `"application/pdf"`'),
         ("ietf:item.mediaType", "media-type", M, "application/", 'write `"application/pdf"`'),
     ]
 ] + [
@@ -597,7 +584,11 @@ class RulesTest(unittest.TestCase):
     def test_one_fault_is_one_finding_at_its_member_that_says_what_to_write(self) -> None:
         for fault in FAULTS:
             with self.subTest(fault=fault):
-                found, *others = coarinbox.validate(fault.document)
+                # What is right is remembered, and must not hide a fault in something like it.
+                self.assertEqual(coarinbox.validate(NOTIFICATIONS[fault.pattern]), [])
+                document, before = fault.document, repr(fault.document)
+                found, *others = coarinbox.validate(document)
+                self.assertEqual(repr(document), before)
                 pointer = "/" + fault.member.replace(".", "/")
                 expected = (fault.level, pointer, fault.code)
                 self.assertEqual((found.level, found.pointer, found.code), expected)
@@ -606,7 +597,7 @@ class RulesTest(unittest.TestCase):
                 self.assertEqual(found.message, "; ".join(filter(None, [found.fault, found.fix])))
                 self.assertNotIn(found.fix or "write", found.fault)
                 self.assertEqual([each.code for each in others], ALONG.get(fault.code, []))
-                pattern = coarinbox.pattern_of(fault.document)
+                pattern = coarinbox.pattern_of(document)
                 self.assertEqual(found.spec, pattern.spec if pattern else SPECIFICATION)
 
     def test_the_list_of_constraints_holds_these_rules_with_their_levels(self) -> None:
@@ -688,9 +679,7 @@ class RulesTest(unittest.TestCase):
             ("Accept", "@context", [AS2, PURL, COAR]),
             ("Accept", "@context", [AS2, COAR, {"x": "https://x.example"}]),
             ("Accept", "type", ["Accept", "coar-notify:ReviewAction"]),  # of WEKO
-            ("Announce Endorsement", "context", {"id": PREPRINT["id"]}),  # of PCI
             ("Announce Endorsement", "object.type", ["Page", "sorg:WebPage"]),
-            ("Announce Service Result", "object.ietf:cite-as", ABSENT),
             *(("Announce Service Result", "type", ["Announce", type_])
               for type_ in ("sorg:ReviewAction", "http://schema.org/Action", "Create", "x:Review")),
             *((name, f"{part}x:unknown", 5) for name in NOTIFICATIONS
@@ -710,53 +699,39 @@ class RulesTest(unittest.TestCase):
                     self.assertEqual((found.code, found.refused_by), (fault.code, ()))
 
     def test_what_is_embedded_needs_an_id_and_each_fault_of_it_is_reported_once(self) -> None:
-        announced = altered("Announce Review", context__id="urn:x")
-        for offered, member, level, code in [
-            ({"id": OFFER_ID, "type": ["Offer", "x:Action"]}, "type", S, "object.type-pattern"),
-            ({**REVIEW_OFFER, "id": "offer"}, "id", E, "object.id-absolute-uri"),
-            (announced, "context/id", E, "context.id-http-uri"),
+        for offered, pointer, level, code in [
+            (altered("Request Review", type=["Offer", "x:Y"]), "type", S, "object.type-pattern"),
+            (altered("Request Review", id="offer"), "id", E, "object.id-absolute-uri"),
+            (altered("Announce Review", context__id="x"), "context/id", E, "context.id-http-uri"),
+            (altered("Accept", object__id=ABSENT), "object/id", E, "object.id-required"),
         ]:
             found = codes(altered("Accept", object=offered, inReplyTo=offered["id"]))
-            pointer = f"/object/{member}"
-            found = {each for each in found if each[1] == pointer}
-            self.assertEqual(found, {(level, pointer, code)})
+            expected = (level, f"/object/{pointer}", code)
+            self.assertEqual({each for each in found if each[1] == expected[1]}, {expected})
 
-    def test_it_neither_raises_nor_changes_what_it_is_given(self) -> None:
-        deep: Any = "x"
+    def test_hostile_values_make_short_messages_in_short_time(self) -> None:
+        # Each would take minutes if it were compared as a whole, or repeated in each finding.
+        huge, deep = "x" * 10**6, {"type": "Accept"}
         for _ in range(900):
             deep = {"type": "Accept", "object": deep, "id": ["x"]}
-        pointers = {found.pointer for found in coarinbox.validate(deep)}
-        self.assertIn("/object/object/id", pointers)  # it follows a few levels only
-        self.assertLess(max(pointer.count("/object") for pointer in pointers), 10)
-        self.assertTrue(coarinbox.validate({"id": 10**5000}))
         for document in [
-            {"id": math.inf, "inReplyTo": math.nan}, {"type": [str(n) for n in range(10**5)]},
-            {"type": "Accept", "object": {"type": [[]]}, "@context": {}}, {"type": "T" * 10**6},
+            {"type": [f"{n}Offer{huge[:80]}" for n in range(10**4)], "id": huge, "origin": huge},
+            {f"@{n}d": n for n in range(10**5)},
+            {"type": "Accept", "object": {"type": ["Offer"] * 10**5, "id": f"10.5555/{huge}"}},
+            {"@context": [huge] * 3 + [{}] * 10**5, "summary": [[]] * 10**5, "inReplyTo": [huge]},
+            {"actor": {"type": [huge[:30] + str(n) for n in range(10**4)]}, "type": huge},
+            *({"id": uri} for uri in ("http://" + "a@" * 10**5, "http://[" + ":" * 10**5,
+                                      "a:" + "?" * 10**5 + " ")),
+            deep, {"id": math.inf, "inReplyTo": math.nan, "origin": 10**5000},
         ]:  # fmt: skip
-            before = repr(document)
-            self.assertTrue(coarinbox.validate(document))
-            self.assertEqual(repr(document), before)
+            started = time.process_time()
+            found = coarinbox.validate(document)
+            self.assertLess(time.process_time() - started, 2)
+            self.assertGreater(len(found), 3)
+            self.assertLess(len(json.dumps([each.as_json() for each in found])), 50_000)
 
-    def test_what_was_right_once_hides_no_fault_in_something_like_it(self) -> None:
-        """Values that break no rule are remembered."""
-        right = [*ACCEPT["@context"], {"x": "https://x.example/"}]
-        for context, code in [
-            (right, ""), ([{"x": "https://x.example/"}], "@context-namespaces"),
-            (right[:2], ""), (right[1:2], "@context-namespaces"),
-        ]:  # fmt: skip
-            found = coarinbox.validate(changed(ACCEPT, "@context", context))
-            self.assertEqual([finding.code for finding in found], [code] * bool(code))
-        offer = NOTIFICATIONS["Request Review"]
-        for types in (
-            ["Page", "sorg:AboutPage"],
-            ["Page", "sorg:AboutPage", 1],
-            ["sorg:AboutPage"],
-        ):
-            found = coarinbox.validate(changed(offer, "object.type", types))
-            self.assertEqual(found == [], types == ["Page", "sorg:AboutPage"], found)
-
-    @unittest.mock.patch("coarinbox.MAX_KNOWN", 2)
-    def test_only_some_values_are_remembered(self) -> None:
+    @constants(MAX_KNOWN=2)
+    def test_only_some_values_that_are_right_are_remembered(self) -> None:
         for name in "abcabc":
             wrong = changed(ACCEPT, "actor.name", name)
             self.assertEqual(coarinbox.validate(wrong), [])
@@ -792,22 +767,6 @@ class HintsTest(unittest.TestCase):
         for member, another in [("id", "type"), ("@context", "context"), ("origin.id", "origin.x")]:
             document = changed(NOTIFICATIONS["Announce Review"], member, ABSENT)
             self.assertNotIn("found", self.message(changed(document, another, "x"), member))
-
-    def test_hostile_values_make_short_messages_in_short_time(self) -> None:
-        # Each would take minutes if it were compared as a whole, or repeated in each finding.
-        huge = "x" * 10**6
-        for document in [
-            {"type": [f"{n}Offer{huge[:80]}" for n in range(10**4)], "id": huge, "origin": huge},
-            {f"@{n}d": n for n in range(10**5)},
-            {"type": "Accept", "object": {"type": ["Offer"] * 10**5, "id": f"10.5555/{huge}"}},
-            {"@context": [huge] * 3 + [{}] * 10**5, "summary": [[]] * 10**5, "inReplyTo": [huge]},
-            {"actor": {"type": [huge[:30] + str(n) for n in range(10**4)]}, "type": huge},
-        ]:
-            started = time.process_time()
-            found = coarinbox.validate(document)
-            self.assertLess(time.process_time() - started, 2)
-            self.assertGreater(len(found), 3)
-            self.assertLess(len(json.dumps([each.as_json() for each in found])), 50_000)
 
     def test_a_newcomer_gets_to_a_clean_notification_in_three_attempts(self) -> None:
         types = ["Offer", "RequestReview"]
@@ -874,10 +833,6 @@ class TextTest(unittest.TestCase):
                     found = {code for _, _, code in codes({"id": uri, "origin": {"id": uri}})}
                     self.assertEqual("id-absolute-uri" not in found, absolute)
                     self.assertEqual("origin.id-http-uri" not in found, http_uri)
-
-    def test_a_long_uri_takes_no_longer_than_its_length(self) -> None:
-        for uri in ("http://" + "a@" * 10**5, "http://[" + ":" * 10**5, "a:" + "?" * 10**5 + " "):
-            coarinbox.validate({"id": uri})
 
 
 # --- Field cases ---------------------------------------------------------------------------------
