@@ -610,31 +610,25 @@ class RulesTest(unittest.TestCase):
             for rule in coarinbox.constraints_of(pattern):
                 levels = {**listed[rule["code"]]["levels"], pattern.name: rule.pop("level")}
                 self.assertEqual({**rule, "levels": levels}, listed[rule["code"]])
-        self.assertEqual(listed["type-order"]["refused_by"], ["PCI", "PREreview"])
         self.assertEqual(listed["id-preferred"]["refused_by"], ["DSpace", "Software Heritage"])
 
     def test_what_is_no_notification_at_all(self) -> None:
         for document in ([], [ACCEPT], "text", json.dumps(ACCEPT), 5, 1.5, True, False):
             self.assertEqual(codes(document), {(E, "", "notification-object")}, document)
         self.assertEqual(codes(None), {(E, "", "notification-required")})
-        pointers = {pointer for level, pointer, _ in codes({"type": "Nothing"}) if level == E}
-        self.assertEqual(pointers, {"/id", "/type", "/origin", "/target", "/object"})
 
     def test_a_finding_says_where_and_why_and_survives_being_written_as_json(self) -> None:
-        document = altered("Request Review", origin__id="here", target=ABSENT, actor__name=ABSENT)
-        wrong, missing, refused = coarinbox.validate(document)
+        document = altered("Request Review", origin__id="here", actor__name=ABSENT)
+        wrong, refused = coarinbox.validate(document)
         fix = 'write `"https://…"`'
         self.assertEqual(wrong.as_json(), {
             "level": "E", "pointer": "/origin/id", "code": "origin.id-http-uri", "value": "here",
             "message": f"origin.id must be an HTTP URI; {fix}", "fix": fix,
             "spec": f"{SPECIFICATION}request-review/",
         })  # fmt: skip
-        example = '{"id": "https://…", "type": "Service", "inbox": "https://…"}'
-        fix = f'write `"target": {example}`'
-        self.assertEqual(missing.message, f"target is missing; it must be an object; {fix}")
         self.assertEqual(refused.as_json()["refused_by"], ("PCI", "PREreview"))
         self.assertEqual(str(refused), f"{refused.message} (refused by PCI, PREreview)")
-        for found in (wrong, missing, refused):
+        for found in (wrong, refused):
             text = json.dumps(found.as_json())
             self.assertEqual(coarinbox.Finding.from_json(json.loads(text)), found)
         for broken in ({}, {"level": "E"}, {**wrong.as_json(), "message": 5}):
@@ -839,10 +833,7 @@ class TextTest(unittest.TestCase):
 
 
 class Case(NamedTuple):
-    """Something seen in the field, and what must be said about it.
-
-    It is refused by default if something of level E is expected, strictly if of level M as well.
-    """
+    """Something seen in the field, and the findings that it must have."""
 
     name: str
     document: Any
@@ -854,6 +845,7 @@ def offer(**changes: Any) -> Any:
     return altered("Request Review", **changes)
 
 
+ANSWERS = ("Accept", "Reject", "Tentatively Accept", "Tentatively Reject", "Undo Offer")
 # Rebuilt after public reports, templates and the documentation or source of the software named.
 # fmt: off
 EXPANDED = json.dumps(offer()).replace('"id"', '"@id"').replace('"type"', '"@type"')
@@ -897,43 +889,20 @@ CASES = [
          [("/@context", S, f"write `{COAR}`"), ("/id", E, f"write `urn:uuid:{UUID}`"),
           ("/object/id", E, "write `https://doi.org/10.5555/2026.02.07.1`"),
           ("/object/type", M, "Page"), ("/object/ietf:item", M, "mediaType")]),
-    Case("WEKO notifies a person about its own workflow",
-         altered("Request Endorsement", actor__name=ABSENT, target__type="Person",
-                 object={"id": "https://weko.example.org/1", "type": ["Page", "sorg:WebPage"]},
-                 context={"id": "https://weko.example.org/A-1", "type": ["Page", "sorg:WebPage"]}),
-         [("/target/type", S, "Service"), ("/actor/name", S, "", "PCI"),
-          ("/object/ietf:item", M, ""), ("/object/ietf:cite-as", S, "", "PCI"),
-          ("/object/type", S, "sorg:AboutPage")]),
-    Case("Software Heritage is told of a mention: SWHIDs, no id of the relationship",
-         altered("Announce Relationship",
-                 object={"as:subject": "https://journal.example.com/item/1",
-                         "as:relationship": "https://w3id.org/codemeta/3.0#citation",
-                         "as:object": "swh:1:dir:ec88e5b901c034d5a91aa133e824d65cff3788a3"},
-                 context={"id": "swh:1:dir:ec88e5b901c034d5a91aa133e824d65cff3788a3",
-                          "type": ["sorg:SoftwareSourceCode"]}),
-         [("/object/id", E, "missing"), ("/object/type", E, '"Relationship"'),
-          ("/context/id", E, "HTTP URI"), ("/context/type", M, "ActivityStreams"),
-          ("/context/type", S, "sorg:AboutPage")]),
 ]
-# The examples of the specification 1.0.1: their structure, other values.
-ARTICLE = {**REVIEW, "type": ["Page", "sorg:WebPage"], "ietf:cite-as": REVIEW["id"]}
-DATASET = changed(PREPRINT, "ietf:item", {"id": "https://repository.example.org/data.zip",
-                  "type": ["Object", "sorg:Dataset"], "mediaType": "application/zip"})
-# On all pages, the object of the embedded Offer has no ActivityStreams type.
+# The examples of the specification 1.0.1: their structure, other values. On all pages, the object
+# of the embedded Offer has no ActivityStreams type.
 EMBEDDED_OFFER = changed(ACCEPT["object"], "object.type", "sorg:AboutPage")
 CASES += [
-    Case("Announce Endorsement",
-         altered("Announce Endorsement", object=ARTICLE, context={"id": PREPRINT["id"]})),
-    Case("Announce Review", altered("Announce Review", context={"id": PREPRINT["id"]})),
-    Case("Announce Service Result",
-         altered("Announce Service Result", type=["Announce"], context={"id": PREPRINT["id"]},
-                 object={"id": REVIEW["id"], "type": ["Page", "sorg:WebPage"]})),
+    *(Case(name, altered(name, context={"id": PREPRINT["id"]}))
+      for name in ("Announce Endorsement", "Announce Review", "Announce Service Result")),
     Case("Announce Relationship",
-         altered("Announce Relationship", actor=EDITORS, context=DATASET, inReplyTo=ABSENT,
-                 object__id="URN:UUID:74FFF356-0632-44D9-B176-888DA85758DC")),
+         altered("Announce Relationship", inReplyTo=ABSENT,
+                 object__id="URN:UUID:74FFF356-0632-44D9-B176-888DA85758DC",
+                 **{"context__ietf:item__type": ["Object", "sorg:Dataset"]})),
     *(Case(name, altered(name, object=EMBEDDED_OFFER, summary="Withdrawn because …"),
            [("/object/object/type", S, "ActivityStreams")])
-      for name in ("Accept", "Reject", "Tentatively Accept", "Tentatively Reject", "Undo Offer")),
+      for name in ANSWERS),
 ]
 # fmt: on
 
@@ -941,30 +910,21 @@ CASES += [
 class FieldCasesTest(unittest.TestCase):
     """What is said about things that were seen in the field, and about the specification's own."""
 
-    def judge(self, case: Case, mode: Any) -> coarinbox.Assessment:
-        inbox = coarinbox.lookup(case.document, "target.inbox")
-        here = [inbox] if isinstance(inbox, str) else []
-        return coarinbox.assess(case.document, mode, coarinbox.Arrival(case.media_type, here))
-
     def test_each_gets_its_findings_and_no_other(self) -> None:
         for case in CASES:
-            with self.subTest(case.name):
-                errors, warnings = self.judge(case, True)
-                found = {(each.pointer, each.level): each for each in errors + warnings}
-                for pointer, level, text, *receivers in case.expect:
-                    self.assertIn(text, found[pointer, level].message)
-                    self.assertLessEqual(set(receivers), set(found[pointer, level].refused_by))
-                if "@id" not in case.name:  # where everything is missing
-                    self.assertEqual(set(found), {(place[0], place[1]) for place in case.expect})
-
-    def test_each_gets_its_status(self) -> None:
-        for case in CASES:
             levels = {level for _, level, *_ in case.expect}
+            inbox = coarinbox.lookup(case.document, "target.inbox")
+            arrival = coarinbox.Arrival(case.media_type, [inbox] if inbox else [])
             for mode, refused in ((True, {E}), ("strict", {E, M})):
                 with self.subTest(case.name, mode=mode):
-                    judgement = self.judge(case, mode)
-                    self.assertEqual(judgement.errors != [], levels & refused != set())
-                    self.assertEqual(judgement.status, 400)
+                    errors, warnings = coarinbox.assess(case.document, mode, arrival)
+                    self.assertEqual(errors != [], levels & refused != set())
+                    found = {(each.pointer, each.level): each for each in errors + warnings}
+                    for pointer, level, text, *receivers in case.expect:
+                        self.assertIn(text, found[pointer, level].message)
+                        self.assertLessEqual(set(receivers), set(found[pointer, level].refused_by))
+                    if "@id" not in case.name:  # where everything is missing
+                        self.assertEqual(set(found), {entry[:2] for entry in case.expect})
 
 
 # --- Receivers and modes -------------------------------------------------------------------------
@@ -1147,7 +1107,6 @@ URI_DIFFERENCES = {
 }
 URIS = sorted({*HTTP_URIS, *OTHER_URIS, *NO_URIS, *itertools.chain(*URI_DIFFERENCES.values())})
 URI_MEMBERS = ("id", "origin.id", "context.id")
-ANSWERS = ("Accept", "Reject", "Tentatively Accept", "Tentatively Reject", "Undo Offer")
 
 
 class Change(NamedTuple):
