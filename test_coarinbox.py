@@ -1110,49 +1110,25 @@ URI_MEMBERS = ("id", "origin.id", "context.id")
 
 
 class Change(NamedTuple):
-    """A changed member, with the pattern of the innermost notification that it is a member of."""
+    """Another value for a member of a notification, which may be embedded in another one."""
 
     pattern: str
     member: str
     value: Any
 
 
-def mutation(document: Any, *changes: tuple[str, Any]) -> tuple[Any, list[Change]]:
-    """Change members of a notification; returns it with the changes."""
-    result = document
-    for member, value in changes:
-        result = changed(result, member, value)
-    return result, [innermost(document, member, value) for member, value in changes]
-
-
-def innermost(document: Any, member: str, value: Any) -> Change:
-    """Follow a member into embedded notifications."""
-    pattern = coarinbox.pattern_of(document)
-    assert pattern
-    embedded = pattern.name in ANSWERS and coarinbox.pattern_of(document["object"])
-    if embedded and member.startswith("object."):
-        return innermost(document["object"], member[len("object.") :], value)
-    return Change(pattern.name, member, value)
-
-
-def mutations() -> Iterator[tuple[Any, list[Change]]]:
-    """Change one member of each notification, two of them, and one where it is embedded."""
+def mutations() -> Iterator[tuple[Any, Change]]:
+    """Change one member of each notification, also where the notification is embedded."""
     for number, (name, document) in enumerate(NOTIFICATIONS.items()):
-        names, uris = members(document), URIS[number % 3 :: 3]  # all in any three patterns
-        # The other answers embed the same Offer as an Accept, which is looked at by the same code.
-        like_accept = name in ANSWERS[1:-1]
-        for member in members({**document, "object": None} if like_accept else document):
+        uris = URIS[number % 3 :: 3]  # all in any three patterns
+        embedding = {**ACCEPT, "inReplyTo": document["id"], "object": document}
+        for member in members({**document, "object": None} if name in ANSWERS else document):
             values = VALUES + (TYPES if member.endswith("type") else [])
             for value in values + (uris if member in URI_MEMBERS else []):
-                yield mutation(document, (member, value))
-        for first, second in zip(names, names[5:] + names[:5]):
-            if not (second.startswith(first) or first.startswith(second)):
-                for one, other in zip(VALUES[::3], VALUES[1::3]):
-                    yield mutation(document, (first, one), (second, other))
-        embedding = {**ACCEPT, "inReplyTo": document["id"], "object": document}
-        for member, value in itertools.product(names, (ABSENT, "text")):
-            if member != "@context":
-                yield mutation(embedding, (f"object.{member}", value))
+                yield changed(document, member, value), Change(name, member, value)
+            for value in values[::3] if member != "@context" else []:
+                embedded = changed(embedding, f"object.{member}", value)
+                yield embedded, Change(name, member, value)
 
 
 # What the two think differently of, who accepts it, and whether a change is of that kind.
@@ -1162,8 +1138,8 @@ DIFFERENCES: list[tuple[str, str, Callable[[Change], bool]]] = [
      lambda change: change.pattern.startswith("Announce")
      and change.member.split(".")[0] in ("origin", "target", "object", "actor", "inReplyTo")),
     ("an id that is missing, because coarnotify invents one", "coarnotify",
-     lambda change: (change.member in ("id", "object.id") and change.value in (ABSENT, None))
-     or (change.member == "object" and change.value == {})),
+     lambda change: change.member in ("id", "object.id") and change.value in (ABSENT, None)
+     or change.member == "object" and change.value == {}),
     ("a type that holds something else than strings", "coarnotify",
      lambda change: change.member == "type" and not isinstance(change.value, str)),
     ("an actor's type that is a list", "coarinbox",
@@ -1174,20 +1150,9 @@ DIFFERENCES: list[tuple[str, str, Callable[[Change], bool]]] = [
 # fmt: on
 
 
-@functools.cache
-def coarnotify_server() -> Any:
-    from coarnotify.server import COARNotifyReceipt, COARNotifyServer, COARNotifyServiceBinding
-
-    class Binding(COARNotifyServiceBinding):  # type: ignore[misc]
-        def notification_received(self, notification: Any) -> Any:
-            return COARNotifyReceipt(COARNotifyReceipt.CREATED)
-
-    return COARNotifyServer(Binding())
-
-
 def accepted_by_coarnotify(document: Any) -> bool:
     try:
-        coarnotify_server().receive(json.dumps(document))
+        coarinbox.coarnotify_server().receive(json.dumps(document))
     except Exception:  # it crashes in many ways on what it refuses
         return False
     return True
@@ -1199,17 +1164,14 @@ class CoarnotifyTest(unittest.TestCase):
 
     def test_it_agrees_about_thousands_of_faults_but_for_the_known_differences(self) -> None:
         seen: set[str] = set()
-        for document, changes in mutations():
+        for document, change in mutations():
             ours = not coarinbox.assess(document, True).errors
-            theirs = accepted_by_coarnotify(document)
-            if ours != theirs:
-                accepted_by = "coarinbox" if ours else "coarnotify"
-                known = [
-                    what for what, who, applies in DIFFERENCES
-                    if who == accepted_by and any(map(applies, changes))
-                ]  # fmt: skip
-                self.assertTrue(known, f"only {accepted_by} accepts {document}")
-                seen.update(known[:1] if len(changes) == 1 else ())
+            if ours != accepted_by_coarnotify(document):
+                accepts = "coarinbox" if ours else "coarnotify"
+                known = [what for what, who, applies in DIFFERENCES
+                         if who == accepts and applies(change)]  # fmt: skip
+                self.assertTrue(known, f"only {accepts} accepts {document}, with {change}")
+                seen.add(known[0])
         self.assertEqual(seen, {what for what, _, _ in DIFFERENCES})
 
     def test_it_accepts_all_samples_and_replies(self) -> None:
@@ -1218,16 +1180,7 @@ class CoarnotifyTest(unittest.TestCase):
         documents += [coarinbox.reply(offer, name) for offer in offers for name in REPLIES]
         self.assertEqual(len(documents), 30)
         for document in documents:
-            coarnotify_server().receive(json.dumps(document))  # raises what it does not like
-
-    def test_differences_that_no_fault_shows(self) -> None:
-        coarnotify_server().receive(json.dumps(ACCEPT))  # a text; raises what it refuses
-        self.assertTrue(coarinbox.assess(json.dumps(ACCEPT), "coarnotify").errors)
-        refused: list[Any] = [[], {"type": "Accept"}]
-        for document in refused:
-            with self.assertRaises(Exception):  # noqa: B017
-                coarnotify_server().receive(document, validate=False)
-            self.assertEqual(coarinbox.assess(document, False).errors, [])
+            self.assertTrue(accepted_by_coarnotify(document), document)
 
     def test_its_mode_refuses_what_it_refuses_in_its_words(self) -> None:
         document = offer(origin__id="mailto:a@example.org", actor__type="Robot")
@@ -1241,19 +1194,17 @@ class CoarnotifyTest(unittest.TestCase):
             self.assertTrue(found.message.startswith("coarnotify: "), found.message)
         self.assertIn("URL scheme must be http or https", str(errors))
 
-    def test_its_mode_agrees_with_it(self) -> None:
+    def test_its_mode_accepts_what_it_accepts(self) -> None:
         self.assertEqual(coarinbox.assess(ACCEPT, "coarnotify"), ([], []))
         errors, warnings = coarinbox.assess(altered("Announce Review", origin=ABSENT), "coarnotify")
         self.assertEqual((errors, [each.level for each in warnings]), ([], [E]))
-        for document, changes in itertools.islice(mutations(), 0, None, 25):
-            errors, _ = coarinbox.assess(document, "coarnotify")
-            self.assertEqual(errors == [], accepted_by_coarnotify(document), changes)
 
     def test_where_it_crashes_it_refuses(self) -> None:
         deep: Any = {}
         for _ in range(90):
             deep = {**ACCEPT, "object": deep}
-        documents: list[Any] = ["text", {}, [], {"type": {}}, deep, {"type": "Nothing"}]
+        text = json.dumps(ACCEPT)  # which it accepts as if it were the object
+        documents: list[Any] = [text, {}, [], {"type": {}}, deep, {"type": "Nothing"}]
         for document in documents:
             errors, _ = coarinbox.assess(document, "coarnotify")
             self.assertEqual([each.level for each in errors], [E], str(document)[:80])
@@ -1328,38 +1279,36 @@ class SampleTest(unittest.TestCase):
     def test_each_is_new_and_clean_between_services_that_can_be_chosen(self) -> None:
         for name in NOTIFICATIONS:
             first, second = coarinbox.sample(name), coarinbox.sample(name.upper())
-            self.assertEqual((codes(first), codes(second)), (set(), set()))
+            document = coarinbox.sample(name, origin=JOURNAL, target=REPOSITORY)
+            for each in (first, second, document):
+                pattern = coarinbox.pattern_of(each)
+                self.assertEqual((pattern and pattern.name, codes(each)), (name, set()))
             self.assertNotEqual(first["id"], second["id"])
             first["origin"]["id"] = first["object"]["id"] = "changed"
             self.assertNotIn("changed", json.dumps([second, coarinbox.sample(name)]))
-            document = coarinbox.sample(name, origin=JOURNAL, target=REPOSITORY)
             self.assertEqual((document["origin"], document["target"]), (JOURNAL, REPOSITORY))
-            self.assertEqual(codes(document), set())
-            pattern, offered = coarinbox.pattern_of(document), document["object"]
-            self.assertEqual(pattern and pattern.name, name)
             if name in ANSWERS:
                 ends = (JOURNAL, REPOSITORY) if name == "Undo Offer" else (REPOSITORY, JOURNAL)
+                offered = document["object"]
                 self.assertEqual((offered["origin"], offered["target"]), ends)
 
-    def test_it_can_answer_an_offer(self) -> None:
+    def test_it_can_answer_an_offer_between_other_services(self) -> None:
         other = {**JOURNAL, "id": "https://reviews.example.net/"}
         for name in (*REPLIES, "Announce Relationship"):
             with self.subTest(name):
-                document = coarinbox.sample(name, in_reply_to=OFFER, origin=other, target=EDITORS)
-                self.assertEqual(document["inReplyTo"], OFFER["id"])
-                self.assertEqual((document["origin"], document["target"]), (other, EDITORS))
+                document = coarinbox.sample(name, in_reply_to=OFFER, origin=other, target=JOURNAL)
+                self.assertEqual((document["inReplyTo"], codes(document)), (OFFER["id"], set()))
+                self.assertEqual((document["origin"], document["target"]), (other, JOURNAL))
                 actor = AUTHOR if name == "Undo Offer" else other  # a service acts for itself
                 self.assertEqual(document["actor"]["id"], actor["id"])
-                self.assertEqual(codes(coarinbox.sample(name, in_reply_to=OFFER)), set())
         for name in REQUESTS:
             with self.assertRaisesRegex(ValueError, f"{name} .* answers no Offer"):
                 coarinbox.sample(name, in_reply_to=OFFER)
 
     def test_an_unknown_name_gets_the_list_and_a_suggestion_if_one_is_close(self) -> None:
         for name, suggestion in [
-            ("requets review", "Request Review"), ("Tentative Accept", "Tentatively Accept"),
-            ("ANNOUNCE-REVIEW", "Announce Review"), ("", ""), ("zebra", ""), ("x" * 1000, ""),
-            ("a\nb", ""),
+            ("ANNOUNCE-REVIEW", "Announce Review"), ("", ""), ("zebra", ""),
+            ("x\n" * 1000, ""),
         ]:  # fmt: skip
             with self.subTest(name), self.assertRaises(ValueError) as caught:
                 coarinbox.sample(name)
@@ -1379,9 +1328,8 @@ class ReplyTest(unittest.TestCase):
                 self.assertEqual(coarinbox.pattern_of(document), coarinbox.find_pattern(name))
                 self.assertEqual(codes(document), set())
                 self.assertEqual(document["inReplyTo"], offered["id"])
-                ends, undo = (document["origin"], document["target"]), name == "Undo Offer"
-                self.assertEqual(ends, (REPOSITORY, JOURNAL) if undo else (JOURNAL, REPOSITORY))
-                self.assertEqual(document["actor"]["id"], AUTHOR["id"] if undo else JOURNAL["id"])
+                ends = (REPOSITORY, JOURNAL) if name == "Undo Offer" else (JOURNAL, REPOSITORY)
+                self.assertEqual((document["origin"], document["target"]), ends)
                 if name in ANSWERS:
                     self.assertEqual(document["object"], changed(offered, "@context", ABSENT))
                 elif name in ANNOUNCEMENTS:
