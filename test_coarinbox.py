@@ -1038,20 +1038,19 @@ class ModesTest(unittest.TestCase):
 
     def test_names_in_any_case(self) -> None:
         for value, mode in [
-            (True, True), (False, False), ("strict", "strict"), ("Strict", "strict"), ("", None),
-            ("dspace", "DSpace"), ("SOFTWARE HERITAGE", "Software Heritage"), ("pci", "PCI"),
-            ("COARNOTIFY", "coarnotify"), ("lax", None), (1, None), (None, None),
+            (True, True), (False, False), ("Strict", "strict"), ("dspace", "DSpace"), ("", None),
+            ("SOFTWARE HERITAGE", "Software Heritage"), ("COARNOTIFY", "coarnotify"),
+            ("lax", None), (1, None), (None, None),
         ]:  # fmt: skip
             found = coarinbox.mode_of(value)
             self.assertEqual((found, type(found)), (mode, type(mode)), value)
 
     def test_what_each_mode_refuses_and_warns_about(self) -> None:
         for mode, document, errors, warnings in [
-            (True, ACCEPT, "", ""), (True, self.FAULTY, "", "MS"), (True, self.INVALID, "E", "MS"),
-            (True, [ACCEPT], "E", ""), (True, "text", "E", ""), ("strict", ACCEPT, "", ""),
+            (True, self.FAULTY, "", "MS"), (True, self.INVALID, "E", "MS"), (True, [], "E", ""),
             ("strict", self.FAULTY, "M", "S"), ("strict", self.INVALID, "EM", "S"),
-            (False, ACCEPT, "", ""), (False, self.INVALID, "", "EMS"), (False, [ACCEPT], "", "E"),
-            (False, [], "", "E"), (False, "text", "E", ""), ("PCI", 5, "E", ""),
+            (False, self.INVALID, "", "EMS"), (False, [ACCEPT], "", "E"), (False, [], "", "E"),
+            (False, "text", "E", ""), ("PCI", 5, "E", ""),
         ]:  # fmt: skip
             with self.subTest(mode=mode, document=document):
                 with coarinbox.running(VALIDATE_INCOMING=mode) as inbox:
@@ -1062,14 +1061,13 @@ class ModesTest(unittest.TestCase):
                     found = sorted(each["level"] for each in answer.json().get(name, []))
                     self.assertEqual("".join(found), levels)
 
-    def test_the_most_important_findings_come_first(self) -> None:
+    def test_the_gravest_findings_come_first_and_the_others_are_left_out_if_need_be(self) -> None:
         found = coarinbox.validate({"id": 5, "actor": {}})
-        ordered = [each.level for each in sorted(found, key=lambda each: each.level)]
-        for limit, length in ((4, 4), (100, len(found))):
+        levels = sorted(each.level for each in found)
+        for limit in (4, len(found)):
             kept, left_out = coarinbox.most_important(found, limit=limit)
-            self.assertEqual([each.level for each in kept], ordered[:length])
-            self.assertEqual(left_out, len(found) - length)
-        self.assertEqual(len(coarinbox.most_important(found * 50)[0]), 100)
+            self.assertEqual([each.level for each in kept], levels[:limit])
+            self.assertEqual(left_out, len(found) - limit)
 
     def test_without_the_library_its_mode_cannot_be_set(self) -> None:
         coarinbox.coarnotify_server.cache_clear()
@@ -1215,57 +1213,36 @@ class CoarnotifyTest(unittest.TestCase):
 # --- Properties ----------------------------------------------------------------------------------
 
 
-@unittest.skipUnless(importlib.util.find_spec("hypothesis"), "hypothesis is not installed")
 class PropertiesTest(unittest.TestCase):
-    """What holds for any document, whether arbitrary JSON or nearly a notification."""
+    """What holds for any document that is nearly a notification."""
 
-    def check(self, document: Any, choice: Any) -> None:
-        before = copy.deepcopy(document)
-        findings = coarinbox.validate(document)
-        self.assertEqual(document, before)
-        shuffled = json.loads(
-            json.dumps(document),
-            object_pairs_hook=lambda members: dict(choice.sample(members, len(members))),
-        )
-        self.assertEqual(coarinbox.validate(shuffled), findings)
-        json.dumps([finding.as_json() for finding in findings], allow_nan=False)
-        arrival = coarinbox.Arrival(choice.choice([JSON_LD, "x/y"]), ["http://a.example/"], "x")
-        for mode in ("DSpace", "PREreview", "Software Heritage"):
-            errors, warnings = coarinbox.assess(document, mode, arrival)
-            for found in errors + warnings:
-                self.assertTrue(found.message.endswith(found.fix))
-                self.assertLess(len(found.message), 2000)
-                self.assertEqual(coarinbox.Finding.from_json(found.as_json()), found)
-            for found in warnings:
-                self.assertNotEqual(found.level, E)
-                self.assertNotIn(mode, found.refused_by)
+    def nearly_notifications(self, source: random.Random) -> Iterator[Any]:
+        for _ in range(500):
+            document = source.choice([*NOTIFICATIONS.values()])
+            for member in source.choices(members(document), k=3):
+                value = source.choice([*VALUES, *TYPES, *URIS, *NOTIFICATIONS.values()])
+                with contextlib.suppress(KeyError, TypeError):  # its parent is no object now
+                    document = changed(document, member, value)
+            yield document
 
     def test_it_is_judged_whatever_it_holds_in_any_order_and_is_not_changed(self) -> None:
-        import hypothesis
-        from hypothesis import strategies as some
-
-        paths = [path for document in NOTIFICATIONS.values() for path in members(document)]
-        names = sorted({name for path in paths for name in path.split(".")})
-        texts = [value for value in [*TYPES, *URIS, *names] if isinstance(value, str)]
-        numbers = some.integers() | some.floats(allow_nan=False, allow_infinity=False)
-        scalars = some.none() | some.booleans() | numbers | some.text() | some.sampled_from(texts)
-        keys = some.sampled_from(names) | some.text()
-
-        def nested(inner: Any) -> Any:
-            return some.lists(inner, max_size=4) | some.dictionaries(keys, inner, max_size=6)
-
-        def altered(document: Any, changes: dict[str, Any]) -> Any:
-            for member, value in changes.items():
-                with contextlib.suppress(KeyError, TypeError, AttributeError):  # its parent is gone
-                    document = changed(document, member, value)
-            return document
-
-        anything = some.recursive(scalars, nested, max_leaves=30)
-        changes = some.dictionaries(some.sampled_from(paths), anything, max_size=4)
-        nearly = some.builds(altered, some.sampled_from([*NOTIFICATIONS.values()]), changes)
-        check = hypothesis.given(anything | nearly, some.randoms(use_true_random=False))(self.check)
-        limits: dict[str, Any] = {"max_examples": 150, "deadline": None, "database": None}
-        hypothesis.settings(derandomize=True, **limits)(check)()
+        source = random.Random(1)
+        for document in self.nearly_notifications(source):
+            before, findings = repr(document), coarinbox.validate(document)
+            self.assertEqual(repr(document), before)
+            shuffled = dict(source.sample([*document.items()], len(document)))
+            self.assertEqual(coarinbox.validate(shuffled), findings)
+            arrival = coarinbox.Arrival(source.choice([JSON_LD, "x/y"]), ["http://a.example/"], "x")
+            for mode in ("DSpace", "PREreview", "Software Heritage"):
+                errors, warnings = coarinbox.assess(document, mode, arrival)
+                for found in errors + warnings:
+                    self.assertTrue(found.message.endswith(found.fix))
+                    self.assertLess(len(found.message), 2000)
+                    written = json.loads(json.dumps(found.as_json(), allow_nan=False))
+                    self.assertEqual(coarinbox.Finding.from_json(written), found)
+                for found in warnings:
+                    self.assertNotEqual(found.level, E)
+                    self.assertNotIn(mode, found.refused_by)
 
 
 # --- Samples and replies -------------------------------------------------------------------------
