@@ -1217,7 +1217,7 @@ class PropertiesTest(unittest.TestCase):
     """What holds for any document that is nearly a notification."""
 
     def nearly_notifications(self, source: random.Random) -> Iterator[Any]:
-        for _ in range(500):
+        for _ in range(300):
             document = source.choice([*NOTIFICATIONS.values()])
             for member in source.choices(members(document), k=3):
                 value = source.choice([*VALUES, *TYPES, *URIS, *NOTIFICATIONS.values()])
@@ -1405,18 +1405,15 @@ class LdnTest(InboxTest):
         self.assertEqual(fetch(constraints).status, 200)
 
     def test_is_discovered_through_a_link_or_json_ld_where_that_is_preferred(self) -> None:
-        inbox = self.here("/inbox")
-        html = "text/html; charset=utf-8"
+        inbox, html = self.here("/inbox"), "text/html; charset=utf-8"
         for method, accept, content_type in [
-            ("GET", "application/ld+json", JSON_LD),
-            ("GET", "application/ld+json, text/html;q=0.9", JSON_LD),
-            ("GET", "*/*", html), ("GET", "text/html, application/ld+json", html),
-            ("HEAD", "*/*", html),
+            ("GET", JSON_LD, JSON_LD), ("GET", f"{JSON_LD}, text/html;q=0.9", JSON_LD),
+            ("GET", "*/*", html), ("GET", f"text/html, {JSON_LD}", html), ("HEAD", "*/*", html),
         ]:  # fmt: skip
             answer = self.ask(method, "/", headers={"Accept": accept})
             link = f'<{inbox}>; rel="http://www.w3.org/ns/ldp#inbox"'
-            self.assertEqual(answer.headers["Link"], link)
-            self.assertEqual(answer.headers["Content-Type"], content_type, accept)
+            found = (answer.headers["Link"], answer.headers["Content-Type"])
+            self.assertEqual(found, (link, content_type), accept)
             if content_type == JSON_LD:
                 self.assertEqual(answer.json()["ldp:inbox"], {"@id": inbox})
 
@@ -1434,23 +1431,22 @@ class ResourcesTest(InboxTest):
                 self.assertEqual(int(head.headers["Content-Length"]), len(got.body))
                 for name in ("Content-Type", "Link", "Vary"):
                     self.assertEqual(head.headers[name], got.headers[name])
-        with connect(self.server, b"HEAD /constraints HTTP/1.0\r\n\r\n") as connection:
-            received = b"".join(iter(lambda: connection.recv(65536), b""))
-        self.assertTrue(received.startswith(b"HTTP/1.1 200 OK\r\n"), received[:50])
+                self.assertTrue(head.headers["Date"])  # RFC 9110 section 6.6.1
+                self.assertEqual(head.headers["Server"], f"coarinbox/{coarinbox.__version__}")
+        with connect(self.server, get_head("Connection: close").replace(b"GET", b"HEAD")) as client:
+            received = b"".join(iter(lambda: client.recv(65536), b""))
         self.assertEqual(received.index(b"\r\n\r\n"), len(received) - 4)
-        self.assertIn(b"\r\nDate: ", received)  # RFC 9110 section 6.6.1
-        self.assertIn(f"\r\nServer: coarinbox/{coarinbox.__version__}\r\n".encode(), received)
 
     def test_a_deleted_notification_is_gone(self) -> None:
         kept, gone = (self.post().headers["Location"] for _ in range(2))
         self.assertEqual(fetch(gone, "DELETE").status, 204)
-        self.assert_problem(fetch(gone), 404)
-        self.assert_problem(fetch(gone, "DELETE"), 404)
+        for method in ("GET", "DELETE"):
+            self.assert_problem(fetch(gone, method), 404)
         self.assertEqual(self.listed(), [kept])
 
     def test_deleting_the_inbox_empties_it_whoever_else_does_the_same(self) -> None:
-        raw(self.server, post_to() * 50, "half-close")
-        self.assertEqual(len(self.listed()), 50)
+        raw(self.server, post_to() * 20, "half-close")
+        self.assertEqual(len(self.listed()), 20)
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             answers = list(pool.map(lambda _: self.ask("DELETE", "/inbox"), range(4)))
         found = [(answer.status, answer.headers["Content-Length"]) for answer in answers]
@@ -1464,7 +1460,7 @@ class ResourcesTest(InboxTest):
             ("/", "GET"), ("/constraints", "GET"), ("/deliveries", "GET"),
             ("/inbox", "GET, POST, DELETE"), (location, "GET, DELETE"),
         ]:  # fmt: skip
-            for method in ("OPTIONS", "PUT", "PATCH", "TRACE", "CONNECT", "BREW", "get"):
+            for method in ("OPTIONS", "PUT", "PATCH", "TRACE", "get"):
                 with self.subTest(path, method=method):
                     answer = self.ask(method, path)
                     allowed = set(answer.headers["Allow"].split(", "))
@@ -1501,14 +1497,11 @@ class ResourcesTest(InboxTest):
         location = path_of(self.post(changed(ACCEPT, "summary", "<b>&")).headers["Location"])
         for path, (is_page, accept) in itertools.product([location, "/inbox?close=1&times=2"], [
             (True, "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"),
-            (True, "text/html"), (True, "text/*"), (True, "text/html, application/ld+json;q=0"),
+            (True, "text/*"), (True, "text/html, application/ld+json;q=0"),
             (True, "TEXT/HTML ; Q=0.9, application/ld+json;q=0.8"),
             (True, 'application/ld+json;profile="a,b";q=0.4, text/html;q=0.5'),
-            (False, "*/*"), (False, "application/json"), (False, "text/turtle"), (False, ""),
-            (False, "text/html, application/ld+json"), (False, "text/html;q=0"),
-            (False, "text/html;q=0.5, application/json"), (False, "text/html;q=0.5, application/*"),
-            (False, "text/html, application/json;q=1.0"),
-            (False, "application/ld+json;q=0.2, */*;q=0.1"),
+            (False, "*/*"), (False, "text/turtle"), (False, ""), (False, "text/html;q=0"),
+            (False, "text/html, application/json"), (False, "text/html;q=0.5, application/*"),
             (False, "text/html;q=0.001, */*;q=0.01"),
         ]):  # fmt: skip
             with self.subTest(accept, path=path):
@@ -1529,11 +1522,10 @@ class ResourcesTest(InboxTest):
         self.assertEqual(listed["specification"], SPECIFICATION)
         words = {level: meaning["word"] for level, meaning in listed["levels"].items()}
         self.assertEqual((words, listed["refused"]), ({E: "error", M: "must", S: "should"}, ["E"]))
-        self.assertEqual(listed["constraints"][0], {
-            "code": "notification-required", "member": "", "demand": "be present",
+        self.assertEqual(listed["constraints"][1], {
+            "code": "notification-object", "member": "", "demand": "be an object",
             "levels": dict.fromkeys(NOTIFICATIONS, "E"), "refused_by": [],
         })  # fmt: skip
-        self.assertEqual(listed["constraints"][1]["demand"], "be an object")
         page = self.ask("GET", "/constraints", headers={"Accept": "text/html"}).body.decode()
         self.assertIn("<title>Request Review · coarinbox</title>", page)
 
@@ -1542,10 +1534,8 @@ class HostTest(InboxTest):
     """By which names an inbox may be called, and what its URLs are then."""
 
     def test_urls_are_those_that_the_client_uses(self) -> None:
-        for host in (
-            "localhost:12345", "LOCALHOST", "inbox.localhost", "127.9.9.9:80", "[::1]:80",
-            "localhost.", "[::ffff:127.0.0.1]:80",
-        ):  # fmt: skip
+        hosts = "LOCALHOST localhost. inbox.localhost:12345 127.9.9.9 [::1]:80 [::ffff:127.0.0.1]"
+        for host in hosts.split():
             location = self.post(Host=host).headers["Location"]
             self.assertTrue(location.startswith(f"http://{host}/inbox/"), location)
 
@@ -1561,20 +1551,17 @@ class HostTest(InboxTest):
 
     def test_the_names_of_other_sites_are_refused_on_loopback(self) -> None:
         for host in ("evil.example", "localhost.evil.example", "10.0.0.1", "notlocalhost", "[::2]"):
-            with self.subTest(host):
-                problem = self.assert_problem(self.post(Host=host), 421)
-                self.assertIn("BASE_URL", problem["detail"])
+            problem = self.assert_problem(self.post(Host=host), 421)
+            self.assertIn("BASE_URL", problem["detail"])
         self.assertEqual(self.stored(), [])
 
     def test_a_malformed_host_is_refused(self) -> None:
-        hosts = ("a b", "localhost:x", "localhost:123456", "<script>", "localhost/x",
-                 "user@localhost", "[::1", "ö")  # fmt: skip
+        hosts = "localhost:x localhost:123456 <script> localhost/x user@localhost [::1 ö".split()
         for head in (
             *(get_head(host=host) for host in hosts), get_head("Host: a"),
             get_head(target="http://localhost/", host="a b"),
         ):  # fmt: skip
-            with self.subTest(head):
-                self.assert_problem(self.ask_raw(head), 400)
+            self.assert_problem(self.ask_raw(head), 400)
 
     @with_settings(BASE_URL="https://inbox.example.org/tunnel/")
     def test_base_url_goes_into_every_url_and_may_be_the_host(self) -> None:
@@ -1607,13 +1594,14 @@ class LogTest(InboxTest):
         self.assertIn(f"  {missing}", lines)
         self.assertEqual([line[:4] for line in lines], ["  E ", "  M ", "  S "])
 
-    def test_a_request_has_one_line_whatever_it_says(self) -> None:
+    def test_a_request_has_one_short_line_and_one_with_the_reason_of_a_refusal(self) -> None:
         raw(self.server, b"GET /\x1b[31m\rforged HTTP/1.1\r\n\r\n")
-        self.ask("GET", "/%0aforged")
+        for target in ("/%0aforged", "/" + "x" * 60_000):
+            self.ask_raw(get_head(target=target))
         lines = self.log_lines()
-        self.assertEqual(len(lines), 4, lines)  # each with the reason of the refusal
+        self.assertEqual(len(lines), 6, lines)
         for line in lines:
-            self.assertTrue(line.isprintable(), line)
+            self.assertTrue(line.isprintable() and len(line) < 1100, line)
 
     @with_settings(DEBUG=True)
     def test_a_request_that_is_logged_whole_has_a_thousand_lines_at_most(self) -> None:
@@ -1623,11 +1611,6 @@ class LogTest(InboxTest):
         self.assertLess(len(self.log_lines()), 1010)
         self.post(b"[" + b" " * 100_000 + b"5]")  # too long to be indented
         self.assertIn("5]", "".join(self.log_lines()))
-
-    def test_lines_of_a_request_are_short(self) -> None:
-        """The log may hold ten thousand that nobody reads."""
-        self.ask_raw(get_head(target="/" + "x" * 60_000))
-        self.assertLess(max(map(len, self.log_lines())), 1100)
 
     def test_what_the_script_of_a_page_asks_for_is_not_worth_a_line(self) -> None:
         script = {"Sec-Fetch-Dest": "empty", "Sec-Fetch-Site": "same-origin"}
