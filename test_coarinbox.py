@@ -1775,7 +1775,7 @@ class ReadRequestTest(unittest.TestCase):
         bodies = [
             post_head(right) + BODY,
             post_head(f"Content-Length:\t{len(BODY)} \t", "Transfer-encoded:") + BODY,
-            post_head("Content-Length: 000" + "0" * 99 + right[16:]) + BODY,
+            post_head("Content-Length: " + "0" * 99 + right[16:]) + BODY,
             *(post_head("transfer-encoding: Chunked") + chunked(BODY, size) for size in (1, 100)),
             post_head(CHUNKED) + chunked(BODY, 100, extension=b' ; name="value"'),
             post_head(CHUNKED) + chunked(BODY, 100, trailer=b"X-Checksum: 1\r\n"),
@@ -1783,9 +1783,6 @@ class ReadRequestTest(unittest.TestCase):
             *(post_to().replace(b"POST", method) for method in (b"GET", b"DELETE", b"PUT")),
         ]
         self.assertEqual([request.body for request in self.read(b"".join(bodies))], [BODY] * 11)
-        largest = BODY + b" " * (4000 - len(BODY))
-        for data in (post_to(body=largest), post_head(CHUNKED) + chunked(largest, 999)):
-            self.assertEqual(self.read_one(data).body, largest)
 
     def test_requests_follow_each_other(self) -> None:
         data = b"\r\n\r\n\nGET / HTTP/1.1\r\n\r\n" + post_to() + b"\r\nGET /x HTTP/1.1\r\n\r\n\r\n"
@@ -1800,80 +1797,74 @@ class ReadRequestTest(unittest.TestCase):
         for data, body in UNFINISHED.items():
             self.assertEqual(self.read(data)[0].body, body)
 
-    def test_malformed_request_lines(self) -> None:
-        for line in (
-            b"GARBAGE\r\n", b"  \r\n", b"GET /\r\n", b"GET / HTTP/1.1 x\r\n",
-            b"GET  / HTTP/1.1\r\n", b"GET\t/\tHTTP/1.1\r\n", b"GET /\x85 HTTP/1.1\r\n",
-            b"GET /\x00 HTTP/1.1\r\n", b"GET / HTTP/x\r\n", b"GET / HTTP/1.11111\r\n",
-            b"GET / HTTP/0.9\r\n", b"GET / HTTP/1.1\n", b"GET / FTP/1.1\r\n",
-        ):  # fmt: skip
-            self.assert_refused(line, 400, "the request line is malformed")
+    def test_what_is_malformed(self) -> None:
+        get, post = b"GET / HTTP/1.1\r\n", post_head(CHUNKED)
+        for reason, requests in {
+            "the request line is malformed": [
+                b"GARBAGE\r\n", b"  \r\n", b"GET /\r\n", b"GET / HTTP/1.1 x\r\n",
+                b"GET  / HTTP/1.1\r\n", b"GET\t/\tHTTP/1.1\r\n", b"GET /\x85 HTTP/1.1\r\n",
+                b"GET /\x00 HTTP/1.1\r\n", b"GET / HTTP/x\r\n", b"GET / HTTP/1.11111\r\n",
+                b"GET / HTTP/0.9\r\n", b"GET / HTTP/1.1\n", b"GET / FTP/1.1\r\n",
+            ],
+            "TLS": [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n"],
+            "header line 1 is malformed": [get + line for line in (
+                b"no colon\r\n", b" folded: x\r\n", b"X: y\n", b"X: y\rContent-Length: 5\r\n",
+                b"X: \x00\r\n", b"X: y\r\r\nContent-Length: 5\r\n", b": y\r\n", b"X\xa0: y\r\n",
+            )],
+            "header line 1 is malformed: b'Host '": [get + b"Host : x\r\n"],
+            "header line 2 is malformed": [get + b"X: y\r\n folded\r\n"],
+            "malformed": [post + chunks for chunks in (
+                b"x\r\n", b"\r\n", b"-5\r\nhello\r\n0\r\n\r\n", b"0x5\r\nhello\r\n0\r\n\r\n",
+                b"5\r\nhello, too long\r\n0\r\n\r\n", b"5\nhello\n0\n\n", b"5" * 17 + b"\r\n",
+                b" 5\r\nhello\r\n0\r\n\r\n", b"5\r\nhello\n0\r\n\r\n", b"5\r\nhelloXX0\r\n\r\n",
+                b"5\r\nhelloX\n0\r\n\r\n", b"5;a\rb\r\nhello\r\n0\r\n\r\n",
+                b"5;\0\r\nhello\r\n0\r\n\r\n", b"5;" + b"x" * 2000 + b"\r\nhello",
+            )],
+        }.items():  # fmt: skip
+            for data in requests:
+                self.assert_refused(data, 400, reason)
         self.assert_refused(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, "not HTTP/2.0")
-        self.assert_refused(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n", 400, "TLS")
-        self.assert_refused(b"GET /" + b"x" * 70_000, 414, "65536")
 
-    def test_malformed_header_lines(self) -> None:
-        for line, name in [
-            (b"no colon\r\n", b""), (b"Host : x\r\n", b"Host "), (b" folded: x\r\n", b""),
-            (b"X: y\n", b"X"), (b"X: y\rContent-Length: 5\r\n", b"X"), (b"X: \x00\r\n", b"X"),
-            (b"X: y\r\r\nContent-Length: 5\r\n", b"X"), (b": y\r\n", b""),
-            (b"From somebody\r\n", b""), (b"X\xa0: y\r\n", b"X\xa0"),
-        ]:  # fmt: skip
-            reason = f"header line 1 is malformed: {name!r}"
-            self.assert_refused(b"GET / HTTP/1.1\r\n" + line, 400, reason)
-        folded = b"GET / HTTP/1.1\r\nX: y\r\n folded\r\n"
-        self.assert_refused(folded, 400, "header line 2 is malformed")
-
-    def test_heads_that_are_too_long(self) -> None:
+    def test_what_is_too_large(self) -> None:
         line, long = b"GET / HTTP/1.1\r\n", b"X: " + b"y" * 995 + b"\r\n"
         for lines, count in ((b"X: y\r\n" * 100, 100), (long * 65, 65)):
             values = self.read_one(line + lines + b"\r\n").headers["x"].split(", ")
             self.assertEqual(len(values), count)
-        self.assert_refused(line + b"X: y\r\n" * 101, 431, "more than 100 header lines")
-        self.assert_refused(line + b"X: " + b"y" * 70_000, 431, "65536")
-        self.assert_refused(line + long * 66, 431, "65536")  # the limit is for all of them
-        self.assert_refused(b"GET /" + b"x" * 60_000 + line[5:] + long * 6, 431, "65536")
-        for trailer in (b"X: y\r\n" * 101, b"X: " + b"y" * 70_000):
-            self.assert_refused(post_head(CHUNKED) + b"0\r\n" + trailer, 431)
+        largest = BODY + b" " * (4000 - len(BODY))
+        for data in (post_to(body=largest), post_head(CHUNKED) + chunked(largest, 999)):
+            self.assertEqual(self.read_one(data).body, largest)
+        for data, status, reason in [
+            (b"GET /" + b"x" * 70_000, 414, "65536"), (line + b"X: " + b"y" * 70_000, 431, "65536"),
+            (line + b"X: y\r\n" * 101, 431, "more than 100 header lines"),
+            (line + long * 66, 431, "65536"),  # the limit is for all of them
+            (b"GET /" + b"x" * 60_000 + line[5:] + long * 6, 431, "65536"),
+            (post_head(CHUNKED) + b"0\r\n" + b"X: y\r\n" * 101, 431, "100 header lines"),
+            (post_head(CHUNKED) + b"0\r\nX: " + b"y" * 70_000, 431, "65536"),
+            (post_head("Content-Length: 4001"), 413, "4000"),
+            (post_head("Content-Length: " + "9" * 5000), 413, "4000"),
+            (post_to(body=largest + b" "), 413, "4000"),
+            (post_head(CHUNKED) + chunked(largest + b" ", 1000), 413, "4000"),
+            (post_head(CHUNKED) + b"fffffffffffffff\r\n", 413, "4000"),
+        ]:  # fmt: skip
+            self.assert_refused(data, status, reason)
 
     def test_lengths_that_are_missing_or_wrong_or_contradict_each_other(self) -> None:
-        self.assert_refused(post_head() + BODY, 411)
-        self.assert_refused(post_head().replace(b"POST", b"PUT"), 411)
         right, wrong = f"Content-Length: {len(BODY)}", f"Content-Length: {len(BODY) + 1}"
+        for verb in (b"POST", b"PUT"):
+            self.assert_refused(post_head().replace(b"POST", verb) + BODY, 411)
         for length in ("-1", "+5", "5.0", "0x5", "1e3", "five", "5, 5", "5 5", "²", "1_000", ""):
             self.assert_refused(post_head(f"Content-Length: {length}") + BODY, 400)
         for lines in ((right, wrong), (right, right)):  # RFC 9110 section 8.6
             self.assert_refused(post_head(*lines) + BODY, 400)
+        codings = "gzip, chunked", "chunked, chunked", "identity", "\x0bchunked", "chunked\xa0", ""
         for head in (
+            *(post_head(f"Transfer-Encoding: {coding}") for coding in codings),
             post_head(right, CHUNKED), post_head(CHUNKED).replace(b"HTTP/1.1", b"HTTP/1.0"),
-            *(post_head(f"Transfer-Encoding: {coding}") for coding in (
-                "gzip, chunked", "chunked, chunked", "identity", "\x0bchunked", "chunked\xa0", "",
-            )),
         ):  # fmt: skip
             self.assert_refused(head + chunked(BODY, 100), 400)
-        smuggled = b"GET /constraints HTTP/1.1\r\nHost: localhost\r\n\r\n"
-        for lengths in (("0", "43"), ("43", "0"), ("x", "0")):
+        for lengths in (("0", "43"), ("43", "0"), ("x", "0")):  # a body that passes for a request
             head = get_head(*(f"Content-Length: {length}" for length in lengths))
-            self.assert_refused(head + smuggled, 400)
-
-    def test_bodies_over_the_limit(self) -> None:
-        large = b"x" * 4001
-        for data in (
-            post_head("Content-Length: 4001"), post_head("Content-Length: " + "9" * 5000),
-            post_to(body=large), post_head(CHUNKED) + chunked(large, 1000),
-            post_head(CHUNKED) + b"fffffffffffffff\r\n",
-        ):  # fmt: skip
-            self.assert_refused(data, 413)
-
-    def test_broken_chunks(self) -> None:
-        for chunks in [
-            b"x\r\n", b"\r\n", b"-5\r\nhello\r\n0\r\n\r\n", b"0x5\r\nhello\r\n0\r\n\r\n",
-            b"5\r\nhello, too long\r\n0\r\n\r\n", b"5\nhello\n0\n\n", b" 5\r\nhello\r\n0\r\n\r\n",
-            b"5\r\nhello\n0\r\n\r\n", b"5\r\nhelloXX0\r\n\r\n", b"5\r\nhelloX\n0\r\n\r\n",
-            b"5;a\rb\r\nhello\r\n0\r\n\r\n", b"5;\0\r\nhello\r\n0\r\n\r\n", b"5" * 17 + b"\r\n",
-            b"5;" + b"x" * 2000 + b"\r\nhello",
-        ]:  # fmt: skip
-            self.assert_refused(post_head(CHUNKED) + chunks, 400, "malformed")
+            self.assert_refused(head + get_head(), 400)
 
 
 class FramingTest(InboxTest):
@@ -1903,12 +1894,9 @@ class FramingTest(InboxTest):
 
     def test_a_refusal_ends_the_connection(self) -> None:
         for data, status in [
-            (post_head(), 411), (post_head("Content-Length: 5, 5") + BODY, 400),
-            (post_head(CHUNKED) + b"x\r\n", 400), (post_head("Content-Length: 4001"), 413),
+            (post_head(), 411), (post_head(CHUNKED) + b"x\r\n", 400), (b"GARBAGE\r\n", 400),
             (post_head("Content-Length: 5000", "Expect: 100-continue"), 413),
             (post_head("Content-Length: 5", "Expect: 100-continue").replace(b"ld+", b"x"), 415),
-            (b"GARBAGE\r\n", 400), (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
-            (b"GET /" + b"x" * 70_000, 414), (get_head(*["X: y"] * 100), 431),
         ]:  # fmt: skip
             with self.subTest(data[:99]):
                 answer = self.ask_raw(data, "read")
