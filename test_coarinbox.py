@@ -735,9 +735,10 @@ class RulesTest(unittest.TestCase):
 class HintsTest(unittest.TestCase):
     """A message says what to write."""
 
-    def message(self, document: Any, member: str) -> str:
-        pointer, found = "/" + member.replace(".", "/"), coarinbox.validate(document)
-        return "\n".join(each.message for each in found if each.pointer == pointer)
+    def fixes(self, document: Any) -> dict[str, str]:
+        """Return what to write, by the dotted name of the member."""
+        findings = coarinbox.validate(document)
+        return {found.pointer[1:].replace("/", "."): found.fix for found in findings}
 
     def test_a_missing_member_is_found_under_a_similar_name(self) -> None:
         for pattern, member, others in [
@@ -755,28 +756,26 @@ class HintsTest(unittest.TestCase):
             parent, dot, name = member.rpartition(".")
             for other in others.split():
                 with self.subTest(pattern, member=member, other=other):
-                    message = self.message(changed(document, parent + dot + other, value), member)
-                    self.assertIn(f"found `{other}`", message)
-                    self.assertIn(f"write `{name}`", message)
+                    fix = self.fixes(changed(document, parent + dot + other, value))[member]
+                    self.assertRegex(fix, f"found `{other}`.*; write `{name}`")
         for member, another in [("id", "type"), ("@context", "context"), ("origin.id", "origin.x")]:
             document = changed(NOTIFICATIONS["Announce Review"], member, ABSENT)
-            self.assertNotIn("found", self.message(changed(document, another, "x"), member))
+            self.assertNotIn("found", self.fixes(changed(document, another, "x"))[member])
 
     def test_a_newcomer_gets_to_a_clean_notification_in_three_attempts(self) -> None:
         types = ["Offer", "RequestReview"]
         first: Any = {"@id": "offer-1", "@type": types, "origin": REPOSITORY["id"]}
-        said = {found.pointer: found.fix for found in coarinbox.validate(first)}
-        self.assertIn("found `@id`; write `id`", said["/id"])
+        fixes = self.fixes(first)
+        self.assertEqual(fixes["id"], "found `@id`; write `id`")
         # All the examples are taken as they are; only the two names are corrected.
         second: Any = {"id": "offer-1", "type": types}
-        second["origin"] = json.loads(said["/origin"][len("write `") : -1])
-        for fix in said.values():
+        second["origin"] = json.loads(fixes["origin"][len("write `") : -1])
+        for fix in fixes.values():
             if fix.startswith('write `"'):
                 second.update(json.loads("{" + fix[len("write `") : -1] + "}"))
-        said = {found.pointer: found.fix for found in coarinbox.validate(second)}
-        self.assertEqual(set(said), {"/id", "/type"})
-        self.assertIn('"urn:uuid:…"', said["/id"])
-        types = json.loads(re.search(r"mean (\[.*?\])", said["/type"])[1])  # type: ignore[index]
+        fixes = self.fixes(second)
+        self.assertEqual((set(fixes), fixes["id"]), ({"id", "type"}, 'write `"urn:uuid:…"`'))
+        types = json.loads(re.search(r"mean (\[.*?\])", fixes["type"])[1])  # type: ignore[index]
         self.assertEqual(coarinbox.validate({**second, "id": OFFER_ID, "type": types}), [])
 
 
@@ -2038,12 +2037,10 @@ class StorageTest(InboxTest):
             return location in self.listed() and self.ask("GET", path_of(location)).body == BODY
 
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            self.assertTrue(all(pool.map(post_and_look, range(40))))
-        names = self.stored()
-        self.assertEqual(len(names), 40)
-        for name in (names[0], names[-1]):
-            moment = time.strptime(name[:15], "%Y%m%d_%H%M%S")
-            self.assertTrue(before <= moment[:6] <= time.gmtime()[:6])
+            self.assertTrue(all(pool.map(post_and_look, range(20))))
+        first, *_, last = (time.strptime(name[:15], "%Y%m%d_%H%M%S") for name in self.stored())
+        self.assertTrue(before <= first[:6] <= last[:6] <= time.gmtime()[:6])
+        self.assertEqual(len(self.listed()), 20)
 
     def test_the_directory_is_the_only_truth(self) -> None:
         names = [f"2020010{day}_000000_" + digit * 32 for day, digit in enumerate("fac", 1)]
@@ -2150,14 +2147,8 @@ class BrokenStoreTest(InboxTest):
         self.assertEqual(self.stored(), [])
 
     def test_a_disk_that_fails_leaves_nothing_behind(self) -> None:
-        failures = ((errno.EIO, 500), (errno.ENOSPC, 507), (errno.EDQUOT, 507))
-        for kind, (number, status) in itertools.product((stat.S_IFREG, stat.S_IFDIR), failures):
-
-            def fsync(descriptor: int, kind: int = kind, number: int = number) -> None:
-                if stat.S_IFMT(os.fstat(descriptor).st_mode) == kind:
-                    raise OSError(number, os.strerror(number))
-
-            with unittest.mock.patch("os.fsync", fsync):
+        for number, status in ((errno.EIO, 500), (errno.ENOSPC, 507), (errno.EDQUOT, 507)):
+            with unittest.mock.patch("os.fsync", side_effect=OSError(number, "it fails")):
                 self.assert_problem(self.post(), status)
             self.assertEqual(files_in(self.server.store.directory), [])
 
@@ -2165,14 +2156,12 @@ class BrokenStoreTest(InboxTest):
         directory, one = self.server.store.directory, "/inbox/20200101_000000_" + "a" * 32
         os.rmdir(directory)
         pathlib.Path(directory).write_text("in the way")
-        for method, path in [
-            ("POST", "/inbox"), ("GET", "/inbox"), ("GET", "/"), ("DELETE", "/inbox"),
-            ("GET", one), ("DELETE", one),
+        for method, path, body in [
+            ("POST", "/inbox", BODY), ("GET", "/inbox", None), ("GET", "/", None),
+            ("DELETE", "/inbox", None), ("GET", one, None), ("DELETE", one, None),
         ]:  # fmt: skip
-            with self.subTest(method, path=path):
-                answer = self.ask(method, path, BODY if method == "POST" else None)
-                reason = f"the store failed: {os.strerror(errno.ENOTDIR)}"
-                self.assertEqual(self.assert_problem(answer, 500)["detail"], reason)
+            problem = self.assert_problem(self.ask(method, path, body), 500)
+            self.assertEqual(problem["detail"], f"the store failed: {os.strerror(errno.ENOTDIR)}")
         os.remove(directory)
         self.assert_serves()
 
@@ -2193,44 +2182,32 @@ class BrokenStoreTest(InboxTest):
             self.assert_problem(self.ask("GET", "/inbox"), 500)
         with unittest.mock.patch.object(self.server.deliveries, "select_lines", select):
             self.assert_problem(self.ask("GET", "/deliveries"), 500)
-            with unittest.mock.patch("coarinbox.TURN", 0):  # the beginning is sent by itself
-                with self.assertRaises(http.client.IncompleteRead):
-                    self.ask("GET", "/deliveries")
+            # With no time for a turn, the beginning is sent by itself.
+            with constants(TURN=0), self.assertRaises(http.client.IncompleteRead):
+                self.ask("GET", "/deliveries")
         self.assertEqual(self.log_lines()[-1], "the store failed: the disk is gone")
         self.assert_serves()
 
-    @unittest.skipUnless(shutil.which("nsenter"), "making a small disk needs util-linux")
-    def test_a_disk_that_is_full_or_read_only(self) -> None:
+    @unittest.skipUnless(shutil.which("unshare"), "making a small disk needs util-linux")
+    def test_a_disk_that_is_full(self) -> None:
         """On a tmpfs of 64 KiB, in a mount namespace of its own."""
+        large = json.dumps({**ACCEPT, "summary": "x" * 10_000}).encode()
         with tempfile.TemporaryDirectory() as directory:
             command = [*on_small_disk("size=64k", directory), "--store", f"{directory}/store"]
             with running(command) as inbox:
-
-                def listed() -> int:
-                    return len(inbox.ask("GET", "/inbox").json()["ldp:contains"])
-
-                large = json.dumps({**ACCEPT, "summary": "x" * 10_000}).encode()
                 answers = [inbox.ask("POST", "/inbox", large) for _ in range(20)]
                 stored = [answer.status for answer in answers].count(201)
                 self.assertGreater(stored, 2)
-                for answer in answers[:stored]:
-                    path = path_of(answer.headers["Location"])
-                    self.assertEqual(inbox.ask("GET", path).body, large)
                 for answer in answers[stored:]:
                     self.assert_problem(answer, 507)
-                self.assertEqual(listed(), stored)
-
-                self.assertEqual(inbox.ask("DELETE", path).status, 204)
+                paths = [path_of(answer.headers["Location"]) for answer in answers[:stored]]
+                listed = inbox.ask("GET", "/inbox").json()["ldp:contains"]
+                self.assertEqual([path_of(entry["@id"]) for entry in listed], sorted(paths))
+                self.assertEqual(inbox.ask("GET", paths[-1]).body, large)
+                self.assertEqual(inbox.ask("DELETE", paths[-1]).status, 204)
                 self.assertEqual(inbox.ask("POST", "/inbox", large).status, 201)
                 (newest, *_) = inbox.ask("GET", "/deliveries").json()["deliveries"]
                 self.assertEqual(newest["status"], 201)  # a torn line before it does no harm
-                self.assertEqual(inbox.ask("DELETE", "/inbox").status, 204)
-                inside = ["nsenter", "--user", "--mount", "--preserve-credentials", "--target"]
-                for mode, status in (("ro", 500), ("rw", 201)):
-                    remount = [str(inbox.process.pid), "mount", "-o", f"remount,{mode}", directory]
-                    subprocess.run(inside + remount, check=True, timeout=20)
-                    self.assertEqual(inbox.ask("POST", "/inbox", ACCEPT).status, status)
-                self.assertEqual(listed(), 1)
 
 
 def on_small_disk(options: str, directory: Any) -> list[str]:
