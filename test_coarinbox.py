@@ -1015,15 +1015,6 @@ class ModesTest(unittest.TestCase):
     FAULTY = altered("Accept", actor=ABSENT, target__inbox=ABSENT)  # levels S and M
     INVALID = changed(FAULTY, "origin", ABSENT)  # levels S, M and E
 
-    def test_names_in_any_case(self) -> None:
-        for value, mode in [
-            (True, True), (False, False), ("Strict", "strict"), ("dspace", "DSpace"), ("", None),
-            ("SOFTWARE HERITAGE", "Software Heritage"), ("COARNOTIFY", "coarnotify"),
-            ("lax", None), (1, None), (None, None),
-        ]:  # fmt: skip
-            found = coarinbox.mode_of(value)
-            self.assertEqual((found, type(found)), (mode, type(mode)), value)
-
     def test_what_each_mode_refuses_and_warns_about(self) -> None:
         for mode, document, errors, warnings in [
             (True, self.FAULTY, "", "MS"), (True, self.INVALID, "E", "MS"), (True, [], "E", ""),
@@ -1404,14 +1395,13 @@ class ResourcesTest(InboxTest):
     def test_head_is_get_without_the_body(self) -> None:
         location = path_of(self.post().headers["Location"])
         for path in ("/", "/inbox", location, "/constraints", "/deliveries", "/nothing"):
-            with self.subTest(path):
-                got, head = self.ask("GET", path), self.ask("HEAD", path)
-                self.assertEqual((head.status, head.body), (got.status, b""))
-                self.assertEqual(int(head.headers["Content-Length"]), len(got.body))
-                for name in ("Content-Type", "Link", "Vary"):
-                    self.assertEqual(head.headers[name], got.headers[name])
-                self.assertTrue(head.headers["Date"])  # RFC 9110 section 6.6.1
-                self.assertEqual(head.headers["Server"], f"coarinbox/{coarinbox.__version__}")
+            got, head = self.ask("GET", path), self.ask("HEAD", path)
+            self.assertEqual((head.status, head.body), (got.status, b""))
+            self.assertEqual(int(head.headers["Content-Length"]), len(got.body))
+            for name in ("Content-Type", "Link", "Vary"):
+                self.assertEqual(head.headers[name], got.headers[name], path)
+            self.assertTrue(head.headers["Date"])  # RFC 9110 section 6.6.1
+            self.assertEqual(head.headers["Server"], f"coarinbox/{coarinbox.__version__}")
         with connect(self.server, get_head("Connection: close").replace(b"GET", b"HEAD")) as client:
             received = b"".join(iter(lambda: client.recv(65536), b""))
         self.assertEqual(received.index(b"\r\n\r\n"), len(received) - 4)
@@ -1440,11 +1430,10 @@ class ResourcesTest(InboxTest):
             ("/inbox", "GET, POST, DELETE"), (location, "GET, DELETE"),
         ]:  # fmt: skip
             for method in ("OPTIONS", "PUT", "PATCH", "TRACE", "get"):
-                with self.subTest(path, method=method):
-                    answer = self.ask(method, path)
-                    allowed = set(answer.headers["Allow"].split(", "))
-                    self.assertEqual(allowed, {*works.split(", "), "HEAD", "OPTIONS"})
-                    self.assertEqual(answer.status, 204 if method == "OPTIONS" else 405)
+                answer = self.ask(method, path)
+                allowed = set(answer.headers["Allow"].split(", "))
+                self.assertEqual(allowed, {*works.split(", "), "HEAD", "OPTIONS"})
+                self.assertEqual(answer.status, 204 if method == "OPTIONS" else 405, path)
         self.assert_problem(self.ask("POST", location, BODY), 405)
         self.assert_problem(self.ask("BREW", "/nothing"), 404)
 
@@ -1456,21 +1445,10 @@ class ResourcesTest(InboxTest):
             name.upper(), name + "%00", name + "/", name + "/x", "sub/" + name, "%5c" + name,
             "./" + name, "..;/" + name, "x" * 5000, name[:-1], name + "0", "\\" + name,
         ]:  # fmt: skip
-            with self.subTest(other[:99]):
-                for method in (b"GET", b"DELETE"):
-                    head = get_head(target=f"/inbox/{other}").replace(b"GET", method, 1)
-                    self.assert_problem(self.ask_raw(head), 404)
+            for method in (b"GET", b"DELETE"):
+                head = get_head(target=f"/inbox/{other}").replace(b"GET", method, 1)
+                self.assert_problem(self.ask_raw(head), 404)
         self.assertEqual(self.stored(), [name])
-
-    def test_the_request_line_may_hold_a_whole_url_and_doubled_slashes(self) -> None:
-        for target, status in [
-            ("http://localhost", 200), ("http://localhost?q=x", 200), ("http://evil.example/", 421),
-            ("HTTP://localhost/inbox?close=1", 200),
-        ]:  # fmt: skip
-            self.assertEqual(self.ask_raw(get_head(target=target)).status, status)
-        for path in (b"//inbox", b"///inbox/", b"http://localhost//inbox"):
-            self.assertEqual(self.ask_raw(post_to().replace(b"/inbox", path, 1)).status, 201)
-        self.assertEqual(len(self.ask("GET", "/deliveries").json()["deliveries"]), 3)
 
     def test_a_notification_is_json_ld_but_for_those_who_prefer_html(self) -> None:
         location = path_of(self.post(changed(ACCEPT, "summary", "<b>&")).headers["Location"])
@@ -1532,6 +1510,7 @@ class HostTest(InboxTest):
         for host in ("evil.example", "localhost.evil.example", "10.0.0.1", "notlocalhost", "[::2]"):
             problem = self.assert_problem(self.post(Host=host), 421)
             self.assertIn("BASE_URL", problem["detail"])
+        self.assert_problem(self.ask_raw(get_head(target="http://evil.example/")), 421)
         self.assertEqual(self.stored(), [])
 
     def test_a_malformed_host_is_refused(self) -> None:
@@ -1631,8 +1610,8 @@ class BadBodyTest(InboxTest):
             ],
         }.items():  # fmt: skip
             for body in bodies:
-                with self.subTest(body[:99]):
-                    self.assertIn(says, self.assert_problem(self.post(body), 400)["detail"])
+                problem = self.assert_problem(self.post(body), 400)
+                self.assertIn(says, problem["detail"], body[:99])
         self.assertEqual(self.stored(), [])
 
     def test_every_byte_is_kept(self) -> None:
@@ -1650,17 +1629,15 @@ class BadBodyTest(InboxTest):
     def test_the_wrong_type_or_coding(self) -> None:
         for name, helpful, advice, values in [
             ("Content-Type", "Accept-Post", "application/ld+json, ", [
-                "text/plain", "text/html", "", "application/xml", "application/jsonld", "json",
-                "application/+json", "multipart/form-data; boundary=x", "image/svg+json",
+                "text/plain", "", "application/jsonld", "json", "application/+json", "text/x+json",
             ]),
-            ("Content-Encoding", "Accept-Encoding", "identity", ["gzip", "br", "identity, br"]),
+            ("Content-Encoding", "Accept-Encoding", "identity", ["gzip", "identity, br"]),
         ]:  # fmt: skip
             for value in values:
-                with self.subTest(name, value=value):
-                    answer = self.ask("POST", "/inbox", BODY, {name: value})
-                    self.assert_problem(answer, 415)
-                    self.assertIn("constrainedBy", answer.headers["Link"])
-                    self.assertIn(advice, answer.headers[helpful])
+                answer = self.ask("POST", "/inbox", BODY, {name: value})
+                self.assert_problem(answer, 415)
+                self.assertIn("constrainedBy", answer.headers["Link"])
+                self.assertIn(advice, answer.headers[helpful])
         untyped = post_to().replace(f"Content-Type: {JSON_LD}\r\n".encode(), b"")
         problem = self.assert_problem(self.ask_raw(untyped), 415)
         self.assertIn("Content-Type is missing,", problem["detail"])
@@ -1877,10 +1854,9 @@ class FramingTest(InboxTest):
             (post_head("Content-Length: 5000", "Expect: 100-continue"), 413),
             (post_head("Content-Length: 5", "Expect: 100-continue").replace(b"ld+", b"x"), 415),
         ]:  # fmt: skip
-            with self.subTest(data[:99]):
-                answer = self.ask_raw(data, "read")
-                self.assert_problem(answer, status)
-                self.assertEqual(answer.headers["Connection"], "close")
+            answer = self.ask_raw(data, "read")
+            self.assert_problem(answer, status)
+            self.assertEqual(answer.headers["Connection"], "close")
         self.assertEqual(self.stored(), [])
         raw(self.server, (post_head(CHUNKED) + chunked(BODY, 100)) * 2, "half-close")
         self.assertEqual([fetch(url).body for url in self.listed()], [BODY, BODY])
@@ -1947,9 +1923,8 @@ class StallTest(InboxTest):
             answers = list(pool.map(lambda data: raw(self.server, data), stalled))
         self.assertEqual(answers[-2:], [[], []])
         for data, (answer,) in zip(UNFINISHED, answers):
-            with self.subTest(data):
-                self.assert_problem(answer, 408)
-                self.assertEqual(answer.headers["Connection"], "close")
+            self.assert_problem(answer, 408)
+            self.assertEqual(answer.headers["Connection"], "close", data)
         self.assertEqual(self.stored(), [])
         deliveries = self.ask("GET", "/deliveries").json()["deliveries"]
         self.assertEqual([each["status"] for each in deliveries], [408] * len(UNFINISHED))
