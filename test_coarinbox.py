@@ -803,11 +803,7 @@ NO_URIS += ["", *(f"https://example.org/{rest}" for rest in (
 
 
 class TextTest(unittest.TestCase):
-    """Numbers, characters, and URIs."""
-
-    def test_numbers_are_what_they_were_written_as(self) -> None:
-        found = coarinbox.parse(b"[1, -2, 1.5, 1e2, 9007199254740993]")
-        self.assertEqual(repr(found), "[1, -2, 1.5, 100.0, 9007199254740993]")
+    """Characters and URIs."""
 
     def test_what_shows_nothing_is_escaped(self) -> None:
         for text in ("plain", "Ünïcödé 漢字", "a b", "", "\N{CHECK MARK}"):
@@ -1186,24 +1182,12 @@ class CoarnotifyTest(unittest.TestCase):
 class PropertiesTest(unittest.TestCase):
     """What holds for any document that is nearly a notification."""
 
-    def nearly_notifications(self, source: random.Random) -> Iterator[Any]:
-        for _ in range(300):
-            document = source.choice([*NOTIFICATIONS.values()])
-            for member in source.choices(members(document), k=3):
-                value = source.choice([*VALUES, *TYPES, *URIS, *NOTIFICATIONS.values()])
-                with contextlib.suppress(KeyError, TypeError):  # its parent is no object now
-                    document = changed(document, member, value)
-            yield document
-
     def test_it_is_judged_whatever_it_holds_in_any_order_and_is_not_changed(self) -> None:
-        source = random.Random(1)
-        for document in self.nearly_notifications(source):
+        for document, _ in itertools.islice(mutations(), 0, None, 20):
             before, findings = repr(document), coarinbox.validate(document)
-            self.assertEqual(repr(document), before)
-            shuffled = dict(source.sample([*document.items()], len(document)))
-            self.assertEqual(coarinbox.validate(shuffled), findings)
-            arrival = coarinbox.Arrival(source.choice([JSON_LD, "x/y"]), ["http://a.example/"], "x")
-            for mode in ("DSpace", "PREreview", "Software Heritage"):
+            self.assertEqual(coarinbox.validate(dict(reversed(document.items()))), findings)
+            for mode, media_type in (("DSpace", "x/y"), ("PCI", JSON_LD), ("PREreview", JSON_LD)):
+                arrival = coarinbox.Arrival(media_type, ["http://a.example/"], "20261125_120000")
                 errors, warnings = coarinbox.assess(document, mode, arrival)
                 for found in errors + warnings:
                     self.assertTrue(found.message.endswith(found.fix))
@@ -1213,6 +1197,7 @@ class PropertiesTest(unittest.TestCase):
                 for found in warnings:
                     self.assertNotEqual(found.level, E)
                     self.assertNotIn(mode, found.refused_by)
+            self.assertEqual(repr(document), before)
 
 
 # --- Samples and replies -------------------------------------------------------------------------
@@ -1691,11 +1676,8 @@ class ReadRequestTest(unittest.TestCase):
         sizes = (len(data), 7, 1) if len(data) < 10_000 else (len(data), 997)
         whole, *others = (read_requests(data, size) for size in sizes)
         for requests in others:
-            self.assertEqual([*map(self.describe, requests)], [*map(self.describe, whole)])
+            self.assertEqual(repr([*map(vars, requests)]), repr([*map(vars, whole)]))
         return whole
-
-    def describe(self, request: coarinbox.Request) -> str:
-        return f"{vars(request)} {request.problem}"
 
     def read_one(self, data: bytes) -> coarinbox.Request:
         (request,) = self.read(data)
