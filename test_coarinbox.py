@@ -299,7 +299,7 @@ def path_of(url: str) -> str:
 
 def utc_now() -> str:
     now = datetime.datetime.now(datetime.timezone.utc)
-    return now.strftime("%Y-%m-%dT%H:%M:%S.") + f"{now.microsecond // 1000:03}Z"
+    return now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def files_in(store: Any) -> list[str]:
@@ -376,8 +376,9 @@ class InboxTest(unittest.TestCase):
         return self.ask("POST", "/inbox", document, names)
 
     def stored(self) -> list[str]:
-        files = files_in(self.server.store.directory)
-        return [name[: -len(".json")] for name in files if name.endswith(".json")]
+        return sorted(
+            file.stem for file in pathlib.Path(self.server.store.directory).glob("*.json")
+        )
 
     def listed(self) -> list[str]:
         return [entry["@id"] for entry in self.ask("GET", "/inbox").json()["ldp:contains"]]
@@ -456,7 +457,6 @@ WRONG: dict[str, list[Any]] = {
         ("origin.inbox", "http-uri", M, "mailto:inbox@example.org"), ("target", "object", E, []),
         ("target.id", "http-uri", E, 7), ("target.type", "strings", M, ["Service", ["Service"]]),
         ("target.type", "service", S, "Person"), ("target.inbox", "http-uri", M, "/inbox"),
-        ("target.inbox", "http-uri", M, "http://a\n", "remove the white space; write `http://a`"),
         ("target.inbox", "http-uri", M, {"id": "http://a.example/"}, "write `http://a.example/`"),
         ("target.inbox", "http-uri", M, "localhost:80/", "write `http://localhost:80/`"),
         ("object", "object", E, OFFER_ID, WHOLE_OFFER),
@@ -483,6 +483,7 @@ WRONG: dict[str, list[Any]] = {
     "Announce Relationship": [
         ("context.id", "required", E, ABSENT, f'write `"id": "{PREPRINT["id"]}"`'),
         ("context.id", "equals-object.as:object", M, "http://a.example/1"),
+        ("object", "object", E, 5, '"type": "Relationship", "as:subject": "https://…"'),
         ("object.type", "as2-object", E, "relationship", "write `Relationship`"),
         ("object.as:object", "absolute-uri", E, {}), ("object.as:subject", "absolute-uri", E, "x"),
         ("object.as:relationship", "absolute-uri", E, "supplement"),
@@ -1446,16 +1447,15 @@ class ResourcesTest(InboxTest):
             (False, "text/html, application/json"), (False, "text/html;q=0.5, application/*"),
             (False, "text/html;q=0.001, */*;q=0.01"),
         ]):  # fmt: skip
-            with self.subTest(accept, path=path):
-                answer = self.ask("GET", path, headers={"Accept": accept})
-                content_type = "text/html; charset=utf-8" if is_page else JSON_LD
-                self.assertEqual(answer.headers["Content-Type"], content_type)
-                self.assertEqual(answer.headers["Vary"], "Accept, Origin")
-                self.assertEqual(answer.headers["X-Content-Type-Options"], "nosniff")
-                if is_page:
-                    self.assertNotIn(b"<b>&", answer.body)
-                    self.assertIn("default-src 'none'", answer.headers["Content-Security-Policy"])
-                    self.assertEqual(answer.headers["Referrer-Policy"], "same-origin")
+            answer = self.ask("GET", path, headers={"Accept": accept})
+            content_type = "text/html; charset=utf-8" if is_page else JSON_LD
+            self.assertEqual(answer.headers["Content-Type"], content_type, (path, accept))
+            self.assertEqual(answer.headers["Vary"], "Accept, Origin")
+            self.assertEqual(answer.headers["X-Content-Type-Options"], "nosniff")
+            if is_page:
+                self.assertNotIn(b"<b>&", answer.body)
+                self.assertIn("default-src 'none'", answer.headers["Content-Security-Policy"])
+                self.assertEqual(answer.headers["Referrer-Policy"], "same-origin")
 
     def test_the_constraints_are_the_rules(self) -> None:
         listed = self.ask("GET", "/constraints").json()
@@ -1464,10 +1464,6 @@ class ResourcesTest(InboxTest):
         self.assertEqual(listed["specification"], SPECIFICATION)
         words = {level: meaning["word"] for level, meaning in listed["levels"].items()}
         self.assertEqual((words, listed["refused"]), ({E: "error", M: "must", S: "should"}, ["E"]))
-        self.assertEqual(listed["constraints"][1], {
-            "code": "notification-object", "member": "", "demand": "be an object",
-            "levels": dict.fromkeys(NOTIFICATIONS, "E"), "refused_by": [],
-        })  # fmt: skip
         page = self.ask("GET", "/constraints", headers={"Accept": "text/html"}).body.decode()
         self.assertIn("<title>Request Review · coarinbox</title>", page)
 
@@ -1571,18 +1567,13 @@ class BadBodyTest(InboxTest):
     def test_a_body_that_is_no_notification_is_refused_and_not_stored(self) -> None:
         for says, bodies in {
             "the body is empty": [b""],
-            "the body is not JSON": [
-                b" ", b"{", b"{}{}", b"{'id': 1}", b"<rdf/>", b'{"a": 1,}', b"\0", b"nul",
-            ],
-            "not UTF-8": [
-                b'{"id": "\xff"}', b'"\xc3"', b"\xed\xa0\x80", BODY.decode().encode("utf-16"),
-            ],
+            "the body is not JSON": [b" ", b"{", b"{}{}", b"{'id': 1}", b'{"a": 1,}', b"\0"],
+            "not UTF-8": [b'{"id": "\xff"}', b"\xed\xa0\x80", BODY.decode().encode("utf-16")],
             "byte order mark": [b"\xef\xbb\xbf" + BODY],
             "NaN is not JSON": [b'{"id": NaN}'],
             "Infinity is not JSON": [b'{"id": Infinity}', b'{"id": -Infinity}'],
             "too large": [  # which receivers disagree about
-                b'{"id": %s}' % number
-                for number in (b"9" * 5000, b"-" + b"9" * 5000, b"1e400", b"9" * 10**5)
+                b'{"id": %s}' % number for number in (b"9" * 10**5, b"-" + b"9" * 5000, b"1e400")
             ],
             "the document is nested more than 100 levels deep": [
                 start * depth + b"1" + end * depth
@@ -1590,8 +1581,7 @@ class BadBodyTest(InboxTest):
             ],
             "": [b"[" * 101, b"[" * 100_000, b'{"":' * 100_000],
             "not a valid notification": [
-                b"null", b"true", b"5", b'"text"', b"[]", b"[1]", b"[%s]" % BODY,
-                json.dumps(BODY.decode()).encode(),
+                b"null", b"5", b"[]", b"[%s]" % BODY, json.dumps(BODY.decode()).encode(),
             ],
         }.items():  # fmt: skip
             for body in bodies:
@@ -2084,9 +2074,11 @@ class BrokenStoreTest(InboxTest):
 
     def test_a_disk_that_fails_leaves_nothing_behind(self) -> None:
         for number, status in ((errno.EIO, 500), (errno.ENOSPC, 507), (errno.EDQUOT, 507)):
-            with unittest.mock.patch("os.fsync", side_effect=OSError(number, "it fails")):
-                self.assert_problem(self.post(), status)
-            self.assertEqual(files_in(self.server.store.directory), [])
+            error = OSError(number, "it fails")
+            for results in ([error, None], [None, error]):  # for the file, then for its directory
+                with unittest.mock.patch("os.fsync", side_effect=results):
+                    self.assert_problem(self.post(), status)
+                self.assertEqual(files_in(self.server.store.directory), [])
 
     def test_a_file_where_the_store_should_be(self) -> None:
         directory, one = self.server.store.directory, "/inbox/20200101_000000_" + "a" * 32
