@@ -984,9 +984,6 @@ class ReceiversTest(unittest.TestCase):
         ((error,), warnings) = coarinbox.assess(document, "PREreview")
         self.assertEqual((error.level, error.pointer), (S, "/origin/type"))
         self.assertEqual((error.refused_by, warnings), (("PREreview",), []))
-        for receiver in coarinbox.RECEIVERS:  # level E is refused by all
-            errors, _ = coarinbox.assess(offer(origin=ABSENT), receiver.name)
-            self.assertEqual([each.code for each in errors], ["origin-required"])
 
     def test_another_inbox_than_where_it_was_posted(self) -> None:
         http, https = "http://a.example/inbox", "https://a.example/inbox"
@@ -1762,7 +1759,8 @@ class ReadRequestTest(unittest.TestCase):
         for data in (post_to(body=largest), post_head(CHUNKED) + chunked(largest, 999)):
             self.assertEqual(self.read_one(data).body, largest)
         for data, status, reason in [
-            (b"GET /" + b"x" * 70_000, 414, "65536"), (line + b"X: " + b"y" * 70_000, 431, "65536"),
+            (b"GET /".ljust(65536, b"x"), 414, "65536"),
+            (line + b"X: ".ljust(65536, b"y"), 431, "65536"),
             (line + b"X: y\r\n" * 101, 431, "more than 100 header lines"),
             (line + long * 66, 431, "65536"),  # the limit is for all of them
             (b"GET /" + b"x" * 60_000 + line[5:] + long * 6, 431, "65536"),
