@@ -94,7 +94,8 @@ RELATIONSHIP = {
     "as:relationship": "http://purl.org/vocab/frbr/core#supplement",
     "as:object": PREPRINT["id"], "ietf:cite-as": "https://doi.org/10.5555/1",
 }
-REQUEST = {"origin": REPOSITORY, "target": JOURNAL, "actor": AUTHOR, "object": PREPRINT}
+REQUEST: dict[str, Any] = {
+    "origin": REPOSITORY, "target": JOURNAL, "actor": AUTHOR, "object": PREPRINT}
 REVIEW_OFFER, ENDORSEMENT_OFFER = (
     {"id": OFFER_ID, "type": ["Offer", f"coar-notify:{action}"], **REQUEST}
     for action in ("ReviewAction", "EndorsementAction")
@@ -102,31 +103,24 @@ REVIEW_OFFER, ENDORSEMENT_OFFER = (
 ANSWER = {"origin": JOURNAL, "target": REPOSITORY, "actor": EDITORS,
           "inReplyTo": OFFER_ID, "object": REVIEW_OFFER}
 RESULT = {**ANSWER, "context": PREPRINT, "object": REVIEW}
-
-
-def notification(*types: str, **members: Any) -> Any:
-    type_ = types[0] if len(types) == 1 else list(types)
-    return {"@context": [*NAMESPACES], "id": f"urn:uuid:{UUID}", "type": type_, **members}
-
-
 # One notification of each pattern, without any fault.
 NOTIFICATIONS: dict[str, Any] = {
-    "Accept": notification("Accept", **ANSWER),
-    "Announce Endorsement": notification("Announce", "coar-notify:EndorsementAction", **RESULT),
-    "Announce Relationship": notification(
-        "Announce", "coar-notify:RelationshipAction", **{**RESULT, "object": RELATIONSHIP}),
-    "Announce Review": notification("Announce", "coar-notify:ReviewAction", **RESULT),
-    "Announce Service Result": notification("Announce", **RESULT),
-    "Reject": notification("Reject", **ANSWER),
-    "Request Endorsement": {**notification(), **ENDORSEMENT_OFFER},
-    "Request Review": {**notification(), **REVIEW_OFFER},
-    "Tentatively Accept": notification("TentativeAccept", **ANSWER),
-    "Tentatively Reject": notification("TentativeReject", **ANSWER),
-    "Unprocessable Notification": notification(
-        "Flag", "coar-notify:UnprocessableNotification", summary="It answers with 404.",
-        **{**ANSWER, "object": {"id": OFFER_ID}}),
-    "Undo Offer": notification(
-        "Undo", inReplyTo=OFFER_ID, **{**REQUEST, "object": ENDORSEMENT_OFFER}),
+    name: {"@context": [*NAMESPACES], "id": f"urn:uuid:{UUID}", "type": types, **members}
+    for name, types, members in [
+        ("Accept", "Accept", ANSWER),
+        ("Announce Endorsement", ["Announce", "coar-notify:EndorsementAction"], RESULT),
+        ("Announce Relationship", ["Announce", "coar-notify:RelationshipAction"],
+         {**RESULT, "object": RELATIONSHIP}),
+        ("Announce Review", ["Announce", "coar-notify:ReviewAction"], RESULT),
+        ("Announce Service Result", "Announce", RESULT), ("Reject", "Reject", ANSWER),
+        ("Request Endorsement", ENDORSEMENT_OFFER["type"], ENDORSEMENT_OFFER),
+        ("Request Review", REVIEW_OFFER["type"], REVIEW_OFFER),
+        ("Tentatively Accept", "TentativeAccept", ANSWER),
+        ("Tentatively Reject", "TentativeReject", ANSWER),
+        ("Unprocessable Notification", ["Flag", "coar-notify:UnprocessableNotification"],
+         {**ANSWER, "object": {"id": OFFER_ID}, "summary": "It answers with 404."}),
+        ("Undo Offer", "Undo", {**REQUEST, "inReplyTo": OFFER_ID, "object": ENDORSEMENT_OFFER}),
+    ]
 }
 # fmt: on
 
