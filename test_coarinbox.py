@@ -1845,15 +1845,6 @@ class FramingTest(InboxTest):
                 self.assertEqual(connection.recv(25), b"HTTP/1.1 100 Continue\r\n\r\n")
                 self.assertEqual(answer_on(connection).status, 201)
 
-    def test_a_client_that_resets_the_connection_leaves_no_traceback(self) -> None:
-        for data in (b"POST /in", post_head("Content-Length: 99"), post_head(), b""):
-            connection = connect(self.server, data)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-            connection.close()
-        self.assert_serves()
-        self.server.server_close()  # waits for the connections above
-        self.assertFalse([line for line in self.log if line.exc_info])
-
 
 class StallTest(InboxTest):
     """Clients that do not go on: `REQUEST_TIMEOUT` ends them."""
