@@ -904,13 +904,15 @@ class FieldCasesTest(unittest.TestCase):
 # --- Receivers and modes -------------------------------------------------------------------------
 
 
+RECEIVERS = ["DSpace", "EPrints", "PCI", "PREreview", "Software Heritage"]
+
+
 class ReceiversTest(unittest.TestCase):
     """What production receivers refuse, and what an inbox that plays one of them does."""
 
     def test_each_is_listed_with_a_source_and_refuses_by_codes_of_rules(self) -> None:
         codes = {rule["code"] for rule in coarinbox.constraints()} | {"content-type-exact"}
-        names = ["DSpace", "EPrints", "PCI", "PREreview", "Software Heritage"]
-        self.assertEqual([each["name"] for each in coarinbox.receivers()], names)
+        self.assertEqual([each["name"] for each in coarinbox.receivers()], RECEIVERS)
         for receiver in coarinbox.RECEIVERS:
             self.assertTrue(receiver.source.startswith("https://"))
             for refusal in receiver.refusals:
@@ -918,26 +920,23 @@ class ReceiversTest(unittest.TestCase):
                 self.assertLessEqual(set(refusal.codes), codes, refusal.what)
 
     def test_each_receiver_plays_its_part(self) -> None:
-        url = JOURNAL["inbox"]
-        exact = coarinbox.Arrival(JSON_LD, [url])
-        profile = coarinbox.Arrival("Application/LD+JSON ;profile=x", [url])
-        plain = coarinbox.Arrival("application/json; charset=utf-8", [url])
-        again = coarinbox.Arrival(JSON_LD, [url], "20261125_120000")
-        elsewhere = coarinbox.Arrival(JSON_LD, ["http://localhost:5005/inbox"])
+        exact = coarinbox.Arrival(JSON_LD, [JOURNAL["inbox"]])
+        plain = exact._replace(content_type="application/json; charset=utf-8")
+        profile = exact._replace(content_type="Application/LD+JSON ;profile=x")
         for document, arrival, refusing in [
             (offer(), exact, ""),
             (offer(object__type="sorg:AboutPage"), exact, ""),  # level M
             (offer(), profile, "EPrints 415"),
             (offer(), plain, "DSpace 415, EPrints 415, PCI 415"),
-            (offer(), again, "PCI 400, Software Heritage 400"),
-            (offer(), elsewhere, "Software Heritage 400"),
+            (offer(), exact._replace(known_as="20261125"), "PCI 400, Software Heritage 400"),
+            (offer(), exact._replace(posted_to=["http://a.example/"]), "Software Heritage 400"),
             (offer(id="https://a.example/1"), exact, "Software Heritage 400"),
             (offer(id="tag:a.example,2026:1"), exact, "DSpace 400, Software Heritage 400"),
             (offer(id=f"urn:uuid:{UUID.replace('-', '')}"), exact, "DSpace 400"),
             (offer(type=["Offer", "coar-notify:ReviewAction", "ReviewRequest"]), exact,
              "Software Heritage 400"),
             (altered("Announce Review", type=["Announce", "ReviewAction"]),
-             coarinbox.Arrival(JSON_LD, [REPOSITORY["inbox"]]), "Software Heritage 400"),
+             exact._replace(posted_to=[REPOSITORY["inbox"]]), "Software Heritage 400"),
             (offer(actor=ABSENT), exact, "PCI 400, PREreview 400"),
             (offer(object__cite_as=ABSENT), exact, "PCI 400"),
             (offer(origin__inbox=ABSENT), exact, "PCI 400"),
@@ -946,12 +945,9 @@ class ReceiversTest(unittest.TestCase):
             (offer(target__type=["Service"]), exact, "PREreview 400"),
         ]:  # fmt: skip
             with self.subTest(refusing, document=document):
-                played = (
-                    (each.name, coarinbox.assess(document, each.name, arrival))
-                    for each in coarinbox.RECEIVERS
-                )
-                refused = [f"{name} {found.status}" for name, found in played if found.errors]
-                self.assertEqual(", ".join(refused), refusing)
+                played = {name: coarinbox.assess(document, name, arrival) for name in RECEIVERS}
+                statuses = [f"{name} {each.status}" for name, each in played.items() if each.errors]
+                self.assertEqual(", ".join(statuses), refusing)
                 for mode in (True, "strict")[: 2 if refusing else 1]:
                     self.assertEqual(coarinbox.assess(document, mode, arrival).errors, [])
 
@@ -987,12 +983,13 @@ class ModesTest(unittest.TestCase):
     INVALID = changed(FAULTY, "origin", ABSENT)  # levels S, M and E
 
     def test_what_each_mode_refuses_and_warns_about(self) -> None:
-        for mode, document, errors, warnings in [
+        examples: list[tuple[bool | str, Any, str, str]] = [
             (True, self.FAULTY, "", "MS"), (True, self.INVALID, "E", "MS"), (True, [], "E", ""),
             ("strict", self.FAULTY, "M", "S"), ("strict", self.INVALID, "EM", "S"),
             (False, self.INVALID, "", "EMS"), (False, [ACCEPT], "", "E"), (False, [], "", "E"),
             (False, "text", "E", ""), ("PCI", 5, "E", ""),
-        ]:  # fmt: skip
+        ]  # fmt: skip
+        for mode, document, errors, warnings in examples:
             with self.subTest(mode=mode, document=document):
                 assessed = coarinbox.assess(document, mode)
                 levels = ["".join(sorted(each.level for each in found)) for found in assessed]
