@@ -1491,8 +1491,10 @@ class HostTest(InboxTest):
 
 
 class LogTest(InboxTest):
-    def test_each_finding_has_a_line_for_clients_that_hide_the_answer(self) -> None:
-        self.post(ModesTest.INVALID)
+    def test_each_finding_is_answered_and_has_a_line_for_clients_that_hide_the_answer(self) -> None:
+        problem = self.assert_problem(self.post(ModesTest.INVALID), 400)
+        for name, levels in (("errors", [E]), ("warnings", [M, S])):
+            self.assertEqual([each["level"] for each in problem[name]], levels)
         delivery, *lines = self.log_lines()
         (name,) = (each["name"] for each in self.ask("GET", "/deliveries").json()["deliveries"])
         page = f"{self.server.base}/deliveries/{name}"
