@@ -909,14 +909,11 @@ RECEIVERS = ["DSpace", "EPrints", "PCI", "PREreview", "Software Heritage"]
 class ReceiversTest(unittest.TestCase):
     """What production receivers refuse, and what an inbox that plays one of them does."""
 
-    def test_each_is_listed_with_a_source_and_refuses_by_codes_of_rules(self) -> None:
-        codes = {rule["code"] for rule in coarinbox.constraints()} | {"content-type-exact"}
+    def test_they_are_listed_and_refuse_by_codes_of_rules(self) -> None:
         self.assertEqual([each["name"] for each in coarinbox.receivers()], RECEIVERS)
-        for receiver in coarinbox.RECEIVERS:
-            self.assertTrue(receiver.source.startswith("https://"))
-            for refusal in receiver.refusals:
-                self.assertTrue(refusal.codes or refusal.rules)
-                self.assertLessEqual(set(refusal.codes), codes, refusal.what)
+        known = {rule["code"] for rule in coarinbox.constraints()} | {"content-type-exact"}
+        for refusal in itertools.chain(*(each.refusals for each in coarinbox.RECEIVERS)):
+            self.assertLessEqual(set(refusal.codes), known, refusal.what)
 
     def test_each_receiver_plays_its_part(self) -> None:
         exact = coarinbox.Arrival(JSON_LD, [JOURNAL["inbox"]])
