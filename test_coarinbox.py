@@ -602,6 +602,7 @@ class RulesTest(unittest.TestCase):
         for fault in FAULTS:
             self.assertEqual(listed[fault.code]["levels"].get(fault.pattern), fault.level, fault)
         self.assertEqual(listed["id-preferred"]["refused_by"], ["DSpace", "Software Heritage"])
+        self.assertEqual(listed["notification-required"]["demand"], "be present")
 
     def test_what_is_no_notification_at_all(self) -> None:
         for document in ([], [ACCEPT], "text", json.dumps(ACCEPT), 5, 1.5, True, False):
@@ -910,7 +911,12 @@ class ReceiversTest(unittest.TestCase):
     """What production receivers refuse, and what an inbox that plays one of them does."""
 
     def test_they_are_listed_and_refuse_by_codes_of_rules(self) -> None:
-        self.assertEqual([each["name"] for each in coarinbox.receivers()], RECEIVERS)
+        listed = coarinbox.receivers()
+        self.assertEqual([each["name"] for each in listed], RECEIVERS)
+        self.assertEqual(listed[1], {
+            "name": "EPrints", "source": "https://github.com/eprintsug/coar_notify",
+            "refuses": ["a Content-Type that is not exactly application/ld+json"],
+        })  # fmt: skip
         known = {rule["code"] for rule in coarinbox.constraints()} | {"content-type-exact"}
         for refusal in itertools.chain(*(each.refusals for each in coarinbox.RECEIVERS)):
             self.assertLessEqual(set(refusal.codes), known, refusal.what)
