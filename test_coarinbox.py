@@ -1971,19 +1971,6 @@ class StorageTest(InboxTest):
         self.assert_serves()
         self.assertEqual(len(self.listed()), 1)
 
-    def test_another_inbox_may_have_the_same_store_and_log(self) -> None:
-        self.post(REFUSED)
-        with beside(self.server) as other:
-            servers = [self.server, other]
-            with concurrent.futures.ThreadPoolExecutor(4) as pool:
-                answers = pool.map(lambda each: ask(each, "POST", "/inbox", ACCEPT), servers * 20)
-            paths = {path_of(answer.headers["Location"]) for answer in answers}
-            for reader in servers:
-                listed = ask(reader, "GET", "/inbox").json()["ldp:contains"]
-                self.assertEqual({path_of(entry["@id"]) for entry in listed}, paths)
-                logged = ask(reader, "GET", "/deliveries").json()["deliveries"]
-                self.assertEqual([each["status"] for each in logged], [201] * 40 + [400])
-
     def test_before_a_201_the_file_and_its_name_have_reached_the_disk(self) -> None:
         synced = []
 
