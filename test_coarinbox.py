@@ -1874,18 +1874,11 @@ class StallTest(InboxTest):
             self.wait_until(lambda: "timed out" in "".join(self.log_lines()))
         self.assert_serves()
 
-    @unittest.mock.patch("coarinbox.LINGER", 0.05)
-    def test_input_without_a_pause_or_an_end_is_not_read_for_ever(self) -> None:
-        def flood(head: bytes, data: bytes) -> None:
-            with connect(self.server, head) as connection, self.assertRaises(ConnectionError):
-                started = time.monotonic()
-                while time.monotonic() < started + 10:
-                    connection.sendall(data)
-
-        heads = b"", post_head("Content-Length: 1000000"), get_head()[:-2]
-        with concurrent.futures.ThreadPoolExecutor(3) as pool:
-            list(pool.map(flood, heads, (b"\r\n" * 100, b"x", b"X: y\r\n")))
-        self.assertIn("REQUEST_TIMEOUT", "".join(self.log_lines()))
+    def test_empty_lines_without_an_end_are_not_read_for_ever(self) -> None:
+        with connect(self.server) as connection, self.assertRaises(ConnectionError):
+            started = time.monotonic()
+            while time.monotonic() < started + 10:
+                connection.sendall(b"\r\n" * 100)
         self.assert_serves()
 
     def test_a_request_that_drips_gets_no_more_time_than_one_that_stalls(self) -> None:
@@ -1894,7 +1887,8 @@ class StallTest(InboxTest):
             while not select.select([connection], [], [], 0.02)[0]:
                 self.assertLess(time.monotonic() - begun, 5)
                 connection.sendall(b"G")
-            self.assert_problem(answer_on(connection), 408)
+            problem = self.assert_problem(answer_on(connection), 408)
+            self.assertIn("REQUEST_TIMEOUT", problem["detail"])
 
 
 # --- Storage -------------------------------------------------------------------------------------
