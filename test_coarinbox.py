@@ -95,7 +95,8 @@ RELATIONSHIP = {
     "as:relationship": "http://purl.org/vocab/frbr/core#supplement",
     "as:object": PREPRINT["id"], "ietf:cite-as": "https://doi.org/10.5555/1",
 }
-REQUEST = {"origin": REPOSITORY, "target": JOURNAL, "actor": AUTHOR, "object": PREPRINT}
+REQUEST: dict[str, Any] = {
+    "origin": REPOSITORY, "target": JOURNAL, "actor": AUTHOR, "object": PREPRINT}
 REVIEW_OFFER, ENDORSEMENT_OFFER = (
     {"id": OFFER_ID, "type": ["Offer", f"coar-notify:{action}"], **REQUEST}
     for action in ("ReviewAction", "EndorsementAction")
@@ -103,31 +104,24 @@ REVIEW_OFFER, ENDORSEMENT_OFFER = (
 ANSWER = {"origin": JOURNAL, "target": REPOSITORY, "actor": EDITORS,
           "inReplyTo": OFFER_ID, "object": REVIEW_OFFER}
 RESULT = {**ANSWER, "context": PREPRINT, "object": REVIEW}
-
-
-def notification(*types: str, **members: Any) -> Any:
-    type_ = types[0] if len(types) == 1 else list(types)
-    return {"@context": [*NAMESPACES], "id": f"urn:uuid:{UUID}", "type": type_, **members}
-
-
 # One notification of each pattern, without any fault.
 NOTIFICATIONS: dict[str, Any] = {
-    "Accept": notification("Accept", **ANSWER),
-    "Announce Endorsement": notification("Announce", "coar-notify:EndorsementAction", **RESULT),
-    "Announce Relationship": notification(
-        "Announce", "coar-notify:RelationshipAction", **{**RESULT, "object": RELATIONSHIP}),
-    "Announce Review": notification("Announce", "coar-notify:ReviewAction", **RESULT),
-    "Announce Service Result": notification("Announce", **RESULT),
-    "Reject": notification("Reject", **ANSWER),
-    "Request Endorsement": {**notification(), **ENDORSEMENT_OFFER},
-    "Request Review": {**notification(), **REVIEW_OFFER},
-    "Tentatively Accept": notification("TentativeAccept", **ANSWER),
-    "Tentatively Reject": notification("TentativeReject", **ANSWER),
-    "Unprocessable Notification": notification(
-        "Flag", "coar-notify:UnprocessableNotification", summary="It answers with 404.",
-        **{**ANSWER, "object": {"id": OFFER_ID}}),
-    "Undo Offer": notification(
-        "Undo", inReplyTo=OFFER_ID, **{**REQUEST, "object": ENDORSEMENT_OFFER}),
+    name: {"@context": [*NAMESPACES], "id": f"urn:uuid:{UUID}", "type": types, **members}
+    for name, types, members in [
+        ("Accept", "Accept", ANSWER),
+        ("Announce Endorsement", ["Announce", "coar-notify:EndorsementAction"], RESULT),
+        ("Announce Relationship", ["Announce", "coar-notify:RelationshipAction"],
+         {**RESULT, "object": RELATIONSHIP}),
+        ("Announce Review", ["Announce", "coar-notify:ReviewAction"], RESULT),
+        ("Announce Service Result", "Announce", RESULT), ("Reject", "Reject", ANSWER),
+        ("Request Endorsement", ENDORSEMENT_OFFER["type"], ENDORSEMENT_OFFER),
+        ("Request Review", REVIEW_OFFER["type"], REVIEW_OFFER),
+        ("Tentatively Accept", "TentativeAccept", ANSWER),
+        ("Tentatively Reject", "TentativeReject", ANSWER),
+        ("Unprocessable Notification", ["Flag", "coar-notify:UnprocessableNotification"],
+         {**ANSWER, "object": {"id": OFFER_ID}, "summary": "It answers with 404."}),
+        ("Undo Offer", "Undo", {**REQUEST, "inReplyTo": OFFER_ID, "object": ENDORSEMENT_OFFER}),
+    ]
 }
 # fmt: on
 
@@ -309,7 +303,7 @@ def what_the_system_says(call: Callable[..., object], *arguments: Any) -> str:
 
 def utc_now() -> str:
     now = datetime.datetime.now(datetime.timezone.utc)
-    return now.strftime("%Y-%m-%dT%H:%M:%S.") + f"{now.microsecond // 1000:03}Z"
+    return now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def files_in(store: Any) -> list[str]:
@@ -401,8 +395,9 @@ class InboxTest(unittest.TestCase):
         return self.ask("POST", "/inbox", document, names)
 
     def stored(self) -> list[str]:
-        files = files_in(self.server.store.directory)
-        return [name[: -len(".json")] for name in files if name.endswith(".json")]
+        return sorted(
+            file.stem for file in pathlib.Path(self.server.store.directory).glob("*.json")
+        )
 
     def listed(self) -> list[str]:
         return [entry["@id"] for entry in self.ask("GET", "/inbox").json()["ldp:contains"]]
@@ -466,39 +461,30 @@ MEANT: dict[str, list[Any]] = {  # by the pattern, the types that were probably 
 WRONG: dict[str, list[Any]] = {
     "Accept": [
         ("@context", "namespaces", M, AS2, f'write `["{AS2}", "{COAR}"]`'),
-        ("@context", "namespaces", M, [AS2]), ("@context", "namespaces", M, [COAR]),
-        ("@context", "namespaces", M, [{"as": "https://example.org/"}, 5]),
-        ("@context", "current", S, [AS2, PURL], f"found `{PURL}`; write `{COAR}`"),
+        ("@context", "namespaces", M, [AS2, {}, 5]), ("@context", "namespaces", M, [COAR]),
         ("@context", "current", S, [AS2, f"{COAR}/"], f"found `{COAR}/`; write `{COAR}`"),
         ("@context", "current", S, [f"{AS2}/", f"{PURL}/"],
          f"found `{AS2}/`; write `{AS2}`; found `{PURL}/`; write `{COAR}`"),
         ("@context", "order", S, [COAR, AS2], f"@context should begin with {AS2}"),
-        ("@context", "order", S, [{"dv": "https://dataverse.example.org/"}, AS2, COAR]),
         ("id", "preferred", S, f"URN:UUID:{UUID.upper()}", f"write `urn:uuid:{UUID}`"),
         ("id", "preferred", S, f"urn:uuid:{UUID.replace('-', '')}", f"write `urn:uuid:{UUID}`"),
-        ("id", "preferred", S, "info:notification/1", "write `urn:uuid:…` with a new UUID"),
         ("type", "strings", E, ["Accept", None], 'write `"Accept"`'),
         ("origin", "object", E, JOURNAL["id"], f'`{{"id": "{JOURNAL["id"]}", "type": "Service"'),
         ("origin.id", "http-uri", E, OFFER_ID, 'write `"https://…"`'),
         ("origin.type", "strings", M, ["Service", {}], 'write `"Service"`'),
-        ("origin.type", "service", S, ["Application"], "origin.type should include Service"),
-        ("origin.type", "service", S, "http://a.example/ns#Service", "write `Service`"),
+        ("origin.type", "service", S, ["x:Service"], "should include Service; found `x:Service`"),
         ("origin.inbox", "http-uri", M, "mailto:inbox@example.org"), ("target", "object", E, []),
         ("target.id", "http-uri", E, 7), ("target.type", "strings", M, ["Service", ["Service"]]),
         ("target.type", "service", S, "Person"), ("target.inbox", "http-uri", M, "/inbox"),
-        ("target.inbox", "http-uri", M, "http://a\n", "remove the white space; write `http://a`"),
         ("target.inbox", "http-uri", M, {"id": "http://a.example/"}, "write `http://a.example/`"),
         ("target.inbox", "http-uri", M, "localhost:80/", "write `http://localhost:80/`"),
         ("object", "object", E, OFFER_ID, WHOLE_OFFER),
         ("object", "object", E, [PREPRINT], "write the object alone, without the list around it"),
         ("object.id", "required", E, ABSENT, f'write `"id": "{OFFER_ID}"`'),
         ("actor", "object", E, "Jane", 'write `{"id": "https://…", "type": "Person", "name"'),
-        ("actor", "object", E, AUTHOR["id"], f'write `{{"id": "{AUTHOR["id"]}", "type": "Person"'),
         ("actor.id", "absolute-uri", E, "0000-0002-1825-0097", f"write `{AUTHOR['id']}`"),
-        ("actor.id", "absolute-uri", E, "", "actor.id must be an absolute URI; it is empty"),
         ("actor.id", "http-uri", S, "mailto:editor@example.org"), ("actor.name", "text", S, " "),
         ("actor.type", "actor", E, "Robot"), ("actor.type", "actor", E, []),
-        ("actor.type", "actor", E, "as:Organization", "write `Organization`"),
         ("actor.type", "actor", E, "organisation", "write `Organization`"),
         ("actor.type", "strings", E, ["Person", None], 'write `"Person"`'),
         ("actor.type", "single", S, ["Person"]),
@@ -516,13 +502,12 @@ WRONG: dict[str, list[Any]] = {
     "Announce Relationship": [
         ("context.id", "required", E, ABSENT, f'write `"id": "{PREPRINT["id"]}"`'),
         ("context.id", "equals-object.as:object", M, "http://a.example/1"),
+        ("object", "object", E, 5, '"type": "Relationship", "as:subject": "https://…"'),
         ("object.type", "as2-object", E, "relationship", "write `Relationship`"),
         ("object.as:object", "absolute-uri", E, {}), ("object.as:subject", "absolute-uri", E, "x"),
         ("object.as:relationship", "absolute-uri", E, "supplement"),
     ],
     "Announce Review": [
-        ("id", "absolute-uri", E, ["urn:uuid:1"], "write `urn:uuid:1`"),
-        ("inReplyTo", "absolute-uri", E, "previous", 'write `"urn:uuid:…"`'),
         ("context", "object", E, PREPRINT["id"]), ("context.id", "http-uri", E, "doi:10.5555/1"),
         ("object.id", "absolute-uri", E, "review/7"), ("object.type", "schema", S, "Page"),
         ("object.type", "as2-object", E, "sorg:Review", 'write `["Page", "sorg:Review"]`'),
@@ -545,7 +530,6 @@ WRONG: dict[str, list[Any]] = {
         ("type", "pattern", E, ["Offer", "coar-notify:IngestAction"], f"a pattern; {REMOVED}"),
         *(("type", "pattern", E, types, f"type must fit a pattern; did you mean {meant}?")
           for meant, given in MEANT.items() for types in given),
-        ("type", "pattern", E, "Flag", 'did you mean ["Flag", "coar-notify:UnprocessableNotif'),
         *(("type", "pattern", E, types, f"; write the types of one, such as {REVIEW_REQUEST}")
           for types in ("Create", ["Person"], {"@id": "Offer"})),
         ("type", "order", S, ["coar-notify:ReviewAction", "x:Y", "Offer"],
@@ -568,13 +552,11 @@ FAULTS = [Fault(pattern, *row) for pattern, rows in WRONG.items() for row in row
         ("type", "as2-object", M, "sorg:AboutPage", A_PAGE),
         ("type", "about-page", S, ["Page", "x:AboutPage"], "write `sorg:AboutPage`"),
         ("ietf:cite-as", "http-uri", S, "10.5555/1", "write `https://doi.org/10.5555/1`"),
-        ("ietf:item", "object", M, ["1.pdf"], 'write `{"id": "https://…", "type": ["Article"'),
         ("ietf:item", "object", M, "http://a.example/1", 'write `{"id": "http://a.example/1"'),
         ("ietf:item.id", "http-uri", M, "http://a.example/a b", "write `http://a.example/a%20b`"),
         ("ietf:item.type", "strings", M, ["Article", "sorg:Text", 5], '["Article", "sorg:Text"]'),
         ("ietf:item.type", "as2-object", M, ["PDF", "sorg:Text"], "such as Page, Article or Doc"),
         ("ietf:item.type", "schema", S, "Article", "such as sorg:ScholarlyArticle"),
-        ("ietf:item.mediaType", "media-type", M, "pdf", 'write `"application/pdf"`'),
         ("ietf:item.mediaType", "media-type", M, "application/", 'write `"application/pdf"`'),
     ]
 ] + [
@@ -622,7 +604,11 @@ class RulesTest(unittest.TestCase):
     def test_one_fault_is_one_finding_at_its_member_that_says_what_to_write(self) -> None:
         for fault in FAULTS:
             with self.subTest(fault=fault):
-                found, *others = coarinbox.validate(fault.document)
+                # What is right is remembered, and must not hide a fault in something like it.
+                self.assertEqual(coarinbox.validate(NOTIFICATIONS[fault.pattern]), [])
+                document, before = fault.document, repr(fault.document)
+                found, *others = coarinbox.validate(document)
+                self.assertEqual(repr(document), before)
                 pointer = "/" + fault.member.replace(".", "/")
                 expected = (fault.level, pointer, fault.code)
                 self.assertEqual((found.level, found.pointer, found.code), expected)
@@ -631,7 +617,7 @@ class RulesTest(unittest.TestCase):
                 self.assertEqual(found.message, "; ".join(filter(None, [found.fault, found.fix])))
                 self.assertNotIn(found.fix or "write", found.fault)
                 self.assertEqual([each.code for each in others], ALONG.get(fault.code, []))
-                pattern = coarinbox.pattern_of(fault.document)
+                pattern = coarinbox.pattern_of(document)
                 self.assertEqual(found.spec, pattern.spec if pattern else SPECIFICATION)
 
     def test_the_list_of_constraints_holds_these_rules_with_their_levels(self) -> None:
@@ -641,45 +627,29 @@ class RulesTest(unittest.TestCase):
         self.assertEqual({fault.code for fault in FAULTS} | others, set(listed))
         for fault in FAULTS:
             self.assertEqual(listed[fault.code]["levels"].get(fault.pattern), fault.level, fault)
-        for pattern in coarinbox.PATTERNS:
-            for rule in coarinbox.constraints_of(pattern):
-                levels = {**listed[rule["code"]]["levels"], pattern.name: rule.pop("level")}
-                self.assertEqual({**rule, "levels": levels}, listed[rule["code"]])
-        self.assertEqual(listed["type-order"]["refused_by"], ["PCI", "PREreview"])
         self.assertEqual(listed["id-preferred"]["refused_by"], ["DSpace", "Software Heritage"])
+        self.assertEqual(listed["notification-required"]["demand"], "be present")
 
     def test_what_is_no_notification_at_all(self) -> None:
         for document in ([], [ACCEPT], "text", json.dumps(ACCEPT), 5, 1.5, True, False):
             self.assertEqual(codes(document), {(E, "", "notification-object")}, document)
         self.assertEqual(codes(None), {(E, "", "notification-required")})
-        pointers = {pointer for level, pointer, _ in codes({"type": "Nothing"}) if level == E}
-        self.assertEqual(pointers, {"/id", "/type", "/origin", "/target", "/object"})
 
-    def test_a_finding_says_where_and_why_and_survives_being_written_as_json(self) -> None:
-        document = altered("Request Review", origin__id="here", target=ABSENT, actor__name=ABSENT)
-        wrong, missing, refused = coarinbox.validate(document)
+    def test_a_finding_says_where_and_why_and_who_refuses_it(self) -> None:
+        document = altered("Request Review", origin__id="here", actor__name=ABSENT)
+        wrong, refused = coarinbox.validate(document)
         fix = 'write `"https://…"`'
         self.assertEqual(wrong.as_json(), {
             "level": "E", "pointer": "/origin/id", "code": "origin.id-http-uri", "value": "here",
             "message": f"origin.id must be an HTTP URI; {fix}", "fix": fix,
             "spec": f"{SPECIFICATION}request-review/",
         })  # fmt: skip
-        example = '{"id": "https://…", "type": "Service", "inbox": "https://…"}'
-        fix = f'write `"target": {example}`'
-        self.assertEqual(missing.message, f"target is missing; it must be an object; {fix}")
         self.assertEqual(refused.as_json()["refused_by"], ("PCI", "PREreview"))
         self.assertEqual(str(refused), f"{refused.message} (refused by PCI, PREreview)")
-        for found in (wrong, missing, refused):
-            text = json.dumps(found.as_json())
-            self.assertEqual(coarinbox.Finding.from_json(json.loads(text)), found)
-        for broken in ({}, {"level": "E"}, {**wrong.as_json(), "message": 5}):
-            with self.assertRaises(TypeError):
-                coarinbox.Finding.from_json(broken)
 
     def test_a_value_is_repeated_where_it_is_short_and_json(self) -> None:
         for value, repeated in [
-            (5, 5), (["x"], ["x"]), ("x" * 98, "x" * 98), ("x" * 99, None), (math.nan, None),
-            ([["x"] * 99], None),
+            (["x"], ["x"]), ("x" * 98, "x" * 98), ("x" * 99, None), (math.nan, None),
         ]:  # fmt: skip
             (finding,) = coarinbox.validate(changed(ACCEPT, "actor", value))
             self.assertEqual(finding.value, repeated)
@@ -714,9 +684,12 @@ class RulesTest(unittest.TestCase):
             ("Accept", "@context", [AS2, PURL, COAR]),
             ("Accept", "@context", [AS2, COAR, {"x": "https://x.example"}]),
             ("Accept", "type", ["Accept", "coar-notify:ReviewAction"]),  # of WEKO
-            ("Announce Endorsement", "context", {"id": PREPRINT["id"]}),  # of PCI
             ("Announce Endorsement", "object.type", ["Page", "sorg:WebPage"]),
-            ("Announce Service Result", "object.ietf:cite-as", ABSENT),
+            # As in the examples of the specification.
+            *((name, "context", {"id": PREPRINT["id"]}) for name in ANNOUNCEMENTS),
+            ("Announce Relationship", "context.ietf:item.type", ["Object", "sorg:Dataset"]),
+            ("Announce Relationship", "object.id", f"URN:UUID:{UUID.upper()}"),
+            ("Accept", "summary", "Accepted because …"), ("Announce Review", "inReplyTo", ABSENT),
             *(("Announce Service Result", "type", ["Announce", type_])
               for type_ in ("sorg:ReviewAction", "http://schema.org/Action", "Create", "x:Review")),
             *((name, f"{part}x:unknown", 5) for name in NOTIFICATIONS
@@ -736,53 +709,39 @@ class RulesTest(unittest.TestCase):
                     self.assertEqual((found.code, found.refused_by), (fault.code, ()))
 
     def test_what_is_embedded_needs_an_id_and_each_fault_of_it_is_reported_once(self) -> None:
-        announced = altered("Announce Review", context__id="urn:x")
-        for offered, member, level, code in [
-            ({"id": OFFER_ID, "type": ["Offer", "x:Action"]}, "type", S, "object.type-pattern"),
-            ({**REVIEW_OFFER, "id": "offer"}, "id", E, "object.id-absolute-uri"),
-            (announced, "context/id", E, "context.id-http-uri"),
-        ]:
+        for offered, pointer, level, code in [
+            (altered("Request Review", type=["Offer", "x:Y"]), "type", S, "object.type-pattern"),
+            (altered("Request Review", id="offer"), "id", E, "object.id-absolute-uri"),
+            (altered("Announce Review", context__id="x"), "context/id", E, "context.id-http-uri"),
+            (altered("Accept", object__actor__id="x"), "object/actor/id", E,
+             "actor.id-absolute-uri"),
+        ]:  # fmt: skip
             found = codes(altered("Accept", object=offered, inReplyTo=offered["id"]))
-            pointer = f"/object/{member}"
-            found = {each for each in found if each[1] == pointer}
-            self.assertEqual(found, {(level, pointer, code)})
+            expected = (level, f"/object/{pointer}", code)
+            self.assertEqual({each for each in found if each[1] == expected[1]}, {expected})
 
-    def test_it_neither_raises_nor_changes_what_it_is_given(self) -> None:
-        deep: Any = "x"
+    def test_hostile_values_make_short_messages_in_short_time(self) -> None:
+        # Each would take minutes if it were compared as a whole, or repeated in each finding.
+        huge, deep = "x" * 10**6, ACCEPT
         for _ in range(900):
             deep = {"type": "Accept", "object": deep, "id": ["x"]}
-        pointers = {found.pointer for found in coarinbox.validate(deep)}
-        self.assertIn("/object/object/id", pointers)  # it follows a few levels only
-        self.assertLess(max(pointer.count("/object") for pointer in pointers), 10)
-        self.assertTrue(coarinbox.validate({"id": 10**5000}))
         for document in [
-            {"id": math.inf, "inReplyTo": math.nan}, {"type": [str(n) for n in range(10**5)]},
-            {"type": "Accept", "object": {"type": [[]]}, "@context": {}}, {"type": "T" * 10**6},
+            {"type": [f"{n}Offer{huge[:80]}" for n in range(10**4)], "id": huge, "origin": huge},
+            {f"@{n}d": n for n in range(10**5)},
+            {"type": "Accept", "object": {"type": ["Offer"] * 30_000, "id": f"10.5555/{huge}"}},
+            {"@context": [huge] * 3 + [{}] * 30_000, "summary": [[]] * 30_000, "inReplyTo": [huge]},
+            {"actor": {"type": [huge[:30] + str(n) for n in range(10**4)]}, "type": huge},
+            {"id": "http://" + "a@" * 10**5}, {"id": "http://[" + ":" * 10**5},
+            {"id": "a:" + "?" * 10**5 + " "}, {"id": math.inf, "inReplyTo": 10**5000}, deep,
         ]:  # fmt: skip
-            before = repr(document)
-            self.assertTrue(coarinbox.validate(document))
-            self.assertEqual(repr(document), before)
+            started = time.process_time()
+            found = coarinbox.validate(document)
+            self.assertLess(time.process_time() - started, 2)
+            self.assertGreater(len(found), 3)
+            self.assertLess(len(json.dumps([each.as_json() for each in found])), 50_000)
 
-    def test_what_was_right_once_hides_no_fault_in_something_like_it(self) -> None:
-        """Values that break no rule are remembered."""
-        right = [*ACCEPT["@context"], {"x": "https://x.example/"}]
-        for context, code in [
-            (right, ""), ([{"x": "https://x.example/"}], "@context-namespaces"),
-            (right[:2], ""), (right[1:2], "@context-namespaces"),
-        ]:  # fmt: skip
-            found = coarinbox.validate(changed(ACCEPT, "@context", context))
-            self.assertEqual([finding.code for finding in found], [code] * bool(code))
-        offer = NOTIFICATIONS["Request Review"]
-        for types in (
-            ["Page", "sorg:AboutPage"],
-            ["Page", "sorg:AboutPage", 1],
-            ["sorg:AboutPage"],
-        ):
-            found = coarinbox.validate(changed(offer, "object.type", types))
-            self.assertEqual(found == [], types == ["Page", "sorg:AboutPage"], found)
-
-    @unittest.mock.patch("coarinbox.MAX_KNOWN", 2)
-    def test_only_some_values_are_remembered(self) -> None:
+    @constants(MAX_KNOWN=2)
+    def test_only_some_values_that_are_right_are_remembered(self) -> None:
         for name in "abcabc":
             wrong = changed(ACCEPT, "actor.name", name)
             self.assertEqual(coarinbox.validate(wrong), [])
@@ -792,9 +751,10 @@ class RulesTest(unittest.TestCase):
 class HintsTest(unittest.TestCase):
     """A message says what to write."""
 
-    def message(self, document: Any, member: str) -> str:
-        pointer, found = "/" + member.replace(".", "/"), coarinbox.validate(document)
-        return "\n".join(each.message for each in found if each.pointer == pointer)
+    def fixes(self, document: Any) -> dict[str, str]:
+        """Return what to write, by the dotted name of the member."""
+        findings = coarinbox.validate(document)
+        return {found.pointer[1:].replace("/", "."): found.fix for found in findings}
 
     def test_a_missing_member_is_found_under_a_similar_name(self) -> None:
         for pattern, member, others in [
@@ -812,17 +772,16 @@ class HintsTest(unittest.TestCase):
             parent, dot, name = member.rpartition(".")
             for other in others.split():
                 with self.subTest(pattern, member=member, other=other):
-                    message = self.message(changed(document, parent + dot + other, value), member)
-                    self.assertIn(f"found `{other}`", message)
-                    self.assertIn(f"write `{name}`", message)
+                    fix = self.fixes(changed(document, parent + dot + other, value))[member]
+                    self.assertRegex(fix, f"found `{other}`.*; write `{name}`")
         for member, another in [("id", "type"), ("@context", "context"), ("origin.id", "origin.x")]:
             document = changed(NOTIFICATIONS["Announce Review"], member, ABSENT)
-            self.assertNotIn("found", self.message(changed(document, another, "x"), member))
+            self.assertNotIn("found", self.fixes(changed(document, another, "x"))[member])
 
     def test_advice_fits_what_is_there(self) -> None:
         other = "https://x.example/context"
         offered = f"urn:uuid:{UUID.replace('-', '')}"
-        away = altered("Accept", object=PREPRINT, inReplyTo=PREPRINT["id"] + "0")
+        away = altered("Accept", object=PREPRINT, inReplyTo=f"{PREPRINT['id']}0")
         elsewhere = {**changed(OFFER, "@context", ABSENT), "context": [*NAMESPACES]}
         theirs = altered("Accept", object__id=offered, inReplyTo=offered)
         for document, member, advice in [
@@ -855,37 +814,20 @@ class HintsTest(unittest.TestCase):
                     advice, next(each.message for each in found if each.pointer == pointer)
                 )
 
-    def test_hostile_values_make_short_messages_in_short_time(self) -> None:
-        # Each would take minutes if it were compared as a whole, or repeated in each finding.
-        huge = "x" * 10**6
-        for document in [
-            {"type": [f"{n}Offer{huge[:80]}" for n in range(10**4)], "id": huge, "origin": huge},
-            {f"@{n}d": n for n in range(10**5)},
-            {"type": "Accept", "object": {"type": ["Offer"] * 10**5, "id": f"10.5555/{huge}"}},
-            {"@context": [huge] * 3 + [{}] * 10**5, "summary": [[]] * 10**5, "inReplyTo": [huge]},
-            {"actor": {"type": [huge[:30] + str(n) for n in range(10**4)]}, "type": huge},
-        ]:
-            started = time.process_time()
-            found = coarinbox.validate(document)
-            self.assertLess(time.process_time() - started, 2)
-            self.assertGreater(len(found), 3)
-            self.assertLess(len(json.dumps([each.as_json() for each in found])), 50_000)
-
     def test_a_newcomer_gets_to_a_clean_notification_in_three_attempts(self) -> None:
         types = ["Offer", "RequestReview"]
         first: Any = {"@id": "offer-1", "@type": types, "origin": REPOSITORY["id"]}
-        said = {found.pointer: found.fix for found in coarinbox.validate(first)}
-        self.assertIn("found `@id`; write `id`", said["/id"])
+        fixes = self.fixes(first)
+        self.assertEqual(fixes["id"], "found `@id`; write `id`")
         # All the examples are taken as they are; only the two names are corrected.
         second: Any = {"id": "offer-1", "type": types}
-        second["origin"] = json.loads(said["/origin"][len("write `") : -1])
-        for fix in said.values():
+        second["origin"] = json.loads(fixes["origin"][len("write `") : -1])
+        for fix in fixes.values():
             if fix.startswith('write `"'):
                 second.update(json.loads("{" + fix[len("write `") : -1] + "}"))
-        said = {found.pointer: found.fix for found in coarinbox.validate(second)}
-        self.assertEqual(set(said), {"/id", "/type"})
-        self.assertIn('"urn:uuid:…"', said["/id"])
-        types = json.loads(re.search(r"mean (\[.*?\])", said["/type"])[1])  # type: ignore[index]
+        fixes = self.fixes(second)
+        self.assertEqual((set(fixes), fixes["id"]), ({"id", "type"}, 'write `"urn:uuid:…"`'))
+        types = json.loads(re.search(r"mean (\[.*?\])", fixes["type"])[1])  # type: ignore[index]
         self.assertEqual(coarinbox.validate({**second, "id": OFFER_ID, "type": types}), [])
 
 
@@ -937,19 +879,12 @@ class TextTest(unittest.TestCase):
                     self.assertEqual("id-absolute-uri" not in found, absolute)
                     self.assertEqual("origin.id-http-uri" not in found, http_uri)
 
-    def test_a_long_uri_takes_no_longer_than_its_length(self) -> None:
-        for uri in ("http://" + "a@" * 10**5, "http://[" + ":" * 10**5, "a:" + "?" * 10**5 + " "):
-            coarinbox.validate({"id": uri})
-
 
 # --- Field cases ---------------------------------------------------------------------------------
 
 
 class Case(NamedTuple):
-    """Something seen in the field, and what must be said about it.
-
-    It is refused by default if something of level E is expected, strictly if of level M as well.
-    """
+    """Something seen in the field, and the findings that it must have."""
 
     name: str
     document: Any
@@ -1004,114 +939,68 @@ CASES = [
          [("/@context", S, f"write `{COAR}`"), ("/id", E, f"write `urn:uuid:{UUID}`"),
           ("/object/id", E, "write `https://doi.org/10.5555/2026.02.07.1`"),
           ("/object/type", M, "Page"), ("/object/ietf:item", M, "mediaType")]),
-    Case("WEKO notifies a person about its own workflow",
-         altered("Request Endorsement", actor__name=ABSENT, target__type="Person",
-                 object={"id": "https://weko.example.org/1", "type": ["Page", "sorg:WebPage"]},
-                 context={"id": "https://weko.example.org/A-1", "type": ["Page", "sorg:WebPage"]}),
-         [("/target/type", S, "Service"), ("/actor/name", S, "", "PCI"),
-          ("/object/ietf:item", M, ""), ("/object/ietf:cite-as", S, "", "PCI"),
-          ("/object/type", S, "sorg:AboutPage")]),
-    Case("Software Heritage is told of a mention: SWHIDs, no id of the relationship",
-         altered("Announce Relationship",
-                 object={"as:subject": "https://journal.example.com/item/1",
-                         "as:relationship": "https://w3id.org/codemeta/3.0#citation",
-                         "as:object": "swh:1:dir:ec88e5b901c034d5a91aa133e824d65cff3788a3"},
-                 context={"id": "swh:1:dir:ec88e5b901c034d5a91aa133e824d65cff3788a3",
-                          "type": ["sorg:SoftwareSourceCode"]}),
-         [("/object/id", E, "missing"), ("/object/type", E, '"Relationship"'),
-          ("/context/id", E, "HTTP URI"), ("/context/type", M, "ActivityStreams"),
-          ("/context/type", S, "sorg:AboutPage")]),
-]
-# The examples of the specification 1.0.1: their structure, other values.
-ARTICLE = {**REVIEW, "type": ["Page", "sorg:WebPage"], "ietf:cite-as": REVIEW["id"]}
-DATASET = changed(PREPRINT, "ietf:item", {"id": "https://repository.example.org/data.zip",
-                  "type": ["Object", "sorg:Dataset"], "mediaType": "application/zip"})
-# On all pages, the object of the embedded Offer has no ActivityStreams type.
-EMBEDDED_OFFER = changed(ACCEPT["object"], "object.type", "sorg:AboutPage")
-CASES += [
-    Case("Announce Endorsement",
-         altered("Announce Endorsement", object=ARTICLE, context={"id": PREPRINT["id"]})),
-    Case("Announce Review", altered("Announce Review", context={"id": PREPRINT["id"]})),
-    Case("Announce Service Result",
-         altered("Announce Service Result", type=["Announce"], context={"id": PREPRINT["id"]},
-                 object={"id": REVIEW["id"], "type": ["Page", "sorg:WebPage"]})),
-    Case("Announce Relationship",
-         altered("Announce Relationship", actor=EDITORS, context=DATASET, inReplyTo=ABSENT,
-                 object__id="URN:UUID:74FFF356-0632-44D9-B176-888DA85758DC")),
-    *(Case(name, altered(name, object=EMBEDDED_OFFER, summary="Withdrawn because …"),
-           [("/object/object/type", S, "ActivityStreams")])
-      for name in ("Accept", "Reject", "Tentatively Accept", "Tentatively Reject", "Undo Offer")),
 ]
 # fmt: on
 
 
 class FieldCasesTest(unittest.TestCase):
-    """What is said about things that were seen in the field, and about the specification's own."""
-
-    def judge(self, case: Case, mode: Any) -> coarinbox.Assessment:
-        inbox = coarinbox.lookup(case.document, "target.inbox")
-        here = [inbox] if isinstance(inbox, str) else []
-        return coarinbox.assess(case.document, mode, coarinbox.Arrival(case.media_type, here))
+    """What is said about things that were seen in the field."""
 
     def test_each_gets_its_findings_and_no_other(self) -> None:
         for case in CASES:
-            with self.subTest(case.name):
-                errors, warnings = self.judge(case, True)
-                found = {(each.pointer, each.level): each for each in errors + warnings}
-                for pointer, level, text, *receivers in case.expect:
-                    self.assertIn(text, found[pointer, level].message)
-                    self.assertLessEqual(set(receivers), set(found[pointer, level].refused_by))
-                if "@id" not in case.name:  # where everything is missing
-                    self.assertEqual(set(found), {(place[0], place[1]) for place in case.expect})
-
-    def test_each_gets_its_status(self) -> None:
-        for case in CASES:
             levels = {level for _, level, *_ in case.expect}
+            inbox = coarinbox.lookup(case.document, "target.inbox")
+            arrival = coarinbox.Arrival(case.media_type, [inbox] if inbox else [])
             for mode, refused in ((True, {E}), ("strict", {E, M})):
                 with self.subTest(case.name, mode=mode):
-                    judgement = self.judge(case, mode)
-                    self.assertEqual(judgement.errors != [], levels & refused != set())
-                    self.assertEqual(judgement.status, 400)
+                    errors, warnings = coarinbox.assess(case.document, mode, arrival)
+                    self.assertEqual(errors != [], levels & refused != set())
+                    found = {(each.pointer, each.level): each for each in errors + warnings}
+                    for pointer, level, text, *receivers in case.expect:
+                        self.assertIn(text, found[pointer, level].message)
+                        self.assertLessEqual(set(receivers), set(found[pointer, level].refused_by))
+                    if "@id" not in case.name:  # where everything is missing
+                        self.assertEqual(set(found), {entry[:2] for entry in case.expect})
 
 
 # --- Receivers and modes -------------------------------------------------------------------------
 
 
+RECEIVERS = ["DSpace", "EPrints", "PCI", "PREreview", "Software Heritage"]
+
+
 class ReceiversTest(unittest.TestCase):
     """What production receivers refuse, and what an inbox that plays one of them does."""
 
-    def test_each_is_listed_with_a_source_and_refuses_by_codes_of_rules(self) -> None:
-        codes = {rule["code"] for rule in coarinbox.constraints()} | {"content-type-exact"}
-        names = ["DSpace", "EPrints", "PCI", "PREreview", "Software Heritage"]
-        self.assertEqual([each["name"] for each in coarinbox.receivers()], names)
-        for listed, receiver in zip(coarinbox.receivers(), coarinbox.RECEIVERS):
-            self.assertTrue(listed["source"].startswith("https://"))
-            self.assertEqual(listed["refuses"], [refusal.what for refusal in receiver.refusals])
-            for refusal in receiver.refusals:
-                self.assertTrue(refusal.codes or refusal.rules)
-                self.assertLessEqual(set(refusal.codes), codes, refusal.what)
+    def test_they_are_listed_and_refuse_by_codes_of_rules(self) -> None:
+        listed = coarinbox.receivers()
+        self.assertEqual([each["name"] for each in listed], RECEIVERS)
+        self.assertEqual(listed[1], {
+            "name": "EPrints", "source": "https://github.com/eprintsug/coar_notify",
+            "refuses": ["a Content-Type that is not exactly application/ld+json"],
+        })  # fmt: skip
+        known = {rule["code"] for rule in coarinbox.constraints()} | {"content-type-exact"}
+        for refusal in itertools.chain(*(each.refusals for each in coarinbox.RECEIVERS)):
+            self.assertLessEqual(set(refusal.codes), known, refusal.what)
 
     def test_each_receiver_plays_its_part(self) -> None:
-        url = JOURNAL["inbox"]
-        exact = coarinbox.Arrival(JSON_LD, [url])
-        profile = coarinbox.Arrival(f"{JSON_LD}; profile=x", [url])
-        plain = coarinbox.Arrival("application/json; charset=utf-8", [url])
-        again = coarinbox.Arrival(JSON_LD, [url], "20261125_120000")
-        elsewhere = coarinbox.Arrival(JSON_LD, ["http://localhost:5005/inbox"])
+        exact = coarinbox.Arrival(JSON_LD, [JOURNAL["inbox"]])
+        plain = exact._replace(content_type="application/json; charset=utf-8")
+        profile = exact._replace(content_type="Application/LD+JSON ;profile=x")
         for document, arrival, refusing in [
             (offer(), exact, ""),
             (offer(object__type="sorg:AboutPage"), exact, ""),  # level M
             (offer(), profile, "EPrints 415"),
             (offer(), plain, "DSpace 415, EPrints 415, PCI 415"),
-            (offer(), again, "PCI 400, Software Heritage 400"),
-            (offer(), elsewhere, "Software Heritage 400"),
+            (offer(), exact._replace(known_as="20261125"), "PCI 400, Software Heritage 400"),
+            (offer(), exact._replace(posted_to=["http://a.example/"]), "Software Heritage 400"),
             (offer(id="https://a.example/1"), exact, "Software Heritage 400"),
             (offer(id="tag:a.example,2026:1"), exact, "DSpace 400, Software Heritage 400"),
             (offer(id=f"urn:uuid:{UUID.replace('-', '')}"), exact, "DSpace 400"),
             (offer(type=["Offer", "coar-notify:ReviewAction", "ReviewRequest"]), exact,
              "Software Heritage 400"),
             (altered("Announce Review", type=["Announce", "ReviewAction"]),
-             coarinbox.Arrival(JSON_LD, [REPOSITORY["inbox"]]), "Software Heritage 400"),
+             exact._replace(posted_to=[REPOSITORY["inbox"]]), "Software Heritage 400"),
             (offer(actor=ABSENT), exact, "PCI 400, PREreview 400"),
             (offer(object__cite_as=ABSENT), exact, "PCI 400"),
             (offer(origin__inbox=ABSENT), exact, "PCI 400"),
@@ -1120,12 +1009,9 @@ class ReceiversTest(unittest.TestCase):
             (offer(target__type=["Service"]), exact, "PREreview 400"),
         ]:  # fmt: skip
             with self.subTest(refusing, document=document):
-                played = (
-                    (each.name, coarinbox.assess(document, each.name, arrival))
-                    for each in coarinbox.RECEIVERS
-                )
-                refused = [f"{name} {found.status}" for name, found in played if found.errors]
-                self.assertEqual(", ".join(refused), refusing)
+                played = {name: coarinbox.assess(document, name, arrival) for name in RECEIVERS}
+                statuses = [f"{name} {each.status}" for name, each in played.items() if each.errors]
+                self.assertEqual(", ".join(statuses), refusing)
                 for mode in (True, "strict")[: 2 if refusing else 1]:
                     self.assertEqual(coarinbox.assess(document, mode, arrival).errors, [])
 
@@ -1135,31 +1021,6 @@ class ReceiversTest(unittest.TestCase):
         ((error,), warnings) = coarinbox.assess(document, "PREreview")
         self.assertEqual((error.level, error.pointer), (S, "/origin/type"))
         self.assertEqual((error.refused_by, warnings), (("PREreview",), []))
-        for receiver in coarinbox.RECEIVERS:  # level E is refused by all
-            errors, _ = coarinbox.assess(offer(origin=ABSENT), receiver.name)
-            self.assertEqual([each.code for each in errors], ["origin-required"])
-
-
-class ArrivalTest(unittest.TestCase):
-    """What depends on the delivery, not on the document."""
-
-    def found(self, document: Any, *arrival: Any) -> list[tuple[str, str, str, str]]:
-        found = coarinbox.delivery_findings(document, coarinbox.Arrival(*arrival))
-        return [(each.level, each.code, each.pointer, each.fix) for each in found]
-
-    def test_the_media_type_and_an_id_that_was_delivered_before(self) -> None:
-        for given in (JSON_LD, f"{JSON_LD}; charset=utf-8", "Application/LD+JSON ;profile=x"):
-            self.assertEqual(self.found(OFFER, given), [])
-        for given in ("application/json", "application/activity+json; x=y", "application/ld+jsonx"):
-            fix = f"found `{given}`; send `Content-Type: {JSON_LD}`"
-            self.assertEqual(self.found(OFFER, given), [(S, "content-type", "", fix)])
-        fix = "it was delivered before, as 20261125_120000"
-        found = self.found(OFFER, JSON_LD, [], "20261125_120000")
-        self.assertEqual(found, [(S, "id-repeated", "/id", fix)])
-        documents: list[Any] = [None, [], 5, "text", {}, {"id": [], "target": []}, {"type": "Undo"}]
-        for document in documents:
-            found = self.found(document, "text/x", ["http://a.example/"], "name")
-            self.assertEqual([code for _, code, *_ in found], ["content-type", "id-repeated"])
 
     def test_another_inbox_than_where_it_was_posted(self) -> None:
         http, https = "http://a.example/inbox", "https://a.example/inbox"
@@ -1172,9 +1033,11 @@ class ArrivalTest(unittest.TestCase):
             ("http://a.example/Inbox", [http], True), (https, [http], True),
         ]:  # fmt: skip
             with self.subTest(inbox, posted_to=posted_to):
-                found = self.found(offer(target__inbox=inbox), JSON_LD, posted_to)
-                finding = (S, "target.inbox-elsewhere", "/target/inbox", f"write `{http}`")
-                self.assertEqual(found, [finding] if elsewhere else [])
+                arrival = coarinbox.Arrival(JSON_LD, posted_to)
+                findings = coarinbox.delivery_findings(offer(target__inbox=inbox), arrival)
+                found = [(each.level, each.code, each.pointer, each.fix) for each in findings]
+                expected = (S, "target.inbox-elsewhere", "/target/inbox", f"write `{http}`")
+                self.assertEqual(found, [expected] if elsewhere else [])
 
 
 class ModesTest(unittest.TestCase):
@@ -1183,40 +1046,26 @@ class ModesTest(unittest.TestCase):
     FAULTY = altered("Accept", actor=ABSENT, target__inbox=ABSENT)  # levels S and M
     INVALID = changed(FAULTY, "origin", ABSENT)  # levels S, M and E
 
-    def test_names_in_any_case(self) -> None:
-        for value, mode in [
-            (True, True), (False, False), ("strict", "strict"), ("Strict", "strict"), ("", None),
-            ("dspace", "DSpace"), ("SOFTWARE HERITAGE", "Software Heritage"), ("pci", "PCI"),
-            ("COARNOTIFY", "coarnotify"), ("lax", None), (1, None), (None, None),
-        ]:  # fmt: skip
-            found = coarinbox.mode_of(value)
-            self.assertEqual((found, type(found)), (mode, type(mode)), value)
-
     def test_what_each_mode_refuses_and_warns_about(self) -> None:
-        for mode, document, errors, warnings in [
-            (True, ACCEPT, "", ""), (True, self.FAULTY, "", "MS"), (True, self.INVALID, "E", "MS"),
-            (True, [ACCEPT], "E", ""), (True, "text", "E", ""), ("strict", ACCEPT, "", ""),
+        examples: list[tuple[bool | str, Any, str, str]] = [
+            (True, self.FAULTY, "", "MS"), (True, self.INVALID, "E", "MS"), (True, [], "E", ""),
             ("strict", self.FAULTY, "M", "S"), ("strict", self.INVALID, "EM", "S"),
-            (False, ACCEPT, "", ""), (False, self.INVALID, "", "EMS"), (False, [ACCEPT], "", "E"),
-            (False, [], "", "E"), (False, "text", "E", ""), ("PCI", 5, "E", ""),
-        ]:  # fmt: skip
+            (False, self.INVALID, "", "EMS"), (False, [ACCEPT], "", "E"), (False, [], "", "E"),
+            (False, "text", "E", ""), ("PCI", 5, "E", ""),
+        ]  # fmt: skip
+        for mode, document, errors, warnings in examples:
             with self.subTest(mode=mode, document=document):
-                with coarinbox.running(VALIDATE_INCOMING=mode) as inbox:
-                    answer = send(inbox.url, addressed(document, inbox.url))
-                    self.assertEqual(answer.status, 400 if errors else 201)
-                    self.assertEqual(len(inbox.notifications), 0 if errors else 1)
-                for name, levels in (("errors", errors), ("warnings", warnings)):
-                    found = sorted(each["level"] for each in answer.json().get(name, []))
-                    self.assertEqual("".join(found), levels)
+                assessed = coarinbox.assess(document, mode)
+                levels = ["".join(sorted(each.level for each in found)) for found in assessed]
+                self.assertEqual(levels, [errors, warnings])
 
-    def test_the_most_important_findings_come_first(self) -> None:
+    def test_the_gravest_findings_come_first_and_the_others_are_left_out_if_need_be(self) -> None:
         found = coarinbox.validate({"id": 5, "actor": {}})
-        ordered = [each.level for each in sorted(found, key=lambda each: each.level)]
-        for limit, length in ((4, 4), (100, len(found))):
+        levels = sorted(each.level for each in found)
+        for limit in (4, len(found)):
             kept, left_out = coarinbox.most_important(found, limit=limit)
-            self.assertEqual([each.level for each in kept], ordered[:length])
-            self.assertEqual(left_out, len(found) - length)
-        self.assertEqual(len(coarinbox.most_important(found * 50)[0]), 100)
+            self.assertEqual([each.level for each in kept], levels[:limit])
+            self.assertEqual(left_out, len(found) - limit)
 
     def test_without_the_library_its_mode_cannot_be_set(self) -> None:
         coarinbox.coarnotify_server.cache_clear()
@@ -1254,53 +1103,28 @@ URI_DIFFERENCES = {
 }
 URIS = sorted({*HTTP_URIS, *OTHER_URIS, *NO_URIS, *itertools.chain(*URI_DIFFERENCES.values())})
 URI_MEMBERS = ("id", "origin.id", "context.id")
-ANSWERS = ("Accept", "Reject", "Tentatively Accept", "Tentatively Reject", "Undo Offer")
 
 
 class Change(NamedTuple):
-    """A changed member, with the pattern of the innermost notification that it is a member of."""
+    """Another value for a member of a notification, which may be embedded in another one."""
 
     pattern: str
     member: str
     value: Any
 
 
-def mutation(document: Any, *changes: tuple[str, Any]) -> tuple[Any, list[Change]]:
-    """Change members of a notification; returns it with the changes."""
-    result = document
-    for member, value in changes:
-        result = changed(result, member, value)
-    return result, [innermost(document, member, value) for member, value in changes]
-
-
-def innermost(document: Any, member: str, value: Any) -> Change:
-    """Follow a member into embedded notifications."""
-    pattern = coarinbox.pattern_of(document)
-    assert pattern
-    embedded = pattern.name in ANSWERS and coarinbox.pattern_of(document["object"])
-    if embedded and member.startswith("object."):
-        return innermost(document["object"], member[len("object.") :], value)
-    return Change(pattern.name, member, value)
-
-
-def mutations() -> Iterator[tuple[Any, list[Change]]]:
-    """Change one member of each notification, two of them, and one where it is embedded."""
+def mutations() -> Iterator[tuple[Any, Change]]:
+    """Change one member of each notification, also where the notification is embedded."""
     for number, (name, document) in enumerate(NOTIFICATIONS.items()):
-        names, uris = members(document), URIS[number % 3 :: 3]  # all in any three patterns
-        # The other answers embed the same Offer as an Accept, which is looked at by the same code.
-        like_accept = name in ANSWERS[1:-1]
-        for member in members({**document, "object": None} if like_accept else document):
+        uris = URIS[number % 3 :: 3]  # all in any three patterns
+        embedding = {**ACCEPT, "inReplyTo": document["id"], "object": document}
+        for member in members({**document, "object": None} if name in ANSWERS else document):
             values = VALUES + (TYPES if member.endswith("type") else [])
             for value in values + (uris if member in URI_MEMBERS else []):
-                yield mutation(document, (member, value))
-        for first, second in zip(names, names[5:] + names[:5]):
-            if not (second.startswith(first) or first.startswith(second)):
-                for one, other in zip(VALUES[::3], VALUES[1::3]):
-                    yield mutation(document, (first, one), (second, other))
-        embedding = {**ACCEPT, "inReplyTo": document["id"], "object": document}
-        for member, value in itertools.product(names, (ABSENT, "text")):
-            if member != "@context":
-                yield mutation(embedding, (f"object.{member}", value))
+                yield changed(document, member, value), Change(name, member, value)
+            for value in values[::3] if member != "@context" else []:
+                embedded = changed(embedding, f"object.{member}", value)
+                yield embedded, Change(name, member, value)
 
 
 # What the two think differently of, who accepts it, and whether a change is of that kind.
@@ -1322,20 +1146,9 @@ DIFFERENCES: list[tuple[str, str, Callable[[Change], bool]]] = [
 # fmt: on
 
 
-@functools.cache
-def coarnotify_server() -> Any:
-    from coarnotify.server import COARNotifyReceipt, COARNotifyServer, COARNotifyServiceBinding
-
-    class Binding(COARNotifyServiceBinding):  # type: ignore[misc]
-        def notification_received(self, notification: Any) -> Any:
-            return COARNotifyReceipt(COARNotifyReceipt.CREATED)
-
-    return COARNotifyServer(Binding())
-
-
 def accepted_by_coarnotify(document: Any) -> bool:
     try:
-        coarnotify_server().receive(json.dumps(document))
+        coarinbox.coarnotify_server().receive(json.dumps(document))
     except Exception:  # it crashes in many ways on what it refuses
         return False
     return True
@@ -1347,17 +1160,14 @@ class CoarnotifyTest(unittest.TestCase):
 
     def test_it_agrees_about_thousands_of_faults_but_for_the_known_differences(self) -> None:
         seen: set[str] = set()
-        for document, changes in mutations():
+        for document, change in mutations():
             ours = not coarinbox.assess(document, True).errors
-            theirs = accepted_by_coarnotify(document)
-            if ours != theirs:
-                accepted_by = "coarinbox" if ours else "coarnotify"
-                known = [
-                    what for what, who, applies in DIFFERENCES
-                    if who == accepted_by and any(map(applies, changes))
-                ]  # fmt: skip
-                self.assertTrue(known, f"only {accepted_by} accepts {document}")
-                seen.update(known[:1] if len(changes) == 1 else ())
+            if ours != accepted_by_coarnotify(document):
+                accepts = "coarinbox" if ours else "coarnotify"
+                known = [what for what, who, applies in DIFFERENCES
+                         if who == accepts and applies(change)]  # fmt: skip
+                self.assertTrue(known, f"only {accepts} accepts {document}, with {change}")
+                seen.add(known[0])
         self.assertEqual(seen, {what for what, _, _ in DIFFERENCES})
 
     def test_it_accepts_all_samples_and_replies(self) -> None:
@@ -1366,16 +1176,7 @@ class CoarnotifyTest(unittest.TestCase):
         documents += [coarinbox.reply(offer, name) for offer in offers for name in REPLIES]
         self.assertEqual(len(documents), 30)
         for document in documents:
-            coarnotify_server().receive(json.dumps(document))  # raises what it does not like
-
-    def test_differences_that_no_fault_shows(self) -> None:
-        coarnotify_server().receive(json.dumps(ACCEPT))  # a text; raises what it refuses
-        self.assertTrue(coarinbox.assess(json.dumps(ACCEPT), "coarnotify").errors)
-        refused: list[Any] = [[], {"type": "Accept"}]
-        for document in refused:
-            with self.assertRaises(Exception):  # noqa: B017
-                coarnotify_server().receive(document, validate=False)
-            self.assertEqual(coarinbox.assess(document, False).errors, [])
+            self.assertTrue(accepted_by_coarnotify(document), document)
 
     def test_its_mode_refuses_what_it_refuses_in_its_words(self) -> None:
         document = offer(origin__id="mailto:a@example.org", actor__type="Robot")
@@ -1389,19 +1190,17 @@ class CoarnotifyTest(unittest.TestCase):
             self.assertTrue(found.message.startswith("coarnotify: "), found.message)
         self.assertIn("URL scheme must be http or https", str(errors))
 
-    def test_its_mode_agrees_with_it(self) -> None:
+    def test_its_mode_accepts_what_it_accepts(self) -> None:
         self.assertEqual(coarinbox.assess(ACCEPT, "coarnotify"), ([], []))
         errors, warnings = coarinbox.assess(altered("Announce Review", origin=ABSENT), "coarnotify")
         self.assertEqual((errors, [each.level for each in warnings]), ([], [E]))
-        for document, changes in itertools.islice(mutations(), 0, None, 25):
-            errors, _ = coarinbox.assess(document, "coarnotify")
-            self.assertEqual(errors == [], accepted_by_coarnotify(document), changes)
 
     def test_where_it_crashes_it_refuses(self) -> None:
         deep: Any = {}
         for _ in range(90):
             deep = {**ACCEPT, "object": deep}
-        documents: list[Any] = ["text", {}, [], {"type": {}}, deep, {"type": "Nothing"}]
+        text = json.dumps(ACCEPT)  # which it accepts as if it were the object
+        documents: list[Any] = [text, {}, [], {"type": {}}, deep, {"type": "Nothing"}]
         for document in documents:
             errors, _ = coarinbox.assess(document, "coarnotify")
             self.assertEqual([each.level for each in errors], [E], str(document)[:80])
@@ -1412,62 +1211,33 @@ class CoarnotifyTest(unittest.TestCase):
 # --- Properties ----------------------------------------------------------------------------------
 
 
-@unittest.skipUnless(importlib.util.find_spec("hypothesis"), "hypothesis is not installed")
 class PropertiesTest(unittest.TestCase):
-    """What holds for any document, whether arbitrary JSON or nearly a notification."""
-
-    def check(self, document: Any, choice: Any) -> None:
-        before = copy.deepcopy(document)
-        findings = coarinbox.validate(document)
-        self.assertEqual(document, before)
-        shuffled = json.loads(
-            json.dumps(document),
-            object_pairs_hook=lambda members: dict(choice.sample(members, len(members))),
-        )
-        self.assertEqual(coarinbox.validate(shuffled), findings)
-        json.dumps([finding.as_json() for finding in findings], allow_nan=False)
-        arrival = coarinbox.Arrival(choice.choice([JSON_LD, "x/y"]), ["http://a.example/"], "x")
-        for mode in ("DSpace", "PREreview", "Software Heritage"):
-            errors, warnings = coarinbox.assess(document, mode, arrival)
-            for found in errors + warnings:
-                self.assertTrue(found.message.endswith(found.fix))
-                self.assertLess(len(found.message), 2000)
-                self.assertEqual(coarinbox.Finding.from_json(found.as_json()), found)
-            for found in warnings:
-                self.assertNotEqual(found.level, E)
-                self.assertNotIn(mode, found.refused_by)
+    """What holds for any document that is nearly a notification."""
 
     def test_it_is_judged_whatever_it_holds_in_any_order_and_is_not_changed(self) -> None:
-        import hypothesis
-        from hypothesis import strategies as some
-
-        paths = [path for document in NOTIFICATIONS.values() for path in members(document)]
-        names = sorted({name for path in paths for name in path.split(".")})
-        texts = [value for value in [*TYPES, *URIS, *names] if isinstance(value, str)]
-        numbers = some.integers() | some.floats(allow_nan=False, allow_infinity=False)
-        scalars = some.none() | some.booleans() | numbers | some.text() | some.sampled_from(texts)
-        keys = some.sampled_from(names) | some.text()
-
-        def nested(inner: Any) -> Any:
-            return some.lists(inner, max_size=4) | some.dictionaries(keys, inner, max_size=6)
-
-        def altered(document: Any, changes: dict[str, Any]) -> Any:
-            for member, value in changes.items():
-                with contextlib.suppress(KeyError, TypeError, AttributeError):  # its parent is gone
-                    document = changed(document, member, value)
-            return document
-
-        anything = some.recursive(scalars, nested, max_leaves=30)
-        changes = some.dictionaries(some.sampled_from(paths), anything, max_size=4)
-        nearly = some.builds(altered, some.sampled_from([*NOTIFICATIONS.values()]), changes)
-        check = hypothesis.given(anything | nearly, some.randoms(use_true_random=False))(self.check)
-        limits: dict[str, Any] = {"max_examples": 150, "deadline": None, "database": None}
-        hypothesis.settings(derandomize=True, **limits)(check)()
+        documents = [document for document, _ in mutations()][::40]
+        self.assertGreater(len(documents), 100)
+        for document in documents:
+            before, findings = repr(document), coarinbox.validate(document)
+            self.assertEqual(coarinbox.validate(dict(reversed(document.items()))), findings)
+            for mode, media_type in (("DSpace", "x/y"), ("PCI", JSON_LD), ("PREreview", JSON_LD)):
+                arrival = coarinbox.Arrival(media_type, ["http://a.example/"], "20261125_120000")
+                errors, warnings = coarinbox.assess(document, mode, arrival)
+                for found in errors + warnings:
+                    self.assertTrue(found.message.endswith(found.fix))
+                    self.assertLess(len(found.message), 2000)
+                    written = json.loads(json.dumps(found.as_json(), allow_nan=False))
+                    self.assertEqual(coarinbox.Finding.from_json(written), found)
+                for found in warnings:
+                    self.assertNotEqual(found.level, E)
+                    self.assertNotIn(mode, found.refused_by)
+            self.assertEqual(repr(document), before)
 
 
 # --- Samples and replies -------------------------------------------------------------------------
 
 REQUESTS = ("Request Endorsement", "Request Review")
+ANSWERS = ("Accept", "Reject", "Tentatively Accept", "Tentatively Reject", "Undo Offer")
 ANNOUNCEMENTS = ("Announce Endorsement", "Announce Review", "Announce Service Result")
 REPLIES = tuple(sorted((*ANSWERS, *ANNOUNCEMENTS, "Unprocessable Notification")))
 
@@ -1476,39 +1246,35 @@ class SampleTest(unittest.TestCase):
     def test_each_is_new_and_clean_between_services_that_can_be_chosen(self) -> None:
         for name in NOTIFICATIONS:
             first, second = coarinbox.sample(name), coarinbox.sample(name.upper())
-            self.assertEqual((codes(first), codes(second)), (set(), set()))
+            document = coarinbox.sample(name, origin=JOURNAL, target=REPOSITORY)
+            for each in (first, second, document):
+                pattern = coarinbox.pattern_of(each)
+                self.assertEqual((pattern and pattern.name, codes(each)), (name, set()))
             self.assertNotEqual(first["id"], second["id"])
             first["origin"]["id"] = first["object"]["id"] = "changed"
             self.assertNotIn("changed", json.dumps([second, coarinbox.sample(name)]))
-            document = coarinbox.sample(name, origin=JOURNAL, target=REPOSITORY)
             self.assertEqual((document["origin"], document["target"]), (JOURNAL, REPOSITORY))
-            self.assertEqual(codes(document), set())
-            pattern, offered = coarinbox.pattern_of(document), document["object"]
-            self.assertEqual(pattern and pattern.name, name)
             if name in ANSWERS:
                 ends = (JOURNAL, REPOSITORY) if name == "Undo Offer" else (REPOSITORY, JOURNAL)
+                offered = document["object"]
                 self.assertEqual((offered["origin"], offered["target"]), ends)
 
-    def test_it_can_answer_an_offer(self) -> None:
+    def test_it_can_answer_an_offer_between_other_services(self) -> None:
         other = {**JOURNAL, "id": "https://reviews.example.net/"}
         for name in (*REPLIES, "Announce Relationship"):
             with self.subTest(name):
-                document = coarinbox.sample(name, in_reply_to=OFFER, origin=other, target=EDITORS)
-                self.assertEqual(document["inReplyTo"], OFFER["id"])
-                self.assertEqual((document["origin"], document["target"]), (other, EDITORS))
+                document = coarinbox.sample(name, in_reply_to=OFFER, origin=other, target=JOURNAL)
+                self.assertEqual((document["inReplyTo"], codes(document)), (OFFER["id"], set()))
+                self.assertEqual((document["origin"], document["target"]), (other, JOURNAL))
                 actor = AUTHOR if name == "Undo Offer" else other  # a service acts for itself
                 self.assertEqual(document["actor"]["id"], actor["id"])
-                self.assertEqual(codes(coarinbox.sample(name, in_reply_to=OFFER)), set())
         for name in REQUESTS:
             with self.assertRaisesRegex(ValueError, f"{name} .* answers no Offer"):
                 coarinbox.sample(name, in_reply_to=OFFER)
 
     def test_an_unknown_name_gets_the_list_and_a_suggestion_if_one_is_close(self) -> None:
-        for name, suggestion in [
-            ("requets review", "Request Review"), ("Tentative Accept", "Tentatively Accept"),
-            ("ANNOUNCE-REVIEW", "Announce Review"), ("", ""), ("zebra", ""), ("x" * 1000, ""),
-            ("a\nb", ""),
-        ]:  # fmt: skip
+        suggestions = {"ANNOUNCE-REVIEW": "Announce Review", "": "", "zebra": "", "x\n" * 1000: ""}
+        for name, suggestion in suggestions.items():
             with self.subTest(name), self.assertRaises(ValueError) as caught:
                 coarinbox.sample(name)
             text = str(caught.exception)
@@ -1527,9 +1293,8 @@ class ReplyTest(unittest.TestCase):
                 self.assertEqual(coarinbox.pattern_of(document), coarinbox.find_pattern(name))
                 self.assertEqual(codes(document), set())
                 self.assertEqual(document["inReplyTo"], offered["id"])
-                ends, undo = (document["origin"], document["target"]), name == "Undo Offer"
-                self.assertEqual(ends, (REPOSITORY, JOURNAL) if undo else (JOURNAL, REPOSITORY))
-                self.assertEqual(document["actor"]["id"], AUTHOR["id"] if undo else JOURNAL["id"])
+                ends = (REPOSITORY, JOURNAL) if name == "Undo Offer" else (JOURNAL, REPOSITORY)
+                self.assertEqual((document["origin"], document["target"]), ends)
                 if name in ANSWERS:
                     self.assertEqual(document["object"], changed(offered, "@context", ABSENT))
                 elif name in ANNOUNCEMENTS:
@@ -1628,18 +1393,15 @@ class LdnTest(InboxTest):
         self.assertEqual(fetch(constraints).status, 200)
 
     def test_is_discovered_through_a_link_or_json_ld_where_that_is_preferred(self) -> None:
-        inbox = self.here("/inbox")
-        html = "text/html; charset=utf-8"
+        inbox, html = self.here("/inbox"), "text/html; charset=utf-8"
         for method, accept, content_type in [
-            ("GET", "application/ld+json", JSON_LD),
-            ("GET", "application/ld+json, text/html;q=0.9", JSON_LD),
-            ("GET", "*/*", html), ("GET", "text/html, application/ld+json", html),
-            ("HEAD", "*/*", html),
+            ("GET", JSON_LD, JSON_LD), ("GET", f"{JSON_LD}, text/html;q=0.9", JSON_LD),
+            ("GET", "*/*", html), ("GET", f"text/html, {JSON_LD}", html), ("HEAD", "*/*", html),
         ]:  # fmt: skip
             answer = self.ask(method, "/", headers={"Accept": accept})
             link = f'<{inbox}>; rel="http://www.w3.org/ns/ldp#inbox"'
-            self.assertEqual(answer.headers["Link"], link)
-            self.assertEqual(answer.headers["Content-Type"], content_type, accept)
+            found = (answer.headers["Link"], answer.headers["Content-Type"])
+            self.assertEqual(found, (link, content_type), accept)
             if content_type == JSON_LD:
                 self.assertEqual(answer.json()["ldp:inbox"], {"@id": inbox})
 
@@ -1651,29 +1413,27 @@ class ResourcesTest(InboxTest):
     def test_head_is_get_without_the_body(self) -> None:
         location = path_of(self.post().headers["Location"])
         for path in ("/", "/inbox", location, "/constraints", "/deliveries", "/nothing"):
-            with self.subTest(path):
-                got, head = self.ask("GET", path), self.ask("HEAD", path)
-                self.assertEqual((head.status, head.body), (got.status, b""))
-                self.assertEqual(int(head.headers["Content-Length"]), len(got.body))
-                for name in ("Content-Type", "Link", "Vary"):
-                    self.assertEqual(head.headers[name], got.headers[name])
-        with connect(self.server, b"HEAD /constraints HTTP/1.0\r\n\r\n") as connection:
-            received = b"".join(iter(lambda: connection.recv(65536), b""))
-        self.assertTrue(received.startswith(b"HTTP/1.1 200 OK\r\n"), received[:50])
+            got, head = self.ask("GET", path), self.ask("HEAD", path)
+            self.assertEqual((head.status, head.body), (got.status, b""))
+            self.assertEqual(int(head.headers["Content-Length"]), len(got.body))
+            for name in ("Content-Type", "Link", "Vary"):
+                self.assertEqual(head.headers[name], got.headers[name], path)
+            self.assertTrue(head.headers["Date"])  # RFC 9110 section 6.6.1
+            self.assertEqual(head.headers["Server"], f"coarinbox/{coarinbox.__version__}")
+        with connect(self.server, get_head("Connection: close").replace(b"GET", b"HEAD")) as client:
+            received = b"".join(iter(lambda: client.recv(65536), b""))
         self.assertEqual(received.index(b"\r\n\r\n"), len(received) - 4)
-        self.assertIn(b"\r\nDate: ", received)  # RFC 9110 section 6.6.1
-        self.assertIn(f"\r\nServer: coarinbox/{coarinbox.__version__}\r\n".encode(), received)
 
     def test_a_deleted_notification_is_gone(self) -> None:
         kept, gone = (self.post().headers["Location"] for _ in range(2))
         self.assertEqual(fetch(gone, "DELETE").status, 204)
-        self.assert_problem(fetch(gone), 404)
-        self.assert_problem(fetch(gone, "DELETE"), 404)
+        for method in ("GET", "DELETE"):
+            self.assert_problem(fetch(gone, method), 404)
         self.assertEqual(self.listed(), [kept])
 
     def test_deleting_the_inbox_empties_it_whoever_else_does_the_same(self) -> None:
-        raw(self.server, post_to() * 50, "half-close")
-        self.assertEqual(len(self.listed()), 50)
+        raw(self.server, post_to() * 20, "half-close")
+        self.assertEqual(len(self.listed()), 20)
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             answers = list(pool.map(lambda _: self.ask("DELETE", "/inbox"), range(4)))
         found = [(answer.status, answer.headers["Content-Length"]) for answer in answers]
@@ -1687,12 +1447,11 @@ class ResourcesTest(InboxTest):
             ("/", "GET"), ("/constraints", "GET"), ("/deliveries", "GET"),
             ("/inbox", "GET, POST, DELETE"), (location, "GET, DELETE"),
         ]:  # fmt: skip
-            for method in ("OPTIONS", "PUT", "PATCH", "TRACE", "CONNECT", "BREW", "get"):
-                with self.subTest(path, method=method):
-                    answer = self.ask(method, path)
-                    allowed = set(answer.headers["Allow"].split(", "))
-                    self.assertEqual(allowed, {*works.split(", "), "HEAD", "OPTIONS"})
-                    self.assertEqual(answer.status, 204 if method == "OPTIONS" else 405)
+            for method in ("OPTIONS", "PUT", "PATCH", "TRACE", "get"):
+                answer = self.ask(method, path)
+                allowed = set(answer.headers["Allow"].split(", "))
+                self.assertEqual(allowed, {*works.split(", "), "HEAD", "OPTIONS"})
+                self.assertEqual(answer.status, 204 if method == "OPTIONS" else 405, path)
         self.assert_problem(self.ask("POST", location, BODY), 405)
         self.assert_problem(self.ask("BREW", "/nothing"), 404)
 
@@ -1704,46 +1463,31 @@ class ResourcesTest(InboxTest):
             name.upper(), name + "%00", name + "/", name + "/x", "sub/" + name, "%5c" + name,
             "./" + name, "..;/" + name, "x" * 5000, name[:-1], name + "0", "\\" + name,
         ]:  # fmt: skip
-            with self.subTest(other[:99]):
-                for method in (b"GET", b"DELETE"):
-                    head = get_head(target=f"/inbox/{other}").replace(b"GET", method, 1)
-                    self.assert_problem(self.ask_raw(head), 404)
+            for method in (b"GET", b"DELETE"):
+                head = get_head(target=f"/inbox/{other}").replace(b"GET", method, 1)
+                self.assert_problem(self.ask_raw(head), 404)
         self.assertEqual(self.stored(), [name])
-
-    def test_the_request_line_may_hold_a_whole_url_and_doubled_slashes(self) -> None:
-        for target, status in [
-            ("http://localhost", 200), ("http://localhost?q=x", 200), ("http://evil.example/", 421),
-            ("HTTP://localhost/inbox?close=1", 200),
-        ]:  # fmt: skip
-            self.assertEqual(self.ask_raw(get_head(target=target)).status, status)
-        for path in (b"//inbox", b"///inbox/", b"http://localhost//inbox"):
-            self.assertEqual(self.ask_raw(post_to().replace(b"/inbox", path, 1)).status, 201)
-        self.assertEqual(len(self.ask("GET", "/deliveries").json()["deliveries"]), 3)
 
     def test_a_notification_is_json_ld_but_for_those_who_prefer_html(self) -> None:
         location = path_of(self.post(changed(ACCEPT, "summary", "<b>&")).headers["Location"])
         for path, (is_page, accept) in itertools.product([location, "/inbox?close=1&times=2"], [
             (True, "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"),
-            (True, "text/html"), (True, "text/*"), (True, "text/html, application/ld+json;q=0"),
+            (True, "text/*"), (True, "text/html, application/ld+json;q=0"),
             (True, "TEXT/HTML ; Q=0.9, application/ld+json;q=0.8"),
             (True, 'application/ld+json;profile="a,b";q=0.4, text/html;q=0.5'),
-            (False, "*/*"), (False, "application/json"), (False, "text/turtle"), (False, ""),
-            (False, "text/html, application/ld+json"), (False, "text/html;q=0"),
-            (False, "text/html;q=0.5, application/json"), (False, "text/html;q=0.5, application/*"),
-            (False, "text/html, application/json;q=1.0"),
-            (False, "application/ld+json;q=0.2, */*;q=0.1"),
+            (False, "*/*"), (False, "text/turtle"), (False, ""), (False, "text/html;q=0"),
+            (False, "text/html, application/json"), (False, "text/html;q=0.5, application/*"),
             (False, "text/html;q=0.001, */*;q=0.01"),
         ]):  # fmt: skip
-            with self.subTest(accept, path=path):
-                answer = self.ask("GET", path, headers={"Accept": accept})
-                content_type = "text/html; charset=utf-8" if is_page else JSON_LD
-                self.assertEqual(answer.headers["Content-Type"], content_type)
-                self.assertEqual(answer.headers["Vary"], "Accept, Origin")
-                self.assertEqual(answer.headers["X-Content-Type-Options"], "nosniff")
-                if is_page:
-                    self.assertNotIn(b"<b>&", answer.body)
-                    self.assertIn("default-src 'none'", answer.headers["Content-Security-Policy"])
-                    self.assertEqual(answer.headers["Referrer-Policy"], "same-origin")
+            answer = self.ask("GET", path, headers={"Accept": accept})
+            content_type = "text/html; charset=utf-8" if is_page else JSON_LD
+            self.assertEqual(answer.headers["Content-Type"], content_type, (path, accept))
+            self.assertEqual(answer.headers["Vary"], "Accept, Origin")
+            self.assertEqual(answer.headers["X-Content-Type-Options"], "nosniff")
+            if is_page:
+                self.assertNotIn(b"<b>&", answer.body)
+                self.assertIn("default-src 'none'", answer.headers["Content-Security-Policy"])
+                self.assertEqual(answer.headers["Referrer-Policy"], "same-origin")
 
     def test_the_constraints_are_the_rules(self) -> None:
         listed = self.ask("GET", "/constraints").json()
@@ -1752,11 +1496,6 @@ class ResourcesTest(InboxTest):
         self.assertEqual(listed["specification"], SPECIFICATION)
         words = {level: meaning["word"] for level, meaning in listed["levels"].items()}
         self.assertEqual((words, listed["refused"]), ({E: "error", M: "must", S: "should"}, ["E"]))
-        self.assertEqual(listed["constraints"][0], {
-            "code": "notification-required", "member": "", "demand": "be present",
-            "levels": dict.fromkeys(NOTIFICATIONS, "E"), "refused_by": [],
-        })  # fmt: skip
-        self.assertEqual(listed["constraints"][1]["demand"], "be an object")
         page = self.ask("GET", "/constraints", headers={"Accept": "text/html"}).body.decode()
         self.assertIn("<title>Request Review · coarinbox</title>", page)
 
@@ -1765,10 +1504,8 @@ class HostTest(InboxTest):
     """By which names an inbox may be called, and what its URLs are then."""
 
     def test_urls_are_those_that_the_client_uses(self) -> None:
-        for host in (
-            "localhost:12345", "LOCALHOST", "inbox.localhost", "127.9.9.9:80", "[::1]:80",
-            "localhost.", "[::ffff:127.0.0.1]:80",
-        ):  # fmt: skip
+        hosts = "LOCALHOST localhost. inbox.localhost:12345 127.9.9.9 [::1]:80 [::ffff:127.0.0.1]"
+        for host in hosts.split():
             location = self.post(Host=host).headers["Location"]
             self.assertTrue(location.startswith(f"http://{host}/inbox/"), location)
 
@@ -1784,20 +1521,18 @@ class HostTest(InboxTest):
 
     def test_the_names_of_other_sites_are_refused_on_loopback(self) -> None:
         for host in ("evil.example", "localhost.evil.example", "10.0.0.1", "notlocalhost", "[::2]"):
-            with self.subTest(host):
-                problem = self.assert_problem(self.post(Host=host), 421)
-                self.assertIn("BASE_URL", problem["detail"])
+            problem = self.assert_problem(self.post(Host=host), 421)
+            self.assertIn("BASE_URL", problem["detail"])
+        self.assert_problem(self.ask_raw(get_head(target="http://evil.example/")), 421)
         self.assertEqual(self.stored(), [])
 
     def test_a_malformed_host_is_refused(self) -> None:
-        hosts = ("a b", "localhost:x", "localhost:123456", "<script>", "localhost/x",
-                 "user@localhost", "[::1", "ö")  # fmt: skip
+        hosts = "localhost:x localhost:123456 <script> localhost/x user@localhost [::1 ö".split()
         for head in (
             *(get_head(host=host) for host in hosts), get_head("Host: a"),
             get_head(target="http://localhost/", host="a b"),
         ):  # fmt: skip
-            with self.subTest(head):
-                self.assert_problem(self.ask_raw(head), 400)
+            self.assert_problem(self.ask_raw(head), 400)
 
     @with_settings(BASE_URL="https://inbox.example.org/tunnel/")
     def test_base_url_goes_into_every_url_and_may_be_the_host(self) -> None:
@@ -1820,8 +1555,10 @@ class HostTest(InboxTest):
 
 
 class LogTest(InboxTest):
-    def test_each_finding_has_a_line_for_clients_that_hide_the_answer(self) -> None:
-        self.post(ModesTest.INVALID)
+    def test_each_finding_is_answered_and_has_a_line_for_clients_that_hide_the_answer(self) -> None:
+        problem = self.assert_problem(self.post(ModesTest.INVALID), 400)
+        for name, levels in (("errors", [E]), ("warnings", [M, S])):
+            self.assertEqual([each["level"] for each in problem[name]], levels)
         delivery, *lines = self.log_lines()
         (name,) = (each["name"] for each in self.ask("GET", "/deliveries").json()["deliveries"])
         page = f"{self.server.base}/deliveries/{name}"
@@ -1830,13 +1567,14 @@ class LogTest(InboxTest):
         self.assertIn(f"  {missing}", lines)
         self.assertEqual([line[:4] for line in lines], ["  E ", "  M ", "  S "])
 
-    def test_a_request_has_one_line_whatever_it_says(self) -> None:
+    def test_a_request_has_one_short_line_and_one_with_the_reason_of_a_refusal(self) -> None:
         raw(self.server, b"GET /\x1b[31m\rforged HTTP/1.1\r\n\r\n")
-        self.ask("GET", "/%0aforged")
+        for target in ("/%0aforged", "/" + "x" * 60_000):
+            self.ask_raw(get_head(target=target))
         lines = self.log_lines()
-        self.assertEqual(len(lines), 4, lines)  # each with the reason of the refusal
+        self.assertEqual(len(lines), 6, lines)
         for line in lines:
-            self.assertTrue(line.isprintable(), line)
+            self.assertTrue(line.isprintable() and len(line) < 1100, line)
 
     @with_settings(DEBUG=True)
     def test_a_request_that_is_logged_whole_has_a_thousand_lines_at_most(self) -> None:
@@ -1846,11 +1584,6 @@ class LogTest(InboxTest):
         self.assertLess(len(self.log_lines()), 1010)
         self.post(b"[" + b" " * 100_000 + b"5]")  # too long to be indented
         self.assertIn("5]", "".join(self.log_lines()))
-
-    def test_lines_of_a_request_are_short(self) -> None:
-        """The log may hold ten thousand that nobody reads."""
-        self.ask_raw(get_head(target="/" + "x" * 60_000))
-        self.assertLess(max(map(len, self.log_lines())), 1100)
 
     def test_no_part_of_a_request_swells_its_answer_or_the_log(self) -> None:
         """65 kB became 390, because JSON writes six characters for one."""
@@ -1891,18 +1624,13 @@ class BadBodyTest(InboxTest):
     def test_a_body_that_is_no_notification_is_refused_and_not_stored(self) -> None:
         for says, bodies in {
             "the body is empty": [b""],
-            "the body is not JSON": [
-                b" ", b"{", b"{}{}", b"{'id': 1}", b"<rdf/>", b'{"a": 1,}', b"\0", b"nul",
-            ],
-            "not UTF-8": [
-                b'{"id": "\xff"}', b'"\xc3"', b"\xed\xa0\x80", BODY.decode().encode("utf-16"),
-            ],
+            "the body is not JSON": [b" ", b"{", b"{}{}", b"{'id': 1}", b'{"a": 1,}', b"\0"],
+            "not UTF-8": [b'{"id": "\xff"}', b"\xed\xa0\x80", BODY.decode().encode("utf-16")],
             "byte order mark": [b"\xef\xbb\xbf" + BODY],
             "NaN is not JSON": [b'{"id": NaN}'],
             "Infinity is not JSON": [b'{"id": Infinity}', b'{"id": -Infinity}'],
             "too large": [  # which receivers disagree about
-                b'{"id": %s}' % number
-                for number in (b"9" * 5000, b"-" + b"9" * 5000, b"1e400", b"9" * 10**5)
+                b'{"id": %s}' % number for number in (b"9" * 10**5, b"-" + b"9" * 5000, b"1e400")
             ],
             "the document is nested more than 100 levels deep": [
                 start * depth + b"1" + end * depth
@@ -1910,14 +1638,18 @@ class BadBodyTest(InboxTest):
             ],
             "": [b"[" * 101, b"[" * 100_000, b'{"":' * 100_000],
             "not a valid notification": [
-                b"null", b"true", b"5", b'"text"', b"[]", b"[1]", b"[%s]" % BODY,
-                json.dumps(BODY.decode()).encode(),
+                b"null", b"5", b"[]", b"[%s]" % BODY, json.dumps(BODY.decode()).encode(),
             ],
         }.items():  # fmt: skip
             for body in bodies:
-                with self.subTest(body[:99]):
-                    self.assertIn(says, self.assert_problem(self.post(body), 400)["detail"])
+                problem = self.assert_problem(self.post(body), 400)
+                self.assertIn(says, problem["detail"], body[:99])
         self.assertEqual(self.stored(), [])
+
+    @with_settings(VALIDATE_INCOMING=False)
+    def test_without_validation_any_object_or_array_is_accepted(self) -> None:
+        for body, status in ((b"[]", 201), (b'{"id": []}', 201), (b"5", 400)):
+            self.assertEqual(self.post(body).status, status, body)
 
     def test_every_byte_is_kept(self) -> None:
         for body in (
@@ -1934,17 +1666,15 @@ class BadBodyTest(InboxTest):
     def test_the_wrong_type_or_coding(self) -> None:
         for name, helpful, advice, values in [
             ("Content-Type", "Accept-Post", "application/ld+json, ", [
-                "text/plain", "text/html", "", "application/xml", "application/jsonld", "json",
-                "application/+json", "multipart/form-data; boundary=x", "image/svg+json",
+                "text/plain", "", "application/jsonld", "json", "application/+json", "text/x+json",
             ]),
-            ("Content-Encoding", "Accept-Encoding", "identity", ["gzip", "br", "identity, br"]),
+            ("Content-Encoding", "Accept-Encoding", "identity", ["gzip", "identity, br"]),
         ]:  # fmt: skip
             for value in values:
-                with self.subTest(name, value=value):
-                    answer = self.ask("POST", "/inbox", BODY, {name: value})
-                    self.assert_problem(answer, 415)
-                    self.assertIn("constrainedBy", answer.headers["Link"])
-                    self.assertIn(advice, answer.headers[helpful])
+                answer = self.ask("POST", "/inbox", BODY, {name: value})
+                self.assert_problem(answer, 415)
+                self.assertIn("constrainedBy", answer.headers["Link"])
+                self.assertIn(advice, answer.headers[helpful])
         untyped = post_to().replace(f"Content-Type: {JSON_LD}\r\n".encode(), b"")
         problem = self.assert_problem(self.ask_raw(untyped), 415)
         self.assertIn("Content-Type is missing,", problem["detail"])
@@ -1998,11 +1728,8 @@ class ReadRequestTest(unittest.TestCase):
         sizes = (len(data), 7, 1) if len(data) < 10_000 else (len(data), 997)
         whole, *others = (read_requests(data, size) for size in sizes)
         for requests in others:
-            self.assertEqual([*map(self.describe, requests)], [*map(self.describe, whole)])
+            self.assertEqual(repr([*map(vars, requests)]), repr([*map(vars, whole)]))
         return whole
-
-    def describe(self, request: coarinbox.Request) -> str:
-        return f"{vars(request)} {request.problem}"
 
     def read_one(self, data: bytes) -> coarinbox.Request:
         (request,) = self.read(data)
@@ -2038,7 +1765,7 @@ class ReadRequestTest(unittest.TestCase):
         bodies = [
             post_head(right) + BODY,
             post_head(f"Content-Length:\t{len(BODY)} \t", "Transfer-encoded:") + BODY,
-            post_head("Content-Length: 000" + "0" * 99 + right[16:]) + BODY,
+            post_head("Content-Length: " + "0" * 99 + right[16:]) + BODY,
             *(post_head("transfer-encoding: Chunked") + chunked(BODY, size) for size in (1, 100)),
             post_head(CHUNKED) + chunked(BODY, 100, extension=b' ; name="value"'),
             post_head(CHUNKED) + chunked(BODY, 100, trailer=b"X-Checksum: 1\r\n"),
@@ -2046,9 +1773,6 @@ class ReadRequestTest(unittest.TestCase):
             *(post_to().replace(b"POST", method) for method in (b"GET", b"DELETE", b"PUT")),
         ]
         self.assertEqual([request.body for request in self.read(b"".join(bodies))], [BODY] * 11)
-        largest = BODY + b" " * (4000 - len(BODY))
-        for data in (post_to(body=largest), post_head(CHUNKED) + chunked(largest, 999)):
-            self.assertEqual(self.read_one(data).body, largest)
 
     def test_requests_follow_each_other(self) -> None:
         data = b"\r\n\r\n\nGET / HTTP/1.1\r\n\r\n" + post_to() + b"\r\nGET /x HTTP/1.1\r\n\r\n\r\n"
@@ -2063,42 +1787,59 @@ class ReadRequestTest(unittest.TestCase):
         for data, body in UNFINISHED.items():
             self.assertEqual(self.read(data)[0].body, body)
 
-    def test_malformed_request_lines(self) -> None:
-        for line in (
-            b"GARBAGE\r\n", b"  \r\n", b"GET /\r\n", b"GET / HTTP/1.1 x\r\n",
-            b"GET  / HTTP/1.1\r\n", b"GET\t/\tHTTP/1.1\r\n", b"GET /\x85 HTTP/1.1\r\n",
-            b"GET /\x00 HTTP/1.1\r\n", b"GET / HTTP/x\r\n", b"GET / HTTP/1.11111\r\n",
-            b"GET / HTTP/0.9\r\n", b"GET / HTTP/1.1\n", b"GET / FTP/1.1\r\n",
-        ):  # fmt: skip
-            self.assert_refused(line, 400, "the request line is malformed")
+    def test_what_is_malformed(self) -> None:
+        get, post = b"GET / HTTP/1.1\r\n", post_head(CHUNKED)
+        for reason, requests in {
+            "the request line is malformed": [
+                b"GARBAGE\r\n", b"  \r\n", b"GET /\r\n", b"GET / HTTP/1.1 x\r\n",
+                b"GET  / HTTP/1.1\r\n", b"GET\t/\tHTTP/1.1\r\n", b"GET /\x85 HTTP/1.1\r\n",
+                b"GET /\x00 HTTP/1.1\r\n", b"GET / HTTP/x\r\n", b"GET / HTTP/1.11111\r\n",
+                b"GET / HTTP/0.9\r\n", b"GET / HTTP/1.1\n", b"GET / FTP/1.1\r\n",
+            ],
+            "TLS": [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n"],
+            "header line 1 is malformed: it has no name before a colon": [get + line for line in (
+                b"no colon\r\n", b" folded: x\r\n", b": y\r\n",
+            )],
+            "header line 1 is malformed: 'X": [get + line for line in (
+                b"X: y\n", b"X: y\rContent-Length: 5\r\n", b"X: \x00\r\n", b"X\xa0: y\r\n",
+                b"X: y\r\r\nContent-Length: 5\r\n", b"X : y\r\n",
+            )],
+            "header line 2 is malformed": [get + b"X: y\r\n folded\r\n"],
+            "malformed": [post + chunks for chunks in (
+                b"x\r\n", b"\r\n", b"-5\r\nhello\r\n0\r\n\r\n", b"0x5\r\nhello\r\n0\r\n\r\n",
+                b"5\r\nhello, too long\r\n0\r\n\r\n", b"5\nhello\n0\n\n", b"5" * 17 + b"\r\n",
+                b" 5\r\nhello\r\n0\r\n\r\n", b"5\r\nhello\n0\r\n\r\n", b"5\r\nhelloXX0\r\n\r\n",
+                b"5\r\nhelloX\n0\r\n\r\n", b"5;a\rb\r\nhello\r\n0\r\n\r\n",
+                b"5;\0\r\nhello\r\n0\r\n\r\n", b"5;" + b"x" * 2000 + b"\r\nhello",
+            )],
+        }.items():  # fmt: skip
+            for data in requests:
+                self.assert_refused(data, 400, reason)
         self.assert_refused(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, "not HTTP/2.0")
-        self.assert_refused(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n", 400, "TLS")
-        self.assert_refused(b"GET /" + b"x" * 70_000, 414, "65536")
 
-    def test_malformed_header_lines(self) -> None:
-        for line, name in [
-            (b"no colon\r\n", ""), (b"Host : x\r\n", "Host "), (b" folded: x\r\n", ""),
-            (b"X: y\n", "X"), (b"X: y\rContent-Length: 5\r\n", "X"), (b"X: \x00\r\n", "X"),
-            (b"X: y\r\r\nContent-Length: 5\r\n", "X"), (b": y\r\n", ""),
-            (b"From somebody\r\n", ""), (b"X\xa0: y\r\n", "X\xa0"),
-        ]:  # fmt: skip
-            shown = repr(name) if name else "it has no name before a colon"
-            reason = f"header line 1 is malformed: {shown}"
-            self.assert_refused(b"GET / HTTP/1.1\r\n" + line, 400, reason)
-        folded = b"GET / HTTP/1.1\r\nX: y\r\n folded\r\n"
-        self.assert_refused(folded, 400, "header line 2 is malformed")
-
-    def test_heads_that_are_too_long(self) -> None:
+    def test_what_is_too_large(self) -> None:
         line, long = b"GET / HTTP/1.1\r\n", b"X: " + b"y" * 995 + b"\r\n"
         for lines, count in ((b"X: y\r\n" * 100, 100), (long * 65, 65)):
             values = self.read_one(line + lines + b"\r\n").headers["x"].split(", ")
             self.assertEqual(len(values), count)
-        self.assert_refused(line + b"X: y\r\n" * 101, 431, "more than 100 header lines")
-        self.assert_refused(line + b"X: " + b"y" * 70_000, 431, "65536")
-        self.assert_refused(line + long * 66, 431, "65536")  # the limit is for all of them
-        self.assert_refused(b"GET /" + b"x" * 60_000 + line[5:] + long * 6, 431, "65536")
-        for trailer in (b"X: y\r\n" * 101, b"X: " + b"y" * 70_000):
-            self.assert_refused(post_head(CHUNKED) + b"0\r\n" + trailer, 431)
+        largest = BODY + b" " * (4000 - len(BODY))
+        for data in (post_to(body=largest), post_head(CHUNKED) + chunked(largest, 999)):
+            self.assertEqual(self.read_one(data).body, largest)
+        for data, status, reason in [
+            (b"GET /".ljust(65536, b"x"), 414, "65536"),
+            (line + b"X: ".ljust(65536, b"y"), 431, "65536"),
+            (line + b"X: y\r\n" * 101, 431, "more than 100 header lines"),
+            (line + long * 66, 431, "65536"),  # the limit is for all of them
+            (b"GET /" + b"x" * 60_000 + line[5:] + long * 6, 431, "65536"),
+            (post_head(CHUNKED) + b"0\r\n" + b"X: y\r\n" * 101, 431, "100 header lines"),
+            (post_head(CHUNKED) + b"0\r\nX: " + b"y" * 70_000, 431, "65536"),
+            (post_head("Content-Length: 4001"), 413, "4000"),
+            (post_head("Content-Length: " + "9" * 5000), 413, "4000"),
+            (post_to(body=largest + b" "), 413, "4000"),
+            (post_head(CHUNKED) + chunked(largest + b" ", 1000), 413, "4000"),
+            (post_head(CHUNKED) + b"fffffffffffffff\r\n", 413, "4000"),
+        ]:  # fmt: skip
+            self.assert_refused(data, status, reason)
 
     def test_chunks_that_are_mostly_framing(self) -> None:
         """A body of 1 MB in chunks of one byte held up everybody for two seconds."""
@@ -2108,43 +1849,22 @@ class ReadRequestTest(unittest.TestCase):
         self.assert_refused(data + chunk * 700, 400, "too small")
 
     def test_lengths_that_are_missing_or_wrong_or_contradict_each_other(self) -> None:
-        self.assert_refused(post_head() + BODY, 411)
-        self.assert_refused(post_head().replace(b"POST", b"PUT"), 411)
         right, wrong = f"Content-Length: {len(BODY)}", f"Content-Length: {len(BODY) + 1}"
+        for verb in (b"POST", b"PUT"):
+            self.assert_refused(post_head().replace(b"POST", verb) + BODY, 411)
         for length in ("-1", "+5", "5.0", "0x5", "1e3", "five", "5, 5", "5 5", "²", "1_000", ""):
             self.assert_refused(post_head(f"Content-Length: {length}") + BODY, 400)
         for lines in ((right, wrong), (right, right)):  # RFC 9110 section 8.6
             self.assert_refused(post_head(*lines) + BODY, 400)
+        codings = "gzip, chunked", "chunked, chunked", "identity", "\x0bchunked", "chunked\xa0", ""
         for head in (
+            *(post_head(f"Transfer-Encoding: {coding}") for coding in codings),
             post_head(right, CHUNKED), post_head(CHUNKED).replace(b"HTTP/1.1", b"HTTP/1.0"),
-            *(post_head(f"Transfer-Encoding: {coding}") for coding in (
-                "gzip, chunked", "chunked, chunked", "identity", "\x0bchunked", "chunked\xa0", "",
-            )),
         ):  # fmt: skip
             self.assert_refused(head + chunked(BODY, 100), 400)
-        smuggled = b"GET /constraints HTTP/1.1\r\nHost: localhost\r\n\r\n"
-        for lengths in (("0", "43"), ("43", "0"), ("x", "0")):
+        for lengths in (("0", "43"), ("43", "0"), ("x", "0")):  # a body that passes for a request
             head = get_head(*(f"Content-Length: {length}" for length in lengths))
-            self.assert_refused(head + smuggled, 400)
-
-    def test_bodies_over_the_limit(self) -> None:
-        large = b"x" * 4001
-        for data in (
-            post_head("Content-Length: 4001"), post_head("Content-Length: " + "9" * 5000),
-            post_to(body=large), post_head(CHUNKED) + chunked(large, 1000),
-            post_head(CHUNKED) + b"fffffffffffffff\r\n",
-        ):  # fmt: skip
-            self.assert_refused(data, 413)
-
-    def test_broken_chunks(self) -> None:
-        for chunks in [
-            b"x\r\n", b"\r\n", b"-5\r\nhello\r\n0\r\n\r\n", b"0x5\r\nhello\r\n0\r\n\r\n",
-            b"5\r\nhello, too long\r\n0\r\n\r\n", b"5\nhello\n0\n\n", b" 5\r\nhello\r\n0\r\n\r\n",
-            b"5\r\nhello\n0\r\n\r\n", b"5\r\nhelloXX0\r\n\r\n", b"5\r\nhelloX\n0\r\n\r\n",
-            b"5;a\rb\r\nhello\r\n0\r\n\r\n", b"5;\0\r\nhello\r\n0\r\n\r\n", b"5" * 17 + b"\r\n",
-            b"5;" + b"x" * 2000 + b"\r\nhello",
-        ]:  # fmt: skip
-            self.assert_refused(post_head(CHUNKED) + chunks, 400, "malformed")
+            self.assert_refused(head + get_head(), 400)
 
 
 class FramingTest(InboxTest):
@@ -2174,17 +1894,13 @@ class FramingTest(InboxTest):
 
     def test_a_refusal_ends_the_connection(self) -> None:
         for data, status in [
-            (post_head(), 411), (post_head("Content-Length: 5, 5") + BODY, 400),
-            (post_head(CHUNKED) + b"x\r\n", 400), (post_head("Content-Length: 4001"), 413),
+            (post_head(), 411), (post_head(CHUNKED) + b"x\r\n", 400), (b"GARBAGE\r\n", 400),
             (post_head("Content-Length: 5000", "Expect: 100-continue"), 413),
             (post_head("Content-Length: 5", "Expect: 100-continue").replace(b"ld+", b"x"), 415),
-            (b"GARBAGE\r\n", 400), (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
-            (b"GET /" + b"x" * 70_000, 414), (get_head(*["X: y"] * 100), 431),
         ]:  # fmt: skip
-            with self.subTest(data[:99]):
-                answer = self.ask_raw(data, "read")
-                self.assert_problem(answer, status)
-                self.assertEqual(answer.headers["Connection"], "close")
+            answer = self.ask_raw(data, "read")
+            self.assert_problem(answer, status)
+            self.assertEqual(answer.headers["Connection"], "close")
         self.assertEqual(self.stored(), [])
         raw(self.server, (post_head(CHUNKED) + chunked(BODY, 100)) * 2, "half-close")
         self.assertEqual([fetch(url).body for url in self.listed()], [BODY, BODY])
@@ -2205,14 +1921,7 @@ class FramingTest(InboxTest):
             answers = raw(self.server, data, "half-close")
             self.assertEqual([answer.status for answer in answers], [status, 200])
 
-    def test_100_continue_comes_when_the_body_is_wanted(self) -> None:
-        head = post_head(f"Content-Length: {len(BODY)}", "Expect: 100-continue")
-        with connect(self.server, head) as connection:
-            self.assertEqual(connection.recv(99), b"HTTP/1.1 100 Continue\r\n\r\n")
-            connection.sendall(BODY)
-            self.assertEqual(answer_on(connection).status, 201)
-
-    def test_a_body_is_read_even_if_100_continue_waits_for_room(self) -> None:
+    def test_100_continue_comes_before_the_answer_even_if_it_had_to_wait_for_room(self) -> None:
         send_bytes, tried, read = socket.socket.send, threading.Event(), threading.Event()
 
         def send_later(sock: socket.socket, data: bytes) -> int:
@@ -2228,16 +1937,8 @@ class FramingTest(InboxTest):
                 connection.sendall(BODY)
                 self.wait_until(lambda: self.stored() != [])
                 read.set()
-                self.assertEqual(connection.recv(12), b"HTTP/1.1 100")
-
-    def test_a_client_that_resets_the_connection_leaves_no_traceback(self) -> None:
-        for data in (b"POST /in", post_head("Content-Length: 99"), post_head(), b""):
-            connection = connect(self.server, data)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-            connection.close()
-        self.assert_serves()
-        self.server.server_close()  # waits for the connections above
-        self.assertFalse([line for line in self.log if line.exc_info])
+                self.assertEqual(connection.recv(25), b"HTTP/1.1 100 Continue\r\n\r\n")
+                self.assertEqual(answer_on(connection).status, 201)
 
 
 class StallTest(InboxTest):
@@ -2251,9 +1952,8 @@ class StallTest(InboxTest):
             answers = list(pool.map(lambda data: raw(self.server, data), stalled))
         self.assertEqual(answers[-2:], [[], []])
         for data, (answer,) in zip(UNFINISHED, answers):
-            with self.subTest(data):
-                self.assert_problem(answer, 408)
-                self.assertEqual(answer.headers["Connection"], "close")
+            self.assert_problem(answer, 408)
+            self.assertEqual(answer.headers["Connection"], "close", data)
         self.assertEqual(self.stored(), [])
         deliveries = self.ask("GET", "/deliveries").json()["deliveries"]
         self.assertEqual([each["status"] for each in deliveries], [408] * len(UNFINISHED))
@@ -2269,18 +1969,11 @@ class StallTest(InboxTest):
             self.wait_until(lambda: "timed out" in "".join(self.log_lines()))
         self.assert_serves()
 
-    @unittest.mock.patch("coarinbox.LINGER", 0.05)
-    def test_input_without_a_pause_or_an_end_is_not_read_for_ever(self) -> None:
-        def flood(head: bytes, data: bytes) -> None:
-            with connect(self.server, head) as connection, self.assertRaises(ConnectionError):
-                started = time.monotonic()
-                while time.monotonic() < started + 10:
-                    connection.sendall(data)
-
-        heads = b"", post_head("Content-Length: 1000000"), get_head()[:-2]
-        with concurrent.futures.ThreadPoolExecutor(3) as pool:
-            list(pool.map(flood, heads, (b"\r\n" * 100, b"x", b"X: y\r\n")))
-        self.assertIn("REQUEST_TIMEOUT", "".join(self.log_lines()))
+    def test_empty_lines_without_an_end_are_not_read_for_ever(self) -> None:
+        with connect(self.server) as connection, self.assertRaises(ConnectionError):
+            started = time.monotonic()
+            while time.monotonic() < started + 10:
+                connection.sendall(b"\r\n" * 100)
         self.assert_serves()
 
     def test_a_request_that_drips_gets_no_more_time_than_one_that_stalls(self) -> None:
@@ -2289,7 +1982,8 @@ class StallTest(InboxTest):
             while not select.select([connection], [], [], 0.02)[0]:
                 self.assertLess(time.monotonic() - begun, 5)
                 connection.sendall(b"G")
-            self.assert_problem(answer_on(connection), 408)
+            problem = self.assert_problem(answer_on(connection), 408)
+            self.assertIn("REQUEST_TIMEOUT", problem["detail"])
 
 
 # --- Storage -------------------------------------------------------------------------------------
@@ -2307,12 +2001,17 @@ class StorageTest(InboxTest):
     def directory(self) -> pathlib.Path:
         return pathlib.Path(self.server.store.directory)
 
-    def test_a_file_holds_the_bytes_that_were_sent(self) -> None:
-        name = self.post().headers["Location"].rpartition("/")[2]
-        self.assertEqual(files_in(self.directory), [f"{name}.json"])
-        file, other = self.directory / f"{name}.json", self.directory / "other"
+    def test_a_file_holds_the_bytes_that_were_sent_even_where_there_are_no_hard_links(self) -> None:
+        no_links = unittest.mock.patch("os.link", side_effect=PermissionError(errno.EPERM, "no"))
+        other = self.directory / "other"
         other.touch()
-        self.assertEqual((file.read_bytes(), file.stat().st_mode), (BODY, other.stat().st_mode))
+        for disk in (contextlib.nullcontext(), no_links):
+            with disk:
+                name = self.post().headers["Location"].rpartition("/")[2]
+            file = self.directory / f"{name}.json"
+            self.assertEqual((file.read_bytes(), file.stat().st_mode), (BODY, other.stat().st_mode))
+            file.unlink()
+        self.assertEqual(files_in(self.directory), ["other"])
 
     def test_a_201_means_that_it_is_listed_at_once_under_a_name_of_its_own(self) -> None:
         before = time.gmtime()[:6]
@@ -2322,12 +2021,10 @@ class StorageTest(InboxTest):
             return location in self.listed() and self.ask("GET", path_of(location)).body == BODY
 
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            self.assertTrue(all(pool.map(post_and_look, range(40))))
-        names = self.stored()
-        self.assertEqual(len(names), 40)
-        for name in (names[0], names[-1]):
-            moment = time.strptime(name[:15], "%Y%m%d_%H%M%S")
-            self.assertTrue(before <= moment[:6] <= time.gmtime()[:6])
+            self.assertTrue(all(pool.map(post_and_look, range(20))))
+        first, *_, last = (time.strptime(name[:15], "%Y%m%d_%H%M%S") for name in self.stored())
+        self.assertTrue(before <= first[:6] <= last[:6] <= time.gmtime()[:6])
+        self.assertEqual(len(self.listed()), 20)
 
     def test_the_directory_is_the_only_truth(self) -> None:
         names = [f"2020010{day}_000000_" + digit * 32 for day, digit in enumerate("fac", 1)]
@@ -2363,19 +2060,6 @@ class StorageTest(InboxTest):
         self.assert_serves()
         self.assertEqual(len(self.listed()), 1)
 
-    def test_another_inbox_may_have_the_same_store_and_log(self) -> None:
-        self.post(REFUSED)
-        with beside(self.server) as other:
-            servers = [self.server, other]
-            with concurrent.futures.ThreadPoolExecutor(4) as pool:
-                answers = pool.map(lambda each: ask(each, "POST", "/inbox", ACCEPT), servers * 20)
-            paths = {path_of(answer.headers["Location"]) for answer in answers}
-            for reader in servers:
-                listed = ask(reader, "GET", "/inbox").json()["ldp:contains"]
-                self.assertEqual({path_of(entry["@id"]) for entry in listed}, paths)
-                logged = ask(reader, "GET", "/deliveries").json()["deliveries"]
-                self.assertEqual([each["status"] for each in logged], [201] * 40 + [400])
-
     def test_before_a_201_the_file_and_its_name_have_reached_the_disk(self) -> None:
         synced = []
 
@@ -2388,12 +2072,6 @@ class StorageTest(InboxTest):
             with serving(FSYNC=False) as other:
                 self.assertEqual(ask(other, "POST", "/inbox", ACCEPT).status, 201)
             self.assertEqual(synced, SYNCED_KINDS)
-
-    def test_a_disk_without_hard_links_will_do(self) -> None:
-        with unittest.mock.patch("os.link", side_effect=PermissionError(errno.EPERM, "no links")):
-            location = self.post().headers["Location"]
-        self.assertEqual(self.ask("GET", path_of(location)).body, BODY)
-        self.assertEqual(len(files_in(self.directory)), 1)
 
     def test_while_a_file_is_synced_others_are_served_and_the_end_waits_for_it(self) -> None:
         released = threading.Event()
@@ -2450,14 +2128,12 @@ class BrokenStoreTest(InboxTest):
         directory, one = self.server.store.directory, "/inbox/20200101_000000_" + "a" * 32
         os.rmdir(directory)
         pathlib.Path(directory).write_text("in the way")
-        for method, path in [
-            ("POST", "/inbox"), ("GET", "/inbox"), ("GET", "/"), ("DELETE", "/inbox"),
-            ("GET", one), ("DELETE", one),
+        for method, path, body in [
+            ("POST", "/inbox", BODY), ("GET", "/inbox", None), ("GET", "/", None),
+            ("DELETE", "/inbox", None), ("GET", one, None), ("DELETE", one, None),
         ]:  # fmt: skip
-            with self.subTest(method, path=path):
-                answer = self.ask(method, path, BODY if method == "POST" else None)
-                reason = f"the store failed: {os.strerror(errno.ENOTDIR)}"
-                self.assertEqual(self.assert_problem(answer, 500)["detail"], reason)
+            problem = self.assert_problem(self.ask(method, path, body), 500)
+            self.assertEqual(problem["detail"], f"the store failed: {os.strerror(errno.ENOTDIR)}")
         os.remove(directory)
         self.assert_serves()
 
@@ -2477,43 +2153,31 @@ class BrokenStoreTest(InboxTest):
             self.assert_problem(self.ask("GET", "/inbox"), 500)
         with unittest.mock.patch.object(self.server.deliveries, "select_lines", select):
             self.assert_problem(self.ask("GET", "/deliveries"), 500)
-            with unittest.mock.patch("coarinbox.TURN", 0):  # the beginning is sent by itself
-                with self.assertRaises(http.client.IncompleteRead):
-                    self.ask("GET", "/deliveries")
+            # With no time for a turn, the beginning is sent by itself.
+            with constants(TURN=0), self.assertRaises(http.client.IncompleteRead):
+                self.ask("GET", "/deliveries")
         self.assertEqual(self.log_lines()[-1], "the store failed: the disk is gone")
         self.assert_serves()
 
-    def test_a_disk_that_is_full_or_read_only(self) -> None:
+    def test_a_disk_that_is_full(self) -> None:
         """On a tmpfs of 64 KiB, in a mount namespace of its own."""
+        large = json.dumps({**ACCEPT, "summary": "x" * 10_000}).encode()
         with tempfile.TemporaryDirectory() as directory:
             command = [*on_small_disk("size=64k", directory), "--store", f"{directory}/store"]
             with running(command) as inbox:
-
-                def listed() -> int:
-                    return len(inbox.ask("GET", "/inbox").json()["ldp:contains"])
-
-                large = json.dumps({**ACCEPT, "summary": "x" * 10_000}).encode()
                 answers = [inbox.ask("POST", "/inbox", large) for _ in range(20)]
                 stored = [answer.status for answer in answers].count(201)
                 self.assertGreater(stored, 2)
-                for answer in answers[:stored]:
-                    path = path_of(answer.headers["Location"])
-                    self.assertEqual(inbox.ask("GET", path).body, large)
                 for answer in answers[stored:]:
                     self.assert_problem(answer, 507)
-                self.assertEqual(listed(), stored)
-
-                self.assertEqual(inbox.ask("DELETE", path).status, 204)
+                paths = [path_of(answer.headers["Location"]) for answer in answers[:stored]]
+                listed = inbox.ask("GET", "/inbox").json()["ldp:contains"]
+                self.assertEqual([path_of(entry["@id"]) for entry in listed], sorted(paths))
+                self.assertEqual(inbox.ask("GET", paths[-1]).body, large)
+                self.assertEqual(inbox.ask("DELETE", paths[-1]).status, 204)
                 self.assertEqual(inbox.ask("POST", "/inbox", large).status, 201)
                 (newest, *_) = inbox.ask("GET", "/deliveries").json()["deliveries"]
                 self.assertEqual(newest["status"], 201)  # a torn line before it does no harm
-                self.assertEqual(inbox.ask("DELETE", "/inbox").status, 204)
-                inside = ["nsenter", "--user", "--mount", "--preserve-credentials", "--target"]
-                for mode, status in (("ro", 500), ("rw", 201)):
-                    remount = [str(inbox.process.pid), "mount", "-o", f"remount,{mode}", directory]
-                    subprocess.run(inside + remount, check=True, timeout=20)
-                    self.assertEqual(inbox.ask("POST", "/inbox", ACCEPT).status, status)
-                self.assertEqual(listed(), 1)
 
 
 def on_small_disk(options: str, directory: Any) -> list[str]:
@@ -3460,10 +3124,11 @@ class PageTest(unittest.TestCase):
             self.assertIn(f'"id": "{example["id"]}",', page.lines)
         self.assertIn("error id is an HTTP URI origin.id-http-uri", page.texts("li"))
         self.assertIn("This inbox refuses: error.", page.text)
-        for mode, refused in [
+        modes: list[tuple[bool | str, str]] = [
             (False, "none of them"), ("strict", "error, MUST"),
             ("PCI", "error, whatever PCI refuses"),
-        ]:  # fmt: skip
+        ]  # fmt: skip
+        for mode, refused in modes:
             context = CONTEXT._replace(mode=mode)
             page = Page(coarinbox.constraints_page(context, coarinbox.PATTERNS[0]))
             self.assertIn(f"This inbox refuses: {refused}.", page.text)
@@ -7160,6 +6825,7 @@ class SharedStoreTest(DeliveriesTest):
             ledger = coarinbox.Ledger(server.store.directory, fsync=False)
             ledger.record(delivered(OFFER, 404))
             *_, survey = ledger.survey("3")
+            assert survey
             ledger.take_over(survey)
             ledger.record(delivered(OFFER, 404))
         self.assertEqual(sum(ledger.tally.values()), 3)
