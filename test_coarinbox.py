@@ -3341,10 +3341,10 @@ class BrowserTest(DeliveriesTest):
     def test_a_refusal_appears_within_a_second_with_its_reasons(self) -> None:
         self.post(ACCEPT)
         self.open()
-        self.run_script("window.mark = 1")
+        self.run_script("window.kept = 1")
         self.post(changed(OFFER, "origin.id", "urn:uuid:origin"))
         self.wait_for("#deliveries", "origin.id must be an HTTP URI", seconds=1)
-        self.assertEqual(self.run_script("return window.mark"), 1, "the page was loaded again")
+        self.assertEqual(self.run_script("return window.kept"), 1, "the page was loaded again")
         self.assertEqual(self.driver.title, "(1) Deliveries · coarinbox")
         self.assertIn("Request Review", self.text("#deliveries .new"))
         self.assertIn("400 · 1 error", self.text("#newest"))  # which is spoken
