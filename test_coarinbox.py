@@ -4857,6 +4857,7 @@ def free_port() -> int:
 
 class SendingTest(unittest.TestCase):
     def setUp(self) -> None:
+        super().setUp()
         context = receiving(CREATED)
         self.receiver = context.__enter__()
         self.addCleanup(context.__exit__, None, None, None)
@@ -4882,7 +4883,6 @@ class SendTest(SendingTest):
             self.assertEqual(json.loads(answer.body)["pattern"], "Accept")
             page = inbox.url.replace("/inbox", "/")  # which advertises the inbox
             self.assertEqual(coarinbox.send(OFFER, page).url, inbox.url)
-            self.assertEqual(inbox.notifications, [ACCEPT, OFFER])
             answer = coarinbox.send(altered("Accept", origin=ABSENT), inbox.url)
             self.assertEqual((answer.status, answer.accepted), (400, False))
             detail, finding, *_ = answer.reasons()
@@ -4891,7 +4891,9 @@ class SendTest(SendingTest):
 
     def test_a_request_as_it_arrives(self) -> None:
         host = self.receiver.url.replace("127.0.0.1", "localhost")
-        answer = coarinbox.send({"a": "ö"}, f"{host}/ä/%C3%A4?q=ö b&c=[1]".replace(" ", "%20"))
+        proxy = f"http://127.0.0.1:{free_port()}"  # those of the environment are ignored
+        with unittest.mock.patch.dict(os.environ, http_proxy=proxy, HTTP_PROXY=proxy, no_proxy=""):
+            answer = coarinbox.send({"a": "ö"}, f"{host}/ä/%C3%A4?q=ö%20b&c=[1]")
         request_ = self.receiver.received.pop()
         self.assertEqual(request_.line, "POST /%C3%A4/%C3%A4?q=%C3%B6%20b&c=[1]")
         self.assertEqual(json.loads(request_.body), {"a": "ö"})
@@ -4899,42 +4901,31 @@ class SendTest(SendingTest):
         self.assertEqual(request_.headers.get_all("Content-Type"), [JSON_LD])
         self.assertIsNone(request_.headers["Authorization"])
         self.assertEqual(answer.location, f"{host}/inbox/1")
-        for body in (b"", b" {} ", b"not JSON \xff\n", b"x" * 20_000_000):  # as they are
-            self.assertEqual(coarinbox.send(body, f"{host}/inbox").status, 201)
-            self.assertEqual(self.receiver.received.pop().body, body)
-
-    def test_proxies_of_the_environment_are_ignored(self) -> None:
-        proxy = f"http://127.0.0.1:{free_port()}"
-        with unittest.mock.patch.dict(os.environ, http_proxy=proxy, HTTP_PROXY=proxy, no_proxy=""):
-            self.assertEqual(coarinbox.send(ACCEPT, self.receiver.url).status, 201)
-
-    def test_urls_that_cannot_be_used(self) -> None:
-        for reason, urls in {
-            "the host is unknown": ["http://a..b/", "http://nowhere.invalid/"],
-            "the URL is unusable: expected http://HOST": ["localhost:5005/inbox"],
-            "the URL is unusable: Port out of range": ["http://localhost:99999/"],
-            "the URL is unusable": ["ftp://localhost/inbox", "file:///etc/passwd", "/inbox", "",
-                                    "http://", "http://[::1/", "http://localhost/a b",
-                                    "http://localhost/a\r\nX: y"],
-        }.items():  # fmt: skip
-            for url in urls:
-                with self.subTest(url):
-                    self.assert_fails(f": {reason}", url)
 
     def test_what_fails_is_named(self) -> None:
-        url = f"{self.receiver.url}/inbox"
-        failures: list[tuple[Any, str]] = [
-            (b"", "the receiver closed the connection without an answer"),
-            (b"SSH-2.0-OpenSSH\r\n\r\n", "the answer is not HTTP: SSH-2.0"),
-            (b"HTTP/1.1 abc\r\n\r\n", "the answer is not HTTP"),
-            (endless(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"), "the answer is not HTTP: .* headers"),
-        ]
-        for answer, reason in failures:
+        here, not_http = f"{self.receiver.url}/inbox", "the answer is not HTTP"
+        silent = "the receiver closed the connection without an answer"
+        for answer, reason in [
+            (b"", silent), (b"SSH-2.0-OpenSSH\r\n\r\n", f"{not_http}: SSH-2.0"),
+            (b"HTTP/1.1 abc\r\n\r\n", not_http),
+            (endless(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"), f"{not_http}: .* headers"),
+        ]:  # fmt: skip
             with self.subTest(reason):
                 self.receiver.reset(answer)
-                self.assert_fails(f"^{url}: {reason}", url)
-        self.assert_fails("Connection refused", f"http://127.0.0.1:{free_port()}/")
-        self.assert_fails("TLS failed: ", url.replace("http:", "https:"))
+                self.assert_fails(f"^{here}: {reason}", here)
+        unknown, unusable = "the host is unknown", "the URL is unusable"
+        for url, reason in [
+            (f"http://127.0.0.1:{free_port()}/", "Connection refused"),
+            (here.replace("http:", "https:"), "TLS failed"),
+            ("http://a..b/", unknown), ("http://nowhere.invalid/", unknown),
+            ("localhost:5005/inbox", f"{unusable}: expected http://HOST"),
+            ("http://localhost:99999/", f"{unusable}: Port out of range"),
+            ("ftp://localhost/inbox", unusable), ("file:///etc/passwd", unusable),
+            ("/inbox", unusable), ("", unusable), ("http://", unusable), ("http://[::1/", unusable),
+            ("http://localhost/a b", unusable), ("http://localhost/a\r\nX: y", unusable),
+        ]:  # fmt: skip
+            with self.subTest(url):
+                self.assert_fails(f": {reason}", url)
 
     def test_secrets_in_a_url_or_a_token_that_is_unusable_are_neither_sent_nor_shown(self) -> None:
         url, texts = self.receiver.url, []
@@ -4944,11 +4935,6 @@ class SendTest(SendingTest):
             texts.append(self.assert_fails("the token must be", url, token=token))
         self.assertNotIn("secret", "".join(texts))
         self.assertEqual(self.receiver.received, [])
-
-    def test_a_token_is_sent_as_bearer(self) -> None:
-        with coarinbox.running(TOKEN="sécret") as inbox:
-            self.assertEqual(coarinbox.send(ACCEPT, inbox.url).status, 401)
-            self.assertEqual(coarinbox.send(ACCEPT, inbox.url, token="sécret").status, 201)
 
     def test_a_token_is_dropped_when_the_origin_changes(self) -> None:
         with receiving(CREATED) as other:
@@ -4980,10 +4966,8 @@ class SendTest(SendingTest):
                 self.assertEqual((answer.location, answer.status, bodies), (new, status, [ACCEPT]))
         self.receiver.reset(http_answer(307))  # without Location
         self.assertEqual(coarinbox.send(ACCEPT, self.receiver.url).status, 307)
-
-    def test_five_redirects_are_followed_at_most(self) -> None:
-        moved = {f"POST /{n}": http_answer(307, Location=f"/{n + 1}") for n in range(5)}
-        self.receiver.reset({**moved, "POST /5": CREATED})
+        moved_often = {f"POST /{n}": http_answer(307, Location=f"/{n + 1}") for n in range(5)}
+        self.receiver.reset({**moved_often, "POST /5": CREATED})
         self.assertEqual(coarinbox.send(ACCEPT, f"{self.receiver.url}/0").status, 201)
         self.receiver.reset(http_answer(307, Location="/"))
         self.assert_fails("more than 5 redirects", self.receiver.url)
@@ -5067,12 +5051,10 @@ class DiscoveryTest(SendingTest):
         for status in (403, 404, 405, 501):
             self.assertEqual(self.send(page, http_answer(status)).status, 201)
 
-    def test_a_page_that_has_moved(self) -> None:
+    def test_the_page_may_have_moved_but_its_inbox_must_be_usable(self) -> None:
         for status in (301, 302, 303, 307, 308):
             moved = http_answer(status, Location="new")
             self.assertEqual(self.send(moved, new=resource(*ADVERTISING["Link"])).status, 201)
-
-    def test_an_inbox_that_cannot_be_used(self) -> None:
         for inbox in ("http://[x", "mailto:inbox@example.org"):
             with self.assertRaisesRegex(coarinbox.SendError, "the URL is unusable"):
                 self.send(http_answer(200, Link=f"<{inbox}>; rel={LDP_INBOX}"))
@@ -5083,30 +5065,35 @@ class DeadlineTest(SendingTest):
 
     LARGE = b"x" * 20_000_000  # more than fits into the buffers of a connection
 
-    def test_a_receiver_that_does_not_answer_nor_read(self) -> None:
+    def test_an_answer_that_does_not_come_in_time(self) -> None:
+        def redirect() -> Iterator[bytes]:
+            threading.Event().wait(0.04)
+            yield http_answer(307, Location="/")
+
+        def read_slowly(stream: Any, length: int) -> bytes:
+            while stream.read(100_000):
+                threading.Event().wait(0.01)
+            return b""
+
         with socket.create_server(("127.0.0.1", 0)) as silent:
             url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
             self.assert_fails(f"^{url}: timed out$", url, timeout=0.05)
             self.assert_fails("timed out", url, self.LARGE, timeout=0.05)
             self.assert_fails("timed out", url.replace("http:", "https:"), timeout=0.05)
-
-    def test_a_head_that_drips_or_redirects_or_comes_too_late(self) -> None:
-        def redirect() -> Iterator[bytes]:
-            threading.Event().wait(0.04)
-            yield http_answer(307, Location="/")
-
         dripping = endless(b"HTTP/1.1 200 OK\r\nX: ", b"x", 0.01)
         for answer, timeout, requests in ((dripping, 0.1, 1), (redirect, 0.1, 3), (CREATED, 0, 0)):
             self.receiver.reset(answer)
             self.assert_fails("timed out", self.receiver.url, timeout=timeout)
             self.assertLessEqual(len(self.receiver.received), requests)
+        self.receiver.read_body = read_slowly
+        self.assert_fails("timed out", self.receiver.url, self.LARGE, timeout=0.1)
 
     def test_a_body_that_drips_or_never_ends_does_not_change_the_status(self) -> None:
         for headers in (b"", b"Content-Length: 99999999\r\n", b"Transfer-Encoding: chunked\r\n"):
             head = b"HTTP/1.1 201 Created\r\n" + headers + b"\r\n"
             for pause, size, least, most in ((0.01, 1, 1, 1000), (0, 1000, 60_000, 65_535)):
                 self.receiver.reset(endless(head, b"x" * size, pause))
-                timeout = 0.15 if pause else 10
+                timeout = 0.1 if pause else 10
                 received = coarinbox.send(ACCEPT, self.receiver.url, timeout=timeout)
                 self.assertEqual((received.status, {*received.body}), (201, {ord("x")}))
                 self.assertTrue(least <= len(received.body) <= most, len(received.body))
@@ -5114,11 +5101,7 @@ class DeadlineTest(SendingTest):
         coarinbox.send(ACCEPT, self.receiver.url)  # a header without an end
 
     def test_a_whole_body_is_not_waited_for_longer(self) -> None:
-        def answer() -> Iterator[bytes]:
-            yield http_answer(201, "whole")
-            threading.Event().wait(10)
-
-        self.receiver.reset(answer)
+        self.receiver.reset(endless(http_answer(201, "whole"), b"", 10))
         self.assertEqual(coarinbox.send(ACCEPT, self.receiver.url).body, b"whole")
 
     @unittest.skipUnless(sys.platform == "linux", "elsewhere a reset may overtake the answer")
@@ -5126,15 +5109,6 @@ class DeadlineTest(SendingTest):
         self.receiver.reset(http_answer(413))
         self.receiver.read_body = lambda stream, length: b""
         self.assertEqual(coarinbox.send(self.LARGE, self.receiver.url).status, 413)
-
-    def test_a_receiver_that_reads_slowly(self) -> None:
-        def read_slowly(stream: Any, length: int) -> bytes:
-            while stream.read(100_000):
-                threading.Event().wait(0.01)
-            return b""
-
-        self.receiver.read_body = read_slowly
-        self.assert_fails("timed out", self.receiver.url, self.LARGE * 4, timeout=0.3)
 
 
 class ReplyRulesTest(SendingTest):
@@ -5174,12 +5148,10 @@ class ReplyRulesTest(SendingTest):
         for tries, status, after, date, delay in [
             (1, None, "", "", 2), (2, None, "", "", 4), (3, None, "", "", None),
             (1, 500, "", "", 2), (2, 503, "", "", 4), (3, 503, "", "", None), (1, 429, "", "", 2),
-            (1, 200, "", "", None), (1, 201, "", "", None), (1, 307, "", "", None),
-            (1, 400, "", "", None), (1, 404, "", "", None), (1, 408, "", "", None),
-            (1, 201, "1", "", None), (1, 429, "7", "", 7), (2, 503, "0", "", 0),
-            (1, 429, "60", "", 60), (1, 429, "3600", "", 60), (3, 429, "7", "", None),
-            (1, 429, late, early, 5), (1, 429, early, late, 0), (1, 429, late, "", 2),
-            (1, 429, late, "yesterday", 2), (1, 429, "-1", "", 2), (1, 429, "soon", "", 2),
+            (1, 201, "1", "", None), (1, 307, "", "", None), (1, 400, "", "", None),
+            (1, 429, "7", "", 7), (2, 503, "0", "", 0), (1, 429, "3600", "", 60),
+            (3, 429, "7", "", None), (1, 429, late, early, 5), (1, 429, early, late, 0),
+            (1, 429, late, "", 2), (1, 429, late, "yesterday", 2), (1, 429, "soon", "", 2),
             (1, 429, "9" * 99, "", 2),
         ]:  # fmt: skip
             with self.subTest(tries=tries, status=status, after=after, date=date):
@@ -5198,14 +5170,12 @@ class ConverseTest(ProgramTest):
     def write(self, name: str, document: Any) -> None:
         (self.directory / name).write_text(json.dumps(document))
 
-    def test_a_sample_is_printed(self) -> None:
+    def test_a_sample_is_printed_or_sent_and_then_addressed_to_the_inbox(self) -> None:
         done = self.invoke("--sample", "request review")
         self.assertEqual((done.status, done.errors), (0, ""))
         self.assertIn('  "type": [', done.output)
         document = json.loads("\n".join(done.output))
         self.assertEqual(coarinbox.pattern_of(document), coarinbox.find_pattern("Request Review"))
-
-    def test_a_sample_is_sent_and_addressed_to_the_inbox(self) -> None:
         with coarinbox.running(VALIDATE_INCOMING="strict") as inbox:
             status, (line,), _ = self.invoke("--send", inbox.url, "--sample", "ACCEPT")
             self.assertEqual(status, 0)
@@ -5213,12 +5183,9 @@ class ConverseTest(ProgramTest):
             (delivery,) = inbox.deliveries
             self.assertEqual((delivery.findings, delivery.pattern), ([], "Accept"))
             self.assertEqual(delivery.notification["target"]["inbox"], inbox.url)
-
-    def test_an_unknown_pattern_gets_the_list(self) -> None:
         for more in ([], ["--send", "http://127.0.0.1:9/"]):
             line = self.fail_to_start("--sample", "Request Revue", *more)
             self.assertIn("did you mean Request Review?", line)
-            self.assertIn(", ".join(NOTIFICATIONS), line)
 
     def test_files_are_sent_and_what_is_wrong_with_them_is_shown(self) -> None:
         with coarinbox.running() as inbox:
@@ -5243,18 +5210,15 @@ class ConverseTest(ProgramTest):
 
     def test_what_is_no_inbox_has_not_accepted_it(self) -> None:
         """A page may ignore what is sent to it."""
-        for status, phrase, reason in [
-            (200, "OK", "answers 201 or 202"), (204, "No Content", "answers 201 or 202"),
-            (405, "Method Not Allowed", "no inbox"),
-        ]:  # fmt: skip
+        for status, expected in [
+            (200, "200 OK\n  an inbox that accepts a notification answers 201 or 202"),
+            (405, "405 Method Not Allowed\n  this is no inbox, and no page there advertises one"),
+            (202, "202 Accepted"),
+        ]:
             with receiving(http_answer(status)) as receiver:
                 done = self.invoke("--send", receiver.url, "good.json")
-            first, second = done.output
-            self.assertEqual((done.status, first), (1, f"good.json: {status} {phrase}"))
-            self.assertIn(reason, second)
-        with receiving(http_answer(202)) as receiver:
-            done = self.invoke("--send", receiver.url, "good.json", "good.json")
-            self.assertEqual((done.status, done.output), (0, ["good.json: 202 Accepted"] * 2))
+            self.assertEqual(done.status, int(status != 202))
+            self.assertEqual("\n".join(done.output), f"good.json: {expected}")
 
     def test_what_cannot_be_read_or_reached(self) -> None:
         with coarinbox.running() as inbox:
@@ -5268,11 +5232,11 @@ class ConverseTest(ProgramTest):
         self.assertEqual(done, (2, [], f"coarinbox: good.json: {url}: Connection refused\n"))
 
     def test_a_token_is_sent_and_never_shown(self) -> None:
-        with coarinbox.running(TOKEN="s3cret") as inbox:
-            for token, expected in [("s3cret", 0), ("s3cret\n", 2), ("s3cret2", 1)]:
+        with coarinbox.running(TOKEN="sécret") as inbox:
+            for token, expected in [("sécret", 0), ("sécret\n", 2), ("sécret2", 1)]:
                 done = self.invoke("--send", inbox.url, "--token", token, "good.json")
                 self.assertEqual(done.status, expected, done)
-                self.assertNotIn("s3cret", done.errors + "".join(done.output))
+                self.assertNotIn("sécret", done.errors + "".join(done.output))
 
     def test_arguments_that_make_no_sense(self) -> None:
         for arguments in (
@@ -5310,17 +5274,15 @@ class ArrivedTest(InboxTest):
         self.assertEqual((found["code"], found["level"], found["pointer"]), ("content-type", S, ""))
         self.assertEqual(found["refused_by"], ["DSpace", "EPrints", "PCI"])
         self.assertIn("send `Content-Type: application/ld+json`", found["message"])
-        logged = "\n".join(self.log_lines())
-        self.assertRegex(logged, r"(?m)Content-Type.* \(refused by DSpace, EPrints, PCI\)$")
+        self.assertTrue(self.log_lines()[-1].endswith(" (refused by DSpace, EPrints, PCI)"))
 
     def test_the_url_that_was_posted_to(self) -> None:
         public, local = "https://inbox.example.org", self.server.local  # localhost, with the port
         with serving(BASE_URL=f"{public}/") as proxied:
             for server, inbox, path, host, is_elsewhere in [
-                (self.server, f"{self.here}/", "/inbox/", "", False),
                 (self.server, self.here, "/inbox?status=503&times=9", "", False),
+                (self.server, f"{self.here}/", "/inbox/", "", False),
                 (self.server, f"{self.here}/", "/inbox", "", True),
-                (self.server, "http://Inbox.Localhost/inbox", "/inbox", "inbox.localhost", False),
                 (self.server, f"{local}/inbox", "/inbox", "inbox.localhost", False),  # as given out
                 (self.server, self.here, "/inbox", "inbox.localhost", True),
                 (proxied, f"{public}:443/inbox", "/inbox", "", False),
@@ -5375,12 +5337,6 @@ class ArrivedTest(InboxTest):
             self.wait_until(lambda: b"id-repeated" in send(inbox.url, offers[2]).body)
             self.assertNotIn(b"id-repeated", send(inbox.url, offers[0]).body)
 
-    def test_errors_come_before_warnings(self) -> None:
-        problem = self.assert_problem(self.post(REFUSED), 400)
-        self.assertEqual(list(problem)[-2:], ["errors", "warnings"])
-        levels = [{each["level"] for each in problem[name]} for name in ("errors", "warnings")]
-        self.assertEqual(levels, [{E}, {S}])
-
     def test_each_answer_of_the_inbox_names_its_constraints(self) -> None:
         link = '</constraints>; rel="http://www.w3.org/ns/ldp#constrainedBy"'
         for method, body in [
@@ -5397,19 +5353,14 @@ class ReceiverModeTest(unittest.TestCase):
     """An inbox that plays a receiver, or the coarnotify library."""
 
     def test_it_refuses_what_the_receiver_refuses(self) -> None:
-        table: list[tuple[str, str, dict[str, Any], int, str]] = [
-            ("dspace", "application/json", {}, 415, "content-type"),
-            ("DSpace", JSON_LD, {"id": "tag:a.example,2026:1"}, 400, "id-preferred"),
-            ("DSpace", f"{JSON_LD};profile=x", {}, 201, ""),
-            ("eprints", f"{JSON_LD};profile=x", {}, 415, "content-type-exact"),
-            ("software heritage", JSON_LD, {}, 400, "target.inbox-elsewhere"),
-            ("pci", JSON_LD, {"object__cite_as": ABSENT}, 400, "object.ietf:cite-as-required"),
-            ("pci", JSON_LD, {"target__inbox": ABSENT}, 201, ""),  # level M
-        ]
-        for mode, kind, changes, status, code in table:
-            with self.subTest(mode, changes=changes), serving(VALIDATE_INCOMING=mode) as server:
-                document = altered("Request Review", **changes)
-                answer = ask(server, "POST", "/inbox", document, {"Content-Type": kind})
+        for mode, kind, status, code in [
+            ("DSpace", "application/json", 415, "content-type"),
+            ("DSpace", f"{JSON_LD};profile=x", 201, ""),
+            ("eprints", f"{JSON_LD};profile=x", 415, "content-type-exact"),
+            ("software heritage", JSON_LD, 400, "target.inbox-elsewhere"),
+        ]:  # fmt: skip
+            with self.subTest(mode, kind=kind), serving(VALIDATE_INCOMING=mode) as server:
+                answer = ask(server, "POST", "/inbox", OFFER, {"Content-Type": kind})
                 found = [each["code"] for each in answer.json().get("errors", [])]
                 self.assertEqual((answer.status, found), (status, [code] if code else []))
                 self.assertEqual("Accept-Post" in answer.headers, status == 415)
@@ -5505,8 +5456,11 @@ class SamplesTest(InboxTest):
         self.assertEqual(len({each["id"] for each in samples}), 3)
 
 
-class AutoReplyTest(unittest.TestCase):
-    """REPLIES: an inbox that answers each Offer."""
+class AutoReplyTest(SendingTest):
+    """REPLIES: an inbox that answers each Offer. Here, replies go to `receiver`."""
+
+    def offer_to(self, inbox: coarinbox.Inbox) -> Any:
+        return offer_between(self.receiver.url, inbox.url)
 
     def test_a_whole_conversation(self) -> None:
         replies = ["tentatively accept", "ACCEPT", "Announce Review"]
@@ -5518,73 +5472,67 @@ class AutoReplyTest(unittest.TestCase):
             repository.wait_for(pattern="Announce Review", in_reply_to=offer["id"])
             reviews.wait_for(pattern="Announce Review", direction="out")
             for inbox, directions in ((repository, "out in in in"), (reviews, "in out out out")):
-                seen = [(each.pattern, each.direction) for each in inbox.deliveries]
                 patterns = ["Request Review", *map(str.title, replies)]
-                self.assertEqual(seen, list(zip(patterns, directions.split())))
-                clean = [(each.status, each.findings) for each in inbox.deliveries]
-                self.assertEqual(clean, [(201, [])] * 4)
+                seen = [(e.pattern, e.direction, e.status, e.findings) for e in inbox.deliveries]
+                expected = [(*row, 201, list[Any]()) for row in zip(patterns, directions.split())]
+                self.assertEqual(seen, expected)
             to = {(each.via, each.target) for each in reviews.deliveries[1:]}
             self.assertEqual(to, {("REPLIES", repository.url)})
             times = [datetime.datetime.fromisoformat(e.time[:-1]) for e in reviews.deliveries]
             for earlier, later in zip(times, times[1:]):  # to the millisecond
                 self.assertGreaterEqual((later - earlier).total_seconds(), 0.049)
-            self.assertEqual(reviews.notifications, [offer])
 
     def test_where_replies_may_go(self) -> None:
-        tunnel, far = {"X-Forwarded-For": "203.0.113.9"}, {"REPLY_TO": "{partner}"}
+        here, port = self.receiver.url, self.receiver.server_address[1]
+        public, reply_to = {"BASE_URL": "http://a.example/"}, {"REPLY_TO": here}
+        tunnel = {"X-Forwarded-For": "203.0.113.9"}
         other, nowhere = "its host is not 127.0.0.1, which delivered", "no origin.inbox to reply to"
-        table: list[tuple[dict[str, Any], str | None, dict[str, str], str]] = [
-            ({}, "{partner}", {}, ""), ({}, "http://localhost:{port}/", {}, ""),
-            ({}, "http://192.0.2.1:{port}/", {}, other), ({}, "http://127.0.0.2/", {}, other),
-            ({}, "http://0.0.0.0:{port}/", {}, other), ({}, "mailto:a@b.example", {}, nowhere),
+        table: list[tuple[dict[str, Any], Any, dict[str, str], str]] = [
+            ({}, here, {}, ""), ({}, f"http://localhost:{port}/", {}, ""),
+            (reply_to, ABSENT, {}, ""), ({**public, **reply_to}, "http://192.0.2.1/", tunnel, ""),
+            ({}, "http://192.0.2.1/", {}, other), ({}, f"http://0.0.0.0:{port}/", {}, other),
+            ({}, ABSENT, {}, nowhere), ({}, "mailto:a@b.example", {}, nowhere),
             ({}, "http://127.0.0.1@192.0.2.1/", {}, "a user name or a password"),
-            ({}, "http://nowhere.invalid/", {}, "the host is unknown"), ({}, None, {}, nowhere),
-            ({"BASE_URL": "http://a.example/"}, "{partner}", {}, "behind a proxy"),
-            ({}, "{partner}", tunnel, "behind a proxy"),
-            ({}, "{partner}", {"forwarded": "for=127.0.0.1"}, "behind a proxy"),
-            ({}, "{partner}", {"X-Pad": "x" * 17_000, **tunnel}, "behind a proxy"),
-            ({"BASE_URL": "http://a.example/", **far}, "http://192.0.2.1/", tunnel, ""),
-            (far, None, {}, ""),
+            ({}, "http://nowhere.invalid/", {}, "the host is unknown"),
+            (public, here, {}, "behind a proxy"), ({}, here, tunnel, "behind a proxy"),
+            ({}, here, {"forwarded": "for=127.0.0.1"}, "behind a proxy"),
+            ({}, here, {"X-Pad": "x" * 17_000, **tunnel}, "behind a proxy"),
         ]  # fmt: skip
         for settings, origin, headers, reason in table:
-            with self.subTest(settings=settings, origin=origin), receiving(CREATED) as receiver:
-                urls = {"partner": receiver.url, "port": receiver.server_address[1]}
-                settings = {key: text.format(**urls) for key, text in settings.items()}
-                with replying("Accept", **settings) as inbox:
-                    partner = origin.format(**urls) if origin else ABSENT
-                    offer = changed(offer_between("", inbox.url), "origin.inbox", partner)
-                    answer = ask(inbox.server, "POST", "/inbox", offer, headers)
-                    (out,) = sent_by(inbox, 1)
-                    self.assertIn(reason, out.detail)
-                    expected = (0, 0) if reason else (201, 1)
-                    self.assertEqual((out.status, len(receiver.received)), expected)
-                    self.assertEqual(out.about["inReplyTo"], offer["id"])
-                    path = path_of(answer.json()["location"])
-                    page = ask(inbox.server, "GET", path, headers=HTML).body
-                    self.assertIn(out.name, page.decode())  # as part of the conversation
-                    if not reason:
-                        sent = out.notification
-                        self.assertEqual(sent["target"]["inbox"], out.target)
-                        self.assertEqual(sent["object"], changed(offer, "@context", ABSENT))
+            with (
+                self.subTest(settings=settings, origin=origin),
+                replying("Accept", **settings) as it,
+            ):
+                offer = changed(offer_between("", it.url), "origin.inbox", origin)
+                answer = ask(it.server, "POST", "/inbox", offer, headers)
+                (out,) = sent_by(it, 1)
+                self.assertIn(reason, out.detail)
+                received = [json.loads(each.body) for each in self.receiver.received]
+                self.assertEqual((out.status, len(received)), (0, 0) if reason else (201, 1))
+                page = ask(it.server, "GET", path_of(answer.json()["location"]), None, HTML).body
+                self.assertIn(out.name, page.decode())  # as part of the conversation
+                for reply in received:
+                    self.assertEqual(reply["object"], changed(offer, "@context", ABSENT))
+                    self.assertEqual(reply["target"]["inbox"], out.target)
+                self.receiver.received.clear()
 
     @NEEDS_IPV6
     def test_both_loopbacks_are_one_host(self) -> None:
-        with replying("Accept", HOST="::1") as inbox, receiving(CREATED) as receiver:
-            coarinbox.send(offer_between(receiver.url, inbox.url), inbox.url)
+        with replying("Accept", HOST="::1") as inbox:
+            send(inbox.url, self.offer_to(inbox))
             self.assertEqual(inbox.wait_for(direction="out").status, 201)
             self.assertEqual(inbox.wait_for().client, "::1")  # the receiver is at 127.0.0.1
 
     def test_each_offer_that_was_accepted_is_answered_and_nothing_else(self) -> None:
-        with replying("Accept", RESPONSE_STATUS=202) as inbox, receiving(CREATED) as receiver:
-            offer = offer_between(receiver.url, inbox.url)
+        with replying("Accept", RESPONSE_STATUS=202) as inbox:
+            offer = self.offer_to(inbox)
             others = [changed(offer, "actor.type", "Robot"), coarinbox.reply(offer)]
             for document in [*others, coarinbox.sample("Announce Review", in_reply_to=offer)]:
                 send(inbox.url, document)
-            url = f"{inbox.url}?status=503&times=1"
-            statuses = [send(url, offer).status for _ in range(3)]
+            statuses = [send(f"{inbox.url}?status=503&times=1", offer).status for _ in range(3)]
             self.assertEqual(statuses, [503, 202, 202])
             replied = [each.about["inReplyTo"] for each in sent_by(inbox, 2)]
-            self.assertEqual((replied, len(receiver.received)), ([offer["id"]] * 2, 2))
+            self.assertEqual((replied, len(self.receiver.received)), ([offer["id"]] * 2, 2))
 
     def test_an_offer_without_an_id_cannot_be_answered(self) -> None:
         with replying("Accept", VALIDATE_INCOMING=False, REPLY_TO="http://127.0.0.1:9/") as inbox:
@@ -5601,21 +5549,19 @@ class AutoReplyTest(unittest.TestCase):
             return None if original(*arguments) is None else 0
 
         for query, statuses in [
-            ("?status=503&times=2&retry-after=0", [503, 503, 201]),
-            ("?status=429&times=1&retry-after=0", [429, 201]),
-            ("?status=500&times=9", [500, 500, 500]), ("?close=1&times=9", [0, 0, 0]),
-            ("?status=400&times=9", [400]),
+            ("?status=503&times=2", [503, 503, 201]), ("?close=1", [0, 0, 0]),
+            ("?status=400", [400]),
         ]:  # fmt: skip
             with self.subTest(query), constants(retry_delay=without_waiting):
                 with coarinbox.running() as partner, replying("Accept", "Reject") as inbox:
-                    coarinbox.send(offer_between(partner.url + query, inbox.url), inbox.url)
-                    sent = sent_by(inbox, 2 * len(statuses))
-                expected = [(name, each, each == 201)
-                            for name in ("Accept", "Reject") for each in statuses]  # fmt: skip
-                seen = [(each.pattern, each.status, not each.detail) for each in sent]
-                self.assertEqual(seen, expected)
-                ids = {each.about["id"] for each in sent}  # those of the first attempts
-                self.assertEqual(len(ids), 2)
+                    send(inbox.url, offer_between(partner.url + query, inbox.url))
+                    attempts = sent_by(inbox, 2 * len(statuses))
+                seen = [(each.pattern, each.status) for each in attempts]
+                self.assertEqual(seen, [*itertools.product(("Accept", "Reject"), statuses)])
+                self.assertEqual(
+                    [not each.detail for each in attempts], [s == 201 for _, s in seen]
+                )
+                self.assertEqual(len({each.about["id"] for each in attempts}), 2)
 
     def test_nothing_goes_on_for_ever(self) -> None:
         """Two inboxes that reply to each other come to an end, and so does one by itself."""
@@ -5646,49 +5592,44 @@ class AutoReplyTest(unittest.TestCase):
             self.assertEqual(len(partner.received), 3)
 
     def test_without_a_thread_no_reply_is_sent(self) -> None:
-        with replying("Accept") as inbox, receiving(CREATED) as receiver:
-            offer = offer_between(receiver.url, inbox.url)
+        with replying("Accept") as inbox:
+            offer = self.offer_to(inbox)
             with self.assertLogs("coarinbox", logging.ERROR), NO_THREAD:
                 self.assertEqual(send(inbox.url, offer).status, 201)
                 (out,) = sent_by(inbox, 1)
-            self.assertEqual((out.status, receiver.received), (0, []))
-            self.assertIn("no thread", out.detail)
-            self.assertEqual(out.about["inReplyTo"], offer["id"])
+        self.assertEqual((out.status, self.receiver.received), (0, []))
+        self.assertEqual(out.about["inReplyTo"], offer["id"])
+        self.assertIn("no thread", out.detail)
 
     def test_a_bug_surfaces_and_ends_the_replies_to_its_offer(self) -> None:
         with self.assertLogs("coarinbox") as logged, self.assertRaises(RuntimeError) as caught:
-            with replying("Accept", "Reject") as inbox, receiving(CREATED) as receiver:
-                with unittest.mock.patch("coarinbox.retry_delay", side_effect=ZeroDivisionError):
-                    send(inbox.url, offer_between(receiver.url, inbox.url))
-                    self.assertEqual(sent_by(inbox, 1)[0].pattern, "Accept")
-        self.assertIsInstance(caught.exception.__cause__, ZeroDivisionError)
+            with replying("Accept", "Reject") as inbox, constants(retry_delay=None):
+                send(inbox.url, self.offer_to(inbox))
+                self.assertEqual(sent_by(inbox, 1)[0].pattern, "Accept")
+        self.assertIsInstance(caught.exception.__cause__, TypeError)
         self.assertNotIn("dropped", "".join(logged.output))  # nothing was to come
 
     def test_the_inbox_forgets_what_is_still_to_come(self) -> None:
-        with replying("Accept", REPLY_DELAY=0.02) as inbox, receiving(CREATED) as receiver:
-            send(inbox.url, offer_between(receiver.url, inbox.url))
+        with replying("Accept", REPLY_DELAY=0.02) as inbox:
+            send(inbox.url, self.offer_to(inbox))
             inbox.clear()
-            other = offer_between(receiver.url, inbox.url)
+            other = self.offer_to(inbox)
             send(inbox.url, other)
             (out,) = sent_by(inbox, 1)
-            self.assertEqual((out.about["inReplyTo"], len(receiver.received)), (other["id"], 1))
+        self.assertEqual((out.about["inReplyTo"], len(self.receiver.received)), (other["id"], 1))
 
     def test_the_end_of_the_inbox_drops_what_is_still_to_come_and_says_so(self) -> None:
         with self.assertLogs("coarinbox", logging.INFO) as logged:
             with replying("Accept", REPLY_DELAY=600) as inbox:
-                inbox.send(offer_between(inbox.url, inbox.url), inbox.url)
-        reason = "the inbox stops; replies that were to come are dropped"
-        self.assertIn(reason, "".join(logged.output))
+                send(inbox.url, self.offer_to(inbox))
+        self.assertIn("the inbox stops; replies that were to come", "".join(logged.output))
 
 
-class SendAgainTest(DeliveriesTest):
+class SendAgainTest(SendingTest, DeliveriesTest):
     """POST /deliveries/NAME/send, and what it leaves in the log."""
 
     def setUp(self) -> None:
         super().setUp()
-        context = receiving(CREATED)
-        self.receiver = context.__enter__()
-        self.addCleanup(context.__exit__, None, None, None)
         self.url = f"{self.receiver.url}/inbox"
         self.name = last_part(self.post(OFFER).headers["Location"])
 
@@ -5701,28 +5642,30 @@ class SendAgainTest(DeliveriesTest):
         return ask(server or self.server, "POST", path, body, {"Content-Type": kind, **headers})
 
     def test_what_is_sent(self) -> None:
-        table: list[tuple[dict[str, str], Any]] = [
-            ({}, OFFER),
+        table: list[tuple[dict[str, Any], Any]] = [
+            ({}, OFFER), ({"document": {"a": "\u00fc"}}, {"a": "\u00fc"}),
             ({"pattern": "reject"}, addressed(coarinbox.reply(OFFER, "Reject"), self.url)),
-            ({"document": '{"a": "\u00fc"}'}, {"a": "\u00fc"}),
-        ]
-        for members, expected in table:
-            form = urllib.parse.urlencode({"to": self.url, **members})
-            parsed = {"document": json.loads(members["document"])} if "document" in members else {}
-            for wanted in ({"to": self.url, **members, **parsed}, form):
+        ]  # fmt: skip
+        for more, expected in table:
+            texts = {
+                name: each if name == "pattern" else json.dumps(each) for name, each in more.items()
+            }
+            form = urllib.parse.urlencode({"to": self.url, **texts})
+            for wanted in ({"to": self.url, **more}, form):
                 with self.subTest(wanted):
                     answer = self.send(wanted)
                     (out,) = self.deliveries("?direction=out&limit=1")
-                    body = answer.json() if answer.body else None
-                    answered = (303, None) if wanted is form else (201, out)
-                    self.assertEqual((answer.status, body), answered)
+                    if wanted is form:
+                        self.assertEqual((answer.status, answer.body), (303, b""))
+                    else:
+                        self.assertEqual((answer.status, answer.json()), (201, out))
                     path = path_of(answer.headers["Location"])
                     self.assertEqual(self.ask("GET", path).json(), out)
                     self.assertEqual((out["target"], out["status"]), (self.url, 201))
                     request_ = self.receiver.received.pop()
                     self.assertEqual(request_.headers["Content-Type"], JSON_LD)
                     sent = json.loads(request_.body)
-                    if "pattern" in members:
+                    if "pattern" in more:
                         sent["id"] = expected["id"]  # each reply has a new one
                     self.assertEqual(sent, expected)
         self.assertEqual(self.names("?direction=in"), [self.name])
@@ -5732,34 +5675,31 @@ class SendAgainTest(DeliveriesTest):
         self.post(b"no JSON")
         broken, to = self.names()[0], {"to": self.url}
         missing = self.name[:-1] + ("0" if self.name[-1] != "0" else "1")
-        for wanted, name, status in [
-            ({}, "", 400), ([], "", 400), (b"", "", 400), (b"{", "", 400), (b"\xff", "", 400),
-            ("", "", 400), ("to=", "", 400), ("to=%ff", "", 400), ({"to": None}, "", 400),
-            ({"to": "ftp://a.example/"}, "", 400), ({"to": "/inbox"}, "", 400),
-            ({"to": "file:///etc/passwd"}, "", 400), ({"to": [self.url]}, "", 400),
-            ({"to": self.url.replace("//", "//user:secret@")}, "", 400),
-            ({**to, "two": 2}, "", 400), ({**to, "pattern": 5}, "", 400),
-            (to, missing, 404), (to, "x", 404), ({**to, "document": "x" * 1_100_000}, "", 413),
-            ({**to, "pattern": "Accept"}, accept, 409), ({**to, "pattern": "Accept"}, broken, 409),
-            ({**to, "pattern": "Request Review"}, "", 409),
-            ({**to, "pattern": "Announce Relationship"}, "", 409),
-            (f"to={self.url}&pattern=Undo", "", 409),
-        ]:  # fmt: skip
-            with self.subTest(str(wanted)[:80], name=name):
-                problem = self.assert_problem(self.send(wanted, name), status)
-                self.assertNotIn("secret", str(problem))
+        with_secret = {"to": self.url.replace("//", "//user:secret@")}
+        table: list[tuple[int, str, list[Any]]] = [
+            (400, "", [{}, [], b"", b"{", b"\xff", "", "to=", "to=%ff", with_secret]),
+            (400, "", [{"to": url} for url in (None, [self.url], "/inbox", "file:///etc/passwd")]),
+            (400, "", [{**to, "two": 2}, {**to, "pattern": 5}]),
+            (404, missing, [to]), (404, "x", [to]), (413, "", [{**to, "document": "x" * 1_100_000}]),
+            (409, accept, [{**to, "pattern": "Accept"}]),
+            (409, broken, [{**to, "pattern": "Accept"}]),
+            (409, "", [{**to, "pattern": "Request Review"}, f"to={self.url}&pattern=Undo"]),
+        ]  # fmt: skip
+        for status, name, attempts in table:
+            for wanted in attempts:
+                with self.subTest(str(wanted)[:80], name=name):
+                    problem = self.assert_problem(self.send(wanted, name), status)
+                    self.assertNotIn("secret", str(problem))
         self.ask("DELETE", f"/inbox/{self.name}")
         for wanted in (to, {**to, "pattern": "Accept"}):
             self.assert_problem(self.send(wanted), 404)
-        self.assertEqual(self.ask("GET", f"/deliveries/{self.name}/send").status, 405)
         self.assertEqual(self.receiver.received, [])
         self.assertEqual(len(self.deliveries()), 3)  # no attempt is a delivery itself
         self.assertNotIn(b"secret", self.path.read_bytes())
 
     def test_a_reply_to_a_service_that_is_only_named(self) -> None:
-        self.assertEqual(self.post(altered("Request Review", origin=REPOSITORY["id"])).status, 400)
-        answer = self.send({"to": self.url, "pattern": "Accept"}, self.names()[0])
-        self.assertEqual(answer.json()["status"], 201)
+        self.post(altered("Request Review", origin=REPOSITORY["id"]))
+        self.send({"to": self.url, "pattern": "Accept"}, self.names()[0])
         replied = json.loads(self.receiver.received.pop().body)
         self.assertEqual(replied["target"], REPOSITORY["id"])
 
@@ -5768,25 +5708,22 @@ class SendAgainTest(DeliveriesTest):
         table: list[tuple[Any, int, str]] = [
             (f"http://127.0.0.1:{free_port()}/", 0, "Connection refused"),
             (f"{here}/inbox", 201, ""), (f"{here}/deliveries/{self.name}/send", 400, ""),
-            (b"", 0, "closed the connection"), (b"SSH-2.0\r\n", 0, "not HTTP"),
-            (http_answer(307, Location="file:///etc/passwd"), 0, "unusable"),
-            (http_answer(308, Location=self.url), 201, ""),
+            (b"SSH-2.0\r\n", 0, "not HTTP"), (http_answer(308, Location=self.url), 201, ""),
             (http_answer(503, '{"detail": "later"}'), 503, "later"),
             (http_answer(400, '{"detail": "no\\n\\u001b[31mway"}'), 400, "no"),
             (http_answer(400, "x" * 9_000_000), 400, ""),
             (b"HTTP/1.1 200 \xff\r\nContent-Length: 2\r\nX: \xff\r\n\r\n\xff\xff", 200, ""),
         ]  # fmt: skip
-        with receiving({}) as receiver:
-            for answer, status, detail in table:
-                with self.subTest(status=status, detail=detail):
-                    receiver.reset(answer)
-                    out = self.send({"to": answer if isinstance(answer, str) else receiver.url})
-                    self.assertEqual((out.status, out.json()["status"]), (201, status))
-                    self.assertIn(detail, out.json()["detail"])
-                    self.assertLess(len(out.body), 150_000)
-                    logged = "\n".join(self.log_lines())
-                    self.assertIn(detail, logged)
-                    self.assertIn(out.json()["name"], logged)
+        for answer, status, detail in table:
+            with self.subTest(status=status, detail=detail):
+                self.receiver.reset({"POST /": answer, "POST /inbox": CREATED})
+                out = self.send({"to": answer if isinstance(answer, str) else self.receiver.url})
+                self.assertEqual((out.status, out.json()["status"]), (201, status))
+                self.assertIn(detail, out.json()["detail"])
+                self.assertLess(len(out.body), 150_000)
+                self.assertRegex(
+                    "\n".join(self.log_lines()), f"{out.json()['name']}(?s:.*){detail}"
+                )
         page = self.ask("GET", f"/deliveries/{self.name}", headers=HTML).body.decode()
         for each in self.deliveries("?direction=out"):
             self.assertIn(each["name"], page)
@@ -5851,11 +5788,13 @@ class SendAgainTest(DeliveriesTest):
 
     @constants(GATHER=0)
     def test_listeners_hear_of_both_directions(self) -> None:
-        with Listener(self.server) as both:
-            with Listener(self.server, "/deliveries?direction=in") as in_:
-                self.send({"to": self.url})
-                self.post(ACCEPT)
-                heard = [each.event().data["direction"] for each in (both, both, in_)]
+        with (
+            Listener(self.server) as both,
+            Listener(self.server, "/deliveries?direction=in") as in_,
+        ):
+            self.send({"to": self.url})
+            self.post(ACCEPT)
+            heard = [each.event().data["direction"] for each in (both, both, in_)]
         self.assertEqual(heard, ["out", "in", "in"])
 
 
@@ -5873,13 +5812,10 @@ class SendingDoubleTest(unittest.TestCase):
                 replied = reviews.reply(received, pattern, to)
                 self.assertEqual((replied.status, replied.findings), (201, []))
                 self.assertEqual(repository.wait_for(pattern=replied.pattern or "").findings, [])
-            directions = [each.direction for each in reviews.deliveries]
-            self.assertEqual(directions, ["in", "out", "out"])
-            self.assertEqual(reviews.wait_for(direction="out").pattern, "Accept")
+            self.assertEqual([each.direction for each in reviews.deliveries], ["in", "out", "out"])
             self.assertEqual(reviews.wait_for(pattern="accept", direction="").direction, "out")
-            reviews.assert_none(pattern="Accept")
+            reviews.assert_none(pattern="Accept")  # what was sent does not count
             self.assertEqual(reviews.notifications, [offer])
-            self.assertEqual(len(repository.notifications), 2)
 
     def test_what_cannot_be_done(self) -> None:
         with coarinbox.running() as inbox:
@@ -5915,63 +5851,38 @@ NEEDS_SPARSE_FILES = unittest.skipUnless(os.name == "posix", "files may have no 
 
 
 class UnderLoadTest(ProgramTest):
-    def test_two_inboxes_on_one_store_that_are_ended_lose_nothing_and_list_all(self) -> None:
+    def test_two_inboxes_on_one_store_that_are_ended_lose_nothing(self) -> None:
         """SIGTERM leaves no request without its answer. One of them syncs, the other does not."""
         document = json.dumps(altered("Accept", summary="x" * 20_000)).encode()
         acknowledged: list[str] = []
+        enough = threading.Event()
 
         def post_until_it_ends(inbox: Program) -> None:
-            connection = http.client.HTTPConnection(*inbox.server_address, timeout=10)
             with contextlib.suppress(OSError, http.client.HTTPException):
                 while True:
-                    answer = ask_on(connection, "POST", "/inbox", document)
-                    acknowledged.append(path_of(answer.headers["Location"]))
-            connection.close()
+                    answer = inbox.ask("POST", "/inbox", document)
+                    acknowledged.append(last_part(answer.headers["Location"]))
+                    if len(acknowledged) > 80:
+                        enough.set()
 
-        command = self.command("--port", "0")
         with contextlib.ExitStack() as stack:
-            environments = [environment(COARNOTIFY_FSYNC=text) for text in ("True", "False")]
-            inboxes = [stack.enter_context(running(command, cwd=self.directory, env=each))
-                       for each in environments]  # fmt: skip
-            pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(8))
-            senders = [pool.submit(post_until_it_ends, inbox) for inbox in inboxes * 4]
-            while len(acknowledged) < 100 and not any(each.done() for each in senders):
-                time.sleep(0)
-            known = set(acknowledged)
-            for inbox in inboxes:
-                contained = inbox.ask("GET", "/inbox").json()["ldp:contains"]
-                self.assertLessEqual(known, {path_of(each["@id"]) for each in contained})
-                lines = inbox.ask("GET", "/deliveries?limit=1000").json()["deliveries"]
-                self.assertLessEqual(known, {f"/inbox/{line['name']}" for line in lines})
+            inboxes = []
+            for fsync in ("True", "False"):
+                options: Any = {"env": environment(COARNOTIFY_FSYNC=fsync), "cwd": self.directory}
+                inbox = running(self.command("--port", "0"), **options)
+                inboxes.append(stack.enter_context(inbox))
+            pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(4))
+            senders = [pool.submit(post_until_it_ends, inbox) for inbox in inboxes * 2]
+            self.assertTrue(enough.wait(20))
             for status, log in [inbox.stop() for inbox in inboxes]:
                 self.assertEqual((status, "Traceback" in log), (0, False), log)
-            self.assertEqual([each.result() for each in senders], [None] * 8)
+        self.assertEqual([each.result() for each in senders], [None] * 4)
         store = self.directory / "notifications"
-        whole = [name for name in files_in(store) if (store / name).read_bytes() == document]
-        log = (store / "deliveries.jsonl").read_text()
-        names = sorted(json.loads(line)["name"] for line in log.splitlines() if line)
-        self.assertEqual([f"/inbox/{name}" for name in names], sorted(acknowledged))
-        self.assertEqual((whole, files_in(store)), ([f"{name}.json" for name in names],) * 2)
-
-    @unittest.skipUnless(PROC, "the limit of descriptors needs a POSIX shell")
-    def test_when_they_are_used_up_nothing_is_lost_and_service_resumes(self) -> None:
-        command = self.command("--port", "0", GRACE=0.02, PAUSE=0.02)
-        limited = ["sh", "-c", 'ulimit -n 24 && exec "$@"', "sh", *command]
-        with running(limited, cwd=self.directory) as inbox:
-            with contextlib.ExitStack() as clients:
-                for _ in range(40):
-                    clients.enter_context(connect(inbox))
-                statuses = [inbox.ask("POST", "/inbox", ACCEPT).status for _ in range(10)]
-            self.assertLessEqual(set(statuses), {201, 500})
-            while statuses[-1] == 500 or len(statuses) == 10:  # until it sees that they have left
-                statuses.append(inbox.ask("POST", "/inbox", ACCEPT).status)
-            status, log = inbox.stop()
-        self.assertEqual((status, "Traceback" in log), (0, False), log)
-        self.assertIn("Too many open files", log)
-        waited = log.count("a connection could not be accepted")
-        self.assertTrue(0 < waited < 500, waited)  # it does not try again and again
-        stored = files_in(self.directory / "notifications")
-        self.assertEqual(len(stored), statuses.count(201))
+        lines = (store / "deliveries.jsonl").read_text().splitlines()
+        names = sorted(json.loads(line)["name"] for line in lines if line)
+        self.assertEqual(names, sorted(acknowledged))
+        self.assertEqual(files_in(store), [f"{name}.json" for name in names])
+        self.assertEqual({(store / file).read_bytes() for file in files_in(store)}, {document})
 
     @NEEDS_SPARSE_FILES
     def test_a_signal_ends_it_at_once_though_clients_and_receivers_wait(self) -> None:
@@ -6106,32 +6017,36 @@ class ScarcityTest(InboxTest):
             self.assert_answered(*waiting)
 
     def test_pipelined_requests_do_not_hold_up_others(self) -> None:
-        greedy = self.connect(get_head() * 30)
-        self.assertEqual(self.ask("GET", "/health").status, 204)
-        self.assertLess(len(self.log_lines()), 30)
-        greedy.shutdown(socket.SHUT_WR)
-        while greedy.recv(1_000_000):
-            pass
-        self.assertEqual(len(self.log_lines()), 30)
+        with self.connect(get_head(target="/samples") * 30).makefile("rb") as greedy:
+            self.assertEqual(self.ask("GET", "/health").status, 204)
+            self.assertLess(len(self.log_lines()), 30)
+            answers = [read_answer(greedy.readline(), greedy).status for _ in range(30)]
+        self.assertEqual(answers, [200] * 30)
 
-    def test_a_slow_reader_holds_up_nobody_and_gets_everything(self) -> None:
+    def test_a_client_that_does_not_read_cannot_send_on_and_holds_up_nobody(self) -> None:
         body = bytes(range(256)) * 40_000
-        with self.connect(get_head(target=drop_in(self.server, body))).makefile("rb") as slow:
-            for _ in range(3):
-                self.assert_serves()
-            self.assertEqual(read_answer(slow.readline(), slow).body, body)
+        slow = self.connect(get_head(target=drop_in(self.server, body)))
+        slow.settimeout(0.1)
+        with self.assertRaises(socket.timeout):
+            for _ in range(50):
+                slow.sendall(b"x" * 1_000_000)
+        self.assert_serves()
+        slow.settimeout(10)
+        with slow.makefile("rb") as stream:
+            self.assertEqual(read_answer(stream.readline(), stream).body, body)  # all of it
 
     @constants(PAUSE=0.01)
     def test_when_the_system_has_no_more_descriptors_new_connections_wait(self) -> None:
         self.errors_expected = True
         for number in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
             error = OSError(number, os.strerror(number))
-            with unittest.mock.patch("socket.socket.accept", side_effect=error):
+            with unittest.mock.patch("socket.socket.accept", side_effect=error) as accept:
                 connection = self.connect()
-                self.wait_until(lambda line=str(error): line in "".join(self.log_lines()))  # type: ignore[misc]
+                self.wait_until(lambda accept=accept: accept.call_count > 2)  # type: ignore[misc]
             with connection:
                 self.assert_serves()
-        self.assertIn("a connection could not be accepted", self.log_lines()[0])
+            self.assertIn(f"a connection could not be accepted: {error}", self.log_lines())
+        self.assertLess(len(self.log_lines()), 400)  # it does not try again and again
 
     @constants(LINGER=60)
     def test_floods_do_not_hold_up_others(self) -> None:
@@ -6327,17 +6242,6 @@ class TokenTest(DeliveriesTest):
             self.assertEqual(self.post(Authorization=authorization).status, 201)
         self.assertEqual(len(self.stored()), 3)
 
-    def test_the_first_notification_to_try_it_goes_with_it(self) -> None:
-        page = self.ask("GET", "/", headers={**HTML, "Authorization": self.basic}).body.decode()
-        self.assertIn('/inbox -H "Authorization: Bearer $TOKEN" --data', Page(page).one("pre").text)
-
-    def test_the_events_too(self) -> None:
-        with Listener(self.server) as listener:
-            self.assertEqual(listener.stream.status, 401)
-        with Listener(self.server, Authorization=self.basic) as listener:
-            self.assertEqual(self.post().status, 401)
-            self.assertEqual(listener.event().data["status"], 401)
-
     def test_what_strangers_send_is_not_logged(self) -> None:
         """6 MB of headers became 37 MB of log, without the token."""
         token = {"Authorization": self.basic}
@@ -6345,13 +6249,12 @@ class TokenTest(DeliveriesTest):
             (401, {"X-Mine": "unwanted"}), (401, {"Authorization": "Bearer unwanted"}),
             (421, {**token, "Host": "evil.example"}), (403, {**token, "Origin": FOREIGN}),
         ]:  # fmt: skip
-            document = altered("Request Review", id="urn:x:unwanted")
-            answer = self.ask("POST", "/inbox", document, headers)
+            answer = self.ask("POST", "/inbox", changed(OFFER, "id", "urn:x:unwanted"), headers)
             problem, line = self.assert_problem(answer, status), self.lines()[-1]
             self.assertNotIn("unwanted", json.dumps(line))
-            self.assertFalse(line["headers"])
-            self.assertEqual((line["client"], line["target"]), (address(self.server)[0], "/inbox"))
-            self.assertEqual((line["status"], line["detail"]), (status, problem["detail"]))
+            expected = {"client": address(self.server)[0], "target": "/inbox", "headers": {},
+                        "status": status, "detail": problem["detail"]}  # fmt: skip
+            self.assertLessEqual(expected.items(), line.items())
         self.assertEqual(len(self.lines()), 4)
 
     def test_health_is_for_everybody_and_leaves_no_line_in_the_log(self) -> None:
@@ -6394,10 +6297,10 @@ class EmbeddedTest(unittest.TestCase):
     def test_clients_that_have_already_connected_are_answered_before_the_end(self) -> None:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.server)
-            waiting = [stack.enter_context(connect(self.server, post_to())) for _ in range(100)]
+            waiting = [stack.enter_context(connect(self.server, post_to())) for _ in range(70)]
             self.server.stop()
             self.server.serve_forever()
-            self.assertEqual([answer_on(each).status for each in waiting], [201] * 100)
+            self.assertEqual([answer_on(each).status for each in waiting], [201] * 70)
 
     def test_an_inbox_that_never_served_can_be_ended(self) -> None:
         with self.server:
@@ -6405,7 +6308,7 @@ class EmbeddedTest(unittest.TestCase):
             self.server.serve_forever()
 
 
-class TlsTest(SendingTest):
+class TlsTest(SendingTest, InboxTest):
     directory: str
     certificate: str
     key: str
@@ -6427,56 +6330,47 @@ class TlsTest(SendingTest):
              "-keyout", cls.key, "-out", cls.certificate],
             check=True, capture_output=True, timeout=60,
         )  # fmt: skip
+        cls.settings = {"SSL_CERT": cls.certificate, "SSL_KEY": cls.key}
         cls.context = ssl.create_default_context(cafile=cls.certificate)
 
-    def serving(self, **settings: Any) -> Any:
-        return serving(**{"SSL_CERT": self.certificate, "SSL_KEY": self.key, **settings})
-
-    def connect(self, server: Any, data: bytes = b"") -> ssl.SSLSocket:
-        connection = socket.create_connection(address(server), timeout=10)
-        secure = self.context.wrap_socket(connection, server_hostname="localhost")
+    def connect(self, data: bytes = b"") -> ssl.SSLSocket:
+        secure = self.context.wrap_socket(connect(self.server), server_hostname="localhost")
         self.addCleanup(secure.close)
         secure.sendall(data)
         return secure
 
     def test_https(self) -> None:
         large = altered("Accept", summary="x" * 900_000)  # TLS sends 16 KiB at most at once
-        with self.serving(REQUEST_TIMEOUT=1) as server:
-            self.assertTrue(server.base.startswith("https://localhost:"))
-            where = address(server)
-            with socket.create_connection(where):  # stalls in the handshake
-                client = http.client.HTTPSConnection(*where, timeout=10, context=self.context)
-                for document in (ACCEPT, large):
-                    answer = ask_on(client, "POST", "/inbox", document)
-                    self.assertEqual(answer.status, 201)
-                    self.assertTrue(answer.headers["Location"].startswith("https://127.0.0.1:"))
-                    path = path_of(answer.headers["Location"])
-                    self.assertEqual(ask_on(client, "GET", path).json(), document)
-                client.close()
-            with self.assertLogs("coarinbox", "INFO") as caught:
-                with contextlib.suppress(OSError):
-                    self.assertEqual(raw(server, b"GET / HTTP/1.1\r\n\r\n"), [])
-                server.server_close()
-            self.assertFalse([line for line in caught.records if line.exc_info])
+        self.assertTrue(self.server.base.startswith("https://localhost:"))
+        where = address(self.server)
+        client = http.client.HTTPSConnection(*where, timeout=10, context=self.context)
+        with connect(self.server), contextlib.closing(client):  # the first stalls in the handshake
+            for document in (ACCEPT, large):
+                location = ask_on(client, "POST", "/inbox", document).headers["Location"]
+                self.assertTrue(location.startswith("https://127.0.0.1:"), location)
+                self.assertEqual(ask_on(client, "GET", path_of(location)).json(), document)
+        with contextlib.suppress(OSError):
+            self.assertEqual(raw(self.server, get_head()), [])  # not encrypted
+        self.server.server_close()
+        self.assertFalse([line for line in self.log if line.exc_info])
 
     @unittest.skipUnless(hasattr(ssl, "OP_IGNORE_UNEXPECTED_EOF"), "needs Python 3.10")
+    @with_settings(MAX_CONNECTIONS=1)
     @constants(GRACE=0.02)
     def test_who_is_cut_off_for_the_sake_of_others_is_told_so(self) -> None:
-        with self.serving(MAX_CONNECTIONS=1) as server:
-            first = self.connect(server, post_head("Content-Length: 9") + b"x")
-            self.connect(server)  # which waits until there is room
-            self.assertEqual(answer_on(first).status, 503)
+        first = self.connect(post_head("Content-Length: 9") + b"x")
+        self.connect()  # which waits until there is room
+        self.assertEqual(answer_on(first).status, 503)
 
     def test_requests_that_come_at_once_are_all_answered(self) -> None:
         """The second lies where nobody but TLS knows of it: the first is just as long as a read."""
         last = post_head("Content-Length: 0", "Connection: close")
         first = post_head("Content-Length: 0", "X: ")
         padding = b"x" * (io.DEFAULT_BUFFER_SIZE - len(first))
-        with self.serving() as server:
-            secure = self.connect(server, first.replace(b"X: ", b"X: " + padding) + last)
-            with secure.makefile("rb") as stream:
-                answers = [read_answer(stream.readline(), stream).status for _ in range(2)]
-                self.assertEqual(answers, [400, 400])
+        secure = self.connect(first.replace(b"X: ", b"X: " + padding) + last)
+        with secure.makefile("rb") as stream:
+            answers = [read_answer(stream.readline(), stream).status for _ in range(2)]
+            self.assertEqual(answers, [400, 400])
 
     @constants(TURN=0)
     def test_a_client_that_breaks_the_encryption_is_disconnected(self) -> None:
@@ -6489,28 +6383,24 @@ class TlsTest(SendingTest):
             self.assertTrue(gone.acquire(timeout=10))
 
         slow: Any = {"select": search, "select_lines": search}
-        with self.serving() as server, self.assertLogs("coarinbox", "INFO") as log:
-            with unittest.mock.patch.multiple(server.deliveries, **slow):
-                for number, kind in enumerate(("text/html", "application/json"), 1):
-                    head = get_head(f"Accept: {kind}", target="/deliveries")
-                    secure = self.connect(server, head)
-                    self.assertTrue(begun.acquire(timeout=10))
-                    socket.socket.send(secure, b"not encrypted")
-                    deadline = time.monotonic() + 10
-                    while "".join(log.output).count("connection lost") < number:
-                        self.assertLess(time.monotonic(), deadline, log.output)
-                        time.sleep(0)
-                    gone.release(2)
-                    other = self.connect(server, head)
+        with unittest.mock.patch.multiple(self.server.deliveries, **slow):
+            for kind in ("text/html", "application/json"):
+                head = get_head(f"Accept: {kind}", target="/deliveries")
+                secure = self.connect(head)
+                self.assertTrue(begun.acquire(timeout=10))
+                socket.socket.send(secure, b"not encrypted")
+                self.wait_until(lambda: not self.server.connections)
+                gone.release(2)
+                with self.connect(head) as other:
                     self.assertTrue(begun.acquire(timeout=10))
                     self.assertEqual(answer_on(other).status, 200)
-            self.assertEqual("".join(log.output).count("connection lost"), 2, log.output)
+        self.assertEqual("".join(self.log_lines()).count("connection lost"), 2)
 
     def test_old_versions_of_the_protocol_are_refused(self) -> None:
         hello = b"\x03\x02" + bytes(32) + b"\x00" + b"\x00\x02\x00\x2f" + b"\x01\x00"  # TLS 1.1
         record = b"\x01" + len(hello).to_bytes(3, "big") + hello
         record = b"\x16\x03\x01" + len(record).to_bytes(2, "big") + record
-        with self.serving() as server, connect(server, record) as connection:
+        with connect(self.server, record) as connection:
             alert = connection.recv(100)
         self.assertEqual((alert[:1], alert[5:]), (b"\x15", b"\x02\x46"))  # protocol_version
 
@@ -6518,35 +6408,34 @@ class TlsTest(SendingTest):
         encrypted = f"{self.directory}/encrypted.pem"
         encrypt = ["openssl", "pkey", "-in", self.key, "-aes256", "-passout", "pass:x"]
         subprocess.run([*encrypt, "-out", encrypted], check=True, capture_output=True)
+        expected = "SSL_CERT.*; expected a certificate and its key, not encrypted, in PEM"
         for settings in (
             {"SSL_CERT": "none.pem"}, {"SSL_CERT": self.key}, {"SSL_KEY": None},
             {"SSL_KEY": encrypted},  # its password is not asked for
         ):  # fmt: skip
-            expected = "SSL_CERT.*; expected a certificate and its key, not encrypted, in PEM"
-            with self.subTest(settings):
-                with self.assertRaisesRegex(coarinbox.ConfigurationError, expected):
-                    self.serving(**settings).__enter__()
+            with self.assertRaisesRegex(coarinbox.ConfigurationError, expected):
+                serving(**{**self.settings, **settings}).__enter__()
 
     def test_a_private_authority_can_be_trusted(self) -> None:
-        with unittest.mock.patch.dict(os.environ, SSL_CERT_FILE=self.certificate):
-            with self.serving() as server:
-                self.assertEqual(coarinbox.send(ACCEPT, f"{server.base}/inbox").status, 201)
-            drip = endless(b"HTTP/1.1 201 Created\r\n\r\n", b"x", 0.01)
-            with receiving(drip, (self.certificate, self.key)) as receiver:
+        drip = endless(b"HTTP/1.1 201 Created\r\n\r\n", b"x", 0.01)
+        with receiving(drip, (self.certificate, self.key)) as receiver:
+            with unittest.mock.patch.dict(os.environ, SSL_CERT_FILE=self.certificate):
+                answer = coarinbox.send(ACCEPT, f"{self.server.base}/inbox")
+                self.assertEqual(answer.status, 201)
                 self.assertEqual(coarinbox.send(ACCEPT, receiver.url, timeout=0.2).status, 201)
 
     def test_the_certificate_must_be_trusted_and_have_the_name_of_the_url(self) -> None:
         with receiving(CREATED, (self.certificate, self.key)) as receiver:
-            port = receiver.server_address[1]
             reason = "TLS failed: certificate verify failed: .*self.signed.*; set SSL_CERT_FILE"
             self.assert_fails(reason, receiver.url)
-            self.assertEqual(receiver.received, [])
             with unittest.mock.patch.dict(os.environ, SSL_CERT_FILE=self.certificate):
+                host = receiver.url.replace("127.0.0.1", "reviews.example.net")
                 with self.assertRaisesRegex(coarinbox.SendError, "TLS failed: .*reviews.example"):
-                    url = f"https://reviews.example.net:{port}/"
-                    coarinbox.post(ACCEPT, url, ["127.0.0.1"])
-                answer = coarinbox.post(ACCEPT, f"https://localhost:{port}/", ["127.0.0.1"])
-            self.assertEqual((answer.status, len(receiver.received)), (201, 1))
+                    coarinbox.post(ACCEPT, host, ["127.0.0.1"])
+                coarinbox.post(
+                    ACCEPT, receiver.url.replace("127.0.0.1", "localhost"), ["127.0.0.1"]
+                )
+            self.assertEqual(len(receiver.received), 1)
 
 
 NEEDS_PYDEVD = unittest.skipUnless(importlib.util.find_spec("pydevd"), "pydevd is not installed")
@@ -6590,17 +6479,6 @@ class DebuggerTest(ProgramTest):
         with self.debugged(free_port()) as inbox:
             self.assertIn("no debugger: 127.0.0.1", "\n".join(inbox.banner))
             self.assertEqual(inbox.ask("GET", "/inbox").status, 200)
-
-    def test_an_editor_that_does_not_wait_is_no_reason_to_end(self) -> None:
-        debugger = unittest.mock.Mock()
-        debugger.settrace.side_effect = ConnectionRefusedError("refused")
-        with unittest.mock.patch.dict(sys.modules, pydevd=debugger):
-            with self.assertLogs("coarinbox", "WARNING") as caught:
-                coarinbox.attach_debugger("editor.example", 6000)
-        expected = "WARNING:coarinbox:no debugger: editor.example:6000: refused"
-        self.assertEqual(caught.output, [expected])
-        options = {"stdoutToServer": True, "stderrToServer": True, "suspend": False}
-        debugger.settrace.assert_called_once_with("editor.example", port=6000, **options)
 
 
 # --- Bounds --------------------------------------------------------------------------------------
@@ -6657,14 +6535,14 @@ class HeadTest(InboxTest):
                 self.assertEqual(answer_on(connection).status, status)
                 self.assertEqual(connection.recv(1), b"")  # and no reset
 
-    @constants(LINGER=0.2)
+    @constants(LINGER=0.1)
     def test_later_input_is_discarded_for_some_time_only(self) -> None:
         with connect(self.server, post_head("Content-Length: 999999999999")) as connection:
             started = time.monotonic()
             with contextlib.suppress(ConnectionError):
                 while time.monotonic() < started + 8:
                     connection.sendall(b"x" * 65536)
-            self.assertTrue(0.1 < time.monotonic() - started < 5)
+            self.assertTrue(0.1 <= time.monotonic() - started < 5)
 
 
 class LogLineTest(DeliveriesTest):
@@ -6776,43 +6654,42 @@ class MemoryTest(unittest.TestCase):
     def test_ids_do_not_stay_in_it(self) -> None:
         """150 ids of 1 MB, whose attempts are counted, stayed in memory: 684 MB."""
         kept = []
-        for number in range(8):
+        for number in range(5):
             # One character outside the BMP: each character takes four bytes.
-            body = f'{{"id": "urn:x:{number}:{"x" * 500_000}\U0001f600"}}'.encode()
+            body = f'{{"id": "urn:x:{number}:{"x" * 300_000}\U0001f600"}}'.encode()
             self.assertEqual(raw(self.server, post_to("?close=1&times=1", body)), [])
             self.assertEqual(ask(self.server, "GET", "/health").status, 204)
             kept.append(tracemalloc.get_traced_memory()[0])
-        self.assertLess(kept[-1] - kept[0], 2_000_000)
+        self.assertLess(kept[-1] - kept[0], 1_000_000)
 
     def test_what_was_answered_does_not_stay_in_it(self) -> None:
         """It did, until Python looked for what nobody needs any more."""
         gc.disable()
         self.addCleanup(gc.enable)
         body = b"[" + b" " * 100_000
-        head = f"Host: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        head = get_head(f"Content-Length: {len(body)}", target="/health")
         before = tracemalloc.get_traced_memory()[0]
         for path in ("/nowhere", "/inbox"):
             for _ in range(20):
                 self.assertIn(ask(self.server, "POST", path, body).status, (404, 400))
         with contextlib.ExitStack() as end:
             for _ in range(20):  # they stay connected, and ask for nothing more
-                client = end.enter_context(connect(self.server))
-                client.sendall(b"GET /health HTTP/1.1\r\n" + head + body)
+                client = end.enter_context(connect(self.server, head + body))
                 self.assertEqual(answer_on(client).status, 204)
             self.assertLess(tracemalloc.get_traced_memory()[0] - before, 1_000_000)
 
     def test_documents_are_parsed_one_at_a_time(self) -> None:
         """A hundred bodies of 1 MB took 2.7 GB, because each was kept until its answer was sent."""
-        body = b"[" + b"{}," * 10_000 + b"{}]"
+        body = b"[" + b"{}," * 5_000 + b"{}]"
         self.assertEqual(ask(self.server, "POST", "/inbox", body).status, 201)
         one = tracemalloc.get_traced_memory()[1]
         almost = post_head(f"Content-Length: {len(body)}") + body[:-1]
         with contextlib.ExitStack() as clients:
-            waiting = [clients.enter_context(connect(self.server, almost)) for _ in range(10)]
+            waiting = [clients.enter_context(connect(self.server, almost)) for _ in range(8)]
             for connection in waiting:
                 connection.sendall(body[-1:])
-            self.assertEqual([answer_on(each).status for each in waiting], [201] * 10)
-        self.assertLess(tracemalloc.get_traced_memory()[1], 4 * one)
+            self.assertEqual([answer_on(each).status for each in waiting], [201] * 8)
+        self.assertLess(tracemalloc.get_traced_memory()[1], 3 * one)
 
 
 class StandardErrorTest(unittest.TestCase):
@@ -7041,7 +6918,7 @@ class SharedStoreTest(DeliveriesTest):
 
             def names_later(store: coarinbox.Store) -> list[str]:
                 found = names(store)
-                if store.directory == directory and not looking.is_set():  # at the start
+                if not looking.is_set():  # at the start
                     looking.set()
                     self.assertTrue(emptied.wait(10))
                 return found
@@ -7081,30 +6958,20 @@ class SharedStoreTest(DeliveriesTest):
             self.assertEqual(listener.event().id, self.names()[0])
 
     def test_a_line_that_is_written_just_when_somebody_looks_is_read_once(self) -> None:
-        class Late(io.BytesIO):
-            """A file that was still empty when its beginning was looked at."""
-
-            looked = False
-
-            def read(self, size: int | None = -1) -> bytes:
-                before, self.looked = self.looked, True
-                return super().read(size) if before else b""
-
         self.post(REFUSED)
         log, line = self.server.deliveries, self.path.read_bytes()
-        with unittest.mock.patch.object(log, "open", return_value=Late(line)):
+        late = unittest.mock.MagicMock()  # a file that was empty when its beginning was looked at
+        late.__enter__().configure_mock(**{"read.side_effect": [b"", line], "seek.return_value": 0})
+        with unittest.mock.patch.object(log, "open", return_value=late):
             lines, place = log.read(coarinbox.START)
         self.assertEqual(lines, [line.rstrip(b"\n")])
         self.assertEqual(log.read(place)[0], [])
 
     def test_a_delivery_carries_the_headers_of_its_answer(self) -> None:
-        with coarinbox.running() as inbox:
-            location = send(inbox.url).headers["Location"]
-            send(inbox.url + "?status=503&retry-after=7", OFFER)
-            headers = [delivery.answer_headers for delivery in inbox.deliveries]
-            listed = [each["answer_headers"] for each in self.listed_by(inbox.server)]
-        for stored, refused in (headers, listed[::-1]):
-            self.assertEqual((stored["Location"], refused["Retry-After"]), (location, "7"))
+        location = self.post().headers["Location"]
+        self.ask("POST", "/inbox?status=503&retry-after=7", OFFER)
+        refused, stored = (each["answer_headers"] for each in self.deliveries())
+        self.assertEqual((stored["Location"], refused["Retry-After"]), (location, "7"))
 
     def test_a_line_that_somebody_edited_badly_hides_no_other_at_the_start(self) -> None:
         self.post()
@@ -7112,27 +6979,6 @@ class SharedStoreTest(DeliveriesTest):
             log.write(self.path.read_bytes().replace(b'"id": "urn', b'"id": "\\q'))
         with coarinbox.running(STORE_DIR=self.server.store.directory) as inbox:
             self.wait_until(lambda: b"of 2" in ask(inbox.server, "GET", "/", None, HTML).body)
-
-    def test_a_clock_that_is_set_back(self) -> None:
-        self.post()
-        with unittest.mock.patch("time.time", return_value=0.0):
-            earlier = path_of(self.post().headers["Location"])
-        self.assertIn("/19700101_000000_", earlier)
-        self.assertEqual(self.ask("GET", earlier).body, BODY)
-        self.assertEqual(len(self.listed()), 2)
-        deliveries = self.ask("GET", "/deliveries").json()["deliveries"]
-        self.assertEqual(earlier, f"/inbox/{deliveries[0]['name']}")
-
-    def test_a_store_that_is_taken_away_and_put_back(self) -> None:
-        first = path_of(self.post().headers["Location"])
-        directory = self.server.store.directory
-        os.rename(directory, directory + ".away")
-        second = path_of(self.post().headers["Location"])
-        self.assertEqual([self.ask("GET", each).status for each in (first, second)], [404, 200])
-        shutil.rmtree(directory)
-        os.rename(directory + ".away", directory)
-        self.assertEqual(self.ask("GET", first).body, BODY)
-        self.assert_serves()
 
 
 class AddressTest(unittest.TestCase):
@@ -7213,11 +7059,10 @@ class FirstDayTest(unittest.TestCase):
         with coarinbox.running() as inbox:
             paths = ["/", "/inboxes", "/ldn/inbox", "/inbox/x", "/constraints"]
             answers = [send(inbox.url.replace("/inbox", path), OFFER) for path in paths]
-            answers.append(fetch(inbox.url, "PUT", OFFER))
-            for answer in answers:
+            for answer in (*answers, fetch(inbox.url, "PUT", OFFER)):
                 self.assertIn(answer.status, (404, 405))
                 self.assertIn(inbox.url, answer.json()["detail"])
-            self.assertEqual((answer.status, "POST" in answer.headers["Allow"]), (405, True))
+            self.assertIn("POST", answer.headers["Allow"])
             self.assertEqual([each.target for each in inbox.deliveries], [*paths, "/inbox"])
             with self.assertRaisesRegex(AssertionError, rf"404[^\n]*{inbox.url}"):
                 inbox.wait_for(type="Offer", timeout=0)
@@ -7288,32 +7133,20 @@ class StrictTest(InboxTest):
                 self.assertEqual(answer.status, 201)
         self.assertEqual(raw(self.server, post_to("?delay=60"), "half-close"), [])  # it has left
 
-    def test_a_client_that_does_not_read_its_answers_cannot_send_on(self) -> None:
-        head = get_head(target=drop_in(self.server, b" " * 10_000_000))
-        with connect(self.server, head) as greedy:
-            greedy.settimeout(0.1)
-            with self.assertRaises(socket.timeout):
-                for _ in range(50):
-                    greedy.sendall(b"x" * 1_000_000)
-
     def test_pipelined_requests_are_answered_in_order(self) -> None:
+        """Some are answered at once, and for others something has to be read or written first."""
+        stored = path_of(self.post().headers["Location"])
         kinds = [
             (post_to(), 201, b"/inbox/"), (post_to("", b"no"), 400, b"not JSON"),
-            (get_head(target="/samples"), 200, b'"samples"'),
-            (post_to("?status=503"), 503, b"simulated"),
+            (get_head(target="/samples"), 200, b'"samples"'), (get_head(target=stored), 200, BODY),
+            (post_to("?status=503"), 503, b"simulated"), (get_head(target="/inbox"), 200, b"ldp:"),
         ]  # fmt: skip
-        for number in range(10):
-            body = json.dumps(altered("Accept", id=f"urn:x:{number}")).encode()
-            path = path_of(self.post(body).headers["Location"])
-            kinds.append((get_head(target=path), 200, body))
-        data = b"".join(request for request, _, _ in kinds) * 20
+        data = b"".join(request for request, *_ in kinds) * 30
         with connect(self.server) as connection, connection.makefile("rb") as stream:
-            thread = threading.Thread(target=connection.sendall, args=(data,), daemon=True)
-            thread.start()
-            for _, status, part in kinds * 20:
+            threading.Thread(target=connection.sendall, args=(data,), daemon=True).start()
+            for _, status, part in kinds * 30:
                 answer = read_answer(stream.readline(), stream)
                 self.assertEqual((answer.status, part in answer.body), (status, True))
-            thread.join(10)
 
 
 class CommitTest(InboxTest):
@@ -7396,25 +7229,26 @@ class CommitTest(InboxTest):
 class StartAndEndTest(ProgramTest):
     @unittest.skipUnless(os.path.exists("/dev/full"), "there is no device that is always full")
     def test_it_serves_though_standard_error_is_closed_or_full(self) -> None:
+        inboxes = {}
         for way in ("2>&-", "2>/dev/full"):
-            with self.subTest(way):
-                port = free_port()
-                command = self.command("--port", str(port), "--store", way[-3:])
-                shell = ["sh", "-c", f'exec "$0" "$@" {way}', *command]
-                with subprocess.Popen(shell, cwd=self.directory, stdout=subprocess.PIPE) as inbox:
-                    self.addCleanup(inbox.kill)
-                    while not can_connect(("localhost", port)):
-                        self.assertIsNone(inbox.poll())
-                    self.assertEqual(send(f"http://localhost:{port}/inbox").status, 201)
-                    inbox.terminate()
-                    self.assertEqual(inbox.wait(20), 0)
+            port = free_port()
+            command = self.command("--port", str(port), "--store", way[-3:])
+            shell = ["sh", "-c", f'exec "$0" "$@" {way}', *command]
+            options: Any = {"cwd": self.directory, "stdout": subprocess.DEVNULL}
+            inboxes[port] = subprocess.Popen(shell, **options)
+            self.addCleanup(inboxes[port].kill)
+        for port, inbox in inboxes.items():
+            while not can_connect(("localhost", port)):
+                self.assertIsNone(inbox.poll())
+            self.assertEqual(send(f"http://localhost:{port}/inbox").status, 201)
+            inbox.terminate()
+            self.assertEqual(inbox.wait(20), 0)
 
     """Starts that go wrong end with one line and status 2, and ends are quiet."""
 
     def test_an_unusable_configuration_is_refused_in_one_line(self) -> None:
         for text in ("raise KeyboardInterrupt", "globals()[5] = 1; PORT = 'x'"):
-            with self.subTest(text):
-                self.fail_to_start("--config", self.config(text))
+            self.fail_to_start("--config", self.config(text))
         self.fail_to_start("--config", "")
 
     def test_a_signal_in_the_first_moments_ends_it_quietly(self) -> None:
@@ -7440,20 +7274,12 @@ class StartAndEndTest(ProgramTest):
                 runpy.run_path(str(MODULE))
         expected = "coarinbox needs Python 3.9 or later, and this is 3.8"
         self.assertEqual(caught.exception.code, expected)
-        for python in glob.glob(os.path.expanduser("~/.pyenv/versions/[23].*/bin/python")):
-            if re.match(r"2\.|3\.[0-8]\.", pathlib.Path(python).parts[-3]):
+        for python in glob.glob(os.path.expanduser("~/.pyenv/versions/[23].[0-8]*/bin/python")):
+            if re.search(r"/(2\.7|3\.[0-8])\.", python):
                 done = subprocess.run([python, str(MODULE)], capture_output=True, text=True)
                 with self.subTest(python):
                     self.assertNotEqual(done.returncode, 0)
                     self.assertRegex(done.stderr, r"^(?s:(?!.*Traceback).*3\.9)")
-
-    def test_characters_that_cannot_be_seen_are_escaped(self) -> None:
-        """A name with such characters passed for another one."""
-        for character in "\u3164\u2800\u034f\ufe0f\U000e0100":
-            (self.directory / f"a{character}b.json").write_text("{}")
-            output = "".join(self.invoke("--check", f"a{character}b.json").output)
-            self.assertIn("b.json", output)
-            self.assertNotIn(character, output)
 
 
 # --- The coarnotify package as a client ----------------------------------------------------------
@@ -7478,20 +7304,16 @@ class ClientTest(unittest.TestCase):
 # --- The files -----------------------------------------------------------------------------------
 
 
-# What the examples of the README need: code that tries again when an inbox is busy, and a program.
-MY_CODE = f"""\
-import json, urllib.error, urllib.request
+# What the examples of the README import and start: code that tries again when an inbox is busy.
+MY_CODE = """\
+import coarinbox, sys
 
 def request_review(inbox):
-    for attempt in range(3):
-        body = json.dumps({OFFER}).encode()
-        request = urllib.request.Request(inbox, body, {{"Content-Type": "application/ld+json"}})
-        try:
-            return urllib.request.urlopen(request).close()
-        except urllib.error.HTTPError as error:
-            error.close()
+    offer = coarinbox.sample("Request Review")
+    while not coarinbox.send(offer, inbox).accepted:
+        pass
 """
-MY_PROGRAM = f"#!{sys.executable}\nimport my_code, sys\nmy_code.request_review(sys.argv[1])\n"
+MY_PROGRAM = f"#!{sys.executable}\n{MY_CODE}\nrequest_review(sys.argv[1])\n"
 # What comes before an example that begins with a running inbox.
 STARTED = "python coarinbox.py 2> log &\nuntil curl -s localhost:5005/health; do sleep 0.1; done\n"
 README = (HERE / "README.md").read_text(encoding="utf-8")
@@ -7513,35 +7335,31 @@ def sessions() -> Iterator[tuple[str, str]]:
             yield match[1], match[2]
 
 
-def run_example(*command: str, **files: str) -> tuple[int, str]:
-    """Run a command where a reader of the README would; returns the exit status and the output.
+def run_example(script: str) -> str:
+    """Run a shell script to its end, where a reader of the README would; returns the output.
 
-    The directory holds the module, files of the reader's own, and those that are given. Another
-    inbox may run on the ports of the README, so that these are replaced everywhere.
+    Another inbox may run on the ports of the README, so that these are replaced everywhere.
     """
     ports = {port: str(free_port()) for port in ("5005", "5006")}
 
     def moved(text: str) -> str:
         return re.sub("500[56]", lambda match: ports[match[0]], text)
 
-    files = {"coarinbox.py": MODULE.read_text(encoding="utf-8"), "my_code.py": MY_CODE, **files}
     with tempfile.TemporaryDirectory() as name, tempfile.TemporaryFile("w+") as output:
         directory = pathlib.Path(name)
-        for file, text in {**files, "my-program": MY_PROGRAM}.items():
+        for file, text in (("coarinbox.py", MODULE.read_text("utf-8")), ("my-program", MY_PROGRAM)):
             (directory / file).write_text(moved(text), encoding="utf-8")
-        (directory / "my-program").chmod(0o755)
+            (directory / file).chmod(0o755)
         for python in ("python", "python3"):
             (directory / python).symlink_to(sys.executable)
-        path = os.pathsep.join([name, os.environ["PATH"]])
-        env = environment(PATH=path, TMPDIR=name, RUNNER_TEMP=name)
-        env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # no other package has a part in it
+        env = environment(PATH=f"{name}:{os.environ['PATH']}", TMPDIR=name, RUNNER_TEMP=name)
         env.pop("COVERAGE_PROCESS_START", None)  # nobody could look at the copy afterwards
+        shell = ["sh", "-c", f"{moved(script)}\necho END"]
         process = subprocess.Popen(
-            [moved(argument) for argument in command],
-            cwd=directory, env=env, stdout=output, stderr=output, start_new_session=True,
-        )  # fmt: skip
+            shell, cwd=directory, env=env, stdout=output, stderr=output, start_new_session=True
+        )
         try:
-            status = process.wait(30)
+            process.wait(30)
         finally:
             with contextlib.suppress(ProcessLookupError):  # inboxes in the background
                 os.killpg(process.pid, signal.SIGKILL)
@@ -7550,7 +7368,7 @@ def run_example(*command: str, **files: str) -> tuple[int, str]:
         printed = output.read()
     for port, other in ports.items():
         printed = printed.replace(other, port)
-    return status, printed
+    return printed
 
 
 class ReadmeTest(ProgramTest):
@@ -7594,70 +7412,49 @@ class ReadmeTest(ProgramTest):
 
 
 class ExampleTest(unittest.TestCase):
-    """The examples in the README, as they are written; all at once, because some of them wait."""
+    """The examples in the README, as they are written."""
 
-    examples: dict[str, concurrent.futures.Future[tuple[int, str]]]
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        if os.name != "posix":
-            raise unittest.SkipTest("the examples need programs that are scripts, and links")
-        pool = concurrent.futures.ThreadPoolExecutor()
-        cls.addClassCleanup(pool.shutdown)
-        conversation, tests = blocks("python")
-        service, step = blocks("yaml")
-        typed = "\necho END\n".join(command for command, _ in sessions())
-        (talk,) = blocks("sh")
+    @unittest.skipUnless(os.name == "posix" and shutil.which("curl"), "they need a shell and curl")
+    def test_each_command_prints_what_follows_it_and_scripts_do_what_they_show(self) -> None:
+        (talk,), (service, step) = blocks("sh"), blocks("yaml")
+        talk = talk.replace("sleep 2", "until grep -q 'Announce Review' log; do sleep 0.1; done")
         (command,) = re.findall("command: (.*)", service)
         (health,) = re.findall('test: "(.*?)"', service)
         container = f"{command} &\nuntil {health}; do kill -0 $!; sleep 0.1; done\n"
         container = container.replace(" /coarinbox.py", " coarinbox.py").replace("/tmp/", "")
-        step = step.partition("run: |\n")[2]
-        files = {"test_review.py": tests}
-        unittest_, pytest = (
-            [sys.executable, "-m", *command.split()]
-            for command in ("unittest", "pytest -p no:cacheprovider")
-        )
-        cls.examples = {
-            "start": pool.submit(run_example, "sh", "-c", f"{STARTED}{typed}true"),
-            "talk": pool.submit(run_example, "sh", "-ec", STARTED + talk),
-            "python": pool.submit(run_example, sys.executable, "-c", conversation),
-            "unittest": pool.submit(run_example, *unittest_, **files),
-            "pytest": pool.submit(run_example, *pytest, **files),
-            "container": pool.submit(run_example, "sh", "-ec", container),
-            "step": pool.submit(run_example, "sh", "-ec", step),
-        }
-
-    def output_of(self, name: str, needs: object = True) -> str:
-        if not needs:
-            self.skipTest("what it needs is not installed")
-        status, output = self.examples[name].result()
-        self.assertEqual(status, 0, output)
-        return output
-
-    def test_each_command_prints_what_follows_it(self) -> None:
-        name = re.compile("[0-9]{8}_[0-9]{6}_[0-9a-f]{32}")
-        outputs = self.output_of("start", shutil.which("curl")).split("\nEND\n")
-        expected = [shown for _, shown in sessions()]
-        self.assertEqual(len(outputs), len(expected), outputs)
-        self.assertGreater(len(expected), 1)
-        for shown, printed in zip(expected, outputs):
-            wanted, given = name.sub("NAME", shown), name.sub("NAME", printed) + "\n"
+        commands, shown = zip(*sessions())
+        scripts = [STARTED + talk, step.partition("run: |\n")[2]]
+        scripts += [container] if shutil.which("wget") else []
+        typed = STARTED + "\necho END\n".join(commands)
+        with concurrent.futures.ThreadPoolExecutor() as pool:  # some of them wait
+            results = pool.map(run_example, [typed, *(f"set -e\n{each}" for each in scripts)])
+        outputs, *others = (printed.split("\nEND\n") for printed in results)
+        self.assertEqual(len(outputs), len(shown) + 1, outputs)
+        for expected, printed in zip(shown, outputs):
+            name = re.compile("[0-9]{8}_[0-9]{6}_[0-9a-f]{32}")
+            wanted, given = name.sub("NAME", expected), name.sub("NAME", printed) + "\n"
             matches = doctest.OutputChecker().check_output(wanted, given, doctest.ELLIPSIS)
             self.assertTrue(matches, printed)
+        patterns = (
+            '"pattern": "Announce Review"',
+            '"pattern": "Accept"',
+            '"pattern": "Tentatively Accept"',
+        )
+        parts = "\n".join(patterns), '"pattern": "Request Review"', "address     0.0.0.0 port 5005"
+        for part, (printed, *end) in zip(parts, others):
+            self.assertIn(part, printed)
+            self.assertEqual(len(end), 1, printed)  # each of its commands succeeded
 
-    def test_the_others_do_what_they_show(self) -> None:
-        curl, wget = shutil.which("curl"), shutil.which("wget")
-        replies = ("Announce Review", "Accept", "Tentatively Accept")
-        for name, needs, expected in [
-            ("talk", curl, "".join(f'"pattern": "{reply}"\n' for reply in replies)),
-            ("step", curl, '"pattern": "Request Review"'),
-            ("container", wget, "address     0.0.0.0 port 5005"), ("python", True, ""),
-            ("unittest", True, "Ran 1 test"),
-            ("pytest", importlib.util.find_spec("pytest"), "2 passed"),
-        ]:  # fmt: skip
-            with self.subTest(name):
-                self.assertIn(expected, self.output_of(name, needs))
+    def test_those_in_python_do_what_they_show(self) -> None:
+        names: dict[str, Any] = {}
+        exec(MY_CODE, names)
+        with unittest.mock.patch.dict(sys.modules, my_code=unittest.mock.Mock(**names)):
+            for example in blocks("python"):
+                exec(example, names)
+        names["test_a_busy_inbox_is_tried_again"]()
+        result = unittest.TestResult()
+        unittest.defaultTestLoader.loadTestsFromTestCase(names["ReviewTest"]).run(result)
+        self.assertTrue(result.testsRun == 1 and result.wasSuccessful(), result)
 
 
 class ShapeTest(unittest.TestCase):
@@ -7680,22 +7477,20 @@ class ShapeTest(unittest.TestCase):
         self.assertEqual(re.findall(r"^\| ([A-Z].*?) \|", guide, re.MULTILINE), self.sections)
         self.assertLessEqual(len(guide.splitlines()), 120)
 
-    def test_no_function_is_longer_than_a_screen(self) -> None:
-        lengths = {
-            node.name: (node.end_lineno or 0) - node.lineno + 1
-            for node in ast.walk(ast.parse(self.source))
-            if isinstance(node, ast.FunctionDef)
-        }
+    def test_functions_are_short_and_only_the_standard_library_is_imported(self) -> None:
+        lengths, imported = {}, set()
+        for node in ast.walk(ast.parse(self.source)):
+            if isinstance(node, ast.FunctionDef):
+                lengths[node.name] = (node.end_lineno or 0) - node.lineno + 1
+            elif isinstance(node, ast.Import):
+                imported |= {name.name.partition(".")[0] for name in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(str(node.module).partition(".")[0])
         self.assertGreater(len(lengths), 50)
         self.assertEqual({name: lines for name, lines in lengths.items() if lines > 40}, {})
-
-    @unittest.skipUnless(hasattr(sys, "stdlib_module_names"), "needs Python 3.10")
-    def test_nothing_but_the_standard_library_is_imported(self) -> None:
-        code = "import sys, coarinbox; print(*{name.partition('.')[0] for name in sys.modules})"
-        command = [sys.executable, "-S", "-c", code]
-        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True)
-        names = set(done.stdout.split())
-        self.assertEqual(names - sys.stdlib_module_names - {"coarinbox", "__main__"}, set())
+        if sys.version_info >= (3, 10):
+            optional = {"coarnotify", "pydevd"}
+            self.assertEqual(imported - sys.stdlib_module_names, optional)
 
 
 if __name__ == "__main__":
