@@ -5088,7 +5088,7 @@ class DeadlineTest(SendingTest):
         self.receiver.read_body = read_slowly
         self.assert_fails("timed out", self.receiver.url, self.LARGE, timeout=0.1)
 
-    def test_a_body_that_drips_or_never_ends_does_not_change_the_status(self) -> None:
+    def test_the_status_counts_even_if_the_body_drips_or_never_ends(self) -> None:
         for headers in (b"", b"Content-Length: 99999999\r\n", b"Transfer-Encoding: chunked\r\n"):
             head = b"HTTP/1.1 201 Created\r\n" + headers + b"\r\n"
             for pause, size, least, most in ((0.01, 1, 1, 1000), (0, 1000, 60_000, 65_535)):
@@ -5099,8 +5099,6 @@ class DeadlineTest(SendingTest):
                 self.assertTrue(least <= len(received.body) <= most, len(received.body))
         self.receiver.reset(endless(b"HTTP/1.1 201 Created\r\nX: ", b"x" * 1000))
         coarinbox.send(ACCEPT, self.receiver.url)  # a header without an end
-
-    def test_a_whole_body_is_not_waited_for_longer(self) -> None:
         self.receiver.reset(endless(http_answer(201, "whole"), b"", 10))
         self.assertEqual(coarinbox.send(ACCEPT, self.receiver.url).body, b"whole")
 
@@ -5267,14 +5265,6 @@ class ArrivedTest(InboxTest):
         self.assertEqual(answer.status, 201, answer)
         warnings: list[Any] = answer.json()["warnings"]
         return warnings
-
-    def test_a_media_type_that_production_refuses(self) -> None:
-        self.assertEqual(self.findings(self.offer()), [])
-        (found,) = self.findings(self.offer(), "application/json")
-        self.assertEqual((found["code"], found["level"], found["pointer"]), ("content-type", S, ""))
-        self.assertEqual(found["refused_by"], ["DSpace", "EPrints", "PCI"])
-        self.assertIn("send `Content-Type: application/ld+json`", found["message"])
-        self.assertTrue(self.log_lines()[-1].endswith(" (refused by DSpace, EPrints, PCI)"))
 
     def test_the_url_that_was_posted_to(self) -> None:
         public, local = "https://inbox.example.org", self.server.local  # localhost, with the port
@@ -5516,13 +5506,6 @@ class AutoReplyTest(SendingTest):
                     self.assertEqual(reply["target"]["inbox"], out.target)
                 self.receiver.received.clear()
 
-    @NEEDS_IPV6
-    def test_both_loopbacks_are_one_host(self) -> None:
-        with replying("Accept", HOST="::1") as inbox:
-            send(inbox.url, self.offer_to(inbox))
-            self.assertEqual(inbox.wait_for(direction="out").status, 201)
-            self.assertEqual(inbox.wait_for().client, "::1")  # the receiver is at 127.0.0.1
-
     def test_each_offer_that_was_accepted_is_answered_and_nothing_else(self) -> None:
         with replying("Accept", RESPONSE_STATUS=202) as inbox:
             offer = self.offer_to(inbox)
@@ -5676,11 +5659,12 @@ class SendAgainTest(SendingTest, DeliveriesTest):
         broken, to = self.names()[0], {"to": self.url}
         missing = self.name[:-1] + ("0" if self.name[-1] != "0" else "1")
         with_secret = {"to": self.url.replace("//", "//user:secret@")}
+        large = {**to, "document": "x" * 1_100_000}
         table: list[tuple[int, str, list[Any]]] = [
             (400, "", [{}, [], b"", b"{", b"\xff", "", "to=", "to=%ff", with_secret]),
             (400, "", [{"to": url} for url in (None, [self.url], "/inbox", "file:///etc/passwd")]),
             (400, "", [{**to, "two": 2}, {**to, "pattern": 5}]),
-            (404, missing, [to]), (404, "x", [to]), (413, "", [{**to, "document": "x" * 1_100_000}]),
+            (404, missing, [to]), (404, "x", [to]), (413, "", [large]),
             (409, accept, [{**to, "pattern": "Accept"}]),
             (409, broken, [{**to, "pattern": "Accept"}]),
             (409, "", [{**to, "pattern": "Request Review"}, f"to={self.url}&pattern=Undo"]),
@@ -5840,9 +5824,9 @@ class SendingDoubleTest(unittest.TestCase):
 # --- Faults --------------------------------------------------------------------------------------
 
 
-def drop_in(server: Any, body: bytes = BODY) -> str:
+def drop_in(server: Any, body: bytes = BODY, name: str = "") -> str:
     """Put a file into the store, as another program would; returns its path in the inbox."""
-    name = coarinbox.new_name()
+    name = name or coarinbox.new_name()
     pathlib.Path(server.store.directory, f"{name}.json").write_bytes(body)
     return f"/inbox/{name}"
 
@@ -5955,32 +5939,22 @@ class ScarcityTest(InboxTest):
                     with self.assertRaises(BlockingIOError):  # one was enough
                         second.recv(1)
 
-    @with_settings(MAX_CONNECTIONS=32)
-    @constants(GRACE=0.05)
+    @with_settings(MAX_CONNECTIONS=16)
+    @constants(GRACE=0.02)
     def test_a_crowd_of_bad_clients_delays_others_only_until_each_had_its_time(self) -> None:
-        large, over = drop_in(self.server, b" " * 5_000_000), threading.Event()
+        """They send nothing, drip the head of a request, or do not read the answer."""
+        large = drop_in(self.server, b" " * 5_000_000)
         kinds = (b"", b"POST /inbox HT", get_head()[:-2], get_head(target=large))
-        crowd = [self.connect(data) for data in kinds * 32]
-        for connection in crowd:
-            connection.setblocking(False)
-
-        def drip() -> None:
-            """Send a header line on each, and read a byte from each, until it is over."""
-            while not over.wait(0.04):
+        crowd = [self.connect(data) for data in kinds * 16]
+        started = time.monotonic()
+        for _ in range(3):
+            good = self.connect(post_to())
+            while not select.select([good], [], [], 0.01)[0]:
+                self.assertLess(time.monotonic() - started, 5)
                 for connection in crowd:
                     with contextlib.suppress(OSError):
                         connection.send(b"X: y\r\n")
-                        connection.recv(1)
-
-        thread = threading.Thread(target=drip)
-        thread.start()
-        self.addCleanup(thread.join)
-        self.addCleanup(over.set)
-        for patience in (5, *[1] * 10):
-            started = time.monotonic()
-            self.assert_serves()
-            self.assertLess(time.monotonic() - started, patience)
-            self.assertLessEqual(len(self.server.connections), 2 * 32)
+            self.assert_answered(good)
 
     @constants(GRACE=60)
     def test_clients_that_have_just_come_do_not(self) -> None:
@@ -6051,13 +6025,14 @@ class ScarcityTest(InboxTest):
     @constants(LINGER=60)
     def test_floods_do_not_hold_up_others(self) -> None:
         for first, then in ((b"", b"\r\n" * 1000), (b"garbage\r\n", b"x" * 65536)):  # read on
-            with self.connect(first) as flooding:
+            for _ in range(3):
+                flooding = self.connect(first)
                 flooding.setblocking(False)
-                for _ in range(5):
-                    with contextlib.suppress(BlockingIOError):
-                        for _ in range(50):
-                            flooding.send(then)
-                    self.assert_serves()
+                with contextlib.suppress(BlockingIOError, ConnectionError):
+                    for _ in range(50):
+                        flooding.send(then)
+                self.assert_serves()
+                self.assertLessEqual(len(self.server.connections), 2 * 2)
 
     def test_it_does_not_spin_while_it_is_full(self) -> None:
         for query in ("?delay=.2", "?delay=.2", ""):
@@ -6756,21 +6731,21 @@ class StandardErrorTest(unittest.TestCase):
         return re.sub("(?m)^[0-9-]{10} [0-9:]{8} ", "", terminal.getvalue())
 
     def test_the_status_of_a_delivery_has_a_color_on_a_terminal(self) -> None:
-        elsewhere = json.dumps(coarinbox.sample("Request Review")).encode()
-        clean = elsewhere.replace(b"//localhost:5005/", b"//localhost/")
-        for request, color, words in [
-            (post_to("?", clean), 32, "201 Request Review from https://repository.example.org/"),
-            (post_to("?", elsewhere), 33, "201 .* 1 warning http://localhost:[0-9]+/deliveries/2"),
-            (post_to("?", b"{}"), 31, "400 no pattern from 127.0.0.1 5 errors, 2 warnings http://"),
+        elsewhere, here = coarinbox.sample("Accept"), coarinbox.sample("Request Review")
+        here["target"]["inbox"] = "http://localhost/inbox"
+        table = [
+            (post_to("", json.dumps(here).encode()), 32, "201 Request Review from https://repo"),
+            (post_to("", json.dumps(elsewhere).encode()), 33, "201 Accept .* 1 warning http://"),
+            (post_to("", b"{}"), 31, "400 no pattern from 127.0.0.1 5 errors, 2 warnings http://"),
             (post_to("?close=1"), 33, "dropped Accept from https://journal.example.com/"),
             (post_to("?status=503"), 31, "503 Accept from https://journal.example.com/"),
-        ]:  # fmt: skip
+        ]  # fmt: skip
+        requests = [request for request, *_ in table]
+        colored, plain = (self.log_on_a_terminal(*requests, NO_COLOR=each) for each in ("", "1"))
+        for _, color, words in table:
             status, _, rest = words.partition(" ")
-            with self.subTest(words):
-                line = self.log_on_a_terminal(request, NO_COLOR="").split("\n")[0]
-                self.assertRegex(line, f"^\x1b\\[{color}m{status}\x1b\\[0m {rest}")
-                plain = self.log_on_a_terminal(request, NO_COLOR="1").split("\n")[0]
-                self.assertRegex(plain, f"^{words}")
+            self.assertRegex(colored, f"(?m)^\x1b\\[{color}m{status}\x1b\\[0m {rest}")
+            self.assertRegex(plain, f"(?m)^{words}")
 
 
 class FullHouseTest(InboxTest):
@@ -6790,17 +6765,16 @@ class FullHouseTest(InboxTest):
         self.assertEqual(self.ask("GET", "/inbox").status, 200)
 
     def test_requests_wait_for_the_threads_that_there_are_and_others_are_served(self) -> None:
-        path, open_file = drop_in(self.server), os.open
+        head, read = get_head(target=drop_in(self.server)), coarinbox.Store.read
         begun, released = threading.Event(), threading.Event()
 
-        def open_later(name: Any, *arguments: Any, **more: Any) -> int:
-            if last_part(path) in str(name):
-                begun.set()
-                self.assertTrue(released.wait(10))
-            return open_file(name, *arguments, **more)
+        def read_late(store: coarinbox.Store, name: str) -> bytes:
+            begun.set()
+            self.assertTrue(released.wait(10))
+            return read(store, name)
 
-        head = get_head(target=path)
-        with unittest.mock.patch("os.open", open_later), connect(self.server, head) as first:
+        late = unittest.mock.patch.object(coarinbox.Store, "read", read_late)
+        with late, connect(self.server, head) as first:
             self.assertTrue(begun.wait(10))
             self.assert_serves()
             with NO_THREAD as start, connect(self.server, head) as second:
@@ -6878,59 +6852,47 @@ class OtherSitesTest(InboxTest):
 class SharedStoreTest(DeliveriesTest):
     """A store that others use too, or have used."""
 
+    OLD = "20200101_000000_" + "a" * 32  # the name of a notification from before
+
     def test_old_drafts_are_swept_at_the_start_and_young_ones_are_not(self) -> None:
         store, now = self.path.parent, time.time()
         old, young = (store / f".20200101_000000_{digit * 32}.part" for digit in "ab")
         for draft, age in ((old, 7200), (young, 600)):
             draft.write_bytes(BODY)
             os.utime(draft, (now - age, now - age))
-        with serving(STORE_DIR=str(store)):
-            self.wait_until(lambda: not old.exists())
-        self.assertTrue(young.exists())
+        with beside(self.server):
+            self.assertEqual((old.exists(), young.exists()), (False, True))
 
-    @contextlib.contextmanager
-    def unlogged(self) -> Iterator[tuple[str, str]]:
-        """Have a store with a notification that no log knows; gives the store and the name."""
-        name = "20200101_000000_" + "a" * 32
-        with tempfile.TemporaryDirectory() as store:
-            (pathlib.Path(store) / f"{name}.json").write_bytes(BODY)
-            yield store, name
-
-    def listed_by(self, server: Any) -> list[Any]:
-        return list(ask(server, "GET", "/deliveries").json()["deliveries"])
-
-    def test_notifications_without_a_delivery_are_adopted(self) -> None:
+    def test_notifications_without_a_delivery_are_adopted_at_the_start(self) -> None:
         """Only clients that knew their names found them, and without a time."""
-        start = utc_now()
-        with self.unlogged() as (store, name):
-            for _ in range(2):
-                with serving(STORE_DIR=store) as server:
-                    self.wait_until(lambda server=server: self.listed_by(server) != [])  # type: ignore[misc]
-                    (adopted,) = self.listed_by(server)
-                    self.assertEqual((adopted["name"], adopted["pattern"]), (name, "Accept"))
-                    self.assertGreaterEqual(adopted["time"], start)
-                    self.assertEqual(ask(server, "GET", f"/deliveries/{name}/body").body, BODY)
-            self.assertEqual(files_in(store), [f"{name}.json"])
+        start, name = utc_now(), last_part(drop_in(self.server, BODY, self.OLD))
+        for _ in range(2):
+            with beside(self.server) as other:
+                self.wait_until(lambda: self.deliveries() != [])
+                self.assertEqual(ask(other, "GET", f"/deliveries/{name}/body").body, BODY)
+            (adopted,) = self.deliveries()
+            self.assertEqual((adopted["name"], adopted["pattern"]), (name, "Accept"))
+            self.assertGreaterEqual(adopted["time"], start)
+        self.assertEqual(self.stored(), [name])
 
     def test_an_inbox_that_is_emptied_while_it_looks_around_adopts_nothing(self) -> None:
         names, looking, emptied = coarinbox.Store.names, threading.Event(), threading.Event()
-        with self.unlogged() as (directory, _):
 
-            def names_later(store: coarinbox.Store) -> list[str]:
-                found = names(store)
-                if not looking.is_set():  # at the start
-                    looking.set()
-                    self.assertTrue(emptied.wait(10))
-                return found
+        def names_later(store: coarinbox.Store) -> list[str]:
+            found = names(store)
+            if not looking.is_set():  # at the start
+                looking.set()
+                self.assertTrue(emptied.wait(10))
+            return found
 
-            with unittest.mock.patch.object(coarinbox.Store, "names", names_later):
-                with serving(STORE_DIR=directory) as server:
-                    self.assertTrue(looking.wait(10))
-                    self.assertEqual(ask(server, "DELETE", "/inbox").status, 204)
-                    emptied.set()
-                    self.wait_until(lambda: not server.tasks)  # it has looked at everything
-                    self.assertEqual(self.listed_by(server), [])
-                    self.assertEqual(files_in(directory), [])
+        drop_in(self.server, BODY, self.OLD)
+        late = unittest.mock.patch.object(coarinbox.Store, "names", names_later)
+        with late, beside(self.server) as other:
+            self.assertTrue(looking.wait(10))
+            self.assertEqual(ask(other, "DELETE", "/inbox").status, 204)
+            emptied.set()
+            self.wait_until(lambda: not other.tasks)  # it has looked at everything
+        self.assertEqual((self.deliveries(), self.stored()), ([], []))
 
     def test_one_that_was_added_later_is_adopted_when_somebody_asks_for_it(self) -> None:
         added = [last_part(drop_in(self.server, body)) for body in (BODY, b"no JSON")]
@@ -6977,8 +6939,8 @@ class SharedStoreTest(DeliveriesTest):
         self.post()
         with self.path.open("ab") as log:
             log.write(self.path.read_bytes().replace(b'"id": "urn', b'"id": "\\q'))
-        with coarinbox.running(STORE_DIR=self.server.store.directory) as inbox:
-            self.wait_until(lambda: b"of 2" in ask(inbox.server, "GET", "/", None, HTML).body)
+        with beside(self.server) as other:
+            self.wait_until(lambda: b"of 2" in ask(other, "GET", "/", None, HTML).body)
 
 
 class AddressTest(unittest.TestCase):
