@@ -6854,6 +6854,11 @@ class SharedStoreTest(DeliveriesTest):
 
     OLD = "20200101_000000_" + "a" * 32  # the name of a notification from before
 
+    def setUp(self) -> None:
+        super().setUp()
+        self.ask("GET", "/health")
+        self.wait_until(lambda: not self.server.tasks)  # it has looked around
+
     def test_old_drafts_are_swept_at_the_start_and_young_ones_are_not(self) -> None:
         store, now = self.path.parent, time.time()
         old, young = (store / f".20200101_000000_{digit * 32}.part" for digit in "ab")
