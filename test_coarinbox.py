@@ -5831,6 +5831,21 @@ def drop_in(server: Any, body: bytes = BODY, name: str = "") -> str:
     return f"/inbox/{name}"
 
 
+@contextlib.contextmanager
+def reading_late() -> Iterator[tuple[threading.Event, threading.Event]]:
+    """Set the first event when a notification has been read, and go on after the second."""
+    read, begun, released = coarinbox.Store.read, threading.Event(), threading.Event()
+
+    def read_late(store: coarinbox.Store, name: str) -> bytes:
+        body = read(store, name)
+        begun.set()
+        assert released.wait(10)
+        return body
+
+    with unittest.mock.patch.object(coarinbox.Store, "read", read_late):
+        yield begun, released
+
+
 NEEDS_SPARSE_FILES = unittest.skipUnless(os.name == "posix", "files may have no holes")
 
 
@@ -6765,16 +6780,8 @@ class FullHouseTest(InboxTest):
         self.assertEqual(self.ask("GET", "/inbox").status, 200)
 
     def test_requests_wait_for_the_threads_that_there_are_and_others_are_served(self) -> None:
-        head, read = get_head(target=drop_in(self.server)), coarinbox.Store.read
-        begun, released = threading.Event(), threading.Event()
-
-        def read_late(store: coarinbox.Store, name: str) -> bytes:
-            begun.set()
-            self.assertTrue(released.wait(10))
-            return read(store, name)
-
-        late = unittest.mock.patch.object(coarinbox.Store, "read", read_late)
-        with late, connect(self.server, head) as first:
+        head = get_head(target=drop_in(self.server))
+        with reading_late() as (begun, released), connect(self.server, head) as first:
             self.assertTrue(begun.wait(10))
             self.assert_serves()
             with NO_THREAD as start, connect(self.server, head) as second:
@@ -6881,21 +6888,11 @@ class SharedStoreTest(DeliveriesTest):
         self.assertEqual(self.stored(), [name])
 
     def test_an_inbox_that_is_emptied_while_it_looks_around_adopts_nothing(self) -> None:
-        names, looking, emptied = coarinbox.Store.names, threading.Event(), threading.Event()
-
-        def names_later(store: coarinbox.Store) -> list[str]:
-            found = names(store)
-            if not looking.is_set():  # at the start
-                looking.set()
-                self.assertTrue(emptied.wait(10))
-            return found
-
         drop_in(self.server, BODY, self.OLD)
-        late = unittest.mock.patch.object(coarinbox.Store, "names", names_later)
-        with late, beside(self.server) as other:
-            self.assertTrue(looking.wait(10))
+        with reading_late() as (begun, released), beside(self.server) as other:
+            self.assertTrue(begun.wait(10))
             self.assertEqual(ask(other, "DELETE", "/inbox").status, 204)
-            emptied.set()
+            released.set()
             self.wait_until(lambda: not other.tasks)  # it has looked at everything
         self.assertEqual((self.deliveries(), self.stored()), ([], []))
 
