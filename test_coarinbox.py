@@ -6775,7 +6775,7 @@ class OtherSitesTest(InboxTest):
         for value in ([r"https?://.*\.example"], 5):
             with self.assertLogs("coarinbox", "WARNING") as log, serving(CORS_ORIGINS=value) as it:
                 answer = ask(it, "POST", "/inbox", ACCEPT, {"Origin": FOREIGN})
-                self.assertEqual(answer.status, 403)
+            self.assertEqual(answer.status, 403)
             self.assertRegex("".join(log.output), "^(?!.*unknown setting).*CORS_ORIGINS")
 
     def test_what_a_page_that_is_allowed_can_read(self) -> None:
@@ -6851,23 +6851,15 @@ class SharedStoreTest(DeliveriesTest):
         self.assertEqual([line["name"] for line in self.lines()], added)
         self.assertIn("not JSON", self.lines()[1]["detail"])
 
-    @constants(RECHECK=0.02, GATHER=0)
     def test_followers_of_a_log_that_is_replaced_or_cut_begin_anew(self) -> None:
         for _ in range(3):
             self.post(REFUSED)
-        first, *others = self.path.read_bytes().splitlines(keepends=True)
-        with Listener(self.server) as listener:
-            self.post(b"no")
-            listener.event()
-            other = self.path.with_name("other")
-            other.write_bytes(b"".join(others) * 5)  # longer, but not the same file
-            other.replace(self.path)
-            for line in others * 5:
-                self.assertEqual(listener.event().id, json.loads(line)["name"])
-            self.path.write_bytes(first)
-            self.assertEqual(listener.event().id, json.loads(first)["name"])
-            self.post(b"no")
-            self.assertEqual(listener.event().id, self.names()[0])
+        log, (first, *others) = self.server.deliveries, self.path.read_bytes().splitlines(True)
+        _, place = log.read(coarinbox.START)
+        for lines in (others * 5, [first]):  # longer, but not the same file; cut
+            self.path.write_bytes(b"".join(lines))
+            read, place = log.read(place)
+            self.assertEqual([line + b"\n" for line in read], lines)
 
     def test_a_line_that_is_written_just_when_somebody_looks_is_read_once(self) -> None:
         self.post(REFUSED)
@@ -7068,21 +7060,16 @@ class CommitTest(InboxTest):
     errors_expected = True
 
     def post_together(self, *lengths: int) -> list[int]:
-        """Send notifications at once; an accepted one is there as soon as its answer is."""
-        directory = pathlib.Path(self.server.store.directory)
-
-        def post(length: int) -> int:
-            body = json.dumps(altered("Accept", summary="x" * length)).encode()
-            answer = self.post(body)
-            if answer.status == 201:
-                name = last_part(answer.headers["Location"])
-                self.assertEqual((directory / f"{name}.json").read_bytes(), body)
-            return answer.status
-
-        with concurrent.futures.ThreadPoolExecutor(len(lengths)) as pool:
-            statuses = list(pool.map(post, lengths))
-        self.assertEqual(len(files_in(directory)), statuses.count(201))
-        return statuses
+        """Send notifications at once; those that are accepted are there, and nothing else is."""
+        bodies = [json.dumps(altered("Accept", summary="x" * n)).encode() for n in lengths]
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(connect(self.server, post_to("", b))) for b in bodies]
+            answers = [answer_on(client) for client in clients]
+        accepted = [body for body, answer in zip(bodies, answers) if answer.status == 201]
+        store = pathlib.Path(self.server.store.directory)
+        stored = [(store / file).read_bytes() for file in files_in(store)]
+        self.assertEqual(sorted(stored), sorted(accepted))
+        return [answer.status for answer in answers]
 
     @contextlib.contextmanager
     def disk(self, fails: Callable[[os.stat_result], int] = lambda _: 0) -> Iterator[list[int]]:
@@ -7126,19 +7113,14 @@ class CommitTest(InboxTest):
 
     def test_without_another_thread_one_syncs_them_all(self) -> None:
         self.assertEqual(self.ask("GET", "/inbox").status, 200)  # which starts one
-        start = threading.Thread.start
-
-        def start_others(thread: threading.Thread) -> None:
-            if thread.daemon:  # it is one of the inbox
-                raise RuntimeError("can't start new thread")
-            start(thread)
-
-        with unittest.mock.patch("threading.Thread.start", start_others), self.disk() as synced:
+        with NO_THREAD, self.disk() as synced:
             self.assertEqual(self.post_together(*range(8)), [201] * 8)
         self.assertLess(synced.count(stat.S_IFDIR), 8)
 
 
 class StartAndEndTest(ProgramTest):
+    """Starts that go wrong end with one line and status 2, and ends are quiet."""
+
     @unittest.skipUnless(os.path.exists("/dev/full"), "there is no device that is always full")
     def test_it_serves_though_standard_error_is_closed_or_full(self) -> None:
         inboxes = {}
@@ -7155,8 +7137,6 @@ class StartAndEndTest(ProgramTest):
             self.assertEqual(send(f"http://localhost:{port}/inbox").status, 201)
             inbox.terminate()
             self.assertEqual(inbox.wait(20), 0)
-
-    """Starts that go wrong end with one line and status 2, and ends are quiet."""
 
     def test_an_unusable_configuration_is_refused_in_one_line(self) -> None:
         for text in ("raise KeyboardInterrupt", "globals()[5] = 1; PORT = 'x'"):
