@@ -6564,22 +6564,16 @@ class WaitingTest(DeliveriesTest):
             self.wait_until(lambda: not self.server.connections)
         self.assertIn("the client has left", "".join(self.log_lines()))
 
-    def test_listeners_cost_senders_little(self) -> None:
+    def test_listeners_share_one_reader(self) -> None:
         """Fifty left a twentieth of the rate, even where they wanted none of what came."""
-        connection = http.client.HTTPConnection(*address(self.server), timeout=20)
-        self.addCleanup(connection.close)
-
-        def seconds_of_posts() -> float:
-            started = time.monotonic()
-            for _ in range(30):
-                self.assertEqual(ask_on(connection, "POST", "/inbox", ACCEPT).status, 201)
-            return time.monotonic() - started
-
-        with contextlib.ExitStack() as clients:
-            alone = min(seconds_of_posts() for _ in range(3))
+        read = unittest.mock.patch("coarinbox.read_news", wraps=coarinbox.read_news)
+        with read as reading, contextlib.ExitStack() as clients:
             for _ in range(50):
                 clients.enter_context(Listener(self.server, "/deliveries?q=nothing+has+this"))
-            self.assertLess(min(seconds_of_posts() for _ in range(3)), 5 * alone)
+            reading.reset_mock()
+            for _ in range(20):
+                self.assert_serves()
+            self.assertLess(reading.call_count, 50)
 
 
 class MemoryTest(unittest.TestCase):
@@ -6632,56 +6626,23 @@ class MemoryTest(unittest.TestCase):
 
 
 class StandardErrorTest(unittest.TestCase):
-    def setUp(self) -> None:
-        self.addCleanup(self.wait_for_threads, threading.active_count())
-
-    def wait_for_threads(self, number: int) -> None:
-        deadline = time.monotonic() + 10
-        while threading.active_count() > number:
-            self.assertLess(time.monotonic(), deadline)
-            time.sleep(0)
-
-    @constants(MAX_WAITING=coarinbox.MAX_WAITING // 100)
+    @constants(MAX_WAITING=coarinbox.MAX_WAITING // 100, FLUSH_WITHIN=0.01)
     def test_nobody_has_to_read_it(self) -> None:
-        """Every request stopped as soon as the pipe was full."""
-        reading, writing = os.pipe()
-        dropped: list[str] = []
-
-        def read_log() -> None:
-            with open(reading, encoding="utf-8") as log:
-                dropped.extend(line for line in log if "dropped" in line)
-
-        thread = threading.Thread(target=read_log)
-        with open(writing, "w", encoding="utf-8") as stderr:
-            with unittest.mock.patch("sys.stderr", stderr), coarinbox.log_to_stderr():
-                with serving(DEBUG=True) as server:  # which logs each header on a line
+        """Every request stopped as soon as the pipe was full; the end does not wait either."""
+        threads, (reading, writing) = threading.active_count(), os.pipe()
+        with open(reading, "rb", buffering=0) as log:
+            with open(writing, "w") as stderr, unittest.mock.patch("sys.stderr", stderr):
+                with coarinbox.log_to_stderr(), serving(DEBUG=True) as server:
+                    # Each header is a line of the log.
                     requests = get_head(*[f"X-{n}: y" for n in range(90)], target="/none") * 50
                     statuses = [each.status for each in raw(server, requests, "half-close")]
                     self.assertEqual(statuses, [404] * 50)
-                thread.start()
-        thread.join()
-        self.assertRegex("".join(dropped), "[0-9]{3,} lines were dropped")
-
-    @constants(FLUSH_WITHIN=0.01)
-    def test_what_is_written_late_is_written_whole(self) -> None:
-        """Standard error takes nothing until the log has ended, which does not wait for it."""
-        begun, released = threading.Event(), threading.Event()
-
-        class Slow(io.StringIO):
-            def write(self, text: str) -> int:
-                begun.set()
-                released.wait(10)
-                return super().write(text)
-
-        with unittest.mock.patch("sys.stderr", Slow()) as stderr:
-            with coarinbox.log_to_stderr():
-                coarinbox.LOG.info("first")
-                self.assertTrue(begun.wait(10))
-                coarinbox.LOG.info("second")
-            released.set()
-            self.doCleanups()
-        lines = [line.split()[-1] for line in stderr.getvalue().splitlines()]
-        self.assertEqual(lines, ["first", "second"])
+                read = b""
+                while threading.active_count() > threads:
+                    if select.select([log], [], [], 0.01)[0]:
+                        read += log.read(65536)
+            read += log.read()
+        self.assertRegex(read, b"\n[0-9]{3,} lines were dropped: nobody read standard error\n$")
 
     def log_on_a_terminal(self, *requests: bytes, **variables: str) -> str:
         """Return what a terminal shows of some requests, the times aside."""
@@ -7237,7 +7198,7 @@ def run_example(script: str) -> str:
     def moved(text: str) -> str:
         return re.sub("500[56]", lambda match: ports[match[0]], text)
 
-    with tempfile.TemporaryDirectory() as name, tempfile.TemporaryFile("w+") as output:
+    with tempfile.TemporaryDirectory() as name:
         directory = pathlib.Path(name)
         for file, text in (("coarinbox.py", MODULE.read_text("utf-8")), ("my-program", MY_PROGRAM)):
             (directory / file).write_text(moved(text), encoding="utf-8")
@@ -7246,21 +7207,15 @@ def run_example(script: str) -> str:
             (directory / python).symlink_to(sys.executable)
         env = environment(PATH=f"{name}:{os.environ['PATH']}", TMPDIR=name, RUNNER_TEMP=name)
         env.pop("COVERAGE_PROCESS_START", None)  # nobody could look at the copy afterwards
-        shell = ["sh", "-c", f"{moved(script)}\necho END"]
-        process = subprocess.Popen(
-            shell, cwd=directory, env=env, stdout=output, stderr=output, start_new_session=True
-        )
-        try:
-            process.wait(30)
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # inboxes in the background
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        output.seek(0)
-        printed = output.read()
+        # The end of the shell is also that of the inboxes in the background.
+        shell = ["sh", "-c", f"trap 'kill -9 0' EXIT\n{moved(script)}\necho END"]
+        printed = subprocess.run(
+            shell, cwd=directory, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, timeout=30, start_new_session=True,
+        ).stdout  # fmt: skip
     for port, other in ports.items():
         printed = printed.replace(other, port)
-    return printed
+    return str(printed)
 
 
 class ReadmeTest(ProgramTest):
