@@ -5673,7 +5673,7 @@ class SendAgainTest(SendingTest, DeliveriesTest):
 
     def test_the_same_bytes_are_sent_again(self) -> None:
         """They may be large, or no JSON, and what was sent can be sent again too."""
-        body = b" " + json.dumps({**OFFER, "x": "\u00e9" * 150_000}, ensure_ascii=True).encode()
+        body = b" " + json.dumps({**OFFER, "x": "\u00e9"}).encode()
         for sent in (body, b"no JSON \xff", b"{}" + b" " * 1_048_574):
             self.post(sent)
             for _ in range(2):
@@ -6100,20 +6100,13 @@ class ShortWriteTest(InboxTest):
         self.assertEqual(files_in(self.server.store.directory), [])
         self.assert_serves()
 
-    def test_a_line_of_the_log_that_is_cut_is_passed_over(self) -> None:
-        with self.disk_that_cuts(b'{"name"'):
-            self.assertEqual(self.post().status, 201)
-        self.assertIn(f"not be logged: [Errno {errno.ENOSPC}]", "".join(self.log_lines()))
-        name = last_part(self.post().headers["Location"])
-        listed = self.ask("GET", "/deliveries").json()["deliveries"]
-        self.assertEqual([each["name"] for each in listed], [name])
-
     def test_what_cannot_be_logged_is_adopted_once(self) -> None:
         path = drop_in(self.server).replace("/inbox/", "/deliveries/")
         with self.disk_that_cuts(b'{"name"'):
             first, second = (self.ask("GET", path).json() for _ in range(2))
         self.assertEqual((first["name"], first), (last_part(path), second))
-        self.assertEqual("".join(self.log_lines()).count("not be logged"), 1)
+        reason = f"not be logged: [Errno {errno.ENOSPC}]"
+        self.assertEqual("".join(self.log_lines()).count(reason), 1)
 
 
 class ManyTest(InboxTest):
@@ -7290,7 +7283,7 @@ class ExampleTest(unittest.TestCase):
         exec(MY_CODE, names)
         with unittest.mock.patch.dict(sys.modules, my_code=unittest.mock.Mock(**names)):
             for example in blocks("python"):
-                exec(example, names)
+                exec(example.replace("(REPLIES=", "(REPLY_DELAY=0, REPLIES="), names)  # at once
         names["test_a_busy_inbox_is_tried_again"]()
         result = unittest.TestResult()
         unittest.defaultTestLoader.loadTestsFromTestCase(names["ReviewTest"]).run(result)
