@@ -5469,17 +5469,14 @@ class AutoReplyTest(SendingTest):
             ({}, here, {"X-Pad": "x" * 17_000, **tunnel}, "behind a proxy"),
         ]  # fmt: skip
         for settings, origin, headers, reason in table:
-            with (
-                self.subTest(settings=settings, origin=origin),
-                replying("Accept", **settings) as it,
-            ):
-                offer = changed(offer_between("", it.url), "origin.inbox", origin)
-                answer = ask(it.server, "POST", "/inbox", offer, headers)
-                (out,) = sent_by(it, 1)
+            with self.subTest(origin, **settings), replying("Accept", **settings) as inbox:
+                offer = changed(offer_between("", inbox.url), "origin.inbox", origin)
+                answer = ask(inbox.server, "POST", "/inbox", offer, headers)
+                (out,) = sent_by(inbox, 1)
                 self.assertIn(reason, out.detail)
                 received = [json.loads(each.body) for each in self.receiver.received]
                 self.assertEqual((out.status, len(received)), (0, 0) if reason else (201, 1))
-                page = ask(it.server, "GET", path_of(answer.json()["location"]), None, HTML).body
+                page = ask(inbox.server, "GET", path_of(answer.json()["location"]), None, HTML).body
                 self.assertIn(out.name, page.decode())  # as part of the conversation
                 for reply in received:
                     self.assertEqual(reply["object"], changed(offer, "@context", ABSENT))
