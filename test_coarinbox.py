@@ -5072,17 +5072,17 @@ class DeadlineTest(SendingTest):
             self.assert_fails("timed out", self.receiver.url, timeout=timeout)
             self.assertLessEqual(len(self.receiver.received), requests)
         self.receiver.read_body = read_slowly
-        self.assert_fails("timed out", self.receiver.url, self.LARGE, timeout=0.1)
+        self.assert_fails("timed out", self.receiver.url, self.LARGE * 4, timeout=0.1)
 
-    def test_the_status_counts_even_if_the_body_drips_or_never_ends(self) -> None:
+    def test_the_status_counts_even_if_the_body_never_ends_or_drips(self) -> None:
         for headers in (b"", b"Content-Length: 99999999\r\n", b"Transfer-Encoding: chunked\r\n"):
             head = b"HTTP/1.1 201 Created\r\n" + headers + b"\r\n"
-            for pause, size, least, most in ((0.01, 1, 1, 1000), (0, 1000, 60_000, 65_535)):
-                self.receiver.reset(endless(head, b"x" * size, pause))
-                timeout = 0.1 if pause else 10
-                received = coarinbox.send(ACCEPT, self.receiver.url, timeout=timeout)
-                self.assertEqual((received.status, {*received.body}), (201, {ord("x")}))
-                self.assertTrue(least <= len(received.body) <= most, len(received.body))
+            self.receiver.reset(endless(head, b"x" * 1000))
+            answer = coarinbox.send(ACCEPT, self.receiver.url)
+            self.assertEqual((answer.status, {*answer.body}), (201, {ord("x")}))
+            self.assertTrue(60_000 <= len(answer.body) <= 65_535, len(answer.body))
+        self.receiver.reset(endless(head, b"x", 0.01))
+        self.assertEqual(coarinbox.send(ACCEPT, self.receiver.url, timeout=0.4).status, 201)
         self.receiver.reset(endless(b"HTTP/1.1 201 Created\r\nX: ", b"x" * 1000))
         coarinbox.send(ACCEPT, self.receiver.url)  # a header without an end
         self.receiver.reset(endless(http_answer(201, "whole"), b"", 10))
@@ -5493,6 +5493,17 @@ class AutoReplyTest(SendingTest):
             self.assertEqual(statuses, [503, 202, 202])
             replied = [each.about["inReplyTo"] for each in sent_by(inbox, 2)]
             self.assertEqual((replied, len(self.receiver.received)), ([offer["id"]] * 2, 2))
+
+    def test_why_an_offer_cannot_be_answered_is_said(self) -> None:
+        lax = {"VALIDATE_INCOMING": False, "REPLY_TO": self.receiver.url}
+        with replying("Accept", **lax) as inbox:
+            with self.assertLogs("coarinbox", logging.ERROR), NO_THREAD:
+                send(inbox.url, OFFER)
+                sent_by(inbox, 1)
+            send(inbox.url, altered("Request Review", id=ABSENT))
+            for out, reason in zip(sent_by(inbox, 2), ("no thread", "its id is not an absolute")):
+                self.assertIn(reason, out.detail)
+        self.assertEqual(self.receiver.received, [])
 
     def test_failures_are_tried_again_and_then_given_up(self) -> None:
         """Each reply waits until the one before was delivered or given up."""
@@ -5912,7 +5923,7 @@ class ScarcityTest(InboxTest):
                 self.assertLess(time.monotonic() - started, 5)
                 for connection in crowd:
                     with contextlib.suppress(OSError):
-                        connection.send(b"X: y\r\n")
+                        connection.send(b"x")
             self.assert_answered(good)
 
     @constants(GRACE=60)
@@ -5950,11 +5961,11 @@ class ScarcityTest(InboxTest):
             self.assert_answered(*waiting)
 
     def test_pipelined_requests_do_not_hold_up_others(self) -> None:
-        with self.connect(get_head(target="/samples") * 30).makefile("rb") as greedy:
+        with self.connect(get_head() * 20).makefile("rb") as greedy:
             self.assertEqual(self.ask("GET", "/health").status, 204)
-            self.assertLess(len(self.log_lines()), 30)
-            answers = [read_answer(greedy.readline(), greedy).status for _ in range(30)]
-        self.assertEqual(answers, [200] * 30)
+            self.assertLess(len(self.log_lines()), 20)
+            answers = [read_answer(greedy.readline(), greedy).status for _ in range(20)]
+        self.assertEqual(answers, [200] * 20)
 
     def test_a_client_that_does_not_read_cannot_send_on_and_holds_up_nobody(self) -> None:
         body = bytes(range(256)) * 40_000
@@ -6349,7 +6360,7 @@ class TlsTest(SendingTest, InboxTest):
             self.assert_fails(reason, receiver.url)
             with unittest.mock.patch.dict(os.environ, SSL_CERT_FILE=self.certificate):
                 self.assertEqual(coarinbox.send(ACCEPT, f"{self.server.base}/inbox").status, 201)
-                self.assertEqual(coarinbox.send(ACCEPT, receiver.url, timeout=0.2).status, 201)
+                self.assertEqual(coarinbox.send(ACCEPT, receiver.url, timeout=0.4).status, 201)
                 url = receiver.url.replace("127.0.0.1", "reviews.example.net")
                 with self.assertRaisesRegex(coarinbox.SendError, "TLS failed: .*reviews.example"):
                     coarinbox.post(ACCEPT, url, ["127.0.0.1"])
@@ -6553,6 +6564,7 @@ class WaitingTest(DeliveriesTest):
             for _ in range(20):
                 self.assert_serves()
             self.assertLess(reading.call_count, 50)
+        self.assertEqual(len(reading.call_args.args[1]), 1)  # what they want is looked for once
 
 
 class MemoryTest(unittest.TestCase):
@@ -6626,6 +6638,7 @@ class StandardErrorTest(unittest.TestCase):
             for thread in {*threading.enumerate()}.difference(threads):
                 thread.join(10)
         self.assertRegex(written.getvalue(), "(?m)^[0-9]{2,} lines were dropped: nobody read")
+        self.assertGreater(written.getvalue().count("\n"), 100)  # what waited is written
 
     def log_on_a_terminal(self, *requests: bytes, **variables: str) -> str:
         """Return what a terminal shows of some requests, the times aside."""
@@ -6800,7 +6813,7 @@ class SharedStoreTest(DeliveriesTest):
             self.post(REFUSED)
         log, (first, *others) = self.server.deliveries, self.path.read_bytes().splitlines(True)
         _, place = log.read(coarinbox.START)
-        for lines in (others * 5, [first]):  # longer, but not the same file; cut
+        for lines in (others * 5, others * 2, [first]):  # longer, but not the same; cut; both
             self.path.write_bytes(b"".join(lines))
             read, place = log.read(place)
             self.assertEqual([line + b"\n" for line in read], lines)
