@@ -5950,16 +5950,6 @@ class ScarcityTest(InboxTest):
             connection.sendall(BODY)
         self.assert_answered(*begun)
 
-    def test_requests_that_have_arrived_come_before_new_connections(self) -> None:
-        limits: dict[str, Any] = {"MAX_CONNECTIONS": 2, "PORT": 0, "FSYNC": False}
-        settings = coarinbox.Settings(STORE_DIR=self.server.store.directory, **limits)
-        request = post_head(f"Content-Length: {len(BODY)}", "Connection: close") + BODY
-        with contextlib.ExitStack() as stack:
-            server = stack.enter_context(coarinbox.InboxServer(settings))
-            waiting = [stack.enter_context(connect(server, request)) for _ in range(12)]
-            threading.Thread(target=server.serve_forever).start()
-            self.assert_answered(*waiting)
-
     def test_pipelined_requests_are_answered_in_order_and_do_not_hold_up_others(self) -> None:
         stored = drop_in(self.server)
         kinds = [
