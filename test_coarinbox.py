@@ -6565,6 +6565,7 @@ class WaitingTest(DeliveriesTest):
             reading.reset_mock()
             for _ in range(20):
                 self.assert_serves()
+            self.wait_until(lambda: reading.called)
             self.assertLess(reading.call_count, 50)
         self.assertEqual(len(reading.call_args.args[1]), 1)  # what they want is looked for once
 
