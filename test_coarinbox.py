@@ -5452,8 +5452,8 @@ class AutoReplyTest(SendingTest):
             for inbox, directions in ((repository, "out in in in"), (reviews, "in out out out")):
                 patterns = ["Request Review", *map(str.title, replies)]
                 seen = [(e.pattern, e.direction, e.status, e.findings) for e in inbox.deliveries]
-                expected = [(*row, 201, list[Any]()) for row in zip(patterns, directions.split())]
-                self.assertEqual(seen, expected)
+                rows: list[Any] = [(*row, 201, []) for row in zip(patterns, directions.split())]
+                self.assertEqual(seen, rows)
             to = {(each.via, each.target) for each in reviews.deliveries[1:]}
             self.assertEqual(to, {("REPLIES", repository.url)})
             times = [datetime.datetime.fromisoformat(e.time[:-1]) for e in reviews.deliveries]
@@ -6825,7 +6825,8 @@ class SharedStoreTest(DeliveriesTest):
         self.post(REFUSED)
         log, line = self.server.deliveries, self.path.read_bytes()
         late = unittest.mock.MagicMock()  # a file that was empty when its beginning was looked at
-        late.__enter__().configure_mock(**{"read.side_effect": [b"", line], "seek.return_value": 0})
+        file = late.__enter__.return_value
+        file.read.side_effect, file.seek.return_value = [b"", line], 0
         with unittest.mock.patch.object(log, "open", return_value=late):
             lines, place = log.read(coarinbox.START)
         self.assertEqual(lines, [line.rstrip(b"\n")])
