@@ -7265,12 +7265,9 @@ class ExampleTest(unittest.TestCase):
             wanted, given = name.sub("NAME", expected), name.sub("NAME", printed) + "\n"
             matches = doctest.OutputChecker().check_output(wanted, given, doctest.ELLIPSIS)
             self.assertTrue(matches, printed)
-        patterns = (
-            '"pattern": "Announce Review"',
-            '"pattern": "Accept"',
-            '"pattern": "Tentatively Accept"',
-        )
-        parts = "\n".join(patterns), '"pattern": "Request Review"', "address     0.0.0.0 port 5005"
+        replies = ("Announce Review", "Accept", "Tentatively Accept")
+        received = "\n".join(f'"pattern": "{reply}"' for reply in replies)
+        parts = received, '"pattern": "Request Review"', "address     0.0.0.0 port 5005"
         for part, (printed, *end) in zip(parts, others):
             self.assertIn(part, printed)
             self.assertEqual(len(end), 1, printed)  # each of its commands succeeded
@@ -7278,7 +7275,8 @@ class ExampleTest(unittest.TestCase):
     def test_those_in_python_do_what_they_show(self) -> None:
         names: dict[str, Any] = {}
         exec(MY_CODE, names)
-        with unittest.mock.patch.dict(sys.modules, my_code=unittest.mock.Mock(**names)):
+        my_code = unittest.mock.Mock(request_review=names["request_review"])
+        with unittest.mock.patch.dict(sys.modules, my_code=my_code):
             for example in blocks("python"):
                 exec(example.replace("(REPLIES=", "(REPLY_DELAY=0, REPLIES="), names)  # at once
         names["test_a_busy_inbox_is_tried_again"]()
