@@ -5989,7 +5989,7 @@ class ScarcityTest(InboxTest):
             error, started = OSError(number, os.strerror(number)), time.monotonic()
             with unittest.mock.patch("socket.socket.accept", side_effect=error) as accept:
                 connection = self.connect()
-                self.wait_until(lambda accept=accept: accept.call_count == 3)  # type: ignore[misc]
+                self.wait_until(lambda accept=accept: accept.call_count >= 3)  # type: ignore[misc]
             # It does not try again and again.
             self.assertGreaterEqual(time.monotonic() - started, 2 * coarinbox.PAUSE)
             with connection:
@@ -5999,14 +5999,15 @@ class ScarcityTest(InboxTest):
     @constants(LINGER=60)
     def test_floods_do_not_hold_up_others(self) -> None:
         for first, then in ((b"", b"\r\n" * 1000), (b"garbage\r\n", b"x" * 65536)):  # read on
-            for _ in range(3):
+            for _ in range(6):
                 flooding = self.connect(first)
                 flooding.setblocking(False)
                 with contextlib.suppress(BlockingIOError, ConnectionError):
-                    for _ in range(50):
+                    for _ in range(30):
                         flooding.send(then)
                 self.assert_serves()
-                self.assertLessEqual(len(self.server.connections), 2 * 2)
+        # Some have been answered, and are still read; they have room of their own.
+        self.assertLessEqual(len(self.server.connections), 2 * 2 + 1)
 
     def test_it_does_not_spin_while_it_is_full(self) -> None:
         for query in ("?delay=.2", "?delay=.2", ""):
