@@ -5996,7 +5996,7 @@ class ScarcityTest(InboxTest):
                 self.assert_serves()
             self.assertIn(f"a connection could not be accepted: {error}", self.log_lines())
 
-    @constants(LINGER=60)
+    @constants(LINGER=60, GRACE=0.02)
     def test_floods_do_not_hold_up_others(self) -> None:
         for first, then in ((b"", b"\r\n" * 1000), (b"garbage\r\n", b"x" * 65536)):  # read on
             for _ in range(6):
