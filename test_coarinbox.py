@@ -5334,7 +5334,7 @@ class ArrivedTest(InboxTest):
 
 
 class ReceiverModeTest(unittest.TestCase):
-    """An inbox that plays a receiver, or the coarnotify library."""
+    """An inbox that plays a receiver."""
 
     def test_it_refuses_what_the_receiver_refuses(self) -> None:
         for mode, kind, status, code in [
@@ -5348,17 +5348,6 @@ class ReceiverModeTest(unittest.TestCase):
                 found = [each["code"] for each in answer.json().get("errors", [])]
                 self.assertEqual((answer.status, found), (status, [code] if code else []))
                 self.assertEqual("Accept-Post" in answer.headers, status == 415)
-
-    @unittest.skipUnless(importlib.util.find_spec("coarnotify"), "coarnotify is not installed")
-    def test_the_library_says_why_in_its_words(self) -> None:
-        with coarinbox.running(VALIDATE_INCOMING="coarnotify") as inbox:
-            accept = addressed(ACCEPT, inbox.url)
-            self.assertEqual(send(inbox.url, accept).status, 201)
-            problem = send(inbox.url, changed(accept, "actor.id", "no URI")).json()
-            codes = [{each["code"] for each in problem[name]} for name in ("errors", "warnings")]
-            self.assertEqual(codes, [{"coarnotify"}, {"actor.id-absolute-uri", "id-repeated"}])
-            (error,) = problem["errors"]
-            self.assertEqual((error["level"], error["pointer"]), (E, "/actor/id"))
 
 
 # --- The other half ------------------------------------------------------------------------------
@@ -7127,15 +7116,16 @@ class ClientTest(unittest.TestCase):
     def test_its_own_integration_tests_pass(self) -> None:
         from coarnotify.test.integration import test_client
 
-        tests = unittest.defaultTestLoader.loadTestsFromModule(test_client)
-        output = io.StringIO()
-        with coarinbox.running() as inbox:
-            # They expect it at port 5005, where another one may run.
-            with unittest.mock.patch.object(test_client, "INBOX", inbox.url):
-                with contextlib.redirect_stdout(output):
-                    result = unittest.TextTestRunner(output).run(tests)
-            self.assertTrue(result.wasSuccessful(), output.getvalue())
-            self.assertEqual((result.testsRun, len(inbox.notifications)), (12, 12))
+        for mode in (True, "coarnotify"):
+            tests = unittest.defaultTestLoader.loadTestsFromModule(test_client)
+            output = io.StringIO()
+            with coarinbox.running(VALIDATE_INCOMING=mode) as inbox:
+                # They expect it at port 5005, where another one may run.
+                with unittest.mock.patch.object(test_client, "INBOX", inbox.url):
+                    with contextlib.redirect_stdout(output):
+                        result = unittest.TextTestRunner(output).run(tests)
+                self.assertTrue(result.wasSuccessful(), output.getvalue())
+                self.assertEqual((result.testsRun, len(inbox.notifications)), (12, 12))
 
 
 # --- The files -----------------------------------------------------------------------------------
