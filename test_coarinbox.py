@@ -1637,6 +1637,7 @@ class BadBodyTest(InboxTest):
                 for depth in (101, 1000, 100_000) for start, end in ((b"[", b"]"), (b'{"":', b"}"))
             ],
             "": [b"[" * 101, b"[" * 100_000, b'{"":' * 100_000],
+            "the body is not JSON: Unterminated string": [b'"' + b"[" * 101],
             "not a valid notification": [
                 b"null", b"5", b"[]", b"[%s]" % BODY, json.dumps(BODY.decode()).encode(),
             ],
@@ -2690,6 +2691,7 @@ class EventsTest(DeliveriesTest):
         for accept, kind in [
             ("*/*", "application/json"), ("application/json", "application/json"),
             ("text/event-stream", "text/event-stream"), ("text/html", "text/html; charset=utf-8"),
+            ("text/*", "text/html; charset=utf-8"),
             ("text/event-stream;q=0.5, application/json", "application/json"),
         ]:  # fmt: skip
             answer = self.ask("HEAD", "/deliveries", headers={"Accept": accept})
@@ -6244,6 +6246,14 @@ class TlsTest(SendingTest, InboxTest):
                     self.assertEqual(answer_on(other).status, 200)
         self.assertEqual("".join(self.log_lines()).count("connection lost"), 2)
 
+    def test_a_client_that_does_not_encrypt_finds_the_reason_in_the_log(self) -> None:
+        with socket.create_connection(address(self.server), timeout=10) as client:
+            client.sendall(get_head())
+            with contextlib.suppress(ConnectionError):
+                while client.recv(999):
+                    pass
+        self.assertIn("the client speaks plain HTTP", "".join(self.log_lines()))
+
     def test_old_versions_of_the_protocol_are_refused(self) -> None:
         hello = b"\x03\x02" + bytes(32) + b"\x00" + b"\x00\x02\x00\x2f" + b"\x01\x00"  # TLS 1.1
         record = b"\x01" + len(hello).to_bytes(3, "big") + hello
@@ -6910,6 +6920,14 @@ class FirstDayTest(unittest.TestCase):
                 self.assertIn(line, str(missing.exception))
             with self.assertRaisesRegex(AssertionError, "unexpected"):
                 inbox.assert_none()
+
+    def test_a_proxy_that_does_not_remove_its_path(self) -> None:
+        """The answer named the URL that had just been used."""
+        with serving(BASE_URL="https://a.example/notify/") as server:
+            detail = ask(server, "POST", "/notify/inbox", OFFER).json()["detail"]
+            self.assertIn("the proxy has to remove /notify", detail)
+            detail = ask(server, "POST", "/other/inbox", OFFER).json()["detail"]
+            self.assertIn("POST notifications to https://a.example/notify/inbox", detail)
 
     def test_a_test_may_wait_without_a_limit(self) -> None:
         with coarinbox.running() as inbox, concurrent.futures.ThreadPoolExecutor(2) as pool:
