@@ -6336,8 +6336,7 @@ class InboxServer(Loop, http.server.HTTPServer):
         """Listen on the loopback of IPv6 too. Raises `OSError` if the port is taken there."""
         with contextlib.ExitStack() as unless_it_listens:
             sock = unless_it_listens.enter_context(socket.socket(socket.AF_INET6))
-            if self.allow_reuse_address:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, self.allow_reuse_address)
             keep_port(sock)
             sock.bind(("::1", port))
             sock.listen(self.request_queue_size)

@@ -1637,6 +1637,7 @@ class BadBodyTest(InboxTest):
                 for depth in (101, 1000, 100_000) for start, end in ((b"[", b"]"), (b'{"":', b"}"))
             ],
             "": [b"[" * 101, b"[" * 100_000, b'{"":' * 100_000],
+            "the body is not JSON: Unterminated string": [b'"' + b"[" * 101],
             "not a valid notification": [
                 b"null", b"5", b"[]", b"[%s]" % BODY, json.dumps(BODY.decode()).encode(),
             ],
@@ -2539,9 +2540,6 @@ class EventsTest(DeliveriesTest):
             newest = self.deliveries()[0]
             self.assertEqual(listener.event(), Event(newest["name"], newest))
         self.assertEqual(selective.event().id, newest["name"])
-        for accept in ("*/*", "text/event-stream;q=0.5, application/json"):
-            answer = self.ask("GET", "/deliveries?limit=1", headers={"Accept": accept})
-            self.assertEqual(answer.json()["deliveries"], [newest])
 
     def test_a_line_that_is_just_being_written_comes_when_it_is_whole(self) -> None:
         self.post(OFFER)
@@ -2640,6 +2638,15 @@ class EventsTest(DeliveriesTest):
             self.assertEqual(listener.event().data["status"], 201)
         self.wait_until(lambda: not self.server.connections)
         self.assertNotIn("lost", "".join(self.log_lines()))
+
+    def test_clients_that_can_read_both_get_what_they_prefer(self) -> None:
+        for accept, kind in [
+            ("*/*", "application/json"), ("text/event-stream", "text/event-stream"),
+            ("text/*", "text/html; charset=utf-8"),
+            ("text/event-stream;q=0.5, application/json", "application/json"),
+        ]:  # fmt: skip
+            answer = self.ask("HEAD", "/deliveries", headers={"Accept": accept})
+            self.assertEqual(answer.headers["Content-Type"], kind, accept)
 
     @constants(GRACE=0.01)
     @with_settings(MAX_CONNECTIONS=2)
@@ -4539,6 +4546,7 @@ def free_port() -> int:
 
 class SendingTest(unittest.TestCase):
     def setUp(self) -> None:
+        super().setUp()
         context = receiving(CREATED)
         self.receiver = context.__enter__()
         self.addCleanup(context.__exit__, None, None, None)
@@ -4556,24 +4564,11 @@ class SendingTest(unittest.TestCase):
 
 
 class SendTest(SendingTest):
-    def test_an_inbox_says_where_it_stored_something_or_what_is_wrong_with_it(self) -> None:
-        with coarinbox.running() as inbox:
-            answer = coarinbox.send(ACCEPT, inbox.url)
-            self.assertEqual((answer.status, answer.accepted, answer.url), (201, True, inbox.url))
-            self.assertTrue(answer.location.startswith(f"{inbox.url}/2"), answer.location)
-            self.assertEqual(json.loads(answer.body)["pattern"], "Accept")
-            page = inbox.url.replace("/inbox", "/")  # which advertises the inbox
-            self.assertEqual(coarinbox.send(OFFER, page).url, inbox.url)
-            self.assertEqual(inbox.notifications, [ACCEPT, OFFER])
-            answer = coarinbox.send(altered("Accept", origin=ABSENT), inbox.url)
-            self.assertEqual((answer.status, answer.accepted), (400, False))
-            detail, finding, *_ = answer.reasons()
-            self.assertIn("not a valid notification", detail)
-            self.assertRegex(finding, "^E /origin origin is missing")
-
     def test_a_request_as_it_arrives(self) -> None:
         host = self.receiver.url.replace("127.0.0.1", "localhost")
-        answer = coarinbox.send({"a": "ö"}, f"{host}/ä/%C3%A4?q=ö b&c=[1]".replace(" ", "%20"))
+        proxy = f"http://127.0.0.1:{free_port()}"  # those of the environment are ignored
+        with unittest.mock.patch.dict(os.environ, http_proxy=proxy, HTTP_PROXY=proxy, no_proxy=""):
+            answer = coarinbox.send({"a": "ö"}, f"{host}/ä/%C3%A4?q=ö%20b&c=[1]")
         request_ = self.receiver.received.pop()
         self.assertEqual(request_.line, "POST /%C3%A4/%C3%A4?q=%C3%B6%20b&c=[1]")
         self.assertEqual(json.loads(request_.body), {"a": "ö"})
@@ -4581,42 +4576,31 @@ class SendTest(SendingTest):
         self.assertEqual(request_.headers.get_all("Content-Type"), [JSON_LD])
         self.assertIsNone(request_.headers["Authorization"])
         self.assertEqual(answer.location, f"{host}/inbox/1")
-        for body in (b"", b" {} ", b"not JSON \xff\n", b"x" * 20_000_000):  # as they are
-            self.assertEqual(coarinbox.send(body, f"{host}/inbox").status, 201)
-            self.assertEqual(self.receiver.received.pop().body, body)
-
-    def test_proxies_of_the_environment_are_ignored(self) -> None:
-        proxy = f"http://127.0.0.1:{free_port()}"
-        with unittest.mock.patch.dict(os.environ, http_proxy=proxy, HTTP_PROXY=proxy, no_proxy=""):
-            self.assertEqual(coarinbox.send(ACCEPT, self.receiver.url).status, 201)
-
-    def test_urls_that_cannot_be_used(self) -> None:
-        for reason, urls in {
-            "the host is unknown": ["http://a..b/", "http://nowhere.invalid/"],
-            "the URL is unusable: expected http://HOST": ["localhost:5005/inbox"],
-            "the URL is unusable: Port out of range": ["http://localhost:99999/"],
-            "the URL is unusable": ["ftp://localhost/inbox", "file:///etc/passwd", "/inbox", "",
-                                    "http://", "http://[::1/", "http://localhost/a b",
-                                    "http://localhost/a\r\nX: y"],
-        }.items():  # fmt: skip
-            for url in urls:
-                with self.subTest(url):
-                    self.assert_fails(f": {reason}", url)
 
     def test_what_fails_is_named(self) -> None:
-        url = f"{self.receiver.url}/inbox"
-        failures: list[tuple[Any, str]] = [
-            (b"", "the receiver closed the connection without an answer"),
-            (b"SSH-2.0-OpenSSH\r\n\r\n", "the answer is not HTTP: SSH-2.0"),
-            (b"HTTP/1.1 abc\r\n\r\n", "the answer is not HTTP"),
-            (endless(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"), "the answer is not HTTP: .* headers"),
-        ]
-        for answer, reason in failures:
+        here, not_http = f"{self.receiver.url}/inbox", "the answer is not HTTP"
+        silent = "the receiver closed the connection without an answer"
+        for answer, reason in [
+            (b"", silent), (b"SSH-2.0-OpenSSH\r\n\r\n", f"{not_http}: SSH-2.0"),
+            (b"HTTP/1.1 abc\r\n\r\n", not_http),
+            (endless(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"), f"{not_http}: .* headers"),
+        ]:  # fmt: skip
             with self.subTest(reason):
                 self.receiver.reset(answer)
-                self.assert_fails(f"^{url}: {reason}", url)
-        self.assert_fails("Connection refused", f"http://127.0.0.1:{free_port()}/")
-        self.assert_fails("TLS failed: ", url.replace("http:", "https:"))
+                self.assert_fails(f"^{here}: {reason}", here)
+        unknown, unusable = "the host is unknown", "the URL is unusable"
+        for url, reason in [
+            (f"http://127.0.0.1:{free_port()}/", "Connection refused"),
+            (here.replace("http:", "https:"), "TLS failed"),
+            ("http://a..b/", unknown), ("http://nowhere.invalid/", unknown),
+            ("localhost:5005/inbox", f"{unusable}: expected http://HOST"),
+            ("http://localhost:99999/", f"{unusable}: Port out of range"),
+            ("ftp://localhost/inbox", unusable), ("file:///etc/passwd", unusable),
+            ("/inbox", unusable), ("", unusable), ("http://", unusable), ("http://[::1/", unusable),
+            ("http://localhost/a b", unusable), ("http://localhost/a\r\nX: y", unusable),
+        ]:  # fmt: skip
+            with self.subTest(url):
+                self.assert_fails(f": {reason}", url)
 
     def test_secrets_in_a_url_or_a_token_that_is_unusable_are_neither_sent_nor_shown(self) -> None:
         url, texts = self.receiver.url, []
@@ -4626,11 +4610,6 @@ class SendTest(SendingTest):
             texts.append(self.assert_fails("the token must be", url, token=token))
         self.assertNotIn("secret", "".join(texts))
         self.assertEqual(self.receiver.received, [])
-
-    def test_a_token_is_sent_as_bearer(self) -> None:
-        with coarinbox.running(TOKEN="sécret") as inbox:
-            self.assertEqual(coarinbox.send(ACCEPT, inbox.url).status, 401)
-            self.assertEqual(coarinbox.send(ACCEPT, inbox.url, token="sécret").status, 201)
 
     def test_a_token_is_dropped_when_the_origin_changes(self) -> None:
         with receiving(CREATED) as other:
@@ -4662,10 +4641,8 @@ class SendTest(SendingTest):
                 self.assertEqual((answer.location, answer.status, bodies), (new, status, [ACCEPT]))
         self.receiver.reset(http_answer(307))  # without Location
         self.assertEqual(coarinbox.send(ACCEPT, self.receiver.url).status, 307)
-
-    def test_five_redirects_are_followed_at_most(self) -> None:
-        moved = {f"POST /{n}": http_answer(307, Location=f"/{n + 1}") for n in range(5)}
-        self.receiver.reset({**moved, "POST /5": CREATED})
+        moved_often = {f"POST /{n}": http_answer(307, Location=f"/{n + 1}") for n in range(5)}
+        self.receiver.reset({**moved_often, "POST /5": CREATED})
         self.assertEqual(coarinbox.send(ACCEPT, f"{self.receiver.url}/0").status, 201)
         self.receiver.reset(http_answer(307, Location="/"))
         self.assert_fails("more than 5 redirects", self.receiver.url)
@@ -4749,12 +4726,10 @@ class DiscoveryTest(SendingTest):
         for status in (403, 404, 405, 501):
             self.assertEqual(self.send(page, http_answer(status)).status, 201)
 
-    def test_a_page_that_has_moved(self) -> None:
+    def test_the_page_may_have_moved_but_its_inbox_must_be_usable(self) -> None:
         for status in (301, 302, 303, 307, 308):
             moved = http_answer(status, Location="new")
             self.assertEqual(self.send(moved, new=resource(*ADVERTISING["Link"])).status, 201)
-
-    def test_an_inbox_that_cannot_be_used(self) -> None:
         for inbox in ("http://[x", "mailto:inbox@example.org"):
             with self.assertRaisesRegex(coarinbox.SendError, "the URL is unusable"):
                 self.send(http_answer(200, Link=f"<{inbox}>; rel={LDP_INBOX}"))
@@ -4765,42 +4740,41 @@ class DeadlineTest(SendingTest):
 
     LARGE = b"x" * 20_000_000  # more than fits into the buffers of a connection
 
-    def test_a_receiver_that_does_not_answer_nor_read(self) -> None:
+    def test_an_answer_that_does_not_come_in_time(self) -> None:
+        def redirect() -> Iterator[bytes]:
+            threading.Event().wait(0.04)
+            yield http_answer(307, Location="/")
+
+        def read_slowly(stream: Any, length: int) -> bytes:
+            while stream.read(100_000):
+                threading.Event().wait(0.01)
+            return b""
+
         with socket.create_server(("127.0.0.1", 0)) as silent:
             url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
             self.assert_fails(f"^{url}: timed out$", url, timeout=0.05)
             self.assert_fails("timed out", url, self.LARGE, timeout=0.05)
             self.assert_fails("timed out", url.replace("http:", "https:"), timeout=0.05)
-
-    def test_a_head_that_drips_or_redirects_or_comes_too_late(self) -> None:
-        def redirect() -> Iterator[bytes]:
-            threading.Event().wait(0.04)
-            yield http_answer(307, Location="/")
-
         dripping = endless(b"HTTP/1.1 200 OK\r\nX: ", b"x", 0.01)
         for answer, timeout, requests in ((dripping, 0.1, 1), (redirect, 0.1, 3), (CREATED, 0, 0)):
             self.receiver.reset(answer)
             self.assert_fails("timed out", self.receiver.url, timeout=timeout)
             self.assertLessEqual(len(self.receiver.received), requests)
+        self.receiver.read_body = read_slowly
+        self.assert_fails("timed out", self.receiver.url, self.LARGE * 4, timeout=0.1)
 
-    def test_a_body_that_drips_or_never_ends_does_not_change_the_status(self) -> None:
+    def test_the_status_counts_even_if_the_body_never_ends_or_drips(self) -> None:
         for headers in (b"", b"Content-Length: 99999999\r\n", b"Transfer-Encoding: chunked\r\n"):
             head = b"HTTP/1.1 201 Created\r\n" + headers + b"\r\n"
-            for pause, size, least, most in ((0.01, 1, 1, 1000), (0, 1000, 60_000, 65_535)):
-                self.receiver.reset(endless(head, b"x" * size, pause))
-                timeout = 0.3 if pause else 10
-                received = coarinbox.send(ACCEPT, self.receiver.url, timeout=timeout)
-                self.assertEqual((received.status, {*received.body}), (201, {ord("x")}))
-                self.assertTrue(least <= len(received.body) <= most, len(received.body))
+            self.receiver.reset(endless(head, b"x" * 1000))
+            answer = coarinbox.send(ACCEPT, self.receiver.url)
+            self.assertEqual((answer.status, {*answer.body}), (201, {ord("x")}))
+            self.assertTrue(60_000 <= len(answer.body) <= 65_535, len(answer.body))
+        self.receiver.reset(endless(head, b"x", 0.01))
+        self.assertEqual(coarinbox.send(ACCEPT, self.receiver.url, timeout=0.4).status, 201)
         self.receiver.reset(endless(b"HTTP/1.1 201 Created\r\nX: ", b"x" * 1000))
         coarinbox.send(ACCEPT, self.receiver.url)  # a header without an end
-
-    def test_a_whole_body_is_not_waited_for_longer(self) -> None:
-        def answer() -> Iterator[bytes]:
-            yield http_answer(201, "whole")
-            threading.Event().wait(10)
-
-        self.receiver.reset(answer)
+        self.receiver.reset(endless(http_answer(201, "whole"), b"", 10))
         self.assertEqual(coarinbox.send(ACCEPT, self.receiver.url).body, b"whole")
 
     @unittest.skipUnless(sys.platform == "linux", "elsewhere a reset may overtake the answer")
@@ -4808,15 +4782,6 @@ class DeadlineTest(SendingTest):
         self.receiver.reset(http_answer(413))
         self.receiver.read_body = lambda stream, length: b""
         self.assertEqual(coarinbox.send(self.LARGE, self.receiver.url).status, 413)
-
-    def test_a_receiver_that_reads_slowly(self) -> None:
-        def read_slowly(stream: Any, length: int) -> bytes:
-            while stream.read(100_000):
-                threading.Event().wait(0.01)
-            return b""
-
-        self.receiver.read_body = read_slowly
-        self.assert_fails("timed out", self.receiver.url, self.LARGE * 4, timeout=0.3)
 
 
 class ReplyRulesTest(SendingTest):
@@ -4856,12 +4821,10 @@ class ReplyRulesTest(SendingTest):
         for tries, status, after, date, delay in [
             (1, None, "", "", 2), (2, None, "", "", 4), (3, None, "", "", None),
             (1, 500, "", "", 2), (2, 503, "", "", 4), (3, 503, "", "", None), (1, 429, "", "", 2),
-            (1, 200, "", "", None), (1, 201, "", "", None), (1, 307, "", "", None),
-            (1, 400, "", "", None), (1, 404, "", "", None), (1, 408, "", "", None),
-            (1, 201, "1", "", None), (1, 429, "7", "", 7), (2, 503, "0", "", 0),
-            (1, 429, "60", "", 60), (1, 429, "3600", "", 60), (3, 429, "7", "", None),
-            (1, 429, late, early, 5), (1, 429, early, late, 0), (1, 429, late, "", 2),
-            (1, 429, late, "yesterday", 2), (1, 429, "-1", "", 2), (1, 429, "soon", "", 2),
+            (1, 201, "1", "", None), (1, 307, "", "", None), (1, 400, "", "", None),
+            (1, 429, "7", "", 7), (2, 503, "0", "", 0), (1, 429, "3600", "", 60),
+            (3, 429, "7", "", None), (1, 429, late, early, 5), (1, 429, early, late, 0),
+            (1, 429, late, "", 2), (1, 429, late, "yesterday", 2), (1, 429, "soon", "", 2),
             (1, 429, "9" * 99, "", 2),
         ]:  # fmt: skip
             with self.subTest(tries=tries, status=status, after=after, date=date):
@@ -4880,14 +4843,12 @@ class ConverseTest(ProgramTest):
     def write(self, name: str, document: Any) -> None:
         (self.directory / name).write_text(json.dumps(document))
 
-    def test_a_sample_is_printed(self) -> None:
+    def test_a_sample_is_printed_or_sent_and_then_addressed_to_the_inbox(self) -> None:
         done = self.invoke("--sample", "request review")
         self.assertEqual((done.status, done.errors), (0, ""))
         self.assertIn('  "type": [', done.output)
         document = json.loads("\n".join(done.output))
         self.assertEqual(coarinbox.pattern_of(document), coarinbox.find_pattern("Request Review"))
-
-    def test_a_sample_is_sent_and_addressed_to_the_inbox(self) -> None:
         with coarinbox.running(VALIDATE_INCOMING="strict") as inbox:
             status, (line,), _ = self.invoke("--send", inbox.url, "--sample", "ACCEPT")
             self.assertEqual(status, 0)
@@ -4895,12 +4856,9 @@ class ConverseTest(ProgramTest):
             (delivery,) = inbox.deliveries
             self.assertEqual((delivery.findings, delivery.pattern), ([], "Accept"))
             self.assertEqual(delivery.notification["target"]["inbox"], inbox.url)
-
-    def test_an_unknown_pattern_gets_the_list(self) -> None:
         for more in ([], ["--send", "http://127.0.0.1:9/"]):
             line = self.fail_to_start("--sample", "Request Revue", *more)
             self.assertIn("did you mean Request Review?", line)
-            self.assertIn(", ".join(NOTIFICATIONS), line)
 
     def test_files_are_sent_and_what_is_wrong_with_them_is_shown(self) -> None:
         with coarinbox.running() as inbox:
@@ -4925,18 +4883,15 @@ class ConverseTest(ProgramTest):
 
     def test_what_is_no_inbox_has_not_accepted_it(self) -> None:
         """A page may ignore what is sent to it."""
-        for status, phrase, reason in [
-            (200, "OK", "answers 201 or 202"), (204, "No Content", "answers 201 or 202"),
-            (405, "Method Not Allowed", "no inbox"),
-        ]:  # fmt: skip
+        for status, expected in [
+            (200, "200 OK\n  an inbox that accepts a notification answers 201 or 202"),
+            (405, "405 Method Not Allowed\n  this is no inbox, and no page there advertises one"),
+            (202, "202 Accepted"),
+        ]:
             with receiving(http_answer(status)) as receiver:
                 done = self.invoke("--send", receiver.url, "good.json")
-            first, second = done.output
-            self.assertEqual((done.status, first), (1, f"good.json: {status} {phrase}"))
-            self.assertIn(reason, second)
-        with receiving(http_answer(202)) as receiver:
-            done = self.invoke("--send", receiver.url, "good.json", "good.json")
-            self.assertEqual((done.status, done.output), (0, ["good.json: 202 Accepted"] * 2))
+            self.assertEqual(done.status, int(status != 202))
+            self.assertEqual("\n".join(done.output), f"good.json: {expected}")
 
     def test_what_cannot_be_read_or_reached(self) -> None:
         with coarinbox.running() as inbox:
@@ -4953,11 +4908,11 @@ class ConverseTest(ProgramTest):
         self.assertEqual(done, (2, [], f"coarinbox: good.json: {url}: {refused}\n"))
 
     def test_a_token_is_sent_and_never_shown(self) -> None:
-        with coarinbox.running(TOKEN="s3cret") as inbox:
-            for token, expected in [("s3cret", 0), ("s3cret\n", 2), ("s3cret2", 1)]:
+        with coarinbox.running(TOKEN="sécret") as inbox:
+            for token, expected in [("sécret", 0), ("sécret\n", 2), ("sécret2", 1)]:
                 done = self.invoke("--send", inbox.url, "--token", token, "good.json")
                 self.assertEqual(done.status, expected, done)
-                self.assertNotIn("s3cret", done.errors + "".join(done.output))
+                self.assertNotIn("sécret", done.errors + "".join(done.output))
 
     def test_arguments_that_make_no_sense(self) -> None:
         for arguments in (
@@ -4989,23 +4944,13 @@ class ArrivedTest(InboxTest):
         warnings: list[Any] = answer.json()["warnings"]
         return warnings
 
-    def test_a_media_type_that_production_refuses(self) -> None:
-        self.assertEqual(self.findings(self.offer()), [])
-        (found,) = self.findings(self.offer(), "application/json")
-        self.assertEqual((found["code"], found["level"], found["pointer"]), ("content-type", S, ""))
-        self.assertEqual(found["refused_by"], ["DSpace", "EPrints", "PCI"])
-        self.assertIn("send `Content-Type: application/ld+json`", found["message"])
-        logged = "\n".join(self.log_lines())
-        self.assertRegex(logged, r"(?m)Content-Type.* \(refused by DSpace, EPrints, PCI\)$")
-
     def test_the_url_that_was_posted_to(self) -> None:
         public, local = "https://inbox.example.org", self.server.local  # localhost, with the port
         with serving(BASE_URL=f"{public}/") as proxied:
             for server, inbox, path, host, is_elsewhere in [
-                (self.server, f"{self.here}/", "/inbox/", "", False),
                 (self.server, self.here, "/inbox?status=503&times=9", "", False),
+                (self.server, f"{self.here}/", "/inbox/", "", False),
                 (self.server, f"{self.here}/", "/inbox", "", True),
-                (self.server, "http://Inbox.Localhost/inbox", "/inbox", "inbox.localhost", False),
                 (self.server, f"{local}/inbox", "/inbox", "inbox.localhost", False),  # as given out
                 (self.server, self.here, "/inbox", "inbox.localhost", True),
                 (proxied, f"{public}:443/inbox", "/inbox", "", False),
@@ -5051,15 +4996,17 @@ class ArrivedTest(InboxTest):
     @constants(MAX_IDS=2)
     def test_only_the_latest_ids_are_known(self) -> None:
         """Otherwise the memory of an inbox would grow with each notification."""
-        offers = [self.offer() for _ in range(3)]
-        for offer in [*offers, offers[0]]:
+        self.findings(self.offer())
+        self.wait_until(lambda: not self.server.tasks)  # it has looked around
+        first, second, third = offers = [self.offer() for _ in range(3)]
+        for offer in [*offers, first]:
             self.assertEqual(self.findings(offer), [])
-        self.assertEqual(self.findings(offers[2])[0]["code"], "id-repeated")
-        self.assertEqual(self.findings(offers[1]), [])  # which makes it forget the first one
-        self.assertEqual(self.findings(offers[2])[0]["code"], "id-repeated")
-        with coarinbox.running(STORE_DIR=self.server.store.directory) as inbox:
-            self.wait_until(lambda: b"id-repeated" in send(inbox.url, offers[2]).body)
-            self.assertNotIn(b"id-repeated", send(inbox.url, offers[0]).body)
+        self.assertEqual(self.findings(third)[0]["code"], "id-repeated")
+        self.assertEqual(self.findings(second), [])  # which makes it forget the first one
+        with beside(self.server) as again:
+            post = functools.partial(ask, again, "POST", "/inbox")
+            self.wait_until(lambda: b"id-repeated" in post(third).body)
+            self.assertNotIn(b"id-repeated", post(first).body)
 
     def test_errors_come_before_warnings(self) -> None:
         problem = self.assert_problem(self.post(REFUSED), 400)
@@ -5080,36 +5027,20 @@ class ArrivedTest(InboxTest):
 
 
 class ReceiverModeTest(unittest.TestCase):
-    """An inbox that plays a receiver, or the coarnotify library."""
+    """An inbox that plays a receiver."""
 
     def test_it_refuses_what_the_receiver_refuses(self) -> None:
-        table: list[tuple[str, str, dict[str, Any], int, str]] = [
-            ("dspace", "application/json", {}, 415, "content-type"),
-            ("DSpace", JSON_LD, {"id": "tag:a.example,2026:1"}, 400, "id-preferred"),
-            ("DSpace", f"{JSON_LD};profile=x", {}, 201, ""),
-            ("eprints", f"{JSON_LD};profile=x", {}, 415, "content-type-exact"),
-            ("software heritage", JSON_LD, {}, 400, "target.inbox-elsewhere"),
-            ("pci", JSON_LD, {"object__cite_as": ABSENT}, 400, "object.ietf:cite-as-required"),
-            ("pci", JSON_LD, {"target__inbox": ABSENT}, 201, ""),  # level M
-        ]
-        for mode, kind, changes, status, code in table:
-            with self.subTest(mode, changes=changes), serving(VALIDATE_INCOMING=mode) as server:
-                document = altered("Request Review", **changes)
-                answer = ask(server, "POST", "/inbox", document, {"Content-Type": kind})
+        for mode, kind, status, code in [
+            ("DSpace", "application/json", 415, "content-type"),
+            ("DSpace", f"{JSON_LD};profile=x", 201, ""),
+            ("eprints", f"{JSON_LD};profile=x", 415, "content-type-exact"),
+            ("software heritage", JSON_LD, 400, "target.inbox-elsewhere"),
+        ]:  # fmt: skip
+            with self.subTest(mode, kind=kind), serving(VALIDATE_INCOMING=mode) as server:
+                answer = ask(server, "POST", "/inbox", OFFER, {"Content-Type": kind})
                 found = [each["code"] for each in answer.json().get("errors", [])]
                 self.assertEqual((answer.status, found), (status, [code] if code else []))
                 self.assertEqual("Accept-Post" in answer.headers, status == 415)
-
-    @unittest.skipUnless(importlib.util.find_spec("coarnotify"), "coarnotify is not installed")
-    def test_the_library_says_why_in_its_words(self) -> None:
-        with coarinbox.running(VALIDATE_INCOMING="coarnotify") as inbox:
-            accept = addressed(ACCEPT, inbox.url)
-            self.assertEqual(send(inbox.url, accept).status, 201)
-            problem = send(inbox.url, changed(accept, "actor.id", "no URI")).json()
-            codes = [{each["code"] for each in problem[name]} for name in ("errors", "warnings")]
-            self.assertEqual(codes, [{"coarnotify"}, {"actor.id-absolute-uri", "id-repeated"}])
-            (error,) = problem["errors"]
-            self.assertEqual((error["level"], error["pointer"]), (E, "/actor/id"))
 
 
 # --- The other half ------------------------------------------------------------------------------
@@ -5165,13 +5096,15 @@ NEEDS_IPV6 = unittest.skipUnless(has_ipv6(), "there is no IPv6")
 class SamplesTest(InboxTest):
     settings = {"VALIDATE_INCOMING": "strict"}
 
-    def test_each_pattern_has_one_that_is_clean_here(self) -> None:
-        listed = self.ask("GET", "/samples").json()["samples"]
+    def test_each_pattern_has_one_that_is_clean_where_the_client_sees_the_inbox(self) -> None:
+        host = {"Host": "a.localhost:8"}
+        listed = self.ask("GET", "/samples", None, host).json()["samples"]
         self.assertEqual(list(listed), list(coarinbox.RULES))
         for name, url in listed.items():
-            answer = self.ask("GET", path_of(url))
+            answer = self.ask("GET", path_of(url), None, host)
             self.assertEqual(answer.headers["Content-Type"], JSON_LD)
-            receipt = self.post(answer.json()).json()
+            self.assertEqual(answer.json()["target"]["inbox"], "http://a.localhost:8/inbox")
+            receipt = self.post(answer.json(), **host).json()
             self.assertEqual((receipt["pattern"], receipt["warnings"]), (name, []))
 
     def test_names_in_any_case_and_a_list_for_others(self) -> None:
@@ -5182,17 +5115,12 @@ class SamplesTest(InboxTest):
             self.assertIn(", ".join(coarinbox.RULES), problem["detail"])
         self.assert_problem(self.ask("GET", "/samples/Accept?x=1"), 400)
 
-    def test_each_is_new_and_addressed_as_the_client_sees_the_inbox(self) -> None:
-        with serving(BASE_URL="https://a.example/b/") as proxied:
-            samples = [ask(server, "GET", "/samples/Accept", None, {"Host": "a.localhost:8"}).json()
-                       for server in (self.server, self.server, proxied)]  # fmt: skip
-        inboxes = [each["target"]["inbox"] for each in samples]
-        self.assertEqual(inboxes[1:], ["http://a.localhost:8/inbox", "https://a.example/b/inbox"])
-        self.assertEqual(len({each["id"] for each in samples}), 3)
 
+class AutoReplyTest(SendingTest):
+    """REPLIES: an inbox that answers each Offer. Here, replies go to `receiver`."""
 
-class AutoReplyTest(unittest.TestCase):
-    """REPLIES: an inbox that answers each Offer."""
+    def offer_to(self, inbox: coarinbox.Inbox) -> Any:
+        return offer_between(self.receiver.url, inbox.url)
 
     def test_a_whole_conversation(self) -> None:
         replies = ["tentatively accept", "ACCEPT", "Announce Review"]
@@ -5204,17 +5132,15 @@ class AutoReplyTest(unittest.TestCase):
             repository.wait_for(pattern="Announce Review", in_reply_to=offer["id"])
             reviews.wait_for(pattern="Announce Review", direction="out")
             for inbox, directions in ((repository, "out in in in"), (reviews, "in out out out")):
-                seen = [(each.pattern, each.direction) for each in inbox.deliveries]
                 patterns = ["Request Review", *map(str.title, replies)]
-                self.assertEqual(seen, list(zip(patterns, directions.split())))
-                clean = [(each.status, each.findings) for each in inbox.deliveries]
-                self.assertEqual(clean, [(201, [])] * 4)
+                seen = [(e.pattern, e.direction, e.status, e.findings) for e in inbox.deliveries]
+                rows: list[Any] = [(*row, 201, []) for row in zip(patterns, directions.split())]
+                self.assertEqual(seen, rows)
             to = {(each.via, each.target) for each in reviews.deliveries[1:]}
             self.assertEqual(to, {("REPLIES", repository.url)})
             times = [datetime.datetime.fromisoformat(e.time[:-1]) for e in reviews.deliveries]
             for earlier, later in zip(times, times[1:]):  # to the millisecond
                 self.assertGreaterEqual((later - earlier).total_seconds(), 0.049)
-            self.assertEqual(reviews.notifications, [offer])
 
     def test_the_page_of_the_offer_says_why_a_reply_was_not_sent(self) -> None:
         nobody = ("127.0.0.1", free_port())
@@ -5246,67 +5172,57 @@ class AutoReplyTest(unittest.TestCase):
                 partner.wait_for(in_reply_to=offer["id"], status="")
 
     def test_where_replies_may_go(self) -> None:
-        tunnel, far = {"X-Forwarded-For": "203.0.113.9"}, {"REPLY_TO": "{partner}"}
+        here, port = self.receiver.url, self.receiver.server_address[1]
+        public, reply_to = {"BASE_URL": "http://a.example/"}, {"REPLY_TO": here}
+        tunnel = {"X-Forwarded-For": "203.0.113.9"}
         other, nowhere = "its host is not 127.0.0.1, which delivered", "no usable origin.inbox"
-        table: list[tuple[dict[str, Any], str | None, dict[str, str], str]] = [
-            ({}, "{partner}", {}, ""), ({}, "http://localhost:{port}/", {}, ""),
-            ({}, "http://192.0.2.1:{port}/", {}, other), ({}, "http://127.0.0.2/", {}, other),
-            ({}, "http://0.0.0.0:{port}/", {}, other), ({}, "mailto:a@b.example", {}, nowhere),
+        table: list[tuple[dict[str, Any], Any, dict[str, str], str]] = [
+            ({}, here, {}, ""), ({}, f"http://localhost:{port}/", {}, ""),
+            (reply_to, ABSENT, {}, ""), ({**public, **reply_to}, "http://192.0.2.1/", tunnel, ""),
+            ({}, "http://192.0.2.1/", {}, other), ({}, f"http://0.0.0.0:{port}/", {}, other),
+            ({}, ABSENT, {}, nowhere), ({}, "mailto:a@b.example", {}, nowhere),
             ({}, "http://127.0.0.1@192.0.2.1/", {}, "a user name or a password"),
-            ({}, "http://nowhere.invalid/", {}, "the host is unknown"), ({}, None, {}, nowhere),
-            ({"BASE_URL": "http://a.example/"}, "{partner}", {}, "behind a proxy"),
-            ({}, "{partner}", tunnel, "behind a proxy"),
-            ({}, "{partner}", {"forwarded": "for=127.0.0.1"}, "behind a proxy"),
-            ({}, "{partner}", {"X-Pad": "x" * 17_000, **tunnel}, "behind a proxy"),
-            ({"BASE_URL": "http://a.example/", **far}, "http://192.0.2.1/", tunnel, ""),
-            (far, None, {}, ""),
+            ({}, "http://nowhere.invalid/", {}, "the host is unknown"),
+            (public, here, {}, "behind a proxy"), ({}, here, tunnel, "behind a proxy"),
+            ({}, here, {"forwarded": "for=127.0.0.1"}, "behind a proxy"),
+            ({}, here, {"X-Pad": "x" * 17_000, **tunnel}, "behind a proxy"),
         ]  # fmt: skip
         for settings, origin, headers, reason in table:
-            with self.subTest(settings=settings, origin=origin), receiving(CREATED) as receiver:
-                urls = {"partner": receiver.url, "port": receiver.server_address[1]}
-                settings = {key: text.format(**urls) for key, text in settings.items()}
-                with replying("Accept", **settings) as inbox:
-                    partner = origin.format(**urls) if origin else ABSENT
-                    offer = changed(offer_between("", inbox.url), "origin.inbox", partner)
-                    answer = ask(inbox.server, "POST", "/inbox", offer, headers)
-                    (out,) = sent_by(inbox, 1)
-                    self.assertIn(reason, out.detail)
-                    expected = (0, 0) if reason else (201, 1)
-                    self.assertEqual((out.status, len(receiver.received)), expected)
-                    self.assertEqual(out.about["inReplyTo"], offer["id"])
-                    path = path_of(answer.json()["location"])
-                    page = ask(inbox.server, "GET", path, headers=HTML).body
-                    self.assertIn(out.name, page.decode())  # as part of the conversation
-                    if not reason:
-                        sent = out.notification
-                        self.assertEqual(sent["target"]["inbox"], out.target)
-                        self.assertEqual(sent["object"], changed(offer, "@context", ABSENT))
-
-    @NEEDS_IPV6
-    def test_both_loopbacks_are_one_host(self) -> None:
-        with replying("Accept", HOST="::1") as inbox, receiving(CREATED) as receiver:
-            coarinbox.send(offer_between(receiver.url, inbox.url), inbox.url)
-            self.assertEqual(inbox.wait_for(direction="out").status, 201)
-            self.assertEqual(inbox.wait_for().client, "::1")  # the receiver is at 127.0.0.1
+            with self.subTest(origin, **settings), replying("Accept", **settings) as inbox:
+                offer = changed(offer_between("", inbox.url), "origin.inbox", origin)
+                answer = ask(inbox.server, "POST", "/inbox", offer, headers)
+                (out,) = sent_by(inbox, 1)
+                self.assertIn(reason, out.detail)
+                received = [json.loads(each.body) for each in self.receiver.received]
+                self.assertEqual((out.status, len(received)), (0, 0) if reason else (201, 1))
+                page = ask(inbox.server, "GET", path_of(answer.json()["location"]), None, HTML).body
+                self.assertIn(out.name, page.decode())  # as part of the conversation
+                for reply in received:
+                    self.assertEqual(reply["object"], changed(offer, "@context", ABSENT))
+                    self.assertEqual(reply["target"]["inbox"], out.target)
+                self.receiver.received.clear()
 
     def test_each_offer_that_was_accepted_is_answered_and_nothing_else(self) -> None:
-        with replying("Accept", RESPONSE_STATUS=202) as inbox, receiving(CREATED) as receiver:
-            offer = offer_between(receiver.url, inbox.url)
+        with replying("Accept", RESPONSE_STATUS=202) as inbox:
+            offer = self.offer_to(inbox)
             others = [changed(offer, "actor.type", "Robot"), coarinbox.reply(offer)]
             for document in [*others, coarinbox.sample("Announce Review", in_reply_to=offer)]:
                 send(inbox.url, document)
-            url = f"{inbox.url}?status=503&times=1"
-            statuses = [send(url, offer).status for _ in range(3)]
+            statuses = [send(f"{inbox.url}?status=503&times=1", offer).status for _ in range(3)]
             self.assertEqual(statuses, [503, 202, 202])
             replied = [each.about["inReplyTo"] for each in sent_by(inbox, 2)]
-            self.assertEqual((replied, len(receiver.received)), ([offer["id"]] * 2, 2))
+            self.assertEqual((replied, len(self.receiver.received)), ([offer["id"]] * 2, 2))
 
-    def test_an_offer_without_an_id_cannot_be_answered(self) -> None:
-        with replying("Accept", VALIDATE_INCOMING=False, REPLY_TO="http://127.0.0.1:9/") as inbox:
+    def test_why_an_offer_cannot_be_answered_is_said(self) -> None:
+        lax = {"VALIDATE_INCOMING": False, "REPLY_TO": self.receiver.url}
+        with replying("Accept", **lax) as inbox:
+            with self.assertLogs("coarinbox", logging.ERROR), NO_THREAD:
+                send(inbox.url, OFFER)
+                sent_by(inbox, 1)
             send(inbox.url, altered("Request Review", id=ABSENT))
-            (out,) = sent_by(inbox, 1)
-            self.assertEqual(out.status, 0)
-            self.assertIn("its id is not an absolute URI", out.detail)
+            for out, reason in zip(sent_by(inbox, 2), ("no thread", "its id is not an absolute")):
+                self.assertIn(reason, out.detail)
+        self.assertEqual(self.receiver.received, [])
 
     def test_failures_are_tried_again_and_then_given_up(self) -> None:
         """Each reply waits until the one before was delivered or given up."""
@@ -5316,59 +5232,46 @@ class AutoReplyTest(unittest.TestCase):
             return None if original(*arguments) is None else 0
 
         for query, statuses in [
-            ("?status=503&times=2&retry-after=0", [503, 503, 201]),
-            ("?status=429&times=1&retry-after=0", [429, 201]),
-            ("?status=500&times=9", [500, 500, 500]), ("?close=1&times=9", [0, 0, 0]),
-            ("?status=400&times=9", [400]),
+            ("?status=503&times=2", [503, 503, 201]), ("?close=1", [0, 0, 0]),
+            ("?status=400", [400]),
         ]:  # fmt: skip
             with self.subTest(query), constants(retry_delay=without_waiting):
                 with coarinbox.running() as partner, replying("Accept", "Reject") as inbox:
-                    coarinbox.send(offer_between(partner.url + query, inbox.url), inbox.url)
-                    sent = sent_by(inbox, 2 * len(statuses))
-                expected = [(name, each, each == 201)
-                            for name in ("Accept", "Reject") for each in statuses]  # fmt: skip
-                seen = [(each.pattern, each.status, not each.detail) for each in sent]
-                self.assertEqual(seen, expected)
-                ids = {each.about["id"] for each in sent}  # those of the first attempts
-                self.assertEqual(len(ids), 2)
+                    send(inbox.url, offer_between(partner.url + query, inbox.url))
+                    attempts = sent_by(inbox, 2 * len(statuses))
+                seen = [(each.pattern, each.status) for each in attempts]
+                self.assertEqual(seen, [*itertools.product(("Accept", "Reject"), statuses)])
+                self.assertEqual(
+                    [not each.detail for each in attempts], [s == 201 for _, s in seen]
+                )
+                self.assertEqual(len({each.about["id"] for each in attempts}), 2)
 
     def test_nothing_goes_on_for_ever(self) -> None:
         """Two inboxes that reply to each other come to an end, and so does one by itself."""
         patterns = "Accept", "Reject"
         with replying(*patterns) as first, replying(*patterns) as second:
-            for partner in (second, first):
-                for _ in range(2):  # the second shows that the first has ended
-                    offer = offer_between(partner.url, first.url)
-                    coarinbox.send(offer, first.url)
-                    partner.wait_for(pattern="Reject", in_reply_to=offer["id"])
+            for partner in (second, first) * 2:  # another time shows that both have ended
+                offer = offer_between(partner.url, first.url)
+                send(first.url, offer)
+                partner.wait_for(pattern="Reject", in_reply_to=offer["id"])
             self.assertEqual(len(sent_by(first, 8)), 8)
             first.assert_none(pattern="Request Review", direction="out")
             second.assert_none(direction="out")
 
     def test_undo_offer_stops_what_is_still_to_come_for_this_offer(self) -> None:
         late = LateAnswer()
-        with receiving(late) as partner, replying("Accept", "Reject") as inbox:
-            offer, other = (offer_between(partner.url, inbox.url) for _ in range(2))
-            for document in (offer, other):
-                coarinbox.send(document, inbox.url)
+        self.receiver.reset(late)
+        with replying("Accept", "Reject") as inbox:
+            undone, other = (self.offer_to(inbox) for _ in range(2))
+            for offer in (undone, other):
+                send(inbox.url, offer)
                 late.wait_for_request()
-            coarinbox.send(coarinbox.reply(offer, "Undo Offer"), inbox.url)
+            send(inbox.url, coarinbox.reply(undone, "Undo Offer"))
             late.due.set()
-            sent = {(each.about["inReplyTo"], each.pattern) for each in sent_by(inbox, 3)}
-            # What was on its way is logged.
-            expected = [(offer, "Accept"), (other, "Accept"), (other, "Reject")]
-            self.assertEqual(sent, {(document["id"], pattern) for document, pattern in expected})
-            self.assertEqual(len(partner.received), 3)
-
-    def test_without_a_thread_no_reply_is_sent(self) -> None:
-        with replying("Accept") as inbox, receiving(CREATED) as receiver:
-            offer = offer_between(receiver.url, inbox.url)
-            with self.assertLogs("coarinbox", logging.ERROR), NO_THREAD:
-                self.assertEqual(send(inbox.url, offer).status, 201)
-                (out,) = sent_by(inbox, 1)
-            self.assertEqual((out.status, receiver.received), (0, []))
-            self.assertIn("no thread", out.detail)
-            self.assertEqual(out.about["inReplyTo"], offer["id"])
+            sent = sorted((each.about["inReplyTo"], each.pattern) for each in sent_by(inbox, 3))
+        # What was on its way is logged.
+        expected = [(undone["id"], "Accept"), (other["id"], "Accept"), (other["id"], "Reject")]
+        self.assertEqual((sent, len(self.receiver.received)), (sorted(expected), 3))
 
     def test_a_bug_surfaces_and_ends_the_replies_to_its_offer(self) -> None:
         failed = threading.Event()
@@ -5378,39 +5281,33 @@ class AutoReplyTest(unittest.TestCase):
             raise ZeroDivisionError
 
         with self.assertLogs("coarinbox") as logged, self.assertRaises(RuntimeError) as caught:
-            with replying("Accept", "Reject") as inbox, receiving(CREATED) as receiver:
-                with unittest.mock.patch("coarinbox.retry_delay", fail):
-                    send(inbox.url, offer_between(receiver.url, inbox.url))
-                    self.assertEqual(sent_by(inbox, 1)[0].pattern, "Accept")
-                    self.assertTrue(failed.wait(10))
-        self.assertIsInstance(caught.exception.__cause__, ZeroDivisionError)
+            with replying("Accept", "Reject") as inbox, constants(retry_delay=None):
+                send(inbox.url, self.offer_to(inbox))
+                self.assertEqual(sent_by(inbox, 1)[0].pattern, "Accept")
+        self.assertIsInstance(caught.exception.__cause__, TypeError)
         self.assertNotIn("dropped", "".join(logged.output))  # nothing was to come
 
     def test_the_inbox_forgets_what_is_still_to_come(self) -> None:
-        with replying("Accept", REPLY_DELAY=0.02) as inbox, receiving(CREATED) as receiver:
-            send(inbox.url, offer_between(receiver.url, inbox.url))
+        with replying("Accept", REPLY_DELAY=0.02) as inbox:
+            send(inbox.url, self.offer_to(inbox))
             inbox.clear()
-            other = offer_between(receiver.url, inbox.url)
+            other = self.offer_to(inbox)
             send(inbox.url, other)
             (out,) = sent_by(inbox, 1)
-            self.assertEqual((out.about["inReplyTo"], len(receiver.received)), (other["id"], 1))
+        self.assertEqual((out.about["inReplyTo"], len(self.receiver.received)), (other["id"], 1))
 
     def test_the_end_of_the_inbox_drops_what_is_still_to_come_and_says_so(self) -> None:
         with self.assertLogs("coarinbox", logging.INFO) as logged:
             with replying("Accept", REPLY_DELAY=600) as inbox:
-                inbox.send(offer_between(inbox.url, inbox.url), inbox.url)
-        reason = "the inbox stops; replies still waiting are dropped"
-        self.assertIn(reason, "".join(logged.output))
+                send(inbox.url, self.offer_to(inbox))
+        self.assertIn("the inbox stops; replies still waiting are dropped", "".join(logged.output))
 
 
-class SendAgainTest(DeliveriesTest):
+class SendAgainTest(SendingTest, DeliveriesTest):
     """POST /deliveries/NAME/send, and what it leaves in the log."""
 
     def setUp(self) -> None:
         super().setUp()
-        context = receiving(CREATED)
-        self.receiver = context.__enter__()
-        self.addCleanup(context.__exit__, None, None, None)
         self.url = f"{self.receiver.url}/inbox"
         self.name = last_part(self.post(OFFER).headers["Location"])
 
@@ -5423,30 +5320,27 @@ class SendAgainTest(DeliveriesTest):
         return ask(server or self.server, "POST", path, body, {"Content-Type": kind, **headers})
 
     def test_what_is_sent(self) -> None:
-        table: list[tuple[dict[str, str], Any]] = [
-            ({}, OFFER),
-            ({"pattern": "reject"}, addressed(coarinbox.reply(OFFER, "Reject"), self.url)),
-            ({"document": '{"a": "\u00fc"}'}, {"a": "\u00fc"}),
-        ]
-        for members, expected in table:
-            form = urllib.parse.urlencode({"to": self.url, **members})
-            parsed = {"document": json.loads(members["document"])} if "document" in members else {}
-            for wanted in ({"to": self.url, **members, **parsed}, form):
+        reply = addressed(coarinbox.reply(OFFER, "Reject"), self.url)
+        table: list[tuple[dict[str, Any], str, Any]] = [
+            ({}, "", OFFER), ({"pattern": "reject"}, "&pattern=reject", reply),
+            ({"document": {"a": "ü"}}, "&document=%7B%22a%22:%22%C3%BC%22%7D", {"a": "ü"}),
+        ]  # fmt: skip
+        for more, form, expected in table:
+            for wanted in ({"to": self.url, **more}, f"to={self.url}{form}"):
                 with self.subTest(wanted):
                     answer = self.send(wanted)
                     (out,) = self.deliveries("?direction=out&limit=1")
-                    body = answer.json() if answer.body else None
-                    answered = (303, None) if wanted is form else (201, out)
-                    self.assertEqual((answer.status, body), answered)
+                    if isinstance(wanted, str):
+                        self.assertEqual((answer.status, answer.body), (303, b""))
+                    else:
+                        self.assertEqual((answer.status, answer.json()), (201, out))
                     path = path_of(answer.headers["Location"])
                     self.assertEqual(self.ask("GET", path).json(), out)
                     self.assertEqual((out["target"], out["status"]), (self.url, 201))
                     request_ = self.receiver.received.pop()
                     self.assertEqual(request_.headers["Content-Type"], JSON_LD)
-                    sent = json.loads(request_.body)
-                    if "pattern" in members:
-                        sent["id"] = expected["id"]  # each reply has a new one
-                    self.assertEqual(sent, expected)
+                    new_id = {"id": out["about"].get("id")} if "pattern" in more else {}
+                    self.assertEqual(json.loads(request_.body), {**expected, **new_id})
         self.assertEqual(self.names("?direction=in"), [self.name])
 
     def test_what_cannot_be_sent(self) -> None:
@@ -5454,34 +5348,32 @@ class SendAgainTest(DeliveriesTest):
         self.post(b"no JSON")
         broken, to = self.names()[0], {"to": self.url}
         missing = self.name[:-1] + ("0" if self.name[-1] != "0" else "1")
-        for wanted, name, status in [
-            ({}, "", 400), ([], "", 400), (b"", "", 400), (b"{", "", 400), (b"\xff", "", 400),
-            ("", "", 400), ("to=", "", 400), ("to=%ff", "", 400), ({"to": None}, "", 400),
-            ({"to": "ftp://a.example/"}, "", 400), ({"to": "/inbox"}, "", 400),
-            ({"to": "file:///etc/passwd"}, "", 400), ({"to": [self.url]}, "", 400),
-            ({"to": self.url.replace("//", "//user:secret@")}, "", 400),
-            ({**to, "two": 2}, "", 400), ({**to, "pattern": 5}, "", 400),
-            (to, missing, 404), (to, "x", 404), ({**to, "document": "x" * 1_100_000}, "", 413),
-            ({**to, "pattern": "Accept"}, accept, 409), ({**to, "pattern": "Accept"}, broken, 409),
-            ({**to, "pattern": "Request Review"}, "", 409),
-            ({**to, "pattern": "Announce Relationship"}, "", 409),
-            (f"to={self.url}&pattern=Undo", "", 409),
-        ]:  # fmt: skip
-            with self.subTest(str(wanted)[:80], name=name):
-                problem = self.assert_problem(self.send(wanted, name), status)
-                self.assertNotIn("secret", str(problem))
+        with_secret = {"to": self.url.replace("//", "//user:secret@")}
+        large = {**to, "document": "x" * 1_100_000}
+        table: list[tuple[int, str, list[Any]]] = [
+            (400, "", [{}, [], b"", b"{", b"\xff", "", "to=", "to=%ff", with_secret]),
+            (400, "", [{"to": url} for url in (None, [self.url], "/inbox", "file:///etc/passwd")]),
+            (400, "", [{**to, "two": 2}, {**to, "pattern": 5}]),
+            (404, missing, [to]), (404, "x", [to]), (413, "", [large]),
+            (409, accept, [{**to, "pattern": "Accept"}]),
+            (409, broken, [{**to, "pattern": "Accept"}]),
+            (409, "", [{**to, "pattern": "Request Review"}, f"to={self.url}&pattern=Undo"]),
+        ]  # fmt: skip
+        for status, name, attempts in table:
+            for wanted in attempts:
+                with self.subTest(str(wanted)[:80], name=name):
+                    problem = self.assert_problem(self.send(wanted, name), status)
+                    self.assertNotIn("secret", str(problem))
         self.ask("DELETE", f"/inbox/{self.name}")
         for wanted in (to, {**to, "pattern": "Accept"}):
             self.assert_problem(self.send(wanted), 404)
-        self.assertEqual(self.ask("GET", f"/deliveries/{self.name}/send").status, 405)
         self.assertEqual(self.receiver.received, [])
         self.assertEqual(len(self.deliveries()), 3)  # no attempt is a delivery itself
         self.assertNotIn(b"secret", self.path.read_bytes())
 
     def test_a_reply_to_a_service_that_is_only_named(self) -> None:
-        self.assertEqual(self.post(altered("Request Review", origin=REPOSITORY["id"])).status, 400)
-        answer = self.send({"to": self.url, "pattern": "Accept"}, self.names()[0])
-        self.assertEqual(answer.json()["status"], 201)
+        self.post(altered("Request Review", origin=REPOSITORY["id"]))
+        self.send({"to": self.url, "pattern": "Accept"}, self.names()[0])
         replied = json.loads(self.receiver.received.pop().body)
         self.assertEqual(replied["target"], REPOSITORY["id"])
 
@@ -5490,25 +5382,22 @@ class SendAgainTest(DeliveriesTest):
         table: list[tuple[Any, int, str]] = [
             (f"http://127.0.0.1:{free_port()}/", 0, "Connection refused"),
             (f"{here}/inbox", 201, ""), (f"{here}/deliveries/{self.name}/send", 400, ""),
-            (b"", 0, "closed the connection"), (b"SSH-2.0\r\n", 0, "not HTTP"),
-            (http_answer(307, Location="file:///etc/passwd"), 0, "unusable"),
-            (http_answer(308, Location=self.url), 201, ""),
+            (b"SSH-2.0\r\n", 0, "not HTTP"), (http_answer(308, Location=self.url), 201, ""),
             (http_answer(503, '{"detail": "later"}'), 503, "later"),
             (http_answer(400, '{"detail": "no\\n\\u001b[31mway"}'), 400, "no"),
             (http_answer(400, "x" * 9_000_000), 400, ""),
             (b"HTTP/1.1 200 \xff\r\nContent-Length: 2\r\nX: \xff\r\n\r\n\xff\xff", 200, ""),
         ]  # fmt: skip
-        with receiving({}) as receiver:
-            for answer, status, detail in table:
-                with self.subTest(status=status, detail=detail):
-                    receiver.reset(answer)
-                    out = self.send({"to": answer if isinstance(answer, str) else receiver.url})
-                    self.assertEqual((out.status, out.json()["status"]), (201, status))
-                    self.assertIn(detail, out.json()["detail"])
-                    self.assertLess(len(out.body), 150_000)
-                    logged = "\n".join(self.log_lines())
-                    self.assertIn(detail, logged)
-                    self.assertIn(out.json()["name"], logged)
+        for answer, status, detail in table:
+            with self.subTest(status=status, detail=detail):
+                self.receiver.reset({"POST /": answer, "POST /inbox": CREATED})
+                out = self.send({"to": answer if isinstance(answer, str) else self.receiver.url})
+                self.assertEqual((out.status, out.json()["status"]), (201, status))
+                self.assertIn(detail, out.json()["detail"])
+                self.assertLess(len(out.body), 150_000)
+                self.assertRegex(
+                    "\n".join(self.log_lines()), f"{out.json()['name']}(?s:.*){detail}"
+                )
         page = self.ask("GET", f"/deliveries/{self.name}", headers=HTML).body.decode()
         for each in self.deliveries("?direction=out"):
             self.assertIn(each["name"], page)
@@ -5517,7 +5406,7 @@ class SendAgainTest(DeliveriesTest):
 
     def test_the_same_bytes_are_sent_again(self) -> None:
         """They may be large, or no JSON, and what was sent can be sent again too."""
-        body = b" " + json.dumps({**OFFER, "x": "\u00e9" * 150_000}, ensure_ascii=True).encode()
+        body = b" " + json.dumps({**OFFER, "x": "\u00e9"}).encode()
         for sent in (body, b"no JSON \xff", b"{}" + b" " * 1_048_574):
             self.post(sent)
             for _ in range(2):
@@ -5552,17 +5441,18 @@ class SendAgainTest(DeliveriesTest):
                 name = inbox.send(OFFER, f"http://127.0.0.1:{free_port()}/").name
                 where = other_address(), inbox.server.server_address[1]
                 far = unittest.mock.Mock(server_address=where)
-                headers = {"Authorization": "Bearer s3cret"}
-                self.assertEqual(self.send({"to": self.url}, name, far, **headers).status, status)
+                answer = self.send({"to": self.url}, name, far, Authorization="Bearer s3cret")
+                self.assertEqual(answer.status, status)
                 self.assertEqual(len(self.receiver.received), status == 201)
 
     def test_a_receiver_that_never_answers_is_no_hindrance(self) -> None:
         late = LateAnswer()
-        with receiving(late) as silent, contextlib.ExitStack() as clients:
-            to = json.dumps({"to": silent.url}).encode()
-            sending = post_to(f"/../deliveries/{self.name}/send", to).replace(b"/inbox/..", b"")
+        self.receiver.reset(late)
+        to = json.dumps({"to": self.url}).encode()
+        head = post_to("", to).replace(b"/inbox", f"/deliveries/{self.name}/send".encode(), 1)
+        with contextlib.ExitStack() as clients:
             for _ in range(10):  # more than there are threads
-                clients.enter_context(connect(self.server, sending))
+                clients.enter_context(connect(self.server, head))
             for _ in range(8):
                 late.wait_for_request()
             self.assert_serves()
@@ -5570,15 +5460,7 @@ class SendAgainTest(DeliveriesTest):
             clients.enter_context(connect(self.server, post_head("Content-Length: 9")))
             self.server.stop(within=0.1)  # requests in flight do not keep it from ending
             self.wait_until(self.server.stopped.is_set)
-
-    @constants(GATHER=0)
-    def test_listeners_hear_of_both_directions(self) -> None:
-        with Listener(self.server) as both:
-            with Listener(self.server, "/deliveries?direction=in") as in_:
-                self.send({"to": self.url})
-                self.post(ACCEPT)
-                heard = [each.event().data["direction"] for each in (both, both, in_)]
-        self.assertEqual(heard, ["out", "in", "in"])
+        late.due.set()
 
 
 class SendingDoubleTest(unittest.TestCase):
@@ -5595,13 +5477,10 @@ class SendingDoubleTest(unittest.TestCase):
                 replied = reviews.reply(received, pattern, to)
                 self.assertEqual((replied.status, replied.findings), (201, []))
                 self.assertEqual(repository.wait_for(pattern=replied.pattern or "").findings, [])
-            directions = [each.direction for each in reviews.deliveries]
-            self.assertEqual(directions, ["in", "out", "out"])
-            self.assertEqual(reviews.wait_for(direction="out").pattern, "Accept")
+            self.assertEqual([each.direction for each in reviews.deliveries], ["in", "out", "out"])
             self.assertEqual(reviews.wait_for(pattern="accept", direction="").direction, "out")
-            reviews.assert_none(pattern="Accept")
+            reviews.assert_none(pattern="Accept")  # what was sent does not count
             self.assertEqual(reviews.notifications, [offer])
-            self.assertEqual(len(repository.notifications), 2)
 
     def test_an_offer_is_undone_where_it_was_sent(self) -> None:
         with coarinbox.running() as repository, coarinbox.running() as reviews:
@@ -5633,103 +5512,90 @@ class SendingDoubleTest(unittest.TestCase):
 # --- Faults --------------------------------------------------------------------------------------
 
 
-def drop_in(server: Any, body: bytes = BODY) -> str:
+def drop_in(server: Any, body: bytes = BODY, name: str = "") -> str:
     """Put a file into the store, as another program would; returns its path in the inbox."""
-    name = coarinbox.new_name()
+    name = name or coarinbox.new_name()
     pathlib.Path(server.store.directory, f"{name}.json").write_bytes(body)
     return f"/inbox/{name}"
+
+
+@contextlib.contextmanager
+def reading_late() -> Iterator[tuple[threading.Event, threading.Event]]:
+    """Set the first event when a notification has been read, and go on after the second."""
+    read, begun, released = coarinbox.Store.read, threading.Event(), threading.Event()
+
+    def read_late(store: coarinbox.Store, name: str) -> bytes:
+        body = read(store, name)
+        begun.set()
+        assert released.wait(10)
+        return body
+
+    with unittest.mock.patch.object(coarinbox.Store, "read", read_late):
+        yield begun, released
 
 
 NEEDS_SPARSE_FILES = unittest.skipUnless(os.name == "posix", "files may have no holes")
 
 
 class UnderLoadTest(ProgramTest):
-    def test_two_inboxes_on_one_store_that_are_ended_lose_nothing_and_list_all(self) -> None:
-        """SIGTERM leaves no request without its answer. One of them syncs, the other does not."""
+    def test_two_inboxes_on_one_store_that_are_ended_lose_nothing(self) -> None:
+        """SIGTERM leaves no request without its answer."""
         document = json.dumps(altered("Accept", summary="x" * 20_000)).encode()
         acknowledged: list[str] = []
+        enough = threading.Event()
 
         def post_until_it_ends(inbox: Program) -> None:
-            connection = http.client.HTTPConnection(*inbox.server_address, timeout=10)
             with contextlib.suppress(OSError, http.client.HTTPException):
                 while True:
-                    answer = ask_on(connection, "POST", "/inbox", document)
-                    acknowledged.append(path_of(answer.headers["Location"]))
-            connection.close()
+                    answer = inbox.ask("POST", "/inbox", document)
+                    acknowledged.append(last_part(answer.headers["Location"]))
+                    if len(acknowledged) > 80:
+                        enough.set()
 
-        command = self.command("--port", "0")
-        # Windows cannot append to a file in one step, so that two might write at the same place.
-        ways = ("True", "False") if os.name == "posix" else ("True",)
         with contextlib.ExitStack() as stack:
-            environments = [environment(COARNOTIFY_FSYNC=text) for text in ways]
-            inboxes = [stack.enter_context(running(command, cwd=self.directory, env=each))
-                       for each in environments]  # fmt: skip
-            pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(8))
-            senders = [pool.submit(post_until_it_ends, inbox) for inbox in inboxes * 4]
-            while len(acknowledged) < 100 and not any(each.done() for each in senders):
-                time.sleep(0)
-            known = set(acknowledged)
-            for inbox in inboxes:
-                contained = inbox.ask("GET", "/inbox").json()["ldp:contains"]
-                self.assertLessEqual(known, {path_of(each["@id"]) for each in contained})
-                lines = inbox.ask("GET", "/deliveries?limit=1000").json()["deliveries"]
-                self.assertLessEqual(known, {f"/inbox/{line['name']}" for line in lines})
+            command = self.command("--port", "0")
+            # Windows cannot append in one step, so that two might write at the same place.
+            count = 2 if os.name == "posix" else 1
+            programs = [running(command, cwd=self.directory) for _ in range(count)]
+            inboxes = [stack.enter_context(program) for program in programs]
+            pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(4))
+            senders = [pool.submit(post_until_it_ends, inbox) for inbox in inboxes * 2]
+            self.assertTrue(enough.wait(20))
             for status, log in [inbox.stop() for inbox in inboxes]:
                 self.assertEqual((status, "Traceback" in log), (0, False), log)
-            self.assertEqual({each.result() for each in senders}, {None})
+        self.assertEqual([each.result() for each in senders], [None] * len(senders))
         store = self.directory / "notifications"
-        whole = [name for name in files_in(store) if (store / name).read_bytes() == document]
-        log = (store / "deliveries.jsonl").read_text()
-        names = sorted(json.loads(line)["name"] for line in log.splitlines() if line)
-        self.assertEqual([f"/inbox/{name}" for name in names], sorted(acknowledged))
-        self.assertEqual((whole, files_in(store)), ([f"{name}.json" for name in names],) * 2)
-
-    @unittest.skipUnless(PROC, "the limit of descriptors needs a POSIX shell")
-    def test_when_they_are_used_up_nothing_is_lost_and_service_resumes(self) -> None:
-        command = self.command("--port", "0", GRACE=0.02, PAUSE=0.02)
-        limited = ["sh", "-c", 'ulimit -n 24 && exec "$@"', "sh", *command]
-        with running(limited, cwd=self.directory) as inbox:
-            with contextlib.ExitStack() as clients:
-                for _ in range(40):
-                    clients.enter_context(connect(inbox))
-                statuses = [inbox.ask("POST", "/inbox", ACCEPT).status for _ in range(10)]
-            self.assertLessEqual(set(statuses), {201, 500})
-            while statuses[-1] == 500 or len(statuses) == 10:  # until it sees that they have left
-                statuses.append(inbox.ask("POST", "/inbox", ACCEPT).status)
-            status, log = inbox.stop()
-        self.assertEqual((status, "Traceback" in log), (0, False), log)
-        self.assertIn("Too many open files", log)
-        waited = log.count("a connection could not be accepted")
-        self.assertTrue(0 < waited < 500, waited)  # it does not try again and again
-        stored = files_in(self.directory / "notifications")
-        self.assertEqual(len(stored), statuses.count(201))
+        lines = (store / "deliveries.jsonl").read_text().splitlines()
+        names = sorted(json.loads(line)["name"] for line in lines if line)
+        self.assertEqual(names, sorted(acknowledged))
+        self.assertEqual(files_in(store), [f"{name}.json" for name in names])
+        self.assertEqual({(store / file).read_bytes() for file in files_in(store)}, {document})
 
     @NEEDS_SPARSE_FILES
     def test_a_signal_ends_it_at_once_though_clients_and_receivers_wait(self) -> None:
         """Ten searches kept it for 16 seconds, and SIGHUP killed it."""
         path = self.config("REPLIES = ['Accept']; REPLY_DELAY = 0; FSYNC = False")
-        command, store = self.command("--port", "0", "--config", path), self.directory / "store"
+        store = self.directory / "notifications"
         store.mkdir()
-        with (store / "deliveries.jsonl").open("wb") as log_of_nothing:
-            log_of_nothing.truncate(2**36)  # it takes long to read, and no room on the disk
-        with contextlib.ExitStack() as stack:
-            late = LateAnswer()
-            silent = stack.enter_context(receiving(late))
-            inbox = stack.enter_context(running([*command, "--store", str(store)]))
+        (store / "deliveries.jsonl").touch()
+        os.truncate(store / "deliveries.jsonl", 2**36)  # long to read, but no room on the disk
+        command, late = self.command("--port", "0", "--config", path), LateAnswer()
+        with receiving(late) as silent, running(command, cwd=self.directory) as inbox:
             for _ in range(2):
                 inbox.ask("POST", "/inbox", offer_between(silent.url, inbox.url))
                 late.wait_for_request()
             search = get_head(target="/deliveries?q=x")
             search_page = get_head("Accept: text/html", target="/deliveries?q=x")
-            for data in (post_to("?delay=9999"), search, search_page, b""):
-                stack.enter_context(connect(inbox, data))
-            stack.enter_context(Listener(inbox))
-            self.assertEqual(inbox.ask("POST", "/inbox", ACCEPT).status, 201)
-            started = time.monotonic()
-            status, log = inbox.stop(signal.SIGHUP)
-            self.assertLess(time.monotonic() - started, coarinbox.STOP_WITHIN - 0.1)
-            self.assertEqual((status, "Traceback" in log), (0, False), log)
-            self.assertIn("the inbox stops; replies", log)
+            with contextlib.ExitStack() as clients:
+                for data in (post_to("?delay=9999"), search, search_page, b""):
+                    clients.enter_context(connect(inbox, data))
+                clients.enter_context(Listener(inbox))
+                self.assertEqual(inbox.ask("POST", "/inbox", ACCEPT).status, 201)
+                started = time.monotonic()
+                status, log = inbox.stop(signal.SIGHUP)
+                self.assertLess(time.monotonic() - started, coarinbox.STOP_WITHIN - 0.1)
+        self.assertEqual((status, "Traceback" in log), (0, False), log)
+        self.assertIn("the inbox stops; replies", log)
 
 
 class ScarcityTest(InboxTest):
@@ -5787,32 +5653,22 @@ class ScarcityTest(InboxTest):
                     with self.assertRaises(BlockingIOError):  # one was enough
                         second.recv(1)
 
-    @with_settings(MAX_CONNECTIONS=32)
-    @constants(GRACE=0.05)
+    @with_settings(MAX_CONNECTIONS=16)
+    @constants(GRACE=0.02)
     def test_a_crowd_of_bad_clients_delays_others_only_until_each_had_its_time(self) -> None:
-        large, over = drop_in(self.server, b" " * 5_000_000), threading.Event()
+        """They send nothing, drip the head of a request, or do not read the answer."""
+        large = drop_in(self.server, b" " * 5_000_000)
         kinds = (b"", b"POST /inbox HT", get_head()[:-2], get_head(target=large))
-        crowd = [self.connect(data) for data in kinds * 32]
-        for connection in crowd:
-            connection.setblocking(False)
-
-        def drip() -> None:
-            """Send a header line on each, and read a byte from each, until it is over."""
-            while not over.wait(0.04):
+        crowd = [self.connect(data) for data in kinds * 16]
+        started = time.monotonic()
+        for _ in range(3):
+            good = self.connect(post_to())
+            while not select.select([good], [], [], 0.01)[0]:
+                self.assertLess(time.monotonic() - started, 5)
                 for connection in crowd:
                     with contextlib.suppress(OSError):
-                        connection.send(b"X: y\r\n")
-                        connection.recv(1)
-
-        thread = threading.Thread(target=drip)
-        thread.start()
-        self.addCleanup(thread.join)
-        self.addCleanup(over.set)
-        for patience in (5, *[1] * 10):
-            started = time.monotonic()
-            self.assert_serves()
-            self.assertLess(time.monotonic() - started, patience)
-            self.assertLessEqual(len(self.server.connections), 2 * 32)
+                        connection.send(b"x")
+            self.assert_answered(good)
 
     @constants(GRACE=60)
     def test_clients_that_have_just_come_do_not(self) -> None:
@@ -5838,54 +5694,58 @@ class ScarcityTest(InboxTest):
             connection.sendall(BODY)
         self.assert_answered(*begun)
 
-    def test_requests_that_have_arrived_come_before_new_connections(self) -> None:
-        limits: dict[str, Any] = {"MAX_CONNECTIONS": 2, "PORT": 0, "FSYNC": False}
-        settings = coarinbox.Settings(STORE_DIR=self.server.store.directory, **limits)
-        request = post_head(f"Content-Length: {len(BODY)}", "Connection: close") + BODY
-        with contextlib.ExitStack() as stack:
-            server = stack.enter_context(coarinbox.InboxServer(settings))
-            waiting = [stack.enter_context(connect(server, request)) for _ in range(12)]
-            threading.Thread(target=server.serve_forever).start()
-            self.assert_answered(*waiting)
+    def test_pipelined_requests_are_answered_in_order_and_do_not_hold_up_others(self) -> None:
+        stored = drop_in(self.server)
+        kinds = [
+            (get_head(), 200, b'"constraints"'), (get_head(target=stored), 200, BODY),
+            (post_to("", b"no"), 400, b"not JSON"), (post_to("?status=503"), 503, b"simulated"),
+            (get_head(target="/inbox"), 200, b"ldp:"), (post_to(), 201, b"/inbox/"),
+        ] * 10  # fmt: skip
+        with self.connect(b"".join(request for request, *_ in kinds)).makefile("rb") as greedy:
+            self.assertEqual(self.ask("GET", "/health").status, 204)
+            self.assertLess(sum("/constraints" in line for line in self.log_lines()), 10)
+            for _, status, part in kinds:
+                answer = read_answer(greedy.readline(), greedy)
+                self.assertEqual((answer.status, part in answer.body), (status, True))
 
-    def test_pipelined_requests_do_not_hold_up_others(self) -> None:
-        greedy = self.connect(get_head() * 30)
-        self.assertEqual(self.ask("GET", "/health").status, 204)
-        self.assertLess(len(self.log_lines()), 30)
-        greedy.shutdown(socket.SHUT_WR)
-        while greedy.recv(1_000_000):
-            pass
-        self.assertEqual(len(self.log_lines()), 30)
-
-    def test_a_slow_reader_holds_up_nobody_and_gets_everything(self) -> None:
+    def test_a_client_that_does_not_read_cannot_send_on_and_holds_up_nobody(self) -> None:
         body = bytes(range(256)) * 40_000
-        with self.connect(get_head(target=drop_in(self.server, body))).makefile("rb") as slow:
-            for _ in range(3):
-                self.assert_serves()
-            self.assertEqual(read_answer(slow.readline(), slow).body, body)
+        slow = self.connect(get_head(target=drop_in(self.server, body)))
+        slow.settimeout(0.1)
+        with self.assertRaises(socket.timeout):
+            for _ in range(50):
+                slow.sendall(b"x" * 1_000_000)
+        self.assert_serves()
+        slow.settimeout(10)
+        with slow.makefile("rb") as stream:
+            self.assertEqual(read_answer(stream.readline(), stream).body, body)  # all of it
 
-    @constants(PAUSE=0.01)
+    @constants(PAUSE=0.02)
     def test_when_the_system_has_no_more_descriptors_new_connections_wait(self) -> None:
         self.errors_expected = True
         for number in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-            error = OSError(number, os.strerror(number))
-            with unittest.mock.patch("socket.socket.accept", side_effect=error):
+            error, started = OSError(number, os.strerror(number)), time.monotonic()
+            with unittest.mock.patch("socket.socket.accept", side_effect=error) as accept:
                 connection = self.connect()
-                self.wait_until(lambda line=str(error): line in "".join(self.log_lines()))  # type: ignore[misc]
+                self.wait_until(lambda accept=accept: accept.call_count >= 3)  # type: ignore[misc]
+            # It does not try again and again.
+            self.assertGreaterEqual(time.monotonic() - started, 2 * coarinbox.PAUSE)
             with connection:
                 self.assert_serves()
-        self.assertIn("a connection could not be accepted", self.log_lines()[0])
+            self.assertIn(f"a connection could not be accepted: {error}", self.log_lines())
 
-    @constants(LINGER=60)
+    @constants(LINGER=60, GRACE=0.02)
     def test_floods_do_not_hold_up_others(self) -> None:
         for first, then in ((b"", b"\r\n" * 1000), (b"garbage\r\n", b"x" * 65536)):  # read on
-            with self.connect(first) as flooding:
+            for _ in range(6):
+                flooding = self.connect(first)
                 flooding.setblocking(False)
-                for _ in range(5):
-                    with contextlib.suppress(BlockingIOError):
-                        for _ in range(50):
-                            flooding.send(then)
-                    self.assert_serves()
+                with contextlib.suppress(BlockingIOError, ConnectionError):
+                    for _ in range(30):
+                        flooding.send(then)
+                self.assert_serves()
+        # Some have been answered, and are still read; they have room of their own.
+        self.assertLessEqual(len(self.server.connections), 2 * 2 + 1)
 
     def test_it_does_not_spin_while_it_is_full(self) -> None:
         for query in ("?delay=.2", "?delay=.2", ""):
@@ -5991,20 +5851,13 @@ class ShortWriteTest(InboxTest):
         self.assertEqual(files_in(self.server.store.directory), [])
         self.assert_serves()
 
-    def test_a_line_of_the_log_that_is_cut_is_passed_over(self) -> None:
-        with self.disk_that_cuts(b'{"name"'):
-            self.assertEqual(self.post().status, 201)
-        self.assertIn(f"not be logged: [Errno {errno.ENOSPC}]", "".join(self.log_lines()))
-        name = last_part(self.post().headers["Location"])
-        listed = self.ask("GET", "/deliveries").json()["deliveries"]
-        self.assertEqual([each["name"] for each in listed], [name])
-
     def test_what_cannot_be_logged_is_adopted_once(self) -> None:
         path = drop_in(self.server).replace("/inbox/", "/deliveries/")
         with self.disk_that_cuts(b'{"name"'):
             first, second = (self.ask("GET", path).json() for _ in range(2))
         self.assertEqual((first["name"], first), (last_part(path), second))
-        self.assertEqual("".join(self.log_lines()).count("not be logged"), 1)
+        reason = f"not be logged: [Errno {errno.ENOSPC}]"
+        self.assertEqual("".join(self.log_lines()).count(reason), 1)
 
 
 class ManyTest(InboxTest):
@@ -6050,15 +5903,15 @@ class TokenTest(DeliveriesTest):
 
     def test_every_request_must_carry_it(self) -> None:
         wrong = base64.b64encode(b"s3cret:wrong").decode()
-        for authorization in [
-            None, "", "Bearer", "Bearer wrong", "Bearer s3cret: u", "Basic", "Basic ?", "Digest x",
+        for authorization in (
+            "", "Bearer", "Bearer wrong", "Bearer s3cret: u", "Basic", "Basic ?", "Digest x",
             "Digest s3cret: \xc3\xbc", "Basic s3cret: \xc3\xbc", "Basic \xff", f"Basic {wrong}",
             "s3cret",
-        ]:  # fmt: skip
-            headers = {} if authorization is None else {"Authorization": authorization}
+        ):  # fmt: skip
             for asked in ("POST /inbox", "GET /", "GET /deliveries", "OPTIONS /inbox", "GET /x"):
                 with self.subTest(asked, authorization=authorization):
                     body = BODY if asked.startswith("POST") else None
+                    headers = {"Authorization": authorization} if authorization else {}
                     answer = self.ask(*asked.split(), body, headers)
                     self.assert_problem(answer, 401)
                     challenges = answer.headers.get_all("WWW-Authenticate") or []
@@ -6068,18 +5921,6 @@ class TokenTest(DeliveriesTest):
         # Software Heritage takes the second one.
         for authorization in (f"Bearer {token}", f"Token {token}", self.basic.replace("B", "b", 1)):
             self.assertEqual(self.post(Authorization=authorization).status, 201)
-        self.assertEqual(len(self.stored()), 3)
-
-    def test_the_first_notification_to_try_it_goes_with_it(self) -> None:
-        page = self.ask("GET", "/", headers={**HTML, "Authorization": self.basic}).body.decode()
-        self.assertIn('/inbox -H "Authorization: Bearer $TOKEN" --data', Page(page).one("pre").text)
-
-    def test_the_events_too(self) -> None:
-        with Listener(self.server) as listener:
-            self.assertEqual(listener.stream.status, 401)
-        with Listener(self.server, Authorization=self.basic) as listener:
-            self.assertEqual(self.post().status, 401)
-            self.assertEqual(listener.event().data["status"], 401)
 
     def test_what_strangers_send_is_not_logged(self) -> None:
         """6 MB of headers became 37 MB of log, without the token."""
@@ -6088,13 +5929,12 @@ class TokenTest(DeliveriesTest):
             (401, {"X-Mine": "unwanted"}), (401, {"Authorization": "Bearer unwanted"}),
             (421, {**token, "Host": "evil.example"}), (403, {**token, "Origin": FOREIGN}),
         ]:  # fmt: skip
-            document = altered("Request Review", id="urn:x:unwanted")
-            answer = self.ask("POST", "/inbox", document, headers)
+            answer = self.ask("POST", "/inbox", changed(OFFER, "id", "urn:x:unwanted"), headers)
             problem, line = self.assert_problem(answer, status), self.lines()[-1]
             self.assertNotIn("unwanted", json.dumps(line))
-            self.assertFalse(line["headers"])
-            self.assertEqual((line["client"], line["target"]), (address(self.server)[0], "/inbox"))
-            self.assertEqual((line["status"], line["detail"]), (status, problem["detail"]))
+            expected = {"client": address(self.server)[0], "target": "/inbox", "headers": {},
+                        "status": status, "detail": problem["detail"]}  # fmt: skip
+            self.assertLessEqual(expected.items(), line.items())
         self.assertEqual(len(self.lines()), 4)
 
     def test_health_is_for_everybody_and_leaves_no_line_in_the_log(self) -> None:
@@ -6137,10 +5977,10 @@ class EmbeddedTest(unittest.TestCase):
     def test_clients_that_have_already_connected_are_answered_before_the_end(self) -> None:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.server)
-            waiting = [stack.enter_context(connect(self.server, post_to())) for _ in range(100)]
+            waiting = [stack.enter_context(connect(self.server, post_to())) for _ in range(70)]
             self.server.stop()
             self.server.serve_forever()
-            self.assertEqual([answer_on(each).status for each in waiting], [201] * 100)
+            self.assertEqual([answer_on(each).status for each in waiting], [201] * 70)
 
     def test_an_inbox_that_never_served_can_be_ended(self) -> None:
         with self.server:
@@ -6148,8 +5988,7 @@ class EmbeddedTest(unittest.TestCase):
             self.server.serve_forever()
 
 
-class TlsTest(SendingTest):
-    directory: str
+class TlsTest(SendingTest, InboxTest):
     certificate: str
     key: str
     context: ssl.SSLContext
@@ -6161,8 +6000,7 @@ class TlsTest(SendingTest):
             raise unittest.SkipTest("making a certificate needs openssl")
         directory = tempfile.TemporaryDirectory()
         cls.addClassCleanup(directory.cleanup)
-        cls.directory = directory.name
-        cls.certificate, cls.key = f"{cls.directory}/cert.pem", f"{cls.directory}/key.pem"
+        cls.certificate, cls.key = f"{directory.name}/cert.pem", f"{directory.name}/key.pem"
         done = subprocess.run(
             ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
              "-nodes", "-days", "2", "-subj", "/CN=localhost",
@@ -6172,56 +6010,47 @@ class TlsTest(SendingTest):
         )  # fmt: skip
         if done.returncode:  # on Windows, some do not find their configuration
             raise unittest.SkipTest(f"openssl makes no certificate: {done.stderr!r}")
+        cls.settings = {"SSL_CERT": cls.certificate, "SSL_KEY": cls.key}
         cls.context = ssl.create_default_context(cafile=cls.certificate)
 
-    def serving(self, **settings: Any) -> Any:
-        return serving(**{"SSL_CERT": self.certificate, "SSL_KEY": self.key, **settings})
-
-    def connect(self, server: Any, data: bytes = b"") -> ssl.SSLSocket:
-        connection = socket.create_connection(address(server), timeout=10)
-        secure = self.context.wrap_socket(connection, server_hostname="localhost")
+    def connect(self, data: bytes = b"") -> ssl.SSLSocket:
+        secure = self.context.wrap_socket(connect(self.server), server_hostname="localhost")
         self.addCleanup(secure.close)
         secure.sendall(data)
         return secure
 
     def test_https(self) -> None:
         large = altered("Accept", summary="x" * 900_000)  # TLS sends 16 KiB at most at once
-        with self.serving(REQUEST_TIMEOUT=1) as server:
-            self.assertTrue(server.base.startswith("https://localhost:"))
-            where = address(server)
-            with socket.create_connection(where):  # stalls in the handshake
-                client = http.client.HTTPSConnection(*where, timeout=10, context=self.context)
-                for document in (ACCEPT, large):
-                    answer = ask_on(client, "POST", "/inbox", document)
-                    self.assertEqual(answer.status, 201)
-                    self.assertTrue(answer.headers["Location"].startswith("https://127.0.0.1:"))
-                    path = path_of(answer.headers["Location"])
-                    self.assertEqual(ask_on(client, "GET", path).json(), document)
-                client.close()
-            with self.assertLogs("coarinbox", "INFO") as caught:
-                with contextlib.suppress(OSError):
-                    self.assertEqual(raw(server, b"GET / HTTP/1.1\r\n\r\n"), [])
-                server.server_close()
-            self.assertFalse([line for line in caught.records if line.exc_info])
+        self.assertTrue(self.server.base.startswith("https://localhost:"))
+        where = address(self.server)
+        client = http.client.HTTPSConnection(*where, timeout=10, context=self.context)
+        with connect(self.server), contextlib.closing(client):  # the first stalls in the handshake
+            for document in (ACCEPT, large):
+                location = ask_on(client, "POST", "/inbox", document).headers["Location"]
+                self.assertTrue(location.startswith("https://127.0.0.1:"), location)
+                self.assertEqual(ask_on(client, "GET", path_of(location)).json(), document)
+        with contextlib.suppress(OSError):
+            self.assertEqual(raw(self.server, get_head()), [])  # not encrypted
+        self.server.server_close()
+        self.assertFalse([line for line in self.log if line.exc_info])
 
     @unittest.skipUnless(hasattr(ssl, "OP_IGNORE_UNEXPECTED_EOF"), "needs Python 3.10")
+    @with_settings(MAX_CONNECTIONS=1)
     @constants(GRACE=0.02)
     def test_who_is_cut_off_for_the_sake_of_others_is_told_so(self) -> None:
-        with self.serving(MAX_CONNECTIONS=1) as server:
-            first = self.connect(server, post_head("Content-Length: 9") + b"x")
-            self.connect(server)  # which waits until there is room
-            self.assertEqual(answer_on(first).status, 503)
+        first = self.connect(post_head("Content-Length: 9") + b"x")
+        self.connect()  # which waits until there is room
+        self.assertEqual(answer_on(first).status, 503)
 
     def test_requests_that_come_at_once_are_all_answered(self) -> None:
         """Together they fill a TLS record: what a read leaves of it, nobody but TLS knows of."""
         last = post_head("Content-Length: 0", "Connection: close")
         first = post_head("Content-Length: 0", "X: ")
         padding = b"x" * (16384 - len(first + last))
-        with self.serving() as server:
-            secure = self.connect(server, first.replace(b"X: ", b"X: " + padding) + last)
-            with secure.makefile("rb") as stream:
-                answers = [read_answer(stream.readline(), stream).status for _ in range(2)]
-                self.assertEqual(answers, [400, 400])
+        secure = self.connect(first.replace(b"X: ", b"X: " + padding) + last)
+        with secure.makefile("rb") as stream:
+            answers = [read_answer(stream.readline(), stream).status for _ in range(2)]
+            self.assertEqual(answers, [400, 400])
 
     @constants(TURN=0)
     def test_a_client_that_breaks_the_encryption_is_disconnected(self) -> None:
@@ -6234,64 +6063,59 @@ class TlsTest(SendingTest):
             self.assertTrue(gone.acquire(timeout=10))
 
         slow: Any = {"select": search, "select_lines": search}
-        with self.serving() as server, self.assertLogs("coarinbox", "INFO") as log:
-            with unittest.mock.patch.multiple(server.deliveries, **slow):
-                for number, kind in enumerate(("text/html", "application/json"), 1):
-                    head = get_head(f"Accept: {kind}", target="/deliveries")
-                    secure = self.connect(server, head)
-                    self.assertTrue(begun.acquire(timeout=10))
-                    socket.socket.send(secure, b"not encrypted")
-                    deadline = time.monotonic() + 10
-                    while "".join(log.output).count("connection lost") < number:
-                        self.assertLess(time.monotonic(), deadline, log.output)
-                        time.sleep(0)
-                    gone.release(2)
-                    other = self.connect(server, head)
+        with unittest.mock.patch.multiple(self.server.deliveries, **slow):
+            for kind in ("text/html", "application/json"):
+                head = get_head(f"Accept: {kind}", target="/deliveries")
+                secure = self.connect(head)
+                self.assertTrue(begun.acquire(timeout=10))
+                socket.socket.send(secure, b"not encrypted")
+                self.wait_until(lambda: not self.server.connections)
+                gone.release(2)
+                with self.connect(head) as other:
                     self.assertTrue(begun.acquire(timeout=10))
                     self.assertEqual(answer_on(other).status, 200)
-            self.assertEqual("".join(log.output).count("connection lost"), 2, log.output)
+        self.assertEqual("".join(self.log_lines()).count("connection lost"), 2)
+
+    def test_a_client_that_does_not_encrypt_finds_the_reason_in_the_log(self) -> None:
+        with socket.create_connection(address(self.server), timeout=10) as client:
+            client.sendall(get_head())
+            with contextlib.suppress(ConnectionError):
+                while client.recv(999):
+                    pass
+        self.assertIn("the client speaks plain HTTP", "".join(self.log_lines()))
 
     def test_old_versions_of_the_protocol_are_refused(self) -> None:
         hello = b"\x03\x02" + bytes(32) + b"\x00" + b"\x00\x02\x00\x2f" + b"\x01\x00"  # TLS 1.1
         record = b"\x01" + len(hello).to_bytes(3, "big") + hello
         record = b"\x16\x03\x01" + len(record).to_bytes(2, "big") + record
-        with self.serving() as server, connect(server, record) as connection:
+        with connect(self.server, record) as connection:
             alert = connection.recv(100)
         self.assertEqual((alert[:1], alert[5:]), (b"\x15", b"\x02\x46"))  # protocol_version
 
     def test_files_that_cannot_be_used(self) -> None:
-        encrypted = f"{self.directory}/encrypted.pem"
+        encrypted = f"{self.key}.encrypted"
         encrypt = ["openssl", "pkey", "-in", self.key, "-aes256", "-passout", "pass:x"]
         subprocess.run([*encrypt, "-out", encrypted], check=True, capture_output=True)
+        expected = "SSL_CERT.*; expected a certificate and its key, not encrypted, in PEM"
         for settings in (
             {"SSL_CERT": "none.pem"}, {"SSL_CERT": self.key}, {"SSL_KEY": None},
             {"SSL_KEY": encrypted},  # its password is not asked for
         ):  # fmt: skip
-            expected = "SSL_CERT.*; expected a certificate and its key, not encrypted, in PEM"
-            with self.subTest(settings):
-                with self.assertRaisesRegex(coarinbox.ConfigurationError, expected):
-                    self.serving(**settings).__enter__()
+            with self.assertRaisesRegex(coarinbox.ConfigurationError, expected):
+                serving(**{**self.settings, **settings}).__enter__()
 
-    def test_a_private_authority_can_be_trusted(self) -> None:
-        with unittest.mock.patch.dict(os.environ, SSL_CERT_FILE=self.certificate):
-            with self.serving() as server:
-                self.assertEqual(coarinbox.send(ACCEPT, f"{server.base}/inbox").status, 201)
-            drip = endless(b"HTTP/1.1 201 Created\r\n\r\n", b"x", 0.01)
-            with receiving(drip, (self.certificate, self.key)) as receiver:
-                self.assertEqual(coarinbox.send(ACCEPT, receiver.url, timeout=1).status, 201)
-
-    def test_the_certificate_must_be_trusted_and_have_the_name_of_the_url(self) -> None:
-        with receiving(CREATED, (self.certificate, self.key)) as receiver:
-            port = receiver.server_address[1]
+    def test_a_certificate_must_be_trusted_and_have_the_name_of_the_url(self) -> None:
+        drip = endless(b"HTTP/1.1 201 Created\r\n\r\n", b"x", 0.01)
+        with receiving(drip, (self.certificate, self.key)) as receiver:
             reason = "TLS failed: certificate verify failed: .*self.signed.*; set SSL_CERT_FILE"
             self.assert_fails(reason, receiver.url)
-            self.assertEqual(receiver.received, [])
             with unittest.mock.patch.dict(os.environ, SSL_CERT_FILE=self.certificate):
+                self.assertEqual(coarinbox.send(ACCEPT, f"{self.server.base}/inbox").status, 201)
+                self.assertEqual(coarinbox.send(ACCEPT, receiver.url, timeout=0.4).status, 201)
+                url = receiver.url.replace("127.0.0.1", "reviews.example.net")
                 with self.assertRaisesRegex(coarinbox.SendError, "TLS failed: .*reviews.example"):
-                    url = f"https://reviews.example.net:{port}/"
                     coarinbox.post(ACCEPT, url, ["127.0.0.1"])
-                answer = coarinbox.post(ACCEPT, f"https://localhost:{port}/", ["127.0.0.1"])
-            self.assertEqual((answer.status, len(receiver.received)), (201, 1))
+            self.assertEqual(len(receiver.received), 1)
 
 
 NEEDS_PYDEVD = unittest.skipUnless(importlib.util.find_spec("pydevd"), "pydevd is not installed")
@@ -6335,17 +6159,6 @@ class DebuggerTest(ProgramTest):
         with self.debugged(free_port()) as inbox:
             self.assertIn("no debugger: 127.0.0.1", "\n".join(inbox.banner))
             self.assertEqual(inbox.ask("GET", "/inbox").status, 200)
-
-    def test_an_editor_that_does_not_wait_is_no_reason_to_end(self) -> None:
-        debugger = unittest.mock.Mock()
-        debugger.settrace.side_effect = ConnectionRefusedError("refused")
-        with unittest.mock.patch.dict(sys.modules, pydevd=debugger):
-            with self.assertLogs("coarinbox", "WARNING") as caught:
-                coarinbox.attach_debugger("editor.example", 6000)
-        expected = "WARNING:coarinbox:no debugger: editor.example:6000: refused"
-        self.assertEqual(caught.output, [expected])
-        options = {"stdoutToServer": True, "stderrToServer": True, "suspend": False}
-        debugger.settrace.assert_called_once_with("editor.example", port=6000, **options)
 
 
 # --- Bounds --------------------------------------------------------------------------------------
@@ -6402,14 +6215,14 @@ class HeadTest(InboxTest):
                 self.assertEqual(answer_on(connection).status, status)
                 self.assertEqual(connection.recv(1), b"")  # and no reset
 
-    @constants(LINGER=0.2)
+    @constants(LINGER=0.1)
     def test_later_input_is_discarded_for_some_time_only(self) -> None:
         with connect(self.server, post_head("Content-Length: 999999999999")) as connection:
             started = time.monotonic()
             with contextlib.suppress(ConnectionError):
                 while time.monotonic() < started + 8:
                     connection.sendall(b"x" * 65536)
-            self.assertTrue(0.1 < time.monotonic() - started < 5)
+            self.assertTrue(0.05 < time.monotonic() - started < 5)
 
 
 class LogLineTest(DeliveriesTest):
@@ -6492,22 +6305,18 @@ class WaitingTest(DeliveriesTest):
             self.wait_until(lambda: not self.server.connections)
         self.assertIn("the client has left", "".join(self.log_lines()))
 
-    def test_listeners_cost_senders_little(self) -> None:
+    def test_listeners_share_one_reader(self) -> None:
         """Fifty left a twentieth of the rate, even where they wanted none of what came."""
-        connection = http.client.HTTPConnection(*address(self.server), timeout=20)
-        self.addCleanup(connection.close)
-
-        def seconds_of_posts() -> float:
-            started = time.monotonic()
-            for _ in range(30):
-                self.assertEqual(ask_on(connection, "POST", "/inbox", ACCEPT).status, 201)
-            return time.monotonic() - started
-
-        with contextlib.ExitStack() as clients:
-            alone = min(seconds_of_posts() for _ in range(3))
+        read = unittest.mock.patch("coarinbox.read_news", wraps=coarinbox.read_news)
+        with read as reading, contextlib.ExitStack() as clients:
             for _ in range(50):
                 clients.enter_context(Listener(self.server, "/deliveries?q=nothing+has+this"))
-            self.assertLess(min(seconds_of_posts() for _ in range(3)), 5 * alone)
+            reading.reset_mock()
+            for _ in range(20):
+                self.assert_serves()
+            self.wait_until(lambda: reading.called)
+            self.assertLess(reading.call_count, 50)
+        self.assertEqual(len(reading.call_args.args[1]), 1)  # what they want is looked for once
 
 
 class MemoryTest(unittest.TestCase):
@@ -6521,28 +6330,27 @@ class MemoryTest(unittest.TestCase):
     def test_ids_do_not_stay_in_it(self) -> None:
         """150 ids of 1 MB, whose attempts are counted, stayed in memory: 684 MB."""
         kept = []
-        for number in range(8):
+        for number in range(5):
             # One character outside the BMP: each character takes four bytes.
-            body = f'{{"id": "urn:x:{number}:{"x" * 500_000}\U0001f600"}}'.encode()
+            body = f'{{"id": "urn:x:{number}:{"x" * 300_000}\U0001f600"}}'.encode()
             self.assertEqual(raw(self.server, post_to("?close=1&times=1", body)), [])
             self.assertEqual(ask(self.server, "GET", "/health").status, 204)
             kept.append(tracemalloc.get_traced_memory()[0])
-        self.assertLess(kept[-1] - kept[0], 2_000_000)
+        self.assertLess(kept[-1] - kept[0], 1_000_000)
 
     def test_what_was_answered_does_not_stay_in_it(self) -> None:
         """It did, until Python looked for what nobody needs any more."""
         gc.disable()
         self.addCleanup(gc.enable)
         body = b"[" + b" " * 100_000
-        head = f"Host: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        head = get_head(f"Content-Length: {len(body)}", target="/health")
         before = tracemalloc.get_traced_memory()[0]
         for path in ("/nowhere", "/inbox"):
             for _ in range(20):
                 self.assertIn(ask(self.server, "POST", path, body).status, (404, 400))
         with contextlib.ExitStack() as end:
             for _ in range(20):  # they stay connected, and ask for nothing more
-                client = end.enter_context(connect(self.server))
-                client.sendall(b"GET /health HTTP/1.1\r\n" + head + body)
+                client = end.enter_context(connect(self.server, head + body))
                 self.assertEqual(answer_on(client).status, 204)
             self.assertLess(tracemalloc.get_traced_memory()[0] - before, 1_000_000)
 
@@ -6562,15 +6370,15 @@ class MemoryTest(unittest.TestCase):
 
     def test_documents_are_parsed_one_at_a_time(self) -> None:
         """A hundred bodies of 1 MB took 2.7 GB, because each was kept until its answer was sent."""
-        body = b"[" + b"{}," * 10_000 + b"{}]"
+        body = b"[" + b"{}," * 5_000 + b"{}]"
         self.assertEqual(ask(self.server, "POST", "/inbox", body).status, 201)
         one = tracemalloc.get_traced_memory()[1]
         almost = post_head(f"Content-Length: {len(body)}") + body[:-1]
         with contextlib.ExitStack() as clients:
-            waiting = [clients.enter_context(connect(self.server, almost)) for _ in range(10)]
+            waiting = [clients.enter_context(connect(self.server, almost)) for _ in range(8)]
             for connection in waiting:
                 connection.sendall(body[-1:])
-            self.assertEqual([answer_on(each).status for each in waiting], [201] * 10)
+            self.assertEqual([answer_on(each).status for each in waiting], [201] * 8)
         self.assertLess(tracemalloc.get_traced_memory()[1], 4 * one)
 
 
@@ -6584,47 +6392,28 @@ class StandardErrorTest(unittest.TestCase):
             self.assertLess(time.monotonic(), deadline)
             time.sleep(0)
 
-    @constants(MAX_WAITING=coarinbox.MAX_WAITING // 100)
+    @constants(MAX_WAITING=100, FLUSH_WITHIN=0.01)
     def test_nobody_has_to_read_it(self) -> None:
-        """Every request stopped as soon as the pipe was full."""
-        reading, writing = os.pipe()
-        dropped: list[str] = []
+        """Every request stopped as soon as the pipe was full; the end does not wait either."""
+        threads, is_read, written = threading.enumerate(), threading.Event(), io.StringIO()
 
-        def read_log() -> None:
-            with open(reading, encoding="utf-8") as log:
-                dropped.extend(line for line in log if "dropped" in line)
+        def write(text: str) -> None:
+            assert is_read.wait(10)
+            written.write(text)
 
-        thread = threading.Thread(target=read_log)
-        with open(writing, "w", encoding="utf-8") as stderr:
-            with unittest.mock.patch("sys.stderr", stderr), coarinbox.log_to_stderr():
-                with serving(DEBUG=True) as server:  # which logs each header on a line
-                    requests = get_head(*[f"X-{n}: y" for n in range(90)], target="/none") * 50
-                    statuses = [each.status for each in raw(server, requests, "half-close")]
-                    self.assertEqual(statuses, [404] * 50)
-                thread.start()
-        thread.join()
-        self.assertRegex("".join(dropped), "[0-9]{3,} lines were dropped")
-
-    @constants(FLUSH_WITHIN=0.01)
-    def test_what_is_written_late_is_written_whole(self) -> None:
-        """Standard error takes nothing until the log has ended, which does not wait for it."""
-        begun, released = threading.Event(), threading.Event()
-
-        class Slow(io.StringIO):
-            def write(self, text: str) -> int:
-                begun.set()
-                released.wait(10)
-                return super().write(text)
-
-        with unittest.mock.patch("sys.stderr", Slow()) as stderr:
-            with coarinbox.log_to_stderr():
-                coarinbox.LOG.info("first")
-                self.assertTrue(begun.wait(10))
-                coarinbox.LOG.info("second")
-            released.set()
-            self.doCleanups()
-        lines = [line.split()[-1] for line in stderr.getvalue().splitlines()]
-        self.assertEqual(lines, ["first", "second"])
+        started, stderr = time.monotonic(), unittest.mock.Mock(write=write, isatty=lambda: False)
+        with unittest.mock.patch("sys.stderr", stderr):
+            with coarinbox.log_to_stderr(), serving(DEBUG=True) as server:
+                # Each header is a line of the log.
+                requests = get_head(*[f"X-{n}: y" for n in range(90)], target="/none") * 5
+                statuses = [each.status for each in raw(server, requests, "half-close")]
+                self.assertEqual(statuses, [404] * 5)
+            self.assertLess(time.monotonic() - started, 4)
+            is_read.set()
+            for thread in {*threading.enumerate()}.difference(threads):
+                thread.join(10)
+        self.assertRegex(written.getvalue(), "(?m)^[0-9]{2,} lines were dropped: nobody read")
+        self.assertGreater(written.getvalue().count("\n"), 100)  # what waited is written
 
     def log_on_a_terminal(self, *requests: bytes, **variables: str) -> str:
         """Return what a terminal shows of some requests, the times aside."""
@@ -6638,22 +6427,23 @@ class StandardErrorTest(unittest.TestCase):
         return re.sub("(?m)^[0-9-]{10} [0-9:]{8} ", "", terminal.getvalue())
 
     def test_the_status_of_a_delivery_has_a_color_on_a_terminal(self) -> None:
-        elsewhere = json.dumps(coarinbox.sample("Request Review")).encode()
-        clean = elsewhere.replace(b"//localhost:5005/", b"//localhost/")
-        for request, color, words in [
-            (post_to("?", clean), 32, "201 Request Review from https://repository.example.org/"),
-            (post_to("?", elsewhere), 33, "201 .* 1 warning http://localhost:[0-9]+/deliveries/2"),
-            (post_to("?", b"{}"), 31, "400 no pattern from 127.0.0.1 5 errors, 2 warnings http://"),
+        elsewhere, here = coarinbox.sample("Accept"), coarinbox.sample("Request Review")
+        here["target"]["inbox"] = "http://localhost/inbox"
+        table = [
+            (post_to("", json.dumps(here).encode()), 32, "201 Request Review from https://repo"),
+            (post_to("", json.dumps(elsewhere).encode()), 33, "201 Accept .* 1 warning http://"),
+            (post_to("", b"{}"), 31, "400 no pattern from 127.0.0.1 5 errors, 2 warnings http://"),
             (post_to("?close=1"), 33, "dropped Accept from https://journal.example.com/"),
             (post_to("?status=503"), 31, "503 Accept from https://journal.example.com/"),
-        ]:  # fmt: skip
+        ]  # fmt: skip
+        requests = [request for request, *_ in table]
+        colored, plain = (
+            self.log_on_a_terminal(*requests, NO_COLOR=each, WT_SESSION="x") for each in ("", "1")
+        )
+        for _, color, words in table:
             status, _, rest = words.partition(" ")
-            with self.subTest(words):
-                able = {"WT_SESSION": "x", "NO_COLOR": ""}  # the first is for Windows
-                line = self.log_on_a_terminal(request, **able).split("\n")[0]
-                self.assertRegex(line, f"^\x1b\\[{color}m{status}\x1b\\[0m {rest}")
-                plain = self.log_on_a_terminal(request, **{**able, "NO_COLOR": "1"}).split("\n")[0]
-                self.assertRegex(plain, f"^{words}")
+            self.assertRegex(colored, f"(?m)^\x1b\\[{color}m{status}\x1b\\[0m {rest}")
+            self.assertRegex(plain, f"(?m)^{words}")
 
     def test_the_old_console_of_windows_gets_no_colors(self) -> None:
         """It shows the characters that ask for them."""
@@ -6672,26 +6462,16 @@ class FullHouseTest(InboxTest):
     @with_settings(FSYNC=True)
     def test_requests_that_need_a_thread_are_refused_until_there_is_one(self) -> None:
         with NO_THREAD:
-            for method, path in (("GET", "/inbox"), ("GET", "/"), ("POST", "/inbox")):
-                answer = self.ask(method, path, BODY if method == "POST" else None)
-                self.assertIn(answer.status, (200, 201, 503))
-                if answer.status == 503:
-                    self.assertTrue(answer.headers["Retry-After"].isdecimal())
+            for method, body in (("GET", None), ("POST", BODY)):
+                answer = self.ask(method, "/inbox", body)
+                self.assertEqual((answer.status, answer.headers["Retry-After"]), (503, "1"))
+        self.assertIn("no thread can be started", self.log_lines())
         self.assert_serves()
         self.assertEqual(self.ask("GET", "/inbox").status, 200)
 
     def test_requests_wait_for_the_threads_that_there_are_and_others_are_served(self) -> None:
-        path, open_file = drop_in(self.server), os.open
-        begun, released = threading.Event(), threading.Event()
-
-        def open_later(name: Any, *arguments: Any, **more: Any) -> int:
-            if last_part(path) in str(name):
-                begun.set()
-                self.assertTrue(released.wait(10))
-            return open_file(name, *arguments, **more)
-
-        head = get_head(target=path)
-        with unittest.mock.patch("os.open", open_later), connect(self.server, head) as first:
+        head = get_head(target=drop_in(self.server))
+        with reading_late() as (begun, released), connect(self.server, head) as first:
             self.assertTrue(begun.wait(10))
             self.assert_serves()
             with NO_THREAD as start, connect(self.server, head) as second:
@@ -6737,7 +6517,7 @@ class OtherSitesTest(InboxTest):
         for value in ([r"https?://.*\.example"], 5):
             with self.assertLogs("coarinbox", "WARNING") as log, serving(CORS_ORIGINS=value) as it:
                 answer = ask(it, "POST", "/inbox", ACCEPT, {"Origin": FOREIGN})
-                self.assertEqual(answer.status, 403)
+            self.assertEqual(answer.status, 403)
             self.assertRegex("".join(log.output), "^(?!.*unknown setting).*CORS_ORIGINS")
 
     def test_what_a_page_that_is_allowed_can_read(self) -> None:
@@ -6782,41 +6562,35 @@ class OtherSitesTest(InboxTest):
 class SharedStoreTest(DeliveriesTest):
     """A store that others use too, or have used."""
 
+    OLD = "20200101_000000_" + "a" * 32  # the name of a notification from before
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.ask("GET", "/health")
+        self.wait_until(lambda: not self.server.tasks)  # it has looked around
+
     def test_old_drafts_are_swept_at_the_start_and_young_ones_are_not(self) -> None:
         store, now = self.path.parent, time.time()
         old, young = (store / f".20200101_000000_{digit * 32}.part" for digit in "ab")
         for draft, age in ((old, 7200), (young, 600)):
             draft.write_bytes(BODY)
             os.utime(draft, (now - age, now - age))
-        with serving(STORE_DIR=str(store)):
-            self.wait_until(lambda: not old.exists())
-        self.assertTrue(young.exists())
+        with beside(self.server):
+            self.assertEqual((old.exists(), young.exists()), (False, True))
 
-    @contextlib.contextmanager
-    def unlogged(self) -> Iterator[tuple[str, str]]:
-        """Have a store with a notification that no log knows; gives the store and the name."""
-        name = "20200101_000000_" + "a" * 32
-        with tempfile.TemporaryDirectory() as store:
-            (pathlib.Path(store) / f"{name}.json").write_bytes(BODY)
-            yield store, name
-
-    def listed_by(self, server: Any) -> list[Any]:
-        return list(ask(server, "GET", "/deliveries").json()["deliveries"])
-
-    def test_notifications_without_a_delivery_are_adopted(self) -> None:
+    def test_notifications_without_a_delivery_are_adopted_at_the_start(self) -> None:
         """Only clients that knew their names found them, and without a time."""
-        start = utc_now()
-        with self.unlogged() as (store, name):
-            for _ in range(2):
-                with serving(STORE_DIR=store) as server:
-                    self.wait_until(lambda server=server: self.listed_by(server) != [])  # type: ignore[misc]
-                    (adopted,) = self.listed_by(server)
-                    self.assertEqual((adopted["name"], adopted["pattern"]), (name, "Accept"))
-                    self.assertGreaterEqual(adopted["time"], start)
-                    self.assertEqual(ask(server, "GET", f"/deliveries/{name}/body").body, BODY)
-            self.assertEqual(files_in(store), [f"{name}.json"])
-            with serving(STORE_DIR=store) as server:
-                self.wait_until(lambda: server.ledger.known_as(ACCEPT["id"]) == name)
+        start, name = utc_now(), last_part(drop_in(self.server, BODY, self.OLD))
+        for _ in range(2):
+            with beside(self.server) as other:
+                self.wait_until(lambda: self.deliveries() != [])
+                self.assertEqual(ask(other, "GET", f"/deliveries/{name}/body").body, BODY)
+            (adopted,) = self.deliveries()
+            self.assertEqual((adopted["name"], adopted["pattern"]), (name, "Accept"))
+            self.assertGreaterEqual(adopted["time"], start)
+        self.assertEqual(self.stored(), [name])
+        with beside(self.server) as other:
+            self.wait_until(lambda: other.ledger.known_as(ACCEPT["id"]) == name)
 
     def test_a_delivery_that_is_logged_while_it_looks_around_counts_once(self) -> None:
         self.post()
@@ -6831,24 +6605,13 @@ class SharedStoreTest(DeliveriesTest):
         self.assertEqual(sum(ledger.tally.values()), 3)
 
     def test_an_inbox_that_is_emptied_while_it_looks_around_adopts_nothing(self) -> None:
-        names, looking, emptied = coarinbox.Store.names, threading.Event(), threading.Event()
-        with self.unlogged() as (directory, _):
-
-            def names_later(store: coarinbox.Store) -> list[str]:
-                found = names(store)
-                if store.directory == directory and not looking.is_set():  # at the start
-                    looking.set()
-                    self.assertTrue(emptied.wait(10))
-                return found
-
-            with unittest.mock.patch.object(coarinbox.Store, "names", names_later):
-                with serving(STORE_DIR=directory) as server:
-                    self.assertTrue(looking.wait(10))
-                    self.assertEqual(ask(server, "DELETE", "/inbox").status, 204)
-                    emptied.set()
-                    self.wait_until(lambda: not server.tasks)  # it has looked at everything
-                    self.assertEqual(self.listed_by(server), [])
-                    self.assertEqual(files_in(directory), [])
+        drop_in(self.server, BODY, self.OLD)
+        with reading_late() as (begun, released), beside(self.server) as other:
+            self.assertTrue(begun.wait(10))
+            self.assertEqual(ask(other, "DELETE", "/inbox").status, 204)
+            released.set()
+            self.wait_until(lambda: not other.tasks)  # it has looked at everything
+        self.assertEqual((self.deliveries(), self.stored()), ([], []))
 
     def test_one_that_was_added_later_is_adopted_when_somebody_asks_for_it(self) -> None:
         added = [last_part(drop_in(self.server, body)) for body in (BODY, b"no JSON")]
@@ -6857,78 +6620,40 @@ class SharedStoreTest(DeliveriesTest):
         self.assertEqual([line["name"] for line in self.lines()], added)
         self.assertIn("not JSON", self.lines()[1]["detail"])
 
-    @constants(RECHECK=0.02, GATHER=0)
     @unittest.skipUnless(os.name == "posix", "Windows replaces no file that somebody reads")
     def test_followers_of_a_log_that_is_replaced_or_cut_begin_anew(self) -> None:
         for _ in range(3):
             self.post(REFUSED)
-        first, *others = self.path.read_bytes().splitlines(keepends=True)
-        with Listener(self.server) as listener:
-            self.post(b"no")
-            listener.event()
-            other = self.path.with_name("other")
-            other.write_bytes(b"".join(others) * 5)  # longer, but not the same file
-            other.replace(self.path)
-            for line in others * 5:
-                self.assertEqual(listener.event().id, json.loads(line)["name"])
-            self.path.write_bytes(first)
-            self.assertEqual(listener.event().id, json.loads(first)["name"])
-            self.post(b"no")
-            self.assertEqual(listener.event().id, self.names()[0])
+        log, (first, *others) = self.server.deliveries, self.path.read_bytes().splitlines(True)
+        _, place = log.read(coarinbox.START)
+        for lines in (others * 5, others * 2, [first]):  # longer, but not the same; cut; both
+            self.path.write_bytes(b"".join(lines))
+            read, place = log.read(place)
+            self.assertEqual([line + b"\n" for line in read], lines)
 
     def test_a_line_that_is_written_just_when_somebody_looks_is_read_once(self) -> None:
-        class Late(io.BytesIO):
-            """A file that was still empty when its beginning was looked at."""
-
-            looked = False
-
-            def read(self, size: int | None = -1) -> bytes:
-                before, self.looked = self.looked, True
-                return super().read(size) if before else b""
-
         self.post(REFUSED)
         log, line = self.server.deliveries, self.path.read_bytes()
-        with unittest.mock.patch.object(log, "open", return_value=Late(line)):
+        late = unittest.mock.MagicMock()  # a file that was empty when its beginning was looked at
+        file = late.__enter__.return_value
+        file.read.side_effect, file.seek.return_value = [b"", line], 0
+        with unittest.mock.patch.object(log, "open", return_value=late):
             lines, place = log.read(coarinbox.START)
         self.assertEqual(lines, [line.rstrip(b"\n")])
         self.assertEqual(log.read(place)[0], [])
 
     def test_a_delivery_carries_the_headers_of_its_answer(self) -> None:
-        with coarinbox.running() as inbox:
-            location = send(inbox.url).headers["Location"]
-            send(inbox.url + "?status=503&retry-after=7", OFFER)
-            headers = [delivery.answer_headers for delivery in inbox.deliveries]
-            listed = [each["answer_headers"] for each in self.listed_by(inbox.server)]
-        for stored, refused in (headers, listed[::-1]):
-            self.assertEqual((stored["Location"], refused["Retry-After"]), (location, "7"))
+        location = self.post().headers["Location"]
+        self.ask("POST", "/inbox?status=503&retry-after=7", OFFER)
+        refused, stored = (each["answer_headers"] for each in self.deliveries())
+        self.assertEqual((stored["Location"], refused["Retry-After"]), (location, "7"))
 
     def test_a_line_that_somebody_edited_badly_hides_no_other_at_the_start(self) -> None:
         self.post()
         with self.path.open("ab") as log:
             log.write(self.path.read_bytes().replace(b'"id": "urn', b'"id": "\\q'))
-        with coarinbox.running(STORE_DIR=self.server.store.directory) as inbox:
-            self.wait_until(lambda: b"of 2" in ask(inbox.server, "GET", "/", None, HTML).body)
-
-    def test_a_clock_that_is_set_back(self) -> None:
-        self.post()
-        with unittest.mock.patch("time.time", return_value=0.0):
-            earlier = path_of(self.post().headers["Location"])
-        self.assertIn("/19700101_000000_", earlier)
-        self.assertEqual(self.ask("GET", earlier).body, BODY)
-        self.assertEqual(len(self.listed()), 2)
-        deliveries = self.ask("GET", "/deliveries").json()["deliveries"]
-        self.assertEqual(earlier, f"/inbox/{deliveries[0]['name']}")
-
-    def test_a_store_that_is_taken_away_and_put_back(self) -> None:
-        first = path_of(self.post().headers["Location"])
-        directory = self.server.store.directory
-        os.rename(directory, directory + ".away")
-        second = path_of(self.post().headers["Location"])
-        self.assertEqual([self.ask("GET", each).status for each in (first, second)], [404, 200])
-        shutil.rmtree(directory)
-        os.rename(directory + ".away", directory)
-        self.assertEqual(self.ask("GET", first).body, BODY)
-        self.assert_serves()
+        with beside(self.server) as other:
+            self.wait_until(lambda: b"of 2" in ask(other, "GET", "/", None, HTML).body)
 
 
 class AddressTest(unittest.TestCase):
@@ -7010,11 +6735,10 @@ class FirstDayTest(unittest.TestCase):
         with coarinbox.running() as inbox:
             paths = ["/", "/inboxes", "/ldn/inbox", "/inbox/x", "/constraints"]
             answers = [send(inbox.url.replace("/inbox", path), OFFER) for path in paths]
-            answers.append(fetch(inbox.url, "PUT", OFFER))
-            for answer in answers:
+            for answer in (*answers, fetch(inbox.url, "PUT", OFFER)):
                 self.assertIn(answer.status, (404, 405))
                 self.assertIn(inbox.url, answer.json()["detail"])
-            self.assertEqual((answer.status, "POST" in answer.headers["Allow"]), (405, True))
+            self.assertIn("POST", answer.headers["Allow"])
             self.assertEqual([each.target for each in inbox.deliveries], [*paths, "/inbox"])
             with self.assertRaisesRegex(AssertionError, rf"404[^\n]*{inbox.url}") as missing:
                 inbox.wait_for(type="Offer", timeout=0)
@@ -7026,6 +6750,14 @@ class FirstDayTest(unittest.TestCase):
                 self.assertIn(line, str(missing.exception))
             with self.assertRaisesRegex(AssertionError, "unexpected"):
                 inbox.assert_none()
+
+    def test_a_proxy_that_does_not_remove_its_path(self) -> None:
+        """The answer named the URL that had just been used."""
+        with serving(BASE_URL="https://a.example/notify/") as server:
+            detail = ask(server, "POST", "/notify/inbox", OFFER).json()["detail"]
+            self.assertIn("the proxy has to remove /notify", detail)
+            detail = ask(server, "POST", "/other/inbox", OFFER).json()["detail"]
+            self.assertIn("POST notifications to https://a.example/notify/inbox", detail)
 
     def test_a_test_may_wait_without_a_limit(self) -> None:
         with coarinbox.running() as inbox, concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -7091,33 +6823,6 @@ class StrictTest(InboxTest):
                 self.assertEqual(answer.status, 201)
         self.assertEqual(raw(self.server, post_to("?delay=60"), "half-close"), [])  # it has left
 
-    def test_a_client_that_does_not_read_its_answers_cannot_send_on(self) -> None:
-        head = get_head(target=drop_in(self.server, b" " * 10_000_000))
-        with connect(self.server, head) as greedy:
-            greedy.settimeout(0.1)
-            with self.assertRaises(socket.timeout):
-                for _ in range(50):
-                    greedy.sendall(b"x" * 1_000_000)
-
-    def test_pipelined_requests_are_answered_in_order(self) -> None:
-        kinds = [
-            (post_to(), 201, b"/inbox/"), (post_to("", b"no"), 400, b"not JSON"),
-            (get_head(target="/samples"), 200, b'"samples"'),
-            (post_to("?status=503"), 503, b"simulated"),
-        ]  # fmt: skip
-        for number in range(10):
-            body = json.dumps(altered("Accept", id=f"urn:x:{number}")).encode()
-            path = path_of(self.post(body).headers["Location"])
-            kinds.append((get_head(target=path), 200, body))
-        data = b"".join(request for request, _, _ in kinds) * 20
-        with connect(self.server) as connection, connection.makefile("rb") as stream:
-            thread = threading.Thread(target=connection.sendall, args=(data,), daemon=True)
-            thread.start()
-            for _, status, part in kinds * 20:
-                answer = read_answer(stream.readline(), stream)
-                self.assertEqual((answer.status, part in answer.body), (status, True))
-            thread.join(10)
-
 
 class CommitTest(InboxTest):
     """Notifications that arrive together reach the disk together."""
@@ -7126,21 +6831,16 @@ class CommitTest(InboxTest):
     errors_expected = True
 
     def post_together(self, *lengths: int) -> list[int]:
-        """Send notifications at once; an accepted one is there as soon as its answer is."""
-        directory = pathlib.Path(self.server.store.directory)
-
-        def post(length: int) -> int:
-            body = json.dumps(altered("Accept", summary="x" * length)).encode()
-            answer = self.post(body)
-            if answer.status == 201:
-                name = last_part(answer.headers["Location"])
-                self.assertEqual((directory / f"{name}.json").read_bytes(), body)
-            return answer.status
-
-        with concurrent.futures.ThreadPoolExecutor(len(lengths)) as pool:
-            statuses = list(pool.map(post, lengths))
-        self.assertEqual(len(files_in(directory)), statuses.count(201))
-        return statuses
+        """Send notifications at once; those that are accepted are there, and nothing else is."""
+        bodies = [json.dumps(altered("Accept", summary="x" * n)).encode() for n in lengths]
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(connect(self.server, post_to("", b))) for b in bodies]
+            answers = [answer_on(client) for client in clients]
+        accepted = [body for body, answer in zip(bodies, answers) if answer.status == 201]
+        store = pathlib.Path(self.server.store.directory)
+        stored = [(store / file).read_bytes() for file in files_in(store)]
+        self.assertEqual(sorted(stored), sorted(accepted))
+        return [answer.status for answer in answers]
 
     @contextlib.contextmanager
     def disk(self, fails: Callable[[os.stat_result], int] = lambda _: 0) -> Iterator[list[int]]:
@@ -7185,60 +6885,51 @@ class CommitTest(InboxTest):
 
     def test_without_another_thread_one_syncs_them_all(self) -> None:
         self.assertEqual(self.ask("GET", "/inbox").status, 200)  # which starts one
-        start = threading.Thread.start
-
-        def start_others(thread: threading.Thread) -> None:
-            if thread.daemon:  # it is one of the inbox
-                raise RuntimeError("can't start new thread")
-            start(thread)
-
-        with unittest.mock.patch("threading.Thread.start", start_others), self.disk() as synced:
+        with NO_THREAD, self.disk() as synced:
             self.assertEqual(self.post_together(*range(8)), [201] * 8)
         self.assertLess(synced.count(stat.S_IFDIR), 8)
 
 
 class StartAndEndTest(ProgramTest):
+    """Starts that go wrong end with one line and status 2, and ends are quiet."""
+
     @unittest.skipUnless(os.path.exists("/dev/full"), "there is no device that is always full")
     def test_it_serves_though_standard_error_is_closed_or_full(self) -> None:
         """And though SIGHUP arrives, which its parent has disabled, as `nohup` does."""
+        inboxes = {}
         for way in ("2>&-", "2>/dev/full"):
-            with self.subTest(way):
-                port = free_port()
-                command = self.command("--port", str(port), "--store", way[-3:])
-                shell = ["sh", "-c", f'trap "" HUP; exec "$0" "$@" {way}', *command]
-                with subprocess.Popen(shell, cwd=self.directory, stdout=subprocess.PIPE) as inbox:
-                    self.addCleanup(inbox.kill)
-                    while not can_connect(("localhost", port)):
-                        self.assertIsNone(inbox.poll())
-                    inbox.send_signal(signal.SIGHUP)
-                    self.assertEqual(send(f"http://localhost:{port}/inbox").status, 201)
-                    inbox.terminate()
-                    self.assertEqual(inbox.wait(20), 0)
-
-    """Starts that go wrong end with one line and status 2, and ends are quiet."""
+            port = free_port()
+            command = self.command("--port", str(port), "--store", way[-3:])
+            shell = ["sh", "-c", f'trap "" HUP; exec "$0" "$@" {way}', *command]
+            options: Any = {"cwd": self.directory, "stdout": subprocess.DEVNULL}
+            inboxes[port] = subprocess.Popen(shell, **options)
+            self.addCleanup(inboxes[port].kill)
+        for port, inbox in inboxes.items():
+            while not can_connect(("localhost", port)):
+                self.assertIsNone(inbox.poll())
+            inbox.send_signal(signal.SIGHUP)
+            self.assertEqual(send(f"http://localhost:{port}/inbox").status, 201)
+            inbox.terminate()
+            self.assertEqual(inbox.wait(20), 0)
 
     def test_an_unusable_configuration_is_refused_in_one_line(self) -> None:
         for text in ("raise KeyboardInterrupt", "globals()[5] = 1; PORT = 'x'"):
-            with self.subTest(text):
-                self.fail_to_start("--config", self.config(text))
+            self.fail_to_start("--config", self.config(text))
         self.fail_to_start("--config", "")
 
     def test_a_signal_in_the_first_moments_ends_it_quietly(self) -> None:
         """The configuration sends it, because nobody else knows when the first moments are."""
-        processes = []
-        signals = [each for each in signal.Signals if each.name in coarinbox.STOP_SIGNALS]
-        for number, milliseconds in zip(signals, (3, 8, 20)):
+        processes = {}
+        for number in [each for each in signal.Signals if each.name in coarinbox.STOP_SIGNALS]:
             path = self.directory / number.name
-            path.write_text(
-                "import signal, threading\n"
-                f"end = lambda: signal.raise_signal({int(number)})\n"
-                f"threading.Timer({milliseconds / 1000}, end).start()\n"
-            )
+            path.write_text(f"import signal; signal.raise_signal({int(number)})")
             command = [sys.executable, str(MODULE), "--port", "0", "--config", str(path)]
-            options: Any = {"env": environment(), "cwd": self.directory, "stderr": subprocess.PIPE}
-            processes.append(subprocess.Popen(command, **options))
-        for process in processes:
-            self.assertNotIn(b"Traceback", process.communicate(timeout=10)[1], process.args)
+            options: Any = {"env": environment(), "stderr": subprocess.PIPE}
+            processes[number] = subprocess.Popen(command, **options)
+            self.addCleanup(processes[number].kill)
+        for number, process in processes.items():
+            _, errors = process.communicate(timeout=20)
+            self.assertEqual((process.returncode, errors), (128 + number, b""))
 
     def test_a_python_that_is_too_old_is_told_so(self) -> None:
         """Before 3.8, that is with the line that such a Python cannot read."""
@@ -7247,20 +6938,12 @@ class StartAndEndTest(ProgramTest):
                 runpy.run_path(str(MODULE))
         expected = "coarinbox needs Python 3.9 or later, and this is 3.8"
         self.assertEqual(caught.exception.code, expected)
-        for python in glob.glob(os.path.expanduser("~/.pyenv/versions/[23].*/bin/python")):
-            if re.match(r"2\.|3\.[0-8]\.", pathlib.Path(python).parts[-3]):
+        for python in glob.glob(os.path.expanduser("~/.pyenv/versions/[23].[0-8]*/bin/python")):
+            if re.search(r"/(2\.7|3\.[0-8])\.", python):
                 done = subprocess.run([python, str(MODULE)], capture_output=True, text=True)
                 with self.subTest(python):
                     self.assertNotEqual(done.returncode, 0)
                     self.assertRegex(done.stderr, r"^(?s:(?!.*Traceback).*3\.9)")
-
-    def test_characters_that_cannot_be_seen_are_escaped(self) -> None:
-        """A name with such characters passed for another one."""
-        for character in "\u3164\u2800\u034f\ufe0f\U000e0100":
-            (self.directory / f"a{character}b.json").write_text("{}")
-            output = "".join(self.invoke("--check", f"a{character}b.json").output)
-            self.assertIn("b.json", output)
-            self.assertNotIn(character, output)
 
 
 # --- The coarnotify package as a client ----------------------------------------------------------
@@ -7271,34 +6954,31 @@ class ClientTest(unittest.TestCase):
     def test_its_own_integration_tests_pass(self) -> None:
         from coarnotify.test.integration import test_client
 
-        tests = unittest.defaultTestLoader.loadTestsFromModule(test_client)
-        output = io.StringIO()
-        with coarinbox.running() as inbox:
-            # They expect it at port 5005, where another one may run.
-            with unittest.mock.patch.object(test_client, "INBOX", inbox.url):
-                with contextlib.redirect_stdout(output):
-                    result = unittest.TextTestRunner(output).run(tests)
-            self.assertTrue(result.wasSuccessful(), output.getvalue())
-            self.assertEqual((result.testsRun, len(inbox.notifications)), (12, 12))
+        for mode in (True, "coarnotify"):
+            tests = unittest.defaultTestLoader.loadTestsFromModule(test_client)
+            output = io.StringIO()
+            with coarinbox.running(VALIDATE_INCOMING=mode) as inbox:
+                # They expect it at port 5005, where another one may run.
+                with unittest.mock.patch.object(test_client, "INBOX", inbox.url):
+                    with contextlib.redirect_stdout(output):
+                        result = unittest.TextTestRunner(output).run(tests)
+                self.assertTrue(result.wasSuccessful(), output.getvalue())
+                self.assertEqual((result.testsRun, len(inbox.notifications)), (12, 12))
 
 
 # --- The files -----------------------------------------------------------------------------------
 
 
-# What the examples of the README need: code that tries again when an inbox is busy, and a program.
-MY_CODE = f"""\
-import json, urllib.error, urllib.request
+# What the examples of the README import and start: code that tries again when an inbox is busy.
+MY_CODE = """\
+import coarinbox, sys
 
 def request_review(inbox):
-    for attempt in range(3):
-        body = json.dumps({OFFER}).encode()
-        request = urllib.request.Request(inbox, body, {{"Content-Type": "application/ld+json"}})
-        try:
-            return urllib.request.urlopen(request).close()
-        except urllib.error.HTTPError as error:
-            error.close()
+    offer = coarinbox.sample("Request Review")
+    while not coarinbox.send(offer, inbox).accepted:
+        pass
 """
-MY_PROGRAM = f"#!{sys.executable}\nimport my_code, sys\nmy_code.request_review(sys.argv[1])\n"
+MY_PROGRAM = f"#!{sys.executable}\n{MY_CODE}\nrequest_review(sys.argv[1])\n"
 # What comes before an example that begins with a running inbox.
 STARTED = "python coarinbox.py 2> log &\nuntil curl -s localhost:5005/health; do sleep 0.1; done\n"
 README = (HERE / "README.md").read_text(encoding="utf-8")
@@ -7320,44 +7000,34 @@ def sessions() -> Iterator[tuple[str, str]]:
             yield match[1], match[2]
 
 
-def run_example(*command: str, **files: str) -> tuple[int, str]:
-    """Run a command where a reader of the README would; returns the exit status and the output.
+def run_example(script: str) -> str:
+    """Run a shell script to its end, where a reader of the README would; returns the output.
 
-    The directory holds the module, files of the reader's own, and those that are given. Another
-    inbox may run on the ports of the README, so that these are replaced everywhere.
+    Another inbox may run on the ports of the README, so that these are replaced everywhere.
     """
     ports = {port: str(free_port()) for port in ("5005", "5006")}
 
     def moved(text: str) -> str:
         return re.sub("500[56]", lambda match: ports[match[0]], text)
 
-    files = {"coarinbox.py": MODULE.read_text(encoding="utf-8"), "my_code.py": MY_CODE, **files}
-    with tempfile.TemporaryDirectory() as name, tempfile.TemporaryFile("w+") as output:
+    with tempfile.TemporaryDirectory() as name:
         directory = pathlib.Path(name)
-        for file, text in {**files, "my-program": MY_PROGRAM}.items():
+        for file, text in (("coarinbox.py", MODULE.read_text("utf-8")), ("my-program", MY_PROGRAM)):
             (directory / file).write_text(moved(text), encoding="utf-8")
-        (directory / "my-program").chmod(0o755)
+            (directory / file).chmod(0o755)
         for python in ("python", "python3"):
             (directory / python).symlink_to(sys.executable)
-        path = os.pathsep.join([name, os.environ["PATH"]])
-        env = environment(PATH=path, TMPDIR=name, RUNNER_TEMP=name)
-        env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # no other package has a part in it
+        env = environment(PATH=f"{name}:{os.environ['PATH']}", TMPDIR=name, RUNNER_TEMP=name)
         env.pop("COVERAGE_PROCESS_START", None)  # nobody could look at the copy afterwards
-        process = subprocess.Popen(
-            [moved(argument) for argument in command],
-            cwd=directory, env=env, stdout=output, stderr=output, start_new_session=True,
-        )  # fmt: skip
-        try:
-            status = process.wait(30)
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # inboxes in the background
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        output.seek(0)
-        printed = output.read()
+        # The end of the shell is also that of the inboxes in the background.
+        shell = ["sh", "-c", f"trap 'kill -9 0' EXIT\n{moved(script)}\necho END"]
+        printed = subprocess.run(
+            shell, cwd=directory, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, timeout=30, start_new_session=True,
+        ).stdout  # fmt: skip
     for port, other in ports.items():
         printed = printed.replace(other, port)
-    return status, printed
+    return str(printed)
 
 
 class ReadmeTest(ProgramTest):
@@ -7401,70 +7071,47 @@ class ReadmeTest(ProgramTest):
 
 
 class ExampleTest(unittest.TestCase):
-    """The examples in the README, as they are written; all at once, because some of them wait."""
+    """The examples in the README, as they are written."""
 
-    examples: dict[str, concurrent.futures.Future[tuple[int, str]]]
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        if os.name != "posix":
-            raise unittest.SkipTest("the examples need programs that are scripts, and links")
-        pool = concurrent.futures.ThreadPoolExecutor()
-        cls.addClassCleanup(pool.shutdown)
-        conversation, tests = blocks("python")
-        service, step = blocks("yaml")
-        typed = "\necho END\n".join(command for command, _ in sessions())
-        (talk,) = blocks("sh")
+    @unittest.skipUnless(os.name == "posix" and shutil.which("curl"), "they need a shell and curl")
+    def test_each_command_prints_what_follows_it_and_scripts_do_what_they_show(self) -> None:
+        (talk,), (service, step) = blocks("sh"), blocks("yaml")
+        talk = talk.replace("sleep 2", "until grep -q 'Announce Review' log; do sleep 0.1; done")
         (command,) = re.findall("command: (.*)", service)
         (health,) = re.findall('test: "(.*?)"', service)
         container = f"{command} &\nuntil {health}; do kill -0 $!; sleep 0.1; done\n"
         container = container.replace(" /coarinbox.py", " coarinbox.py").replace("/tmp/", "")
-        step = step.partition("run: |\n")[2]
-        files = {"test_review.py": tests}
-        unittest_, pytest = (
-            [sys.executable, "-m", *command.split()]
-            for command in ("unittest", "pytest -p no:cacheprovider")
-        )
-        cls.examples = {
-            "start": pool.submit(run_example, "sh", "-c", f"{STARTED}{typed}true"),
-            "talk": pool.submit(run_example, "sh", "-ec", STARTED + talk),
-            "python": pool.submit(run_example, sys.executable, "-c", conversation),
-            "unittest": pool.submit(run_example, *unittest_, **files),
-            "pytest": pool.submit(run_example, *pytest, **files),
-            "container": pool.submit(run_example, "sh", "-ec", container),
-            "step": pool.submit(run_example, "sh", "-ec", step),
-        }
-
-    def output_of(self, name: str, needs: object = True) -> str:
-        if not needs:
-            self.skipTest("what it needs is not installed")
-        status, output = self.examples[name].result()
-        self.assertEqual(status, 0, output)
-        return output
-
-    def test_each_command_prints_what_follows_it(self) -> None:
-        name = re.compile("[0-9]{8}_[0-9]{6}_[0-9a-f]{32}")
-        outputs = self.output_of("start", shutil.which("curl")).split("\nEND\n")
-        expected = [shown for _, shown in sessions()]
-        self.assertEqual(len(outputs), len(expected), outputs)
-        self.assertGreater(len(expected), 1)
-        for shown, printed in zip(expected, outputs):
-            wanted, given = name.sub("NAME", shown), name.sub("NAME", printed) + "\n"
+        commands, shown = zip(*sessions())
+        scripts = [STARTED + talk, step.partition("run: |\n")[2]]
+        scripts += [container] if shutil.which("wget") else []
+        typed = STARTED + "\necho END\n".join(commands)
+        with concurrent.futures.ThreadPoolExecutor() as pool:  # some of them wait
+            results = pool.map(run_example, [typed, *(f"set -e\n{each}" for each in scripts)])
+        outputs, *others = (printed.split("\nEND\n") for printed in results)
+        self.assertEqual(len(outputs), len(shown) + 1, outputs)
+        for expected, printed in zip(shown, outputs):
+            name = re.compile("[0-9]{8}_[0-9]{6}_[0-9a-f]{32}")
+            wanted, given = name.sub("NAME", expected), name.sub("NAME", printed) + "\n"
             matches = doctest.OutputChecker().check_output(wanted, given, doctest.ELLIPSIS)
             self.assertTrue(matches, printed)
-
-    def test_the_others_do_what_they_show(self) -> None:
-        curl, wget = shutil.which("curl"), shutil.which("wget")
         replies = ("Announce Review", "Accept", "Tentatively Accept")
-        for name, needs, expected in [
-            ("talk", curl, "".join(f'"pattern": "{reply}"\n' for reply in replies)),
-            ("step", curl, '"pattern": "Request Review"'),
-            ("container", wget, "address     0.0.0.0 port 5005"), ("python", True, ""),
-            ("unittest", True, "Ran 1 test"),
-            ("pytest", importlib.util.find_spec("pytest"), "2 passed"),
-        ]:  # fmt: skip
-            with self.subTest(name):
-                self.assertIn(expected, self.output_of(name, needs))
+        received = "\n".join(f'"pattern": "{reply}"' for reply in replies)
+        parts = received, '"pattern": "Request Review"', "address     0.0.0.0 port 5005"
+        for part, (printed, *end) in zip(parts, others):
+            self.assertIn(part, printed)
+            self.assertEqual(len(end), 1, printed)  # each of its commands succeeded
+
+    def test_those_in_python_do_what_they_show(self) -> None:
+        names: dict[str, Any] = {}
+        exec(MY_CODE, names)
+        my_code = unittest.mock.Mock(request_review=names["request_review"])
+        with unittest.mock.patch.dict(sys.modules, my_code=my_code):
+            for example in blocks("python"):
+                exec(example.replace("(REPLIES=", "(REPLY_DELAY=0, REPLIES="), names)  # at once
+        names["test_a_busy_inbox_is_tried_again"]()
+        result = unittest.TestResult()
+        unittest.defaultTestLoader.loadTestsFromTestCase(names["ReviewTest"]).run(result)
+        self.assertTrue(result.testsRun == 1 and result.wasSuccessful(), result)
 
 
 class ShapeTest(unittest.TestCase):
@@ -7474,35 +7121,32 @@ class ShapeTest(unittest.TestCase):
     def test_it_says_which_version_it_is(self) -> None:
         self.assertRegex(coarinbox.__version__, r"^[0-9]+\.[0-9]+\.[0-9]+$")
 
-    def test_its_head_names_the_sections_in_their_order_and_words_that_look_alike(self) -> None:
-        head = coarinbox.__doc__ or ""
+    def test_its_head_and_the_guide_for_contributors_name_the_sections_in_their_order(self) -> None:
         self.assertGreater(len(self.sections), 15)
-        lists = re.findall("^    [a-zA-Z ]+?   +([A-Z].*)$", head, re.MULTILINE)
+        lists = re.findall("^    [a-zA-Z ]+?   +([A-Z].*)$", coarinbox.__doc__ or "", re.MULTILINE)
         self.assertEqual(", ".join(lists).split(", "), self.sections)
-        words = re.findall(r"\*(.*?)\*", head, re.DOTALL)
-        self.assertEqual(words, ["finding", "problem", "simulated failure", "bug"])
-
-    def test_the_guide_for_contributors_names_the_sections_in_their_order(self) -> None:
         guide = (HERE / ".github/CONTRIBUTING.md").read_text(encoding="utf-8")
         self.assertEqual(re.findall(r"^\| ([A-Z].*?) \|", guide, re.MULTILINE), self.sections)
         self.assertLessEqual(len(guide.splitlines()), 120)
 
-    def test_no_function_is_longer_than_a_screen(self) -> None:
-        lengths = {
-            node.name: (node.end_lineno or 0) - node.lineno + 1
-            for node in ast.walk(ast.parse(self.source))
-            if isinstance(node, ast.FunctionDef)
-        }
+    def test_its_head_tells_words_apart_that_look_alike(self) -> None:
+        words = re.findall(r"\*(.*?)\*", coarinbox.__doc__ or "", re.DOTALL)
+        self.assertEqual(words, ["finding", "problem", "simulated failure", "bug"])
+
+    def test_functions_are_short_and_only_the_standard_library_is_imported(self) -> None:
+        lengths, imported = {}, set()
+        for node in ast.walk(ast.parse(self.source)):
+            if isinstance(node, ast.FunctionDef):
+                lengths[node.name] = (node.end_lineno or 0) - node.lineno + 1
+            elif isinstance(node, ast.Import):
+                imported |= {name.name.partition(".")[0] for name in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(str(node.module).partition(".")[0])
         self.assertGreater(len(lengths), 50)
         self.assertEqual({name: lines for name, lines in lengths.items() if lines > 40}, {})
-
-    @unittest.skipUnless(hasattr(sys, "stdlib_module_names"), "needs Python 3.10")
-    def test_nothing_but_the_standard_library_is_imported(self) -> None:
-        code = "import sys, coarinbox; print(*{name.partition('.')[0] for name in sys.modules})"
-        command = [sys.executable, "-S", "-c", code]
-        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True)
-        names = {name for name in done.stdout.split() if not name.startswith("_")}
-        self.assertEqual(names - sys.stdlib_module_names, {"coarinbox"})
+        if sys.version_info >= (3, 10):
+            optional = {"coarnotify", "pydevd"}
+            self.assertEqual(imported - sys.stdlib_module_names, optional)
 
 
 if __name__ == "__main__":
