@@ -3445,15 +3445,17 @@ class BrowserTest(DeliveriesTest):
 
     def test_an_offer_is_answered_by_hand_and_the_conversation_shows_it(self) -> None:
         self.post(changed(OFFER, "origin.inbox", f"{self.server.base}/inbox"))
-        keys = self.keys
+        (offer,), keys = self.names(), self.keys
         for pattern, scripts in (("Reject", False), ("Announce Review", True)):
             self.scripts(scripts)
             self.open(live=False)
-            self.click("#deliveries .open", "Request Review")
             shown = [each for each in self.all(".script") if each.is_displayed()]
             self.assertEqual(bool(shown), scripts, "there is a button that needs a script")
+            self.click("#deliveries .open", "Request Review")
+            self.wait_for_url(f"/deliveries/{offer}")
             self.click("#reply option", pattern)
             self.click("#reply button", "Write it")
+            self.wait_for_url(f"/deliveries/{offer}?reply={pattern.replace(' ', '+')}#reply")
             self.wait_for("#reply option:checked", pattern)
             end = (keys.CONTROL, keys.END, keys.NULL, keys.BACKSPACE)
             self.all("#document")[0].send_keys(*end, ', "summary": "edited" }')
