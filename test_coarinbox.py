@@ -2236,7 +2236,6 @@ class DeliveryLogTest(DeliveriesTest):
         attempts: list[tuple[bytes, int, str, str | None]] = [
             (post_to(), 201, "", None),
             (post_to("", b'{"a":1}'), 400, "not a valid notification", '{"a":1}'),
-            (post_to("", b"true"), 400, "not a valid notification", "true"),
             (post_to("", b"no"), 400, "not JSON", "no"),
             (post_to("", b"\xff\x00"), 400, "not UTF-8", "/wA="),  # in base64
             (post_head("Content-Length: 9") + b"half", 400, "ended before the request", "half"),
@@ -2248,7 +2247,6 @@ class DeliveryLogTest(DeliveriesTest):
             (post_head(), 411, "neither", ""),
             (post_head("Content-Length: 10001"), 413, "larger than 10000", ""),
             (post_head().replace(b"1.1", b"3.1"), 505, "3.1", None),
-            (post_head().replace(b"HTTP/1.1", b"FTP/1.1"), 400, "the request line", None),
             (b"POST /inbox?" + b"x" * 70_000, 414, "", None),
             (post_head().replace(b"/inbox", b"http://localhost/inbox"), 411, "neither", ""),
             (post_to("/?a=b", b'{"a":1}'), 400, "unknown parameter 'a'", '{"a":1}'),
@@ -2257,9 +2255,14 @@ class DeliveryLogTest(DeliveriesTest):
         ]  # fmt: skip
         for data, status, _, _ in attempts:
             self.assertEqual(self.ask_raw(data).status, status, data)
+        path = f"/inbox/{self.stored()[0]}"
+        for other in ("GET /", "GET /x", f"HEAD {path}", f"DELETE {path}", "OPTIONS /inbox"):
+            self.ask(*other.split())  # is no delivery
+        self.ask("PUT", path, BODY)  # nor is this
         lines = self.lines()
         self.assertEqual(len(lines), len(attempts))
-        self.assertEqual(self.stored(), [lines[0]["name"]])
+        self.assertEqual(path, f"/inbox/{lines[0]['name']}")
+        self.assertEqual(lines, sorted(lines, key=operator.itemgetter("time")))
         for line, (data, status, detail, body) in zip(lines, attempts):
             with self.subTest(data):
                 self.assertEqual(line["status"], status)
@@ -2275,16 +2278,6 @@ class DeliveryLogTest(DeliveriesTest):
         self.wait_until(lambda: self.deliveries() != [])
         self.assertEqual([(line["status"], line["body"]) for line in self.lines()], [(400, "")])
 
-    def test_what_is_no_delivery_has_none(self) -> None:
-        path = path_of(self.post().headers["Location"])
-        for method, where in [
-            ("GET", "/"), ("GET", "/inbox"), ("HEAD", path), ("GET", "/deliveries"),
-            ("OPTIONS", "/inbox"), ("OPTIONS", path), ("PUT", path), ("DELETE", path),
-            ("GET", "/nothing"),
-        ]:  # fmt: skip
-            self.ask(method, where, BODY if method == "PUT" else None)
-        self.assertEqual(len(self.lines()), 1)
-
     def test_a_line_tells_all_about_a_refusal(self) -> None:
         started, document = utc_now(), changed(REFUSED, "actor.name", "y" * 5_000)
         body = json.dumps(document).encode()
@@ -2292,12 +2285,8 @@ class DeliveryLogTest(DeliveriesTest):
         problem = self.assert_problem(self.ask_raw(head + body), 400)
         (line,) = self.lines()
         self.assertTrue(started <= line["time"] <= utc_now(), line["time"])
-        self.assertRegex(line["name"], "^[0-9]{8}_[0-9]{6}_[0-9a-f]{32}$")
         self.assertEqual(json.loads(line["body"]), document)
-        self.assertEqual(len(problem["errors"]), 2)
-        code = operator.itemgetter("code")
-        findings = sorted(problem["errors"] + problem["warnings"], key=code)
-        self.assertEqual(sorted(line["findings"], key=code), findings)
+        self.assertEqual(line["findings"], problem["errors"] + problem["warnings"])
         for holder, expected in [
             (line, {"client": "127.0.0.1", "target": "/inbox", "pattern": "Request Review",
                     "detail": problem["detail"]}),
@@ -2308,10 +2297,11 @@ class DeliveryLogTest(DeliveriesTest):
             self.assertLessEqual(expected.items(), holder.items())
 
     def test_secrets_are_masked_even_where_the_request_is_malformed(self) -> None:
-        secrets = ("Authorization: Bearer s3cret", "Cookie: session=s3cret",
-                   "authorization: Basic s3cret", "Proxy-Authorization: Basic s3cret")  # fmt: skip
-        malformed = ("Authorization : Bearer s3cret", "X: y\r\n s3cret", "Authorization: s3cret\a")
-        requests = [post_head("Content-Length: 0", line) for line in secrets + malformed]
+        requests = [post_head("Content-Length: 0", line) for line in (
+            "Authorization: Bearer s3cret", "Cookie: session=s3cret", "authorization: Basic s3cret",
+            "Proxy-Authorization: Basic s3cret", "Authorization : Bearer s3cret",
+            "X: y\r\n s3cret", "Authorization: s3cret\a",
+        )]  # fmt: skip
         requests += [post_head("Authorization: s3cret")[:-4]]
         requests += [post_head().replace(b"/inbox", b"http://me:s3cret@localhost/inbox")]
         for request in requests:
@@ -2330,11 +2320,10 @@ class DeliveryLogTest(DeliveriesTest):
         for end in (b"{", line[:-9], line[:-1]):  # of a line that another process may complete
             before = b"\n".join([*(json.dumps(entry).encode() for entry in bad), *torn, end])
             self.path.write_bytes(before)
-            count = len(self.deliveries())
+            self.assertEqual(self.statuses(), [400] * (end == line[:-1]))
             self.post(ACCEPT)
-            self.assertEqual(self.statuses(), [201] + [400] * count)
+            self.assertEqual(self.statuses(), [201] + [400] * (end == line[:-1]))
             self.assertTrue(self.path.read_bytes().startswith(before))
-            self.assertEqual(count, int(end == line[:-1]))
 
     def test_no_line_that_somebody_edited_breaks_a_page(self) -> None:
         self.post(REFUSED)
@@ -2348,9 +2337,8 @@ class DeliveryLogTest(DeliveriesTest):
         lines += [{"name": "20200101_000000_" + "a" * 32, "status": 400, "findings": []}]
         lines += [{**good, "body": "half a pair: \ud800"}]
         self.path.write_text("\n".join(map(json.dumps, lines)))
-        pages = ["/?q=x&limit=1000", "/deliveries"]
-        pages += [f"/deliveries/{name}" for name in self.names()]
-        self.assertGreater(len(lines), 100)
+        self.assertGreater(len(self.names()), 30)
+        pages = ["/?q=x&limit=1000", *(f"/deliveries/{name}" for name in self.names())]
         for page in pages:
             self.assertEqual(self.ask("GET", page, headers=HTML).status, 200, page)
         body = self.ask("GET", f"/deliveries/{good['name']}/body").body
@@ -2366,33 +2354,10 @@ class DeliveryLogTest(DeliveriesTest):
         self.assertEqual(emptied.result().status, 204)
         self.assertLessEqual(set(self.stored()), set(self.names()))
 
-    @constants(BLOCK=1)
-    def test_wherever_a_part_that_is_read_begins_no_event_is_lost(self) -> None:
-        """An empty line may be all that a part holds."""
-        self.post_each(*[b"no"] * 3)
-        lines = self.path.read_bytes().splitlines()
-        self.path.write_bytes(b"\n\n".join(lines) + b"\n" * 5)
-        first = json.loads(lines[0])["name"]
-        query = coarinbox.Query(since=first)
-        (place,) = filter(None, self.server.deliveries.place_after(query))
-        read: list[bytes] = []
-        more, place = self.server.deliveries.read(place)
-        while more:
-            read += filter(None, more)
-            more, place = self.server.deliveries.read(place)
-        self.assertEqual(read, lines[1:])
-
-    def test_the_lines_are_in_the_order_of_their_times(self) -> None:
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            pool.map(lambda _: self.post(b"no"), range(100))
-        times = [line["time"] for line in self.lines()]
-        self.assertEqual(len(times), 100)
-        self.assertEqual(times, sorted(times))
-
     def test_memory_does_not_grow_with_the_log(self) -> None:
-        """The log begins with 256 MiB of nothing, which takes no room on the disk."""
+        """The log begins with 128 MiB of nothing, which takes no room on the disk."""
         with self.path.open("wb") as file:
-            file.truncate(2**28)
+            file.truncate(2**27)
             file.seek(0, os.SEEK_END)
             file.write(b"\n")
         self.post_each(*[b"no"] * 60)
@@ -2413,16 +2378,12 @@ class DeliveryLogTest(DeliveriesTest):
     @unittest.skipUnless(hasattr(os, "mkfifo"), "this system has no named pipes")
     def test_a_log_that_cannot_be_written_is_no_reason_to_refuse(self) -> None:
         self.errors_expected, elsewhere = True, self.path.with_name("elsewhere")
-        plants: list[tuple[Any, Any]] = [(os.mkdir, os.rmdir), (os.mkfifo, os.unlink)]
-        plants.append((functools.partial(os.symlink, elsewhere), os.unlink))
-        for plant, remove in plants:
+        for plant in (os.mkdir, os.mkfifo, functools.partial(os.symlink, elsewhere)):
             plant(self.path)
             self.assert_serves()
-            self.assert_problem(self.ask("GET", "/deliveries"), 500)
             for path in ("/deliveries", "/", f"/inbox/{self.stored()[0]}"):
                 self.assertEqual(self.ask("GET", path, headers=HTML).status, 500)
-            remove(self.path)
-        self.assertEqual(len(self.stored()), 3)
+            (os.rmdir if plant is os.mkdir else os.unlink)(self.path)
         self.assertIn("a delivery could not be logged", "\n".join(self.log_lines()))
         self.assertFalse(elsewhere.exists())
         self.assert_serves()
@@ -2442,13 +2403,12 @@ class QueryTest(DeliveriesTest):
         for query, expected in [
             ("limit=2", [0, 1]), ("limit=1000", [0, 1, 2, 3]),
             ("status=400", [1, 2]), ("status=4xx", [1, 2]), ("status=2xx", [0, 3]),
-            ("status=404", []), ("status=5xx", []),
-            ("pattern=Accept", [3]), ("pattern=Request+Review", [0, 2]), ("pattern=Reject", []),
+            ("status=404", []), ("pattern=Accept", [3]), ("pattern=Request+Review", [0, 2]),
             (f"since={names[2]}", [0, 1]), (f"since={names[0]}", []),
             ("since=20200101_000000_" + "0" * 32, [0, 1, 2, 3]),
             (f"before={names[1]}", [2, 3]), (f"before={names[3]}", []),
             (f"before={names[0]}&since={names[3]}&status=400&limit=1", [1]),
-            ("q=", [0, 1, 2, 3]), ("limit=&status=&pattern=&since=&before=&q=", [0, 1, 2, 3]),
+            ("limit=&status=&pattern=&since=&before=&q=", [0, 1, 2, 3]),
             ("q=REFUSED", [1, 2]), ("q=not+UTF-8", [1]),
             ("q=must+be+an+object", [2]), ("q=origin-object", [2]), ("q=offer-1", [2]),
             ("q=%C3%9CN%C3%AFCODE", [0]), (f"q={names[3]}", [3]), ("q=request+review", [0, 2]),
@@ -2482,18 +2442,17 @@ class QueryTest(DeliveriesTest):
             query = coarinbox.Query(q=text)
             self.assertEqual(sum(map(query.may_match, lines)), expected, text)
 
-    def test_a_time_selects_from_then_on(self) -> None:
+    def test_a_time_selects_from_then_on_and_a_day_its_own(self) -> None:
         times = "2026-01-31T11:59:59.999Z", "2026-01-31T12:00:00.000Z", "2026-01-31T12:00:00.001Z"
         lines = [{**line, "time": moment} for line, moment in zip(self.lines(), times)]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        for since, count in [
-            ("2020-01-01", 3), ("2026-01-31", 3), ("2026-01-31T12:00Z", 2),
-            ("2026-01-31T12:00:00Z", 2), ("2026-01-31T12:00:00.000Z", 2),
-            ("2026-01-31T12:00:00.001Z", 1), ("2026-01-31T12:00:01Z", 0), ("2026-02-01", 0),
+        for query, count in [
+            ("since=2020-01-01", 3), ("since=2026-01-31", 3), ("since=2026-02-01", 0),
+            ("since=2026-01-31T12:00Z", 2), ("since=2026-01-31T12:00:00Z", 2),
+            ("since=2026-01-31T12:00:00.000Z", 2), ("since=2026-01-31T12:00:00.001Z", 1),
+            ("since=2026-01-31T12:00:01Z", 0), ("day=2026-01-31", 3), ("day=2026-01-30", 0),
         ]:  # fmt: skip
-            self.assertEqual(len(self.names(f"?since={since}")), count, since)
-        for day, count in [("2026-01-31", 3), ("2026-01-30", 0), ("", 3)]:
-            self.assertEqual(len(self.names(f"?day={day}")), count, day)
+            self.assertEqual(len(self.names(f"?{query}")), count, query)
 
     def test_without_a_limit_all_of_them(self) -> None:
         self.path.write_bytes(self.path.read_bytes() * 251)
@@ -2517,15 +2476,15 @@ class QueryTest(DeliveriesTest):
     def test_a_single_one_and_its_body_can_be_had_by_its_name(self) -> None:
         for delivery in self.deliveries():
             self.assertEqual(self.ask("GET", f"/deliveries/{delivery['name']}").json(), delivery)
-        stored = delivery["name"]
-        self.assert_problem(self.ask("DELETE", f"/deliveries/{stored}"), 405)
-        unknown = "20200101_000000_" + "0" * 32
-        problem = self.assert_problem(self.ask("GET", f"/deliveries/{unknown}"), 404)
-        self.assertIn("may have been removed", problem["detail"])
+        stored, unknown = delivery["name"], "20200101_000000_" + "0" * 32
         self.assertEqual(self.ask("GET", f"/deliveries/{stored}/body").body, BODY)
         self.assertEqual(self.ask("DELETE", f"/inbox/{stored}").status, 204)
-        problem = self.assert_problem(self.ask("GET", f"/deliveries/{stored}/body"), 404)
-        self.assertIn("no longer stored", problem["detail"])
+        for method, path, status, expected in [
+            ("DELETE", stored, 405, "DELETE"), ("GET", unknown, 404, "may have been removed"),
+            ("GET", f"{stored}/body", 404, "no longer stored"),
+        ]:  # fmt: skip
+            problem = self.assert_problem(self.ask(method, f"/deliveries/{path}"), status)
+            self.assertIn(expected, problem["detail"])
 
 
 class Event(NamedTuple):
@@ -2564,13 +2523,8 @@ class Listener:
             pass
 
 
+@unittest.mock.patch.multiple("coarinbox", HEARTBEAT=0.02, RECHECK=0.02, GATHER=0)
 class EventsTest(DeliveriesTest):
-    def setUp(self) -> None:
-        patch = unittest.mock.patch.multiple("coarinbox", HEARTBEAT=0.02, RECHECK=0.02, GATHER=0)
-        patch.start()
-        self.addCleanup(patch.stop)
-        super().setUp()
-
     def listen(self, path: str = "/deliveries", **headers: str) -> Listener:
         listener = Listener(self.server, path, **headers)
         self.addCleanup(listener.__exit__)
@@ -2595,6 +2549,16 @@ class EventsTest(DeliveriesTest):
             listener.comment()
             listener.comment()
             log.write(line[99:])
+            self.assertEqual(listener.event().data, json.loads(line))
+
+    @constants(BLOCK=1)
+    def test_wherever_a_part_that_is_read_begins_no_event_is_lost(self) -> None:
+        """An empty line may be all that a part holds."""
+        self.post_each(*[b"no"] * 3)
+        lines, (*_, first) = self.path.read_bytes().splitlines(), self.names()
+        self.path.write_bytes(b"\n\n".join(lines) + b"\n" * 5)
+        listener = self.listen(f"/deliveries?since={first}")
+        for line in lines[1:]:
             self.assertEqual(listener.event().data, json.loads(line))
 
     def test_a_client_that_comes_back_misses_nothing(self) -> None:
@@ -2633,30 +2597,21 @@ class EventsTest(DeliveriesTest):
             self.assertTrue(posted.wait(10))
             return news
 
-        with unittest.mock.patch.multiple("coarinbox", RECHECK=60, read_news=read_slowly):
+        with constants(RECHECK=60, read_news=read_slowly):
             listener = self.listen()
             self.assertTrue(begun.wait(10))
             self.post()
             posted.set()
             self.assertEqual(listener.event().data["status"], 201)
 
+    @constants(RECHECK=60)
     def test_one_that_comes_while_others_are_served_misses_nothing(self) -> None:
-        with unittest.mock.patch("coarinbox.RECHECK", 60):
-            with concurrent.futures.ThreadPoolExecutor(1) as pool:
-                pool.submit(self.post_each, *[b"no"] * 100)
-                listeners = [self.listen("/deliveries?since=2020-01-01") for _ in range(20)]
-            names = self.names()[::-1]
-            for listener in listeners:
-                self.assertEqual([listener.event().id for _ in names], names)
-
-    def test_between_heartbeats_only_what_is_new_is_sent(self) -> None:
-        with unittest.mock.patch("coarinbox.HEARTBEAT", 60):
-            listener = self.listen()
-            listener.comment()
-            with beside(self.server) as other:
-                ask(other, "POST", "/inbox", ACCEPT)
-            self.assertEqual(listener.stream.readline(), b"\n")  # the end of the comment
-            self.assertRegex(listener.stream.readline(), b"^id: ")
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            pool.submit(self.post_each, *[b"no"] * 100)
+            listeners = [self.listen("/deliveries?since=2020-01-01") for _ in range(20)]
+        names = self.names()[::-1]
+        for listener in listeners:
+            self.assertEqual([listener.event().id for _ in names], names)
 
     def test_one_that_does_not_read_holds_up_nobody_and_gets_everything(self) -> None:
         with beside(self.server, REQUEST_TIMEOUT=0.1) as server:
@@ -2672,40 +2627,36 @@ class EventsTest(DeliveriesTest):
                 for listener in (quick, slow):
                     listener.stream.read()  # which fails if the end is cut off
 
-    def test_listeners_outlast_a_log_that_cannot_be_read(self) -> None:
-        self.errors_expected, listener = True, self.listen()
-        self.path.mkdir()
-        reported = "the log of deliveries cannot be read"
-        self.wait_until(lambda: reported in "".join(self.log_lines()))
-        self.path.rmdir()
-        self.assert_serves()
-        self.assertEqual(listener.event().data["status"], 201)
-
-    def test_one_that_leaves_is_forgotten(self) -> None:
-        with self.listen():
-            self.assertEqual(len(self.server.connections), 1)
+    def test_listeners_outlast_a_log_that_cannot_be_read_and_may_leave(self) -> None:
+        self.errors_expected = True
+        with self.listen() as listener:
+            self.path.mkdir()
+            reported = "the log of deliveries cannot be read"
+            self.wait_until(lambda: reported in "".join(self.log_lines()))
+            self.path.rmdir()
+            self.assert_serves()
+            self.assertEqual(listener.event().data["status"], 201)
         self.wait_until(lambda: not self.server.connections)
-        self.assertFalse([line for line in self.log_lines() if "lost" in line])
+        self.assertNotIn("lost", "".join(self.log_lines()))
 
     def test_clients_that_can_read_both_get_what_they_prefer(self) -> None:
         for accept, kind in [
-            ("*/*", "application/json"), ("application/json", "application/json"),
-            ("text/event-stream", "text/event-stream"), ("text/html", "text/html; charset=utf-8"),
+            ("*/*", "application/json"), ("text/event-stream", "text/event-stream"),
             ("text/*", "text/html; charset=utf-8"),
             ("text/event-stream;q=0.5, application/json", "application/json"),
         ]:  # fmt: skip
             answer = self.ask("HEAD", "/deliveries", headers={"Accept": accept})
             self.assertEqual(answer.headers["Content-Type"], kind, accept)
 
+    @constants(GRACE=0.01)
     @with_settings(MAX_CONNECTIONS=2)
     def test_listeners_make_room_even_if_they_were_slow_once(self) -> None:
         self.post_each(*[LARGE] * 11)
-        with unittest.mock.patch("coarinbox.GRACE", 0.01), contextlib.ExitStack() as stack:
-            everything = "/deliveries?since=2020-01-01"
-            for listener in [stack.enter_context(self.listen(everything)) for _ in range(2)]:
-                for _ in range(11):
-                    listener.event()
-            self.assert_serves()
+        everything = "/deliveries?since=2020-01-01"
+        for listener in [self.listen(everything), self.listen(everything)]:
+            for _ in range(11):
+                listener.event()
+        self.assert_serves()
 
     @with_settings(MAX_CONNECTIONS=3)
     def test_no_request_is_cut_off_by_making_room(self) -> None:
@@ -2744,11 +2695,11 @@ class Element(NamedTuple):
 class Page(html.parser.HTMLParser):
     """A page that was parsed: its elements, each of which must be closed."""
 
-    def __init__(self, page: Any) -> None:
+    def __init__(self, page: str) -> None:
         super().__init__()
         self.elements: list[Element] = []
         self.open: list[Element] = []
-        self.feed(page if isinstance(page, str) else page.text)
+        self.feed(page)
         self.close()
         assert not self.open, self.open
 
@@ -2759,6 +2710,8 @@ class Page(html.parser.HTMLParser):
             self.open.append(element)
 
     def handle_endtag(self, tag: str) -> None:
+        if tag in ("dd", "div", "dt", "h1", "h2", "p", "summary"):  # it ends a line
+            self.handle_data(" ")
         element = self.open.pop()
         assert element.tag == tag, (element.tag, tag)
 
@@ -2799,7 +2752,8 @@ class Page(html.parser.HTMLParser):
     @property
     def lines(self) -> list[str]:
         """The lines of the document that is shown, without their indentation."""
-        return [line for line in "".join(self.one("div", class_="json").texts).splitlines() if line]
+        lines = "".join(self.one("div", class_="json").texts).splitlines()
+        return [line.strip() for line in lines if line.strip()]
 
 
 CONTEXT = coarinbox.PageContext("../", "http://localhost:5005")
@@ -2895,17 +2849,12 @@ class ListPageTest(unittest.TestCase):
                 self.assertEqual(len(page.all("span", class_="tag")), int(delivery.simulated))
 
     def test_who_sent_it_is_never_the_actor_and_an_answer_is_about_what_was_offered(self) -> None:
-        offer = {**ACCEPT["object"], "id": "https://repository.example.org/offers/1"}
-        relationship = NOTIFICATIONS["Announce Relationship"]
-        for document, shown in [
+        for document, row in [
             (changed(OFFER, "origin", ABSENT), "Request Review 192.0.2.1 repository.example.org"),
-            (changed(OFFER, "origin", "https://a.example/x"), "Request Review a.example repo"),
-            ({**ACCEPT, "object": offer}, "Accept journal.example.com /preprint/421"),
-            (relationship, "Announce Relationship journal.example.com /preprint/421"),  # no urn
+            (changed(ACCEPT, "object.id", "https://a.example/offer"), "example.com /preprint/421"),
+            (NOTIFICATIONS["Announce Relationship"], "example.com /preprint/421"),  # not its urn
         ]:
-            (row,) = list_page(delivered(document)).rows
-            self.assertIn(shown, row)
-            self.assertNotIn("orcid.org", row)
+            self.assertIn(row, list_page(delivered(document)).rows[0])
 
     def test_the_reason_of_a_failure_comes_before_what_the_notification_could_do_better(
         self,
@@ -2919,15 +2868,6 @@ class ListPageTest(unittest.TestCase):
         ]:  # fmt: skip
             self.assertIn(reason, list_page(delivery).rows[0])
 
-    def test_a_click_on_a_time_filters_by_its_day(self) -> None:
-        page = list_page(delivered(REFUSED, 400), query="status=4xx&direction=in&origin=r.example")
-        url = "../?status=4xx&origin=r.example&direction=in&day=2026-01-31"
-        self.assertEqual(page.links("01-31 12:00"), [url])
-        page = list_page(delivered(REFUSED, 400), query=url.partition("?")[2])
-        without = "../?status=4xx&origin=r.example&direction=in"
-        self.assertEqual(page.links("day 2026-01-31"), [without])
-        self.assertEqual(page.one("input", name="day").attributes["value"], "2026-01-31")
-
     def test_totals_lead_to_the_deliveries_that_they_count(self) -> None:
         warned = changed(OFFER, "target.inbox", ABSENT)
         deliveries = [delivered(OFFER), delivered(warned), delivered(REFUSED, 400)]
@@ -2940,38 +2880,35 @@ class ListPageTest(unittest.TestCase):
             query = query_of(url.partition("?")[2])
             self.assertEqual(len(list(filter(query.matches, deliveries))), count, name)
 
-    def test_filters_are_shown_and_can_be_removed(self) -> None:
-        page = list_page(delivered(OFFER), query="q=a+b&status=415&origin=x&pattern=Accept")
-        self.assertEqual(page.links("remove"), [
-            "../?pattern=Accept&q=a+b&origin=x", "../?status=415&q=a+b&origin=x",
-            "../?status=415&pattern=Accept&origin=x", "../?status=415&pattern=Accept&q=a+b",
-        ])  # fmt: skip
-        refused = list_page(delivered(OFFER), query="status=4xx&direction=in")
-        self.assertEqual(refused.links("remove"), [], "the chip shows it")
-        self.assertIn("Refused", refused.one("a", aria_current="true").text)
-        filtered = ["../?status=4xx&origin=repository.example.org&direction=in"]
-        self.assertEqual(refused.links("repository.example.org"), filtered)
-        query = query_of(filtered[0][4:])
-        self.assertTrue(query.matches(delivered(OFFER, 400)))
-        self.assertFalse(query.matches(delivered(ACCEPT, 400)))
-
-    def test_the_form_holds_the_filters_and_keeps_the_others(self) -> None:
-        page = list_page(delivered(), query='q="><b>&pattern=Accept&since=2026-01-01&status=4xx')
+    def test_filters_are_kept_by_every_link_and_the_form_but_for_what_it_changes(self) -> None:
+        filters = {"limit": "2", "status": "4xx", "pattern": "Accept", "q": '"><b>', "origin": "x",
+                   "direction": "in", "day": "2026-01-30", "before": delivered().name}  # fmt: skip
+        first, second, third = (delivered(OFFER) for _ in range(3))
+        text = urllib.parse.urlencode(filters)
+        page = list_page(first, second, third, query=text, all=1284)
+        for label, changes in {
+            "Newest": {}, "Older": {"before": second.name}, "Refused": {},
+            "Sent": {"status": "", "direction": "out"}, "pattern Accept": {"pattern": ""},
+            "q ": {"q": ""}, "origin x": {"origin": ""}, "day 2026-01-30": {"day": ""},
+            "01-31 12:00": {"day": "2026-01-31"},
+            "repository.example.org": {"origin": "repository.example.org"},
+        }.items():  # fmt: skip
+            expected = query_of(text)._replace(**{"before": "", **changes})
+            self.assertEqual({query_of(url[4:]) for url in page.links(label)}, {expected}, label)
+        self.assertIn("Refused", page.one("a", aria_current="true").text)
+        self.assertEqual(len(page.links("remove")), 4, "the chip shows the status")
+        self.assertEqual(list_page(delivered(), query="status=415").links("remove"), ["../"])
         fields = {each.attributes["name"]: each.attributes["value"] for each in page.all("input")}
-        expected = {"q": '"><b>', "origin": "", "since": "2026-01-01", "status": "4xx"}
-        self.assertEqual(fields, expected)
+        kept = ("status", "q", "origin", "direction", "day")
+        self.assertEqual(fields, {name: filters[name] for name in kept})
         self.assertEqual(page.texts("option", selected="selected"), ["Accept"])
-        self.assertEqual(page.texts("option", value=""), ["Any pattern"])
 
     def test_older_deliveries_are_a_link_away(self) -> None:
         deliveries = [delivered(OFFER) for _ in range(3)]
-        page = list_page(*deliveries, query="limit=2&q=offer", all=1284)
-        self.assertEqual(len(page.rows), 2)
+        page = list_page(*deliveries, query="limit=2", all=1284)
+        self.assertEqual((len(page.rows), page.links("Newest")), (2, []))
         self.assertIn("2 of 1,284", page.text)
-        older = f"../?limit=2&before={deliveries[1].name}&q=offer"
-        self.assertEqual((page.links("Older"), page.links("Newest")), ([older], []))
-        page = list_page(*deliveries[:2], query=older.partition("?")[2])
-        self.assertEqual((page.links("Older"), page.links("Newest")), ([], ["../?limit=2&q=offer"]))
+        self.assertEqual(list_page(*deliveries[:2], query="limit=2").links("Older"), [])
 
     def test_an_empty_list_says_so_or_how_to_send_the_first_notification(self) -> None:
         before = delivered().name
@@ -2979,60 +2916,70 @@ class ListPageTest(unittest.TestCase):
         self.assertEqual(page.one("div", id="deliveries").text, "No delivery matches. Show all")
         renewed_by = page.one("body").attributes["data-stream"]
         self.assertEqual(renewed_by, "../deliveries?q=nowhere", "what it shows, and no more")
-        page = list_page(all=0)
-        command = page.one("pre")
-        self.assertIn("curl -s http://localhost:5005/samples/Request%20Review | curl", command.text)
-        self.assertIn("".join(command.texts), page.copies("Copy"))
-        self.assertIn('"inbox": "http://localhost:5005/inbox",', page.lines)
-        with_token = CONTEXT._replace(token=True)
-        page = Page(coarinbox.list_page(with_token, [], coarinbox.Totals()))
-        self.assertEqual(page.one("pre").text.count("Bearer $TOKEN"), 2)
+        for token in (False, True):
+            context = CONTEXT._replace(token=token)
+            page = Page(coarinbox.list_page(context, [], coarinbox.Totals()))
+            command = page.one("pre")
+            self.assertIn("curl -s http://localhost:5005/samples/Request%20Review", command.text)
+            self.assertEqual(command.text.count("Bearer $TOKEN"), 2 * token)
+            self.assertIn("".join(command.texts), page.copies("Copy"))
+            self.assertIn('"inbox": "http://localhost:5005/inbox",', page.lines)
 
 
 class DeliveryPageTest(unittest.TestCase):
-    def test_it_says_first_what_came_and_what_became_of_it(self) -> None:
-        page = delivery_page(delivered(REFUSED, 400))
-        self.assertEqual(page.one("title").text, "400 · 2 errors Request Review · coarinbox")
-        self.assertEqual(page.one("h1").text, "Request Review")
-        facts = dict(zip(page.texts("dt"), page.texts("dd")))
-        self.assertEqual(facts["Received"], "2026-01-31 12:00:00 , from 192.0.2.1")
-        self.assertEqual(facts["id"], "offer-1")
-        self.assertEqual(facts["Stored"], "no; correct it and send it again")
-        page = delivery_page(sent(ACCEPT, 0, detail="no answer within 10 s", via="REPLIES"))
-        self.assertIn("no answer within 10 s", page.texts("p"))
-        self.assertIn(", to http://localhost:8080/inbox, by REPLIES", page.texts("dd")[0])
-
-    def test_findings_say_what_to_write_and_who_refuses_it(self) -> None:
-        fix = 'write `"inbox": "https://x.example/inbox"`'
-        inbox = finding("E", "/origin/inbox", fix, refused_by=("DSpace", "PCI"))
-        found = [finding("S", "/actor"), inbox, finding("M", "/type")]
-        page = delivery_page(delivered(OFFER, 400, findings=found, omitted=4212))
-        headings = ["1 error refused here", "1 MUST a warning here", "1 SHOULD a warning here"]
-        self.assertEqual(page.texts("h3")[:3], headings)
-        item = page.one("li", id="finding-1").text
-        self.assertIn('/origin/inbox is wrong Write "inbox": "https://x.example/inbox"', item)
-        self.assertRegex(item, "refused by DSpace ?PCI · rule · specification")
-        self.assertIn('"inbox": "https://x.example/inbox"', page.texts("code"))
-        constraints = "../constraints?pattern=Request+Review"
-        self.assertEqual(page.links("rule")[0], f"{constraints}#origin.inbox-required")
-        self.assertEqual(page.links("a valid Request Review"), [f"{constraints}#example"])
-        self.assertIn("and 4,212 more", page.one("section", id="findings").text)
-
-    def test_findings_and_members_point_at_each_other(self) -> None:
-        """What is missing has a line where it belongs."""
-        document = {"id": "x", "actor": {"id": "y"}, "object": {}}
-        found = [finding("E", "/type", 'write `"type": "Offer"`'), finding("M", "/actor/name")]
-        found += [finding("E", "/object/id"), finding("E", "/origin/id"), finding("S", "/id")]
-        page = delivery_page(delivered(document, 400, findings=found))
-        self.assertEqual(page.lines, [
-            "{ 3", '"id": "x", 5', '"type": "Offer", 1', '"actor": {', '"id": "y"', '"name": … 4',
-            "},", '"object": {', '"id": … 2', "}", "}",
-        ])  # fmt: skip
-        for number in "12345":
+    def test_a_refused_one_with_its_findings_and_our_answer(self) -> None:
+        found = [finding("S", "", "compress it", code="content-type"), finding("M", "/actor/name")]
+        found += [finding("E", "/origin/id"), finding("S", "/id"), finding("E", "/object/id")]
+        found += [finding("E", "/type", 'write `"type": "Offer"`', refused_by=("DSpace", "PCI"))]
+        delivery = delivered(
+            {"id": "x", "actor": {"id": "y"}, "object": {}}, 400, findings=found, omitted=4212,
+            headers={"Content-Type": JSON_LD, "X-Trace": "<b>"}, pattern="Request Review",
+            answer_headers={"X": "y"}, seconds=0.003,
+        )  # fmt: skip
+        page = delivery_page(delivery, answer=b'{"a": 1}')
+        self.assertEqual(page.one("title").text, "400 · 3 errors Request Review · coarinbox")
+        self.assertEqual(page.text, (
+            "← All 400 · 3 errors Request Review from 192.0.2.1 Received 2026-01-31 12:00:00 , "
+            "from 192.0.2.1 Stored no; correct it and send it again id x Send again Copy as curl "
+            'Copy JSON Copy link Raw Payload { 1 "id": "x", 6 "type": "Offer", 3 "actor": { "id": '
+            '"y" "name": … 4 }, "object": { "id": … 2 } } What arrived POST /inbox Content-Type: '
+            "application/ld+json 5 X-Trace: <b> What we answered after 3 ms 400 Bad Request X: y "
+            'Body, 8 bytes { "a": 1 } Findings compare with a valid Request Review 3 errors '
+            "refused here 1 /origin/id is wrong rule · specification 2 /object/id is wrong rule · "
+            'specification 3 /type is wrong Write "type": "Offer" refused by DSpace PCI · rule · '
+            "specification 1 MUST a warning here 4 /actor/name is wrong rule · specification 2 "
+            "SHOULD a warning here 5 is wrong Compress it rule · specification 6 /id is wrong rule "
+            "· specification and 4,212 more Conversation Nothing else has this id or answers it. "
+            "Send again To the same bytes Send again"
+        ))  # fmt: skip
+        for number in "123456":
             self.assertEqual(page.one(id=f"at-{number}").attributes["href"], f"#finding-{number}")
             self.assertEqual(page.one("a", href=f"#at-{number}").text, number)
-        for level, count in (("E", 2), ("M", 1)):
-            self.assertEqual(len(page.all("p", class_=f"ghost {level}")), count)
+        self.assertEqual(len(page.all("p", class_="ghost E")), 2)
+        self.assertEqual(len(page.all("p", class_="ghost M")), 1)
+        self.assertEqual(page.one("mark").text, "Content-Type: application/ld+json 5")
+        constraints = "../constraints?pattern=Request+Review"
+        self.assertEqual(page.links("rule")[2], f"{constraints}#type-required")
+        self.assertEqual(page.links("a valid Request Review"), [f"{constraints}#example"])
+        page = delivery_page(delivery._replace(headers={}))
+        self.assertEqual(page.lines[0], "{ 1 5", "without the header it is about the whole")
+
+    def test_one_that_was_sent_in_vain_and_one_that_was_found_in_the_store(self) -> None:
+        about = f"id {ACCEPT['id']} Answers {OFFER_ID} "
+        for delivery, facts, exchange in [
+            (sent(ACCEPT, 0, detail="no answer within 10 s", via="REPLIES"),
+             "↗ no answer Accept to localhost:8080 about /preprint/421 no answer within 10 s Sent "
+             f"2026-01-31 12:00:00 , to http://localhost:8080/inbox, by REPLIES {about}",
+             " } What we sent POST http://localhost:8080/inbox Host: localhost:5005 Content-Type: "
+             "application/ld+json What they answered no answer Findings None: this is a valid"),
+            (delivered(ACCEPT, 0, via="adopted", name="NAME", client="", target="", headers={}),
+             "found Accept from journal.example.com about /preprint/421 Found "
+             f"2026-01-31 12:00:00 , in the store Stored NAME {about}", " } Findings "),
+        ]:  # fmt: skip
+            text = delivery_page(delivery, [delivery], answer=None).text
+            self.assertTrue(text.startswith(f"← All {facts}"), text)
+            self.assertIn(exchange, text)
+            self.assertIn(f"It answers {OFFER_ID}, which was never delivered here. Nothing", text)
 
     def test_the_payload_is_shown_as_json_line_by_line(self) -> None:
         document = {"@id": 1, "a/b~c": {"text": "ü\n\u202e", "numbers": [1, 2.5, None], "": {}}}
@@ -3048,50 +2995,27 @@ class DeliveryPageTest(unittest.TestCase):
         self.assertEqual(page.lines.count('"a": {'), coarinbox.MAX_DEPTH - 1)
 
     def test_a_very_long_payload_is_cut_and_says_so(self) -> None:
-        values: list[Any] = [dict.fromkeys(map(str, range(3_000)), 0), [{}] * 10_000]
-        for value in [{"k" * 200_000: each} for each in values]:
-            delivery = delivered({**OFFER, "summary": value}, findings=[])
-            tracemalloc.start()
-            text = coarinbox.delivery_page(CONTEXT, delivery, ())
-            peak = tracemalloc.get_traced_memory()[1]
-            tracemalloc.stop()
-            page = Page(text)
-            self.assertIn("only 2000 lines are shown", page.lines[-1])
-            self.assertLess(len(page.text), 400_000)
-            self.assertLess(peak, 50_000_000)
-            self.assertEqual(page.copies("Copy JSON"), [])  # it is too large for a button
         self.assertEqual(len(delivery_page(delivered(OFFER)).copies("Copy JSON")), 1)
+        values = [dict.fromkeys(map(str, range(1_000)), 0), [{}] * 10_000]
+        delivery = delivered({**OFFER, "summary": {"k" * 200_000: values}}, findings=[])
+        tracemalloc.start()
+        text = coarinbox.delivery_page(CONTEXT, delivery, ())
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        page = Page(text)
+        self.assertLess(peak, 50_000_000)
+        self.assertLess(len(text), 400_000)
+        self.assertIn("only 2000 lines are shown", page.lines[-1])
+        self.assertEqual(page.copies("Copy JSON"), [])  # it is too large for a button
 
     def test_whatever_came_instead_of_json_is_shown(self) -> None:
         for body, shown in [
             (b"<p>no\r\nJSON\t", "<p>no JSON\\t"), (b"\xff\0", "\\xff\\u0000"),
-            (b"\n" * 1_000_000, "only 2000 lines are shown"),
+            (b"\n" * 1_000_000, "only 2000 lines are shown"), (b"", "Nothing of it was read."),
         ]:  # fmt: skip
             page = delivery_page(delivered(None, 400, detail="not JSON", body=body))
-            self.assertIn(shown, page.all("pre")[0].text)
-            self.assertEqual(page.one("h1").text, "No pattern")
-            self.assertIn("not JSON", page.texts("p"))
-        page = delivery_page(delivered(None, 411, body=b""))
-        self.assertIn("Nothing of it was read.", page.texts("p"))
-
-    def test_the_request_and_its_answer_are_shown(self) -> None:
-        found = [finding("S", "", "send it as `application/ld+json`", code="content-type")]
-        headers = {"Content-Type": "application/json", "X-Trace": "<b>"}
-        delivery = delivered(OFFER, 201, headers=headers, findings=found, seconds=0.003)
-        delivery = delivery._replace(answer_headers={"Location": "http://localhost:5005/inbox/1"})
-        page = delivery_page(delivery, answer=b'{"warnings": []}')
-        self.assertEqual(page.texts("pre"), [
-            "POST /inbox Content-Type: application/json 1 X-Trace: <b>",
-            "201 Created Location: http://localhost:5005/inbox/1", '{ "warnings": [] }',
-        ])  # fmt: skip
-        self.assertEqual(page.one("mark").text, "Content-Type: application/json 1")
-        self.assertIn("What we answered after 3 ms", page.texts("h2"))
-        self.assertIn("Body, 16 bytes", page.texts("summary"))
-        page = delivery_page(delivery._replace(headers={}))
-        self.assertEqual(page.lines[0], "{ 1", "without the header it is about the whole")
-        page = delivery_page(sent(ACCEPT, 0), answer=None)
-        self.assertIn("What they answered", page.texts("h2"))
-        self.assertEqual(page.texts("pre")[1], "no answer")
+            self.assertIn("400 No pattern from 192.0.2.1 not JSON", page.text)
+            self.assertIn(shown, page.text)
 
     @unittest.skipUnless(os.name == "posix", "the command is for another shell")
     def test_the_copied_command_makes_the_same_request(self) -> None:
@@ -3125,32 +3049,24 @@ class DeliveryPageTest(unittest.TestCase):
         self.assertRegex(timeline, "sent 201 Request Review .* 201 Accept .* 5.0 s later")
 
     def test_a_conversation_is_shown_in_order_with_attempts_folded(self) -> None:
-        def at(seconds: int) -> str:
-            return f"2026-01-31T12:00:{seconds:02}.000Z"
-
-        offer, review = delivered(OFFER, time=at(0)), NOTIFICATIONS["Announce Review"]
-        accept = sent(ACCEPT, time=at(2), via="REPLIES")
-        attempts = [sent(review, 503, time=at(seconds)) for seconds in (10, 12, 16)]
+        offer, review = delivered(OFFER), NOTIFICATIONS["Announce Review"]
+        accept = sent(ACCEPT, time="2026-01-31T12:00:02.000Z", via="REPLIES")
+        attempts = [sent(review, 503, time=f"2026-01-31T12:00:{s}.000Z") for s in (10, 12, 16)]
         page = delivery_page(attempts[1], [offer, accept, *attempts])
-        self.assertIn("Conversation 1 received, 4 sent, the last 16 s later", page.texts("h2"))
-        self.assertIn(
-            "201 Request Review 2026-01-31 12:00:00 from repository.example.org,"
+        self.assertEqual(page.one("section", id="conversation").text, (
+            "Conversation 1 received, 4 sent, the last 16 s later"
+            " 201 Request Review 2026-01-31 12:00:00 from repository.example.org,"
             " about /preprint/421"
             " ↗ sent 201 Accept 2026-01-31 12:00:02 2.0 s later, to localhost:8080, by REPLIES"
             " ↗ sent 503 Announce Review 2026-01-31 12:00:16 14 s later, to localhost:8080,"
             " about /review/7 Service Unavailable 3 attempts 2026-01-31 12:00:10 ↗ sent 503"
             " 2026-01-31 12:00:12 ↗ sent 503 this page 2.0 s later"
-            " 2026-01-31 12:00:16 ↗ sent 503 4.0 s later",
-            page.one("section", id="conversation").text,
-        )
+            " 2026-01-31 12:00:16 ↗ sent 503 4.0 s later"
+        ))  # fmt: skip
         links = {f"../deliveries/{each.name}" for each in (offer, accept, attempts[2])}
         self.assertLessEqual(links, {a.attributes["href"] for a in page.all("a")})
         stream = "../deliveries?q=" + urllib.parse.quote_plus(OFFER_ID)
         self.assertEqual(page.one("body").attributes["data-stream"], stream)
-        text = delivery_page(accept, [accept]).text
-        self.assertIn(f"It answers {OFFER_ID}, which was never delivered here.", text)
-        self.assertIn("Nothing else has this id or answers it.", text)
-        self.assertNotIn("never delivered", page.text)
 
     def test_the_deliveries_beside_it_are_those_of_the_filter(self) -> None:
         filtered = "?status=4xx&direction=in"
@@ -3169,8 +3085,7 @@ class DeliveryPageTest(unittest.TestCase):
         self.assertEqual(actions, [f"{url}#reply", f"{url}/send", f"{url}/send"])
         self.assertEqual(page.texts("option", selected="selected"), ["Reject"])
         document = json.loads("".join(page.one("textarea").texts))
-        self.assertEqual(document["type"], "Reject")
-        self.assertEqual(document["object"]["summary"], "\u202e<b>")
+        self.assertEqual((document["type"], document["object"]["summary"]), ("Reject", "\u202e<b>"))
         to = [field.attributes["value"] for field in page.all("input", name="to")]
         self.assertEqual(to, [REPOSITORY["inbox"], "http://localhost:5005/inbox"])
         self.assertEqual(page.links("Reply"), ["#reply"])
@@ -3184,13 +3099,6 @@ class DeliveryPageTest(unittest.TestCase):
             self.assertEqual((page.all("form"), page.links("Send again")), ([], []))
         self.assertIn("no longer: it was removed", page.texts("dd"))
         self.assertIn("It is no longer stored: it was removed.", page.texts("p"))
-
-    def test_what_was_found_in_the_store_has_all_its_views(self) -> None:
-        found = delivered(ACCEPT, 0, via="adopted", client="", target="", headers={})
-        page = delivery_page(found, [found], answer=None)
-        self.assertEqual(page.texts("dt")[:2], ["Found", "Stored"])
-        self.assertEqual(page.all("section", id="request"), [], "there was none")
-        self.assertIn(f'"inReplyTo": "{OFFER_ID}",', page.lines)
 
 
 def every_page(document: Any = REFUSED) -> Iterator[Page]:
@@ -3212,12 +3120,10 @@ class PageTest(unittest.TestCase):
     def test_constraints_are_those_of_one_pattern_with_an_example(self) -> None:
         for pattern in coarinbox.PATTERNS:
             page = Page(coarinbox.constraints_page(CONTEXT, pattern))
-            self.assertEqual(page.one("h1").text, pattern.name)
+            self.assertEqual(page.texts("h1"), [pattern.name])
             tabs = page.texts("a", aria_current="page")
             self.assertEqual(tabs, ["Constraints", pattern.name])
-            rules = coarinbox.constraints_of(pattern)
-            self.assertGreater(len(rules), 30)
-            for rule in rules:
+            for rule in coarinbox.constraints_of(pattern):
                 self.assertEqual(page.one("li", id=rule["code"]).attributes["class"], rule["level"])
             example = json.loads(*page.copies("Copy JSON"))
             self.assertEqual(coarinbox.pattern_of(example), pattern)
@@ -3234,25 +3140,32 @@ class PageTest(unittest.TestCase):
             page = Page(coarinbox.constraints_page(context, coarinbox.PATTERNS[0]))
             self.assertIn(f"This inbox refuses: {refused}.", page.text)
 
-    def test_samples_can_be_read_and_copied(self) -> None:
+    def test_samples_can_be_read_copied_and_sent(self) -> None:
         page = Page(coarinbox.samples_page(CONTEXT))
         for copied, pattern in itertools.zip_longest(page.copies("Copy JSON"), coarinbox.PATTERNS):
             document = json.loads(copied)
             self.assertEqual(coarinbox.pattern_of(document), pattern)
             self.assertEqual(document["target"]["inbox"], "http://localhost:5005/inbox")
             (link,) = (each for each in page.all("a") if each.text == pattern.name)
-            section = page.one("section", id=link.attributes["href"][1:])
-            self.assertIn(pattern.name, section.text)
+            shown = page.one("section", id=link.attributes["href"][1:]).text
+            self.assertIn(json.dumps(document["type"]), shown)
             self.assertEqual(len(page.all("button", data_send=pattern.name)), 1)
 
     def test_an_error_is_a_page_with_navigation(self) -> None:
-        page = Page(coarinbox.error_page(CONTEXT, 404, "this <delivery> was removed"))
-        self.assertEqual(page.one("h1").text, "404 Not Found")
-        self.assertIn("this <delivery> was removed", page.texts("p"))
+        page = Page(coarinbox.error_page(CONTEXT, 404, "it <was> removed"))
+        self.assertEqual(page.text, "404 Not Found it <was> removed All deliveries")
         self.assertEqual(page.links("All deliveries"), ["../"])
 
-    def test_links_and_labels_lead_somewhere_wherever_the_inbox_is(self) -> None:
+    def test_links_lead_somewhere_and_nothing_runs_but_the_script_of_the_page(self) -> None:
+        directives = coarinbox.CONTENT_SECURITY_POLICY.split("; ")
+        policy = dict(directive.split(maxsplit=1) for directive in directives)
+        self.assertEqual((policy["default-src"], policy["frame-ancestors"]), ("'none'",) * 2)
+        self.assertNotIn("unsafe", str(policy))
         for page in every_page():
+            for kind in ("script", "style"):
+                digest = hashlib.sha256("".join(page.one(kind).texts).encode()).digest()
+                source = f"'sha256-{base64.b64encode(digest).decode()}'"
+                self.assertEqual(policy[f"{kind}-src"], source)
             ids = [each.attributes["id"] for each in page.elements if "id" in each.attributes]
             self.assertEqual(len(set(ids)), len(ids), "an id comes twice")
             for element in page.elements:
@@ -3282,17 +3195,6 @@ class PageTest(unittest.TestCase):
                 self.assertTrue(text.isprintable())
                 self.assertLess(len(text), 1_000_000)
 
-    def test_nothing_runs_but_the_script_of_the_page_itself(self) -> None:
-        directives = coarinbox.CONTENT_SECURITY_POLICY.split("; ")
-        policy = dict(directive.split(maxsplit=1) for directive in directives)
-        for page in every_page():
-            for kind in ("script", "style"):
-                digest = hashlib.sha256("".join(page.one(kind).texts).encode()).digest()
-                source = f"'sha256-{base64.b64encode(digest).decode()}'"
-                self.assertEqual(policy[f"{kind}-src"], source)
-        self.assertEqual((policy["default-src"], policy["frame-ancestors"]), ("'none'",) * 2)
-        self.assertNotIn("unsafe", str(policy))
-
 
 def hostile_notifications() -> list[Any]:
     """Make notifications that would do harm if any of their texts were taken for something else."""
@@ -3321,41 +3223,34 @@ def hostile_notifications() -> list[Any]:
 HOSTILE = hostile_notifications()
 
 
-class ForeignPageTest(DeliveriesTest):
-    def test_the_pages_of_other_sites_cannot_empty_the_inbox(self) -> None:
-        host, port = address(self.server)
-        path = path_of(self.post().headers["Location"])
-        for headers in [
-            {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Origin": ""},
-            {"Origin": f"http://{host}:{port + 1}"}, {"Origin": f"http://{host}"},
-            {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"},
-            {"Sec-Fetch-Site": "same-origin", "Origin": "https://evil.example"},
-        ]:  # fmt: skip
-            for where in ("/inbox", path):
-                with self.subTest(headers, where=where):
-                    problem = self.assert_problem(self.ask("DELETE", where, headers=headers), 403)
-                    named = headers.get("Origin") or headers.get("Sec-Fetch-Site", "none")
-                    self.assertIn(named, problem["detail"])
-                    self.assertIn("BASE_URL", problem["detail"])
-        self.assertEqual((len(self.stored()), len(self.deliveries())), (1, 1))
-
-    def test_its_own_page_can(self) -> None:
-        same, proxied = {"Sec-Fetch-Site": "same-origin"}, {"Origin": "https://inbox.example.org"}
+class ForeignPageTest(unittest.TestCase):
+    def test_only_its_own_pages_can_empty_the_inbox(self) -> None:
+        none, same = {"Sec-Fetch-Site": "none"}, {"Sec-Fetch-Site": "same-origin"}
+        evil, proxied = {"Origin": "https://evil.example"}, {"Origin": "https://inbox.example.org"}
         cases: list[tuple[str | None, dict[str, str], int]] = [
-            (None, {}, 204), (None, {"Sec-Fetch-Site": "none"}, 204),
+            (None, {}, 204), (None, none, 204), (None, evil, 403), (None, {"Origin": "null"}, 403),
             (None, {"Origin": "http://127.0.0.1:PORT", **same}, 204),
             (None, {"Origin": "http://LOCALHOST:PORT", "Host": "localhost:PORT"}, 204),
+            (None, {"Origin": "http://127.0.0.1:1"}, 403), (None, {"Origin": ""}, 403),
+            (None, {"Origin": "http://127.0.0.1"}, 403), (None, {**same, **evil}, 403),
+            (None, {"Sec-Fetch-Site": "cross-site"}, 403),
+            (None, {"Sec-Fetch-Site": "same-site"}, 403),
             ("https://Inbox.example.org/coar", {**proxied, **same}, 204),
             ("https://inbox.example.org:443", proxied, 204), ("http://other", proxied, 403),
         ]  # fmt: skip
         for base, headers, status in cases:
-            with self.subTest(base, headers=headers), serving(BASE_URL=base) as server:
-                port = str(address(server)[1])
+            with self.subTest(base, headers=headers), coarinbox.running(BASE_URL=base) as inbox:
+                port = str(address(inbox.server)[1])
                 headers = {name: text.replace("PORT", port) for name, text in headers.items()}
-                self.assertEqual(ask(server, "POST", "/inbox", ACCEPT).status, 201)
-                self.assertEqual(ask(server, "DELETE", "/inbox", headers=headers).status, status)
-                listing = ask(server, "GET", "/inbox").json()["ldp:contains"]
-                self.assertEqual(len(listing), int(status == 403))
+                send(inbox.url)
+                for path in (f"/inbox/{inbox.deliveries[0].name}", "/inbox"):
+                    answer = ask(inbox.server, "DELETE", path, headers=headers)
+                    self.assertEqual(answer.status, status, path)
+                    if status == 403:
+                        foreign = headers.get("Origin") or headers.get("Sec-Fetch-Site", "none")
+                        self.assertIn(foreign, answer.json()["detail"])
+                        self.assertIn("BASE_URL", answer.json()["detail"])
+                self.assertEqual(len(inbox.notifications), int(status == 403))
 
 
 # --- Browser -------------------------------------------------------------------------------------
@@ -3418,9 +3313,6 @@ class BrowserTest(DeliveriesTest):
         if live:
             self.wait_for("#state", "live")
 
-    def open_newest(self, live: bool = True) -> None:
-        self.open(f"/deliveries/{self.names()[0]}", live)
-
     def run_script(self, script: str, *arguments: Any) -> Any:
         return self.driver.execute_script(script, *arguments)
 
@@ -3448,13 +3340,18 @@ class BrowserTest(DeliveriesTest):
         script = "return [...document.querySelectorAll(arguments[0])].find(e => e.innerText"
         self.run_script(f"{script}.includes(arguments[1]))", selector, text).click()
 
+    def press(self, *keys: str) -> str:
+        """Press keys where the focus is; returns the id of the row that has it then."""
+        self.actions(self.driver).send_keys(*keys).perform()
+        return str(self.run_script("return document.activeElement.closest('li')?.id"))
+
     def test_a_refusal_appears_within_a_second_with_its_reasons(self) -> None:
         self.post(ACCEPT)
         self.open()
-        self.run_script("window.mark = 1")
+        self.run_script("window.kept = 1")
         self.post(changed(OFFER, "origin.id", "urn:uuid:origin"))
         self.wait_for("#deliveries", "origin.id must be an HTTP URI", seconds=1)
-        self.assertEqual(self.run_script("return window.mark"), 1, "the page was loaded again")
+        self.assertEqual(self.run_script("return window.kept"), 1, "the page was loaded again")
         self.assertEqual(self.driver.title, "(1) Deliveries · coarinbox")
         self.assertIn("Request Review", self.text("#deliveries .new"))
         self.assertIn("400 · 1 error", self.text("#newest"))  # which is spoken
@@ -3468,24 +3365,47 @@ class BrowserTest(DeliveriesTest):
         self.assertGreater(findings.rect["x"], payload.rect["x"] + payload.rect["width"])
         self.assertLess(abs(findings.rect["y"] - payload.rect["y"]), 50)
 
-        self.scripts(False)
-        self.open(live=False)
-        self.assertEqual(len(self.all("#deliveries .open")), 2)
-        self.assertEqual([each.text for each in self.all(".script") if each.is_displayed()], [])
-        self.click("#deliveries .open")
-        self.assertIn('"id": "urn:uuid:origin", 1', self.text(".json .E"))
-
-    def test_a_conversation_grows_while_one_looks(self) -> None:
+    def test_the_first_sample_takes_the_place_of_the_instructions_until_it_is_removed(self) -> None:
+        self.open()
+        self.assertIn("Nothing has been delivered yet", self.text("h1"))
+        self.click("#sample option", "Undo Offer")
+        self.click("button", "Send to this inbox")
+        self.wait_for("#deliveries", "201 Undo Offer")
+        self.assertEqual(self.all("pre"), [])
+        self.open("/samples", live=False)
+        self.click("[data-send=Reject]")
+        self.wait_for("#deliveries", "201 Reject")
+        for answer, left in (("dismiss", 2), ("accept", 0)):
+            self.click("[data-clear]")
+            getattr(self.driver.switch_to.alert, answer)()
+            self.wait_for_rows(left)
+            self.assertEqual(len(self.stored()), left)
+        self.wait_for("h1", "Nothing has been delivered yet")
+        self.wait_for("#state", "live")
         self.post(OFFER)
-        self.open_newest()
+        self.wait_for("#deliveries", "Request Review", seconds=1)
+        self.assertEqual(len(self.all("li.new")), 1)
+        self.assertEqual(self.driver.title, "(1) Deliveries · coarinbox")
+        self.open("/?limit=2")
+        self.post_each(*[ACCEPT] * 3)
+        self.wait_until(lambda: self.driver.title == "(2+) Deliveries · coarinbox")
+
+    def test_a_conversation_grows_while_one_types_and_copies(self) -> None:
+        self.post(OFFER)
+        self.open(f"/deliveries/{self.names()[0]}")
         self.assertIn("Nothing else has this id", self.text("#conversation"))
-        (folded,) = self.all(".json > details")
+        (folded,), (field,) = self.all(".json > details"), self.all("textarea")
         self.run_script("arguments[0].open = false", folded)
-        self.all("textarea")[0].send_keys("typed ")
+        field.send_keys("typed ")
         self.post(ACCEPT)
         self.wait_for("#conversation", "1 warning Accept", seconds=1)
         self.assertFalse(self.run_script("return arguments[0].open", folded))
-        self.assertIn("typed", self.all("textarea")[0].get_attribute("value"))
+        self.assertIn("typed", field.get_attribute("value"))
+        self.click("button", "Copy JSON")
+        self.wait_for(".tools", "Copied")
+        field.clear()
+        field.send_keys(self.keys.CONTROL, "v")
+        self.assertEqual(json.loads(field.get_attribute("value")), OFFER)
 
     def test_the_filter_narrows_while_one_types(self) -> None:
         self.post_each(ACCEPT, REFUSED)
@@ -3502,47 +3422,40 @@ class BrowserTest(DeliveriesTest):
         self.click("#active a")
         self.wait_for_rows(4)
 
-    def press(self, *keys: str) -> str:
-        """Press keys where the focus is; returns the id of the row that has it then."""
-        self.actions(self.driver).send_keys(*keys).perform()
-        return str(self.run_script("return document.activeElement.closest('li')?.id"))
-
-    def test_keys_move_open_search_and_go_back(self) -> None:
-        self.post_each(ACCEPT, REFUSED)
-        self.open()
-        first, second = (f"row-{name}" for name in self.names())
-        for keys, row in [("j", first), ("j", second), ("j", second), ("k", first), ("kk", first)]:
-            self.assertEqual(self.press(*keys), row)
-        self.post()
-        self.wait_for_rows(3)
-        self.assertEqual(self.press(), first, "the focus stays where it is")
-        self.press("/", "x", "j")
-        self.assertEqual(self.all("[type=search]")[0].get_attribute("value"), "xj")
-
-    def test_newer_and_older_stay_within_the_filter(self) -> None:
-        self.post_each(REFUSED, ACCEPT, b"no", ACCEPT, REFUSED)
+    def test_keys_move_open_search_and_go_back_within_the_filter(self) -> None:
+        self.post_each(REFUSED, ACCEPT, b"no", REFUSED)
         names, filtered = self.names("?status=4xx"), "?status=4xx&direction=in"
         self.open()
         self.click("#totals a", "Refused")
         self.wait_for_rows(3)
-        self.press("j", self.keys.ENTER)
-        self.wait_for_url(f"/deliveries/{names[0]}{filtered}")
-        self.assertEqual(self.all("[rel=prev]"), [])
-        for key, name in [("j", names[1]), ("j", names[2]), ("k", names[1])]:
+        first, _, last = (f"row-{name}" for name in names)
+        for keys, row in [("j", first), ("jjj", last), ("kkk", first)]:
+            self.assertEqual(self.press(*keys), row)
+        self.post(b"no")
+        self.wait_for_rows(4)
+        self.assertEqual(self.press(), first, "the focus stays where it is")
+        self.press(self.keys.ENTER)
+        for key, name in [("", names[0]), ("j", names[1]), ("j", names[2]), ("k", names[1])]:
             self.press(key)
             self.wait_for_url(f"/deliveries/{name}{filtered}")
         self.press(self.keys.ESCAPE)
         self.wait_for_url(f"/{filtered}")
+        self.press("/", "x", "j")
+        self.assertEqual(self.all("[type=search]")[0].get_attribute("value"), "xj")
 
     def test_an_offer_is_answered_by_hand_and_the_conversation_shows_it(self) -> None:
         self.post(changed(OFFER, "origin.inbox", f"{self.server.base}/inbox"))
-        keys = self.keys
+        (offer,), keys = self.names(), self.keys
         for pattern, scripts in (("Reject", False), ("Announce Review", True)):
             self.scripts(scripts)
             self.open(live=False)
+            shown = [each for each in self.all(".script") if each.is_displayed()]
+            self.assertEqual(bool(shown), scripts, "there is a button that needs a script")
             self.click("#deliveries .open", "Request Review")
+            self.wait_for_url(f"/deliveries/{offer}")
             self.click("#reply option", pattern)
             self.click("#reply button", "Write it")
+            self.wait_for_url(f"/deliveries/{offer}?reply={pattern.replace(' ', '+')}#reply")
             self.wait_for("#reply option:checked", pattern)
             end = (keys.CONTROL, keys.END, keys.NULL, keys.BACKSPACE)
             self.all("#document")[0].send_keys(*end, ', "summary": "edited" }')
@@ -3552,19 +3465,6 @@ class BrowserTest(DeliveriesTest):
             self.assertIn("201 Created", self.text("#answer"))
             self.assertIn("by hand", self.text(".facts"))
             self.assertRegex(self.text("#conversation"), rf"Request Review .* sent 201 {pattern}")
-        self.click("#conversation a", "Request Review")
-        self.wait_for("#conversation h2", "3 received, 2 sent")
-
-    def test_a_sample_is_sent_from_the_page(self) -> None:
-        self.open()
-        self.click("#sample option", "Undo Offer")
-        self.click("button", "Send to this inbox")
-        self.wait_for("#deliveries", "201 Undo Offer")
-        self.open("/samples", live=False)
-        self.click("[data-send=Reject]")
-        self.wait_for("#deliveries", "201 Reject")
-        self.click("#deliveries .open", "Reject")
-        self.wait_for("#findings", "None: this is a valid Reject.")
 
     def test_a_page_that_nobody_sees_asks_for_nothing(self) -> None:
         def hide(hidden: bool) -> int:
@@ -3603,31 +3503,6 @@ class BrowserTest(DeliveriesTest):
         self.wait_for_rows(5)
         self.wait_until(lambda: self.driver.title == "(3) Deliveries · coarinbox")
 
-    def test_a_button_copies(self) -> None:
-        self.post(OFFER)
-        self.open_newest()
-        self.click("button", "Copy JSON")
-        self.wait_for(".tools", "Copied")
-        (field,) = self.all("textarea")
-        field.clear()
-        field.send_keys(self.keys.CONTROL, "v")
-        self.assertEqual(json.loads(field.get_attribute("value")), OFFER)
-
-    def test_a_delivery_takes_the_place_of_the_instructions_until_it_is_removed(self) -> None:
-        self.open()
-        self.assertIn("Nothing has been delivered yet", self.text("h1"))
-        self.post(OFFER)
-        self.wait_for("#deliveries", "Request Review", seconds=1)
-        self.assertEqual(len(self.all("li.new")), 1)
-        self.assertEqual(self.driver.title, "(1) Deliveries · coarinbox")
-        self.assertEqual(self.all("pre"), [])
-        for answer, left in (("dismiss", 1), ("accept", 0)):
-            self.click("[data-clear]")
-            getattr(self.driver.switch_to.alert, answer)()
-            self.wait_for_rows(left)
-            self.assertEqual(len(self.stored()), left)
-        self.wait_for("h1", "Nothing has been delivered yet")
-
     def test_it_is_live_again_after_a_restart(self) -> None:
         self.open()
         self.server.server_close()
@@ -3651,12 +3526,6 @@ class BrowserTest(DeliveriesTest):
         violations = [line for line in self.driver.get_log("browser") if "Security" in str(line)]
         self.assertEqual(violations, [])
 
-    def test_the_title_says_that_there_is_more_than_the_list_shows(self) -> None:
-        self.post()
-        self.open("/?limit=2")
-        self.post_each(*[ACCEPT] * 3)
-        self.wait_until(lambda: self.driver.title == "(2+) Deliveries · coarinbox")
-
     @unittest.skipUnless(AXE.exists(), "axe-core is not installed")
     def test_everybody_can_use_it(self) -> None:
         self.check_accessibility("/")  # of an empty inbox
@@ -3667,10 +3536,9 @@ class BrowserTest(DeliveriesTest):
         self.ask("POST", "/inbox?status=503", OFFER)
         self.ask("DELETE", f"/inbox/{accept}")
         filters = "/?status=4xx&origin=r.example.org&q=nothing"
-        for path in ("/", filters, "/constraints", "/samples", "/nowhere"):
+        deliveries = [f"/deliveries/{name}" for name in self.names()]
+        for path in ("/", filters, "/constraints", "/samples", "/nowhere", *deliveries):
             self.check_accessibility(path)
-        for name in self.names():
-            self.check_accessibility(f"/deliveries/{name}")
 
     def check_accessibility(self, path: str) -> None:
         """Look at a page in two of `VIEWS`, by turns; none may scroll sideways."""
@@ -3787,18 +3655,14 @@ class ProgramTest(unittest.TestCase):
     def invoke(self, *arguments: str, stdin: str = "", **env: str) -> Done:
         """Run the command line to its end, in this process, as it takes long to start another."""
         output, errors = io.TextIOWrapper(io.BytesIO()), io.StringIO()
-        before, logger = os.getcwd(), logging.getLogger()
+        given = io.TextIOWrapper(io.BytesIO(stdin.encode()))
+        logger, patch = logging.getLogger(), unittest.mock.patch
         with contextlib.ExitStack() as stack:
-            stack.callback(os.chdir, before)
+            stack.callback(os.chdir, os.getcwd())
             os.chdir(self.directory)
-            for target, value in [
-                ("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()))),
-                ("sys.stdout", output),
-                ("sys.stderr", errors),
-                ("os.environ", environment(**env)),
-            ]:
-                stack.enter_context(unittest.mock.patch(target, value))
-            stack.enter_context(unittest.mock.patch.object(logger, "handlers", []))
+            stack.enter_context(patch.multiple("sys", stdin=given, stdout=output, stderr=errors))
+            stack.enter_context(patch("os.environ", environment(**env)))
+            stack.enter_context(patch.object(logger, "handlers", []))
             stack.callback(logger.setLevel, logger.level)
             try:
                 status = coarinbox.main(list(arguments))
@@ -3821,7 +3685,8 @@ class ProgramTest(unittest.TestCase):
 
     def fail_to_start(self, *arguments: str, **env: str) -> str:
         """Expect exit status 2 and one line on standard error, which is returned."""
-        done = self.invoke(*arguments, **env)
+        with unittest.mock.patch("coarinbox.run"):  # which would serve for ever if it did start
+            done = self.invoke(*arguments, **env)
         self.assertEqual(done.status, 2, done.errors)
         self.assertEqual(done.errors.count("\n"), 1, done.errors)
         self.assertEqual(done.output, [])
@@ -3837,8 +3702,10 @@ def can_connect(where: tuple[str, int]) -> bool:
 
 
 class StartTest(ProgramTest):
-    def test_it_says_where_it_is_and_what_is_going_on_until_a_signal_ends_it(self) -> None:
-        with running(self.command("--port", "0"), cwd=self.directory) as inbox:
+    def test_the_file_alone_says_where_it_is_and_what_is_going_on_until_a_signal(self) -> None:
+        shutil.copy(MODULE, self.directory)
+        alone = [sys.executable, "-I", "-S", "coarinbox.py", "--port", "0"]
+        with running(alone, cwd=self.directory) as inbox:
             port = inbox.server_address[1]
             self.assertEqual(inbox.banner, [
                 f"coarinbox {coarinbox.__version__}",
@@ -3868,13 +3735,6 @@ class StartTest(ProgramTest):
         ):  # fmt: skip
             self.assertIn(f"INFO:coarinbox:127.0.0.1 {text}", caught.output)
         self.assertNotIn("s3cret", str(caught.output))
-
-    def test_the_file_alone_suffices(self) -> None:
-        shutil.copy(MODULE, self.directory)
-        alone = [sys.executable, "-I", "-S", "coarinbox.py", "--port", "0"]
-        with running(alone, cwd=self.directory) as inbox:
-            self.assertEqual(inbox.ask("POST", "/inbox", ACCEPT).status, 201)
-            self.assertEqual(inbox.stop(signal.SIGTERM)[0], 0)
 
     @contextlib.contextmanager
     def stalled(self, **constants: float) -> Iterator[tuple[Program, Any]]:
@@ -3920,15 +3780,13 @@ class StartTest(ProgramTest):
                 while True:
                     acknowledged.append(inbox.ask("POST", "/inbox", document).headers["Location"])
 
-        kills = int(os.environ.get("COARINBOX_KILLS", "1"))  # a hundred take half a minute
-        for kill in range(kills):
-            with running(self.command("--port", "0"), cwd=self.directory) as inbox:
-                with concurrent.futures.ThreadPoolExecutor(4) as pool:
-                    senders = [pool.submit(post, inbox) for _ in range(4)]
-                    while len(acknowledged) < 50 * (kill + 1) and not senders[0].done():
-                        time.sleep(0)
-                    inbox.process.kill()
-        self.assertGreaterEqual(len(acknowledged), 50 * kills)
+        with running(self.command("--port", "0"), cwd=self.directory) as inbox:
+            with concurrent.futures.ThreadPoolExecutor(4) as pool:
+                senders = [pool.submit(post, inbox) for _ in range(4)]
+                while len(acknowledged) < 50 and not senders[0].done():
+                    time.sleep(0)
+                inbox.process.kill()
+        self.assertGreaterEqual(len(acknowledged), 50)
         stored = {path.stem: path.read_bytes() for path in self.directory.glob("*/*.json")}
         self.assertLessEqual({url.rpartition("/")[2] for url in acknowledged}, stored.keys())
         self.assertEqual(set(stored.values()), {document})
@@ -3943,12 +3801,8 @@ class StartTest(ProgramTest):
                 (["--host", "127.0.0.1", "--port", taken], f"HOST '127.0.0.1', PORT {taken}"),
             ]:  # fmt: skip
                 self.assertIn(expected, self.fail_to_start("--port", "0", *arguments))
-
-    def test_a_store_that_cannot_be_written_to(self) -> None:
-        command = [*on_small_disk("ro", self.directory), "--store", str(self.directory)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-        self.assertEqual(done.returncode, 2, done)
-        self.assertIn("expected a directory to write to", done.stderr)
+        with unittest.mock.patch("os.access", return_value=False):  # as on a read-only disk
+            self.assertIn("expected a directory to write to", self.fail_to_start())
 
     def test_other_addresses_than_localhost(self) -> None:
         if not has_ipv6():
@@ -4018,11 +3872,6 @@ class ConfigurationTest(ProgramTest):
         line = self.fail_to_start(COARNOTIFY_PORT="abc")
         self.assertEqual(line, "coarinbox: COARNOTIFY_PORT is 'abc', expected a port, 0 to 65535\n")
 
-    def test_the_mode_of_validation_may_be_a_flag(self) -> None:
-        for text, mode in (("true", True), ("False", False), ("strict", "strict"), ("pci", "PCI")):
-            self.assertEqual(self.configured("--validate", text).VALIDATE_INCOMING, mode)
-        self.assertIn("VALIDATE_INCOMING is 'lax'", self.fail_to_start("--validate", "lax"))
-
     def test_errors_name_the_file_the_line_and_what_is_wrong(self) -> None:
         for text, expected in [
             ("PORT = 5005\nHOST = (", "local.cfg, line 2: SyntaxError"),
@@ -4038,6 +3887,7 @@ class ConfigurationTest(ProgramTest):
                 self.assertIn(expected, self.fail_to_start("--config", self.config(text)))
         self.assertIn("none.cfg", self.fail_to_start("--config", "none.cfg"))
         self.assertIn("none.cfg", self.fail_to_start(COARNOTIFY_SETTINGS="none.cfg"))
+        self.assertIn("VALIDATE_INCOMING is 'lax'", self.fail_to_start("--validate", "lax"))
         line = self.fail_to_start("--port", "70000", "--config", self.config("DEBUG = True"))
         self.assertTrue(line.startswith("coarinbox: PORT is 70000"), line)
 
@@ -4058,19 +3908,17 @@ class ConfigurationTest(ProgramTest):
             with self.assertRaisesRegex(coarinbox.ConfigurationError, expected):
                 coarinbox.Settings(**{name: value})  # type: ignore[arg-type]
 
-    def test_each_setting_takes_what_it_can_use(self) -> None:
-        usable: list[tuple[str, Any]] = [
-            ("STORE_DIR", pathlib.Path("store")), ("PORT", 0), ("PORT", 65535), ("HOST", "::"),
+    def test_each_setting_takes_what_it_can_use_and_is_not_changed_later(self) -> None:
+        for name, value in [
+            ("STORE_DIR", pathlib.Path("store")), ("PORT", 65535), ("HOST", "::"),
             ("RESPONSE_STATUS", 202), ("BASE_URL", "https://example.org"), ("TOKEN", "s3cret"),
             ("BASE_URL", "http://[::1]:80/x/"), ("MAX_CONTENT_LENGTH", 1),
             ("MAX_CONTENT_LENGTH", 2**31 - 1), ("REQUEST_TIMEOUT", 0.001),
             ("REQUEST_TIMEOUT", 86400),
-        ]  # fmt: skip
-        for name, value in usable:
-            with self.subTest(name, value=value):
-                settings = coarinbox.Settings(**{name: value})
-                with self.assertRaises(AttributeError):  # nobody changes them later
-                    setattr(settings, name, value)
+        ]:  # fmt: skip
+            with self.subTest(name, value=value), self.assertRaises(AttributeError):
+                settings = coarinbox.Settings(**{name: value})  # type: ignore[arg-type]
+                setattr(settings, name, value)
 
     def test_unknown_settings_are_warned_about_with_the_nearest_name(self) -> None:
         path = self.config('STORE_DIRECTORY = "x"\nSECRET_KEY = "y"\nlower = 1\nPORT = 0\n')
@@ -4163,7 +4011,7 @@ class RunningTest(unittest.TestCase):
                     if limit > 1:
                         clients.enter_context(Listener(inbox.server))
                     started = time.monotonic()
-                self.assertLess(time.monotonic() - started, 1)
+                self.assertLess(time.monotonic() - started, coarinbox.STOP_WITHIN)
 
     @unittest.skipUnless(PROC, "this system does not list descriptors")
     def test_it_is_quiet_and_leaves_nothing_behind(self) -> None:
@@ -4201,9 +4049,7 @@ class DoubleTest(unittest.TestCase):
 
     def test_it_shows_what_came_and_what_was_stored_here(self) -> None:
         inbox = self.inbox
-        self.assertEqual((inbox.deliveries, inbox.notifications), ([], []))
         self.assertEqual(self.send(OFFER, REFUSED, b"no", ACCEPT), [201, 400, 400, 201])
-        self.assertEqual([each.status for each in inbox.deliveries], [201, 400, 400, 201])
         shown = [each.notification for each in inbox.deliveries]
         self.assertEqual(shown, [OFFER, REFUSED, None, ACCEPT])
         self.assertEqual(inbox.notifications, [OFFER, ACCEPT])
@@ -4244,6 +4090,7 @@ class DoubleTest(unittest.TestCase):
             cleared.set()
             self.assertEqual(waiting.result().notification, REFUSED)
 
+    @constants(BLOCK=100)  # it takes many pieces to read the log
     def test_each_demand_selects_from_what_has_arrived(self) -> None:
         self.send(OFFER, ACCEPT, REFUSED)
         offer, accept, refused = self.inbox.deliveries
@@ -4254,9 +4101,8 @@ class DoubleTest(unittest.TestCase):
             (accept, {"predicate": lambda each: "inReplyTo" in each.about}),
             (refused, {"status": "4xx", "type": "Offer"}),
         ]  # fmt: skip
-        with unittest.mock.patch("coarinbox.BLOCK", 100):  # it takes many pieces to read it
-            for expected, demand in demands:
-                self.assertEqual(self.inbox.wait_for(**demand, timeout=0), expected, demand)
+        for expected, demand in demands:
+            self.assertEqual(self.inbox.wait_for(**demand, timeout=0), expected, demand)
 
     def test_clean_is_only_what_has_no_findings_at_all(self) -> None:
         """An inbox accepts much that its sender should still improve."""
@@ -4321,21 +4167,19 @@ class DoubleTest(unittest.TestCase):
             (AssertionError, {"status": "2x"}, "a status such as"),
             (TypeError, {"predicate": "Request Review"}, "Request Review"),
             (TypeError, {"type": ["Offer"]}, "not one name"),
-            (KeyError, {"predicate": lambda each: each.notification["objekt"]}, "objekt"),
         ]
         for kind, demand, expected in wrong:
-            with self.subTest(demand), self.assertRaisesRegex(kind, expected):
-                self.inbox.assert_none(**demand)
-            if kind is not KeyError:
+            for look in (self.inbox.assert_none, self.inbox.wait_for):
                 with self.subTest(demand), self.assertRaisesRegex(kind, expected):
-                    self.inbox.wait_for(**demand)
+                    look(**demand)
 
     def test_that_nothing_comes_can_be_asserted(self) -> None:
         self.inbox.assert_none(within=0.01)
         self.send(REFUSED)
-        unexpected = "unexpected .*: <Delivery 400 refused Request"
-        with self.assertRaisesRegex(AssertionError, unexpected):
+        with self.assertRaisesRegex(AssertionError, "unexpected .*: <Delivery 400 refused Request"):
             self.inbox.assert_none()
+        with self.assertRaisesRegex(KeyError, "objekt"):
+            self.inbox.assert_none(lambda each: each.notification["objekt"])
         # Others may have types that are unknown here.
         for type_ in ("Accept", "Create", "coar-notify:IngestAction", "sorg:Review"):
             self.inbox.assert_none(type=type_)
@@ -4349,7 +4193,6 @@ class DoubleTest(unittest.TestCase):
         told = [(answer.status, answer.headers["Retry-After"]) for answer in answers]
         self.assertEqual(told, [(503, "7"), (503, "7"), (429, date), (201, None)])
         self.assertEqual([each.simulated for each in inbox.deliveries], [True] * 3 + [False])
-        self.assertEqual(len(inbox.notifications), 1)
         self.assertEqual(inbox.wait_for(status=503).notification, ACCEPT)
         inbox.fail_next(close=True)
         with self.assertRaises(http.client.RemoteDisconnected):
@@ -4361,9 +4204,8 @@ class DoubleTest(unittest.TestCase):
 
     def test_a_failure_that_cannot_be_is_refused(self) -> None:
         for arguments in [
-            {"status": 200}, {"status": 600}, {"status": 503, "times": 0},
-            {"status": 503, "retry_after": "soon"}, {"status": 503, "delay": -1}, {},
-            {"status": 503, "times": None}, {"retry_after": 1}, {"delay": 10_000},
+            {}, {"status": 200}, {"status": 503, "times": None}, {"retry_after": "soon"},
+            {"status": 503, "delay": -1}, {"delay": 10_000},
         ]:  # fmt: skip
             with self.subTest(arguments), self.assertRaisesRegex(ValueError, "expected|needs"):
                 self.inbox.fail_next(**arguments)  # type: ignore[arg-type]
@@ -4397,41 +4239,33 @@ class SimulatedFailureTest(DeliveriesTest):
             self.assertEqual(answers[0].headers["Retry-After"], "1")
             self.assertIn("simulated", self.assert_problem(answers[0], 503)["detail"])
             self.assertNotIn("Retry-After", answers[2].headers)
-        self.assertEqual(len(self.stored()), 4)
         self.assertEqual(self.ask("DELETE", "/inbox").status, 204)
         self.assertEqual(self.send(query).status, 503, "the attempts are forgotten, too")
 
+    @with_settings(VALIDATE_INCOMING=False)
     def test_the_id_tells_notifications_apart_or_else_the_body(self) -> None:
-        with serving(VALIDATE_INCOMING=False) as lax:
-            for document, status in [
-                (ACCEPT, 503), (changed(ACCEPT, "summary", "another"), 201),
-                ({"a": 1}, 503), ({"b": 1}, 503), ({"a": 1}, 201), ({"id": "None"}, 503),
-            ]:  # fmt: skip
-                answer = ask(lax, "POST", "/inbox?status=503&times=1", document)
-                self.assertEqual(answer.status, status, document)
+        for document, status in [
+            (ACCEPT, 503), (changed(ACCEPT, "summary", "another"), 201),
+            ({"a": 1}, 503), ({"b": 1}, 503), ({"a": 1}, 201), ({"id": "None"}, 503),
+        ]:  # fmt: skip
+            self.assertEqual(self.send("status=503&times=1", document).status, status, document)
 
     def test_any_status_can_be_chosen_for_all_attempts(self) -> None:
-        for status in (301, 304, 400, 404, 418, 429, 451, 499, 500, 503, 599):
+        plain = "http://{}:{}/inbox".format(*address(self.server))
+        for status in (300, 301, 307, 400, 404, 418, 429, 451, 499, 500, 503, 599):
             with self.subTest(status):
-                for _ in range(3):
-                    answer = self.send(f"status={status}")
-                    self.assertEqual(answer.status, status)
-                self.assertEqual("Location" in answer.headers, status < 400)
-                if status != 304:  # it has no body
-                    title = {404: "Not Found", 499: "Error"}.get(status, answer.json()["title"])
-                    self.assertEqual(answer.json()["title"], title)
+                self.send(f"status={status}")
+                answer = self.send(f"status={status}")
+                self.assertEqual(answer.status, status)
+                title = {404: "Not Found", 499: "Error"}.get(status, answer.json()["title"])
+                self.assertEqual(answer.json()["title"], title)
+                self.assertEqual(answer.headers["Location"], plain if status < 400 else None)
         self.assertEqual(self.stored(), [])
 
     def test_a_304_has_no_body_that_could_pass_for_the_next_answer(self) -> None:
         answers = raw(self.server, post_to("?status=304") + post_to(), "half-close")
         self.assertEqual([answer.status for answer in answers], [304, 201])
         self.assertNotIn("Content-Length", answers[0].headers)
-
-    def test_a_redirect_leads_to_the_plain_inbox(self) -> None:
-        self.assertEqual(self.send("status=300").status, 300)
-        location = self.send("status=307").headers["Location"]
-        self.assertEqual(location, f"http://{':'.join(map(str, address(self.server)))}/inbox")
-        self.assertEqual(send(location).status, 201)
 
     def test_an_answer_can_be_late(self) -> None:
         started = time.monotonic()
@@ -4443,21 +4277,21 @@ class SimulatedFailureTest(DeliveriesTest):
         with self.assertRaises(http.client.RemoteDisconnected):
             self.send("close=1&times=1")
         self.assertEqual(self.send("close=1&times=1").status, 201)
-        first, second = self.lines()
-        self.assertEqual((first["simulated"], first["status"]), (True, 0))
-        self.assertEqual((second["simulated"], second["status"]), (False, 201))
-        self.assertEqual(json.loads(first["body"]), ACCEPT)
-        self.assertEqual(first["target"], "/inbox?close=1&times=1")
-        self.assertIn("a simulated failure", first["detail"])
+        lines = self.lines()
+        self.assertEqual([(x["simulated"], x["status"]) for x in lines], [(True, 0), (False, 201)])
+        self.assertEqual(json.loads(lines[0]["body"]), ACCEPT)
+        self.assertEqual(lines[0]["target"], "/inbox?close=1&times=1")
+        self.assertIn("a simulated failure", lines[0]["detail"])
 
+    @with_settings(TOKEN="secret")
     def test_what_is_refused_anyway_is_refused_first(self) -> None:
-        query = "status=503&times=1"
-        self.assert_problem(self.send(query, REFUSED), 400)
-        self.assert_problem(self.send(query, b"no"), 400)
-        self.assert_problem(self.send(query, b"x" * 2_000_000), 413)
-        self.assert_problem(self.send(query), 503)
-        with serving(TOKEN="secret") as closed:
-            self.assertEqual(ask(closed, "POST", f"/inbox?{query}", ACCEPT).status, 401)
+        token = {"Authorization": "Bearer secret"}
+        for document, headers, status in [
+            (REFUSED, token, 400), (b"no", token, 400), (b"x" * 2_000_000, token, 413),
+            (ACCEPT, {}, 401), (ACCEPT, token, 503),
+        ]:  # fmt: skip
+            answer = self.ask("POST", "/inbox?status=503&times=1", document, headers)
+            self.assert_problem(answer, status)
 
     def test_a_bad_value_is_refused_with_what_is_expected(self) -> None:
         for query, expected in [
@@ -4472,13 +4306,12 @@ class SimulatedFailureTest(DeliveriesTest):
                 self.assertIn(expected, self.assert_problem(self.send(query), 400)["detail"])
         self.assertEqual(self.stored(), [])
 
+    @constants(MAX_TRACKED=10)
     def test_the_count_of_attempts_has_bounds(self) -> None:
         documents = [changed(ACCEPT, "id", f"urn:x:{number}") for number in range(30)]
-        with unittest.mock.patch("coarinbox.MAX_TRACKED", 10):
-            for document in documents:
-                self.assertEqual(self.send("status=503&times=1", document).status, 503)
-            for document, status in ((documents[0], 503), (documents[-1], 201)):
-                self.assertEqual(self.send("status=503&times=1", document).status, status)
+        for document in [*documents, documents[0]]:  # which is forgotten
+            self.assertEqual(self.send("status=503&times=1", document).status, 503)
+        self.assertEqual(self.send("status=503&times=1", documents[-1]).status, 201)
 
     @unittest.skipUnless(importlib.util.find_spec("coarnotify"), "coarnotify is not installed")
     def test_what_coarnotify_makes_of_each_is_what_the_readme_says(self) -> None:
@@ -4551,23 +4384,24 @@ class CheckTest(ProgramTest):
             self.assertNotIn("Traceback", done.stderr)
 
     def test_the_exit_status_tells_the_verdict(self) -> None:
-        good, bad = self.write("good.json", ACCEPT), self.write("bad.json", REFUSED)
-        warned = self.write("warned.json", changed(ACCEPT, "@context", ABSENT))
-        nameless = self.write("nameless.json", changed(ACCEPT, "actor.name", ABSENT))
-        broken, scalar = self.write("broken.json", b"{"), self.write("scalar.json", 5)
-        not_there = what_the_system_says(os.stat, self.directory / "missing.json")
+        for name, document in {
+            "good": ACCEPT, "bad": REFUSED, "broken": b"{", "scalar": 5,
+            "warned": changed(ACCEPT, "@context", ABSENT),
+            "nameless": changed(ACCEPT, "actor.name", ABSENT),
+        }.items():  # fmt: skip
+            self.write(name, document)
+        not_there = what_the_system_says(os.stat, self.directory / "missing")
         for mode, names, expected, count in [
-            (True, [good], 0, 1), (True, [bad], 1, 3), (True, [good, bad], 1, 4),
-            (True, [warned], 0, 1), (True, [broken], 1, 1), ("strict", [warned], 1, 1),
-            (False, [bad], 0, 3), (False, [scalar], 1, 1), (False, [broken], 1, 1),
-            ("pci", [nameless], 1, 1), ("dspace", [nameless], 0, 1), ("strict", [nameless], 0, 1),
-            (True, ["missing.json"], 2, 0), (True, [bad, "missing.json", good], 2, 4),
+            (True, "good", 0, 1), (True, "bad", 1, 3), (True, "good bad", 1, 4),
+            (True, "warned", 0, 1), (True, "broken", 1, 1), ("strict", "warned", 1, 1),
+            (False, "bad", 0, 3), (False, "scalar", 1, 1), (False, "broken", 1, 1),
+            ("pci", "nameless", 1, 1), ("dspace", "nameless", 0, 1), ("strict", "nameless", 0, 1),
+            (True, "missing", 2, 0), (True, "bad missing good", 2, 4),
         ]:  # fmt: skip
             with self.subTest(names, mode=mode):
-                config = self.write("mode.cfg", f"VALIDATE_INCOMING = {mode!r}".encode())
-                status, lines, stderr = self.invoke("--config", config, "--check", *names)
-                self.assertEqual((status, len(lines)), (expected, count), (lines, stderr))
-                self.assertEqual(f"missing.json: {not_there}\n" in stderr, expected == 2)
+                done = self.invoke("--validate", str(mode), "--check", *names.split())
+                self.assertEqual((done.status, len(done.output)), (expected, count), done)
+                self.assertEqual(f"missing: {not_there}\n" in done.errors, expected == 2)
 
     def test_directories_are_searched_for_files(self) -> None:
         for name in ("a/2.jsonld", "a/1.json", "a/b/3.json", "a/notes.txt", "a/deliveries.jsonl"):
@@ -4583,13 +4417,11 @@ class CheckTest(ProgramTest):
         checked = [line.partition(":")[0] for line in done.output]
         found = [os.path.join("a", *name.split("/")) for name in ("1.json", "2.jsonld", "b/3.json")]
         self.assertEqual(checked, [*found, "a/1.json"])
-        done = self.invoke("--check", "empty")
-        self.assertEqual(done.status, 2)
-        self.assertIn("0 checked, 0 refused", done.errors)
-        for name in special:
+        expected = {each: f"coarinbox: {each}: not a regular file" for each in special}
+        for name, reason in {"empty": "0 checked, 0 refused", **expected}.items():
             done = self.invoke("--check", name)
             self.assertEqual((done.status, done.output), (2, []))
-            self.assertIn(f"coarinbox: {name}: not a regular file", done.errors)
+            self.assertIn(reason, done.errors)
 
     def test_a_program_may_call_it_and_take_the_output_even_as_ascii(self) -> None:
         name = str(self.directory / self.write("ö.json", []))
