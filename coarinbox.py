@@ -1015,27 +1015,30 @@ def broken_by(
         known.add(form)
 
 
-def fix_of(rule: Rule, value: Any, part: Any, pattern: Pattern | None) -> str:
-    """Suggest a correction: the value that was probably meant, or else an example."""
-    family, rules = pattern.family if pattern else "request", rules_for(pattern)
+def names_original(part: Any, family: str) -> bool:
+    """Whether the `object` of an answer can be what it answers: an Offer, and not itself."""
+    is_other = lookup(part, "object.id") != lookup(part, "id")
+    return is_other and (family != "answer" or "Offer" in types_of(lookup(part, "object.type")))
+
+
+def misnamed_hint(rule: Rule, part: Any, pattern: Pattern | None) -> str:
+    """Return a hint if a missing member seems to be there under another name."""
     parent, _, name = rule.member.rpartition(".")
-    if value is None:
-        around = lookup(part, parent) if parent else part
-        known = {each.member.rpartition(".")[::2] for each in rules}
-        unknown = [each for each in around if (parent, each) not in known]
-        if ACTIVITY_STREAMS in contexts_in(names_in(around.get("context"))):
-            unknown.append("context")  # else it is known as the member for a resource
-        hint = misnamed(name, unknown)
-    else:
-        other = [lookup(part, rule.check.sibling)] if rule.check.sibling else []
-        hint = rule.check.hint(value, *other)
-    if not hint and family == "answer" and rule.member in ("object", "object.type"):
-        return EMBED_OFFER
-    if rule.member == "inReplyTo" and not names_original(part, family):
-        return (not rule.check.sibling and hint) or ASK_ID
-    example = lookup({**EXAMPLE, "object": EXAMPLE_OBJECTS[family]}, rule.member)
-    if hint or example is None:
-        return hint
+    around = lookup(part, parent) if parent else part
+    known = {each.member.rpartition(".")[::2] for each in rules_for(pattern)}
+    unknown = [each for each in around if (parent, each) not in known]
+    if ACTIVITY_STREAMS in contexts_in(names_in(around.get("context"))):
+        unknown.append("context")  # else it is known as the member for a resource
+    return misnamed(name, unknown)
+
+
+def example_fix(rule: Rule, value: Any, part: Any, pattern: Pattern | None) -> str:
+    """Suggest an example, with the URI that the notification has in another place."""
+    rules, name = rules_for(pattern), rule.member.rpartition(".")[2]
+    example_object = EXAMPLE_OBJECTS[pattern.family if pattern else "request"]
+    example = lookup({**EXAMPLE, "object": example_object}, rule.member)
+    if example is None:
+        return ""
     twins = {each.check.sibling: each.member for each in rules if each.check.sibling}
     twins.update({member: sibling for sibling, member in twins.items()})
     twin = lookup(part, twins.get(rule.member, ""))
@@ -1049,10 +1052,19 @@ def fix_of(rule: Rule, value: Any, part: Any, pattern: Pattern | None) -> str:
     return f"write `{json.dumps(name)}: {written}`" if value is None else f"write `{written}`"
 
 
-def names_original(part: Any, family: str) -> bool:
-    """Whether the `object` of an answer can be what it answers: an Offer, and not itself."""
-    is_other = lookup(part, "object.id") != lookup(part, "id")
-    return is_other and (family != "answer" or "Offer" in types_of(lookup(part, "object.type")))
+def fix_of(rule: Rule, value: Any, part: Any, pattern: Pattern | None) -> str:
+    """Suggest a correction: the value that was probably meant, or else an example."""
+    family = pattern.family if pattern else "request"
+    if value is None:
+        hint = misnamed_hint(rule, part, pattern)
+    else:
+        other = [lookup(part, rule.check.sibling)] if rule.check.sibling else []
+        hint = rule.check.hint(value, *other)
+    if rule.member == "inReplyTo" and not names_original(part, family):
+        return (not rule.check.sibling and hint) or ASK_ID
+    if not hint and family == "answer" and rule.member in ("object", "object.type"):
+        return EMBED_OFFER
+    return hint or example_fix(rule, value, part, pattern)
 
 
 def describe(
@@ -4477,6 +4489,11 @@ NOT_COPIED = frozenset(
 )
 
 
+def is_unsent(delivery: Delivery) -> bool:
+    """Whether it is the record of a reply that could not be sent: one without a body."""
+    return delivery.direction == "out" and delivery.body is None
+
+
 def chip_of(delivery: Delivery) -> tuple[str, str]:
     """Return the kind of the chip that shows a verdict (E, M, S, ok or none), and its text."""
     status, accepted = delivery.status, delivery.is_stored
@@ -4492,11 +4509,6 @@ def chip_of(delivery: Delivery) -> tuple[str, str]:
     if not accepted:
         return "none" if delivery.simulated else "E", text
     return "ok" if not levels else "S" if set(levels) == {"S"} else "M", text
-
-
-def is_unsent(delivery: Delivery) -> bool:
-    """Whether it is the record of a reply that could not be sent: one without a body."""
-    return delivery.direction == "out" and delivery.body is None
 
 
 def host_of(url: str) -> str:
@@ -5810,15 +5822,9 @@ class State(enum.Enum):
     CLOSED = "gone"
 
 
-EVICTABLE = (
-    State.IDLE,
-    State.READING,
-    State.WRITING,
-    State.LISTENING,
-    State.PAUSING,
-    State.SCANNING,
-)
-PATIENT = (State.PAUSING, State.SCANNING)  # those that have asked for something that takes long
+# Clients whose connections are not taken for others: for them, something is on its way.
+SPARED = (State.COMMITTING, State.WORKING, State.QUEUING, State.LINGERING, State.CLOSED)
+PATIENT = (State.PAUSING, State.SCANNING)  # the last whose connections are taken
 # Here the end of input means that the client has left; elsewhere it may half-close and wait.
 ATTENTIVE = (State.IDLE, State.PAUSING, State.LISTENING, State.LINGERING)
 
@@ -6088,7 +6094,7 @@ class Connection:
     def may_be_evicted(self, now: float) -> bool:
         """Whether the client had GRACE seconds. An idle one that was served before gets none."""
         grace = 0 if self.used and self.state is State.IDLE else GRACE
-        return self.state in EVICTABLE and now - self.since >= grace
+        return self.state not in SPARED and now - self.since >= grace
 
     def evict(self) -> None:
         """Disconnect the client to make room for another."""
