@@ -598,13 +598,11 @@ def old_contexts_in(value: Any) -> list[str]:
 
 def context_hint(value: Any) -> str:
     """Write both namespaces, and after them the other contexts that a notification has."""
-    given = value if isinstance(value, list) else [value]
-    namespaces = {ACTIVITY_STREAMS, COAR_NOTIFY, *VARIANTS}
-    others = [
-        each
-        for each in given[:10]
-        if isinstance(each, dict) or (is_uri(each) and each not in namespaces)
-    ]
+    others: list[Any] = []
+    for each in value[:10] if isinstance(value, list) else [value]:
+        is_other = is_http_uri(each) and not re.search("activitystream|coar.?notify", each)
+        if (is_other or isinstance(each, dict)) and each not in others:
+            others.append(each)
     written = [ACTIVITY_STREAMS, COAR_NOTIFY, *(short_value(others) or [])]
     return f"write `{json.dumps(written, ensure_ascii=False)}`"
 
@@ -651,6 +649,7 @@ TYPES = Check("strings", "be a string or a list of strings",
               lambda value: isinstance(value, str) or names_in(value) == value, strings_hint)
 ONE_TYPE = Check("single", "be a single string", lambda value: not isinstance(value, list),
                  single_hint)
+ONE_SERVICE = ONE_TYPE._replace(hint=lambda value: 'write `"Service"`')
 SERVICE = include("service", frozenset({"Service"}), "Service")
 OFFER = include("offer", frozenset({"Offer"}), "Offer")
 ACTOR_TYPE = include("actor", ACTOR_TYPES, f"one of {', '.join(sorted(ACTOR_TYPES))}")
@@ -866,8 +865,8 @@ RECEIVERS = (
         Refusal("@context or types in another order", ("@context-order", "type-order")),
         Refusal("no actor.name", NAME_CODES),
         Refusal("origin.type or target.type as a list", rules=(
-            Rule("origin.type", FINE, SHOULD, ONE_TYPE),
-            Rule("target.type", FINE, SHOULD, ONE_TYPE),
+            Rule("origin.type", FINE, SHOULD, ONE_SERVICE),
+            Rule("target.type", FINE, SHOULD, ONE_SERVICE),
         )),
     )),
     Receiver("Software Heritage", "https://docs.softwareheritage.org/user/coarnotify/", (
@@ -1045,7 +1044,8 @@ def example_fix(rule: Rule, value: Any, part: Any, pattern: Pattern | None) -> s
     if is_uri(twin) and rule.check.accepts(twin) and len(twin) <= 200:
         example = twin
     elif isinstance(example, dict) and isinstance(value, str) and len(value) <= 200:
-        checks = [each.check for each in rules if each.member == f"{rule.member}.id"]
+        of_id = [each.check for each in rules if each.member == f"{rule.member}.id"]
+        checks = [check for check in of_id if not check.sibling]
         if checks and all(check.accepts(value) for check in checks):
             example = {**example, "id": value}
     written = json.dumps(example, ensure_ascii=False)
@@ -2262,6 +2262,8 @@ class Query(NamedTuple):
 
     def may_match(self, line: bytes) -> bool:
         """Test one raw line, or many, cheaply: parsing every line would be slow."""
+        if not line.isascii():  # somebody has edited it
+            return True
         expressions, texts, verdict = needles(self)
         if not all(expression.search(line) for expression in expressions):
             return False
@@ -2335,11 +2337,11 @@ def needles(query: Query) -> Needles:
 
 
 def spellings(character: str) -> str:
-    """Return an expression for a character in either case, escaped as in JSON or not."""
+    """Return an expression for a character in either case, escaped as in JSON."""
     cased = map(chr, range(0x80, 0x1E944))  # Adlam, the last alphabet that has two cases
     same = {character, *(each for each in cased if character in each.casefold())}
-    escaped = (json_bytes(each).decode() for each in same)
-    return "|".join(map(re.escape, (*escaped, *same)))
+    digits = (re.escape(json_bytes(each)[2:].decode()) for each in same)
+    return rf"\\u(?i:{'|'.join(digits)})"
 
 
 # The kinds of deliveries that the page counts, each as the query that selects it.
@@ -2641,8 +2643,9 @@ class Ledger:
 
     def record(self, delivery: Delivery) -> Delivery:
         """Log a delivery. A failure to log is reported, but does not fail the request."""
-        if self.recorded is not None:
-            self.recorded.add(delivery.name.encode())
+        recorded = self.recorded
+        if recorded is not None:
+            recorded.add(delivery.name.encode())
         try:
             delivery = self.log.append(delivery)
         except OSError as error:
@@ -2671,9 +2674,22 @@ class Ledger:
 
     def survey(self, now: str) -> Iterator[Survey | None]:
         """Yield a survey of everything older than `now`, the start of a name; None is a pause."""
-        names = [name for name in self.store.names() if name < now]
         known: set[bytes] = set()
         survey = Survey(collections.Counter(), {}, [])
+        try:
+            names = [name for name in self.store.names() if name < now]
+            yield from self.count_lines(survey, known)
+        finally:
+            self.recorded = None
+        for missing in (name for name in names if name.encode() not in known):
+            with contextlib.suppress(KeyError):
+                body = self.store.read(missing)
+                survey.unlogged.append(Delivery.from_stored_file(missing, body))
+            yield None
+        yield survey
+
+    def count_lines(self, survey: Survey, known: set[bytes]) -> Iterator[None]:
+        """Count the lines that this process has not recorded, and learn all names."""
         for line in (each or b"" for each in self.log.lines()):
             match = LINE.match(line)
             if match:
@@ -2688,13 +2704,6 @@ class Ledger:
                     with contextlib.suppress(ValueError):  # somebody has edited the line badly
                         survey.ids.setdefault(hash(json.loads(id_)), name.decode())
             yield None
-        self.recorded = None
-        for missing in (name for name in names if name.encode() not in known):
-            with contextlib.suppress(KeyError):
-                body = self.store.read(missing)
-                survey.unlogged.append(Delivery.from_stored_file(missing, body))
-            yield None
-        yield survey
 
     def take_over(self, survey: Survey) -> None:
         """Add a survey to the counts, and adopt the notifications that were only stored."""
@@ -4190,7 +4199,7 @@ function listen() {
   events?.close();  // a browser has few connections for all open pages; hidden lists still count
   if ((document.hidden && query("#payload")) || !document.body.dataset.stream) return;
   events = new EventSource(document.body.dataset.stream);
-  events.onopen = () => { say("live"); renew(true); };  // what came meanwhile
+  events.onopen = () => { say("live"); if (!document.hidden) renew(true); };  // and what was missed
   events.onmessage = () => document.hidden ? announce(unseen += 1) : refresh();
   events.onerror = () => say("not connected");
 }
@@ -4597,6 +4606,7 @@ def piped_command(source: str, post: Sequence[str], needs_token: bool) -> str:
 # Must not know: requests, the store, the log.
 
 MAX_LINES = 2000  # of a payload that are shown
+BY_SPEC = {pattern.spec: pattern.name for pattern in PATTERNS}  # an embedded Offer has its own
 OUTCOME = ("status", "direction", "warnings")  # the members of a query that `TOTALS` set
 json_text = functools.partial(json.dumps, ensure_ascii=False)
 Values = dict[str, Any]  # for a template
@@ -4767,7 +4777,7 @@ def delivery_page(
     has the oldest delivery first; `beside` are the names of the newer and the older delivery;
     `reply_pattern` is that of the reply to write.
     """
-    numbered = view_findings(delivery)
+    numbered = view_findings(context, delivery)
     typed = "content-type" in map(str.lower, delivery.headers)
     head = [each for each in numbered if typed and each["code"].startswith("content-type")]
     rest = [each for each in numbered if each not in head]
@@ -4816,7 +4826,7 @@ def view_fate(delivery: Delivery) -> Values:
     return {"how": how, "where": where, "stored": stored}
 
 
-def view_findings(delivery: Delivery) -> list[Values]:
+def view_findings(context: PageContext, delivery: Delivery) -> list[Values]:
     """Number the findings; the ones that the delivery was refused for come first."""
     shown = []
     for number, finding in enumerate(delivery.findings, 1):
@@ -4826,6 +4836,7 @@ def view_findings(delivery: Delivery) -> list[Values]:
             "number": number,
             "refused": number <= delivery.errors,
             "rule": "" if finding.code == "coarnotify" else finding.code,
+            "rules": context.rules_url(BY_SPEC.get(finding.spec, delivery.pattern)),
             "fault": with_code(finding.fault),
             "advice": with_code(finding.fix[:1].upper() + finding.fix[1:]),
             "missing": written[0] if written else f"{json_text(member)}: …",
@@ -5032,7 +5043,8 @@ def constraints_page(context: PageContext, pattern: Pattern) -> Html:
             "demand": with_code(f"{verb} {rest}"),
         }
         groups.setdefault(name, []).append({**rule, **shown})
-    refused = [WORDS[level] for level in MODES[context.mode]] or ["none of them"]
+    levels = () if context.mode == "coarnotify" else MODES[context.mode]
+    refused = [WORDS[level] for level in levels]
     if context.mode not in (True, False, "strict"):
         refused.append(f"whatever {context.mode} refuses")
     values = {
@@ -5040,7 +5052,7 @@ def constraints_page(context: PageContext, pattern: Pattern) -> Html:
         "title": pattern.name,
         "spec": pattern.spec,
         "count": sum(map(len, groups.values())),
-        "refused": ", ".join(refused),
+        "refused": ", ".join(refused) or "none of them",
         "patterns": choices({name: context.rules_url(name) for name in RULES}, pattern.name),
         "groups": [
             {"group": name or "The notification", "rules": rules} for name, rules in groups.items()
@@ -5086,6 +5098,7 @@ def html_response(page: Html, headers: Mapping[str, str] = {}, status: int = 200
 
 CORS_RESOURCES = re.compile(rf"/inbox(/({NAME})?)?")  # what pages of CORS_ORIGINS may use
 CORS_METHODS = "GET, HEAD, POST, OPTIONS"
+SAFE = ("GET", "HEAD", "OPTIONS")  # methods that change nothing
 
 
 @functools.lru_cache(maxsize=256)
@@ -5183,9 +5196,7 @@ def is_foreign(request: Request, server: InboxServer) -> bool:
 
 def check_site(request: Request, server: InboxServer) -> None:
     """Refuse changes by a page of another site (Fetch Metadata, RFC 6454)."""
-    if request.method in ("GET", "HEAD", "OPTIONS") or allowed_origin(
-        request, server.allowed_origins
-    ):
+    if request.method in SAFE or allowed_origin(request, server.allowed_origins):
         return
     site, origin = request.headers.get("sec-fetch-site", "none"), request.headers.get("origin")
     if is_foreign(request, server) or site not in ("same-origin", "none"):
@@ -5290,6 +5301,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             method = getattr(self, f"do_{self.command}", self.do_GET)
             yield from method() or ()
         except ConnectionAbortedError:
+            self.close_connection = True  # it would take the next answer for this one
             self.log_message("the client has left")
         except Problem as problem:
             self.fail(problem)
@@ -5384,7 +5396,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         if origin:
             headers["Access-Control-Allow-Origin"] = origin
             headers["Access-Control-Expose-Headers"] = "Location, Link, Retry-After"
-        elif self.command in ("GET", "HEAD", "OPTIONS") and is_foreign(self.request, self.server):
+        elif self.command in SAFE and is_foreign(self.request, self.server):
             foreign = clip(self.request.headers["origin"], 200)
             self.log_message("CORS_ORIGINS does not allow pages of %s to do this", foreign)
         if isinstance(response.body, bytes):
@@ -6006,8 +6018,7 @@ class Connection:
             self.server.listeners.add(self, rest)
         elif rest is not None:
             self.enter(State.SCANNING, NEVER)
-            turn = functools.partial(take_turn, rest)
-            self.server.run_in(self.server.scans, turn, self.on_pieces)
+            self.compute_pieces()
         elif self.handler.close_connection or self.server.closing:
             self.end()
         elif self.incoming.data:  # pipelined requests would keep the loop from other clients
@@ -6022,6 +6033,12 @@ class Connection:
         self.expect_request()
         self.proceed()
 
+    def compute_pieces(self) -> None:
+        """Compute the next part of the body, in the thread of the scans."""
+        rest: Any = self.handler.rest
+        turn = functools.partial(take_turn, rest)
+        self.server.run_in(self.server.scans, turn, self.on_pieces)
+
     def on_pieces(self, turn: Any) -> None:
         """Send the next part of a body, which a turn of the scans has computed."""
         if isinstance(turn, (OSError, Problem)):
@@ -6032,8 +6049,11 @@ class Connection:
             self.close()  # after the head, only this tells the client that the body is incomplete
             return
         pieces, ended = turn
-        if self.eof and not (ended or any(pieces)):
-            self.close()  # a half-closed client of a long search has probably left
+        if not (ended or any(pieces)):
+            if self.is_wanted():
+                self.compute_pieces()  # in the same state, so that it may be evicted
+            else:
+                self.close()  # a half-closed client of a long search has probably left
             return
         self.enter(State.WRITING, self.server.settings.REQUEST_TIMEOUT, self.on_stalled)
         self.send_chunk(b"".join(pieces))
@@ -6818,9 +6838,10 @@ STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 
 
 def handle_signals(handler: Callable[[int, types.FrameType | None], None]) -> None:
-    """Handle STOP_SIGNALS, except those that the parent has disabled, as `nohup` does."""
+    """Handle STOP_SIGNALS, but leave SIGHUP disabled if it is, as `nohup` does."""
     for number in signal.Signals:
-        if number.name in STOP_SIGNALS and signal.getsignal(number) is not signal.SIG_IGN:
+        is_disabled = signal.getsignal(number) is signal.SIG_IGN and number.name == "SIGHUP"
+        if number.name in STOP_SIGNALS and not is_disabled:
             signal.signal(number, handler)
 
 
@@ -6882,6 +6903,8 @@ def files_below(path: str, onerror: Callable[[OSError], object]) -> list[str]:
 def read_file(path: str) -> bytes:
     """Read a file, or standard input for `-`."""
     if path == "-":
+        if not sys.stdin:
+            raise OSError(errno.EBADF, "standard input is closed", path)
         return sys.stdin.buffer.read()
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "not a regular file", path)  # a FIFO would block
@@ -7135,7 +7158,8 @@ def use_tool(options: argparse.Namespace) -> int:
         else:
             print(json.dumps(sample(options.sample), indent=2))
             status = 0
-        sys.stdout.flush()
+        if sys.stdout:  # None if it is closed
+            sys.stdout.flush()
         return status
     except OSError as error:  # such as a closed pipe
         complain(f"standard output: {error.strerror}")
