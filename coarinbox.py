@@ -1805,6 +1805,7 @@ class Pool:
         """Run tasks until None comes."""
         while task := self.tasks.get():
             task()
+            del task  # it would keep what it refers to, such as open files, until the next one
             self.idle.release()
 
     def close(self) -> None:
@@ -3363,7 +3364,7 @@ class Loop:
 
     def __init__(self) -> None:
         self.bugs: list[BaseException] = []  # exceptions that should not happen
-        self.closing = False
+        self.closing = self.closed = False
         self.tasks: dict[Steps, str | None] = {}  # without a client, by key; None if cancelled
         # Long reads take turns in one thread. More threads would be no faster, and make the loop
         # wait longer for the GIL.
@@ -3384,6 +3385,8 @@ class Loop:
         self.selector.close()
         for pool in (self.pool, self.senders, self.scans):
             pool.close()
+        self.closed = True
+        self.mailbox.clear()
 
     def turn(self, deadline: float) -> bool:
         """Run everything that is ready, after waiting for it until a deadline at most.
@@ -3422,6 +3425,9 @@ class Loop:
     def post(self, task: Callable[[], object]) -> None:
         """Queue a task for the loop, from any thread or signal handler."""
         self.mailbox.append(task)
+        if self.closed:  # a thread has ended late; its results may hold open files
+            self.mailbox.clear()
+            return
         with contextlib.suppress(OSError):  # if the buffer is full, the loop will wake up anyway
             self.ringer.send(b"!")
 

@@ -6375,6 +6375,27 @@ class MemoryTest(unittest.TestCase):
                 self.assertEqual(answer_on(client).status, 204)
             self.assertLess(tracemalloc.get_traced_memory()[0] - before, 1_000_000)
 
+    def test_a_search_that_outlasts_the_inbox_leaves_no_file_open(self) -> None:
+        gc.disable()
+        self.addCleanup(gc.enable)
+        files, begun, released = [], threading.Event(), threading.Event()
+
+        def search(*_: object) -> Iterator[None]:
+            with open(os.devnull) as file:
+                files.append(file)
+                begun.set()
+                released.wait(10)
+                yield from itertools.repeat(None)  # which takes turns without an end
+
+        with serving() as server, unittest.mock.patch.object(server.deliveries, "select", search):
+            with connect(server, get_head("Accept: text/html", target="/")):
+                self.assertTrue(begun.wait(10))
+        released.set()
+        deadline = time.monotonic() + 10
+        while not files[0].closed:
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0)
+
     def test_what_was_validated_does_not_stay_in_it(self) -> None:
         """A value that was too long for its finding did, and brought the document with it."""
 
