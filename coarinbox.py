@@ -5307,7 +5307,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             method = getattr(self, f"do_{self.command}", self.do_GET)
             yield from method() or ()
         except ConnectionAbortedError:
-            self.close_connection = True  # it would take the next answer for this one
+            self.close_connection = True  # the client would mistake the next answer for this one
             self.log_message("the client has left")
         except Problem as problem:
             self.fail(problem)
