@@ -5288,14 +5288,8 @@ class AutoReplyTest(SendingTest):
         self.assertEqual((sent, len(self.receiver.received)), (sorted(expected), 3))
 
     def test_a_bug_surfaces_and_ends_the_replies_to_its_offer(self) -> None:
-        failed = threading.Event()
-
-        def fail(*_: object) -> None:
-            failed.set()
-            raise ZeroDivisionError
-
         with self.assertLogs("coarinbox") as logged, self.assertRaises(RuntimeError) as caught:
-            with replying("Accept", "Reject") as inbox, constants(retry_delay=None):
+            with constants(retry_delay=None), replying("Accept", "Reject") as inbox:
                 send(inbox.url, self.offer_to(inbox))
                 self.assertEqual(sent_by(inbox, 1)[0].pattern, "Accept")
         self.assertIsInstance(caught.exception.__cause__, TypeError)
@@ -5658,14 +5652,16 @@ class ScarcityTest(InboxTest):
             with connect(self.server, data) as first, connect(self.server, data) as second:
                 self.assert_serves()
                 if data.startswith(b"POST"):
-                    answer = answer_on(first)
+                    (told,) = select.select([first, second], [], [], 10)[0]
+                    answer = answer_on(told)
                     problem = self.assert_problem(answer, 503)
                     self.assertIn("MAX_CONNECTIONS", problem["detail"])
                     headers = [answer.headers[name] for name in ("Retry-After", "Connection")]
                     self.assertEqual(headers, ["1", "close"])
-                    second.setblocking(False)
+                    other = first if told is second else second
+                    other.setblocking(False)
                     with self.assertRaises(BlockingIOError):  # one was enough
-                        second.recv(1)
+                        other.recv(1)
 
     @with_settings(MAX_CONNECTIONS=16)
     @constants(GRACE=0.02)
@@ -6088,7 +6084,8 @@ class TlsTest(SendingTest, InboxTest):
                 with self.connect(head) as other:
                     self.assertTrue(begun.acquire(timeout=10))
                     self.assertEqual(answer_on(other).status, 200)
-        self.assertEqual("".join(self.log_lines()).count("connection lost"), 2)
+        # Before Python 3.10, there is a line for clients that leave without a word, too.
+        self.assertGreaterEqual("".join(self.log_lines()).count("connection lost"), 2)
 
     def test_a_client_that_does_not_encrypt_finds_the_reason_in_the_log(self) -> None:
         with socket.create_connection(address(self.server), timeout=10) as client:
