@@ -4985,9 +4985,8 @@ def view_conversation(
         return {**values, "summary": "", "entries": []}
     sent = sum(each.direction == "out" for each in conversation)
     later = between(conversation[0].time, before)
-    summary = f"{len(conversation) - sent} received, {sent} sent" + (
-        later and f", the last {later}"
-    )
+    span = f", the last {later}" if later else ""
+    summary = f"{len(conversation) - sent} received, {sent} sent{span}"
     return {**values, "summary": summary, "entries": entries}
 
 
@@ -5402,9 +5401,6 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         if origin:
             headers["Access-Control-Allow-Origin"] = origin
             headers["Access-Control-Expose-Headers"] = "Location, Link, Retry-After"
-        elif self.command in SAFE and is_foreign(self.request, self.server):
-            foreign = clip(self.request.headers["origin"], 200)
-            self.log_message("CORS_ORIGINS does not allow pages of %s to do this", foreign)
         if isinstance(response.body, bytes):
             if response.status not in BODILESS:
                 headers["Content-Length"] = str(len(response.body))
@@ -5453,6 +5449,11 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         """Log a request, except deliveries, health checks, and the polling of open pages."""
         if self.is_delivery or self.resource == "/health":
             return
+        # The browser hides the answer from such a page, so the log gives the reason.
+        if self.command in SAFE and is_foreign(self.request, self.server):
+            origin = clip(self.request.headers["origin"], 200)
+            if not allowed_origin(self.request, self.server.allowed_origins):
+                self.log_message("CORS_ORIGINS does not allow pages of %s to do this", origin)
         by_script = self.request.headers.get("sec-fetch-dest") == "empty" and self.command == "GET"
         if not by_script or self.server.settings.DEBUG:
             super().log_request(code, size)
