@@ -30,7 +30,7 @@ Four words mean different things. A *finding* is something wrong with a notifica
 that could be better. A *problem* is an answer with an HTTP error (RFC 9457). A *simulated failure*
 is an error that a test asked for. A *bug* is a fault of this program.
 
-Each section uses only those above it, but `InboxHandler` and `Connection` call their server.
+Each section uses only those above it, but Access, `InboxHandler` and `Connection` use the server.
 
     notifications   JSON and URIs, Patterns and hints, Rules, Validation, Samples and replies
     configuration   Settings
@@ -893,10 +893,11 @@ def refused_by(code: str, *values: Any) -> tuple[str, ...]:
 
 # --- Validation ----------------------------------------------------------------------------------
 #
-# Applies the rules. `validate` finds everything that breaks them. `assess` sorts the findings into
-# errors and warnings for a mode of validation (`mode_of`), and adds findings about the delivery
-# (`Arrival`). `constraints` and `receivers` list the rules for people.
-# Must not know: HTTP, storage.
+# Applies the rules. `validate` finds everything that breaks them, and advises with the hints of the
+# checks or an `EXAMPLE`. `assess` sorts the findings into errors and warnings for a mode of
+# validation (`mode_of`), adds findings about the delivery (`Arrival`), and tells 415 from 400.
+# `constraints` and `receivers` list the rules for people.
+# Must not know: how HTTP is parsed, storage.
 
 MAX_EMBEDDED = 4  # notifications that are embedded in each other; the specification has one
 
@@ -3141,7 +3142,7 @@ def read_chunks(incoming: Incoming, body: bytearray, max_body: int) -> Reading:
 
 # --- Intake --------------------------------------------------------------------------------------
 #
-# Decides about a notification, in pure functions. `judge` checks the request and returns a
+# Decides about a notification, without waiting. `judge` checks the request and returns a
 # `Verdict`. `accepted` makes the `Response` to a notification that was stored, and `conclude`
 # describes the `Delivery`. The caller stores the notification in between.
 # Must not know: sockets, threads, how a notification is stored.
@@ -3563,7 +3564,8 @@ class Answer(NamedTuple):
         for found in (lookup(problem, "errors"), lookup(problem, "warnings")):
             for each in found if isinstance(found, list) else []:
                 words = (lookup(each, name) or "-" for name in ("level", "pointer", "message"))
-                texts.append(" ".join(map(str, words)))
+                names = ", ".join(names_in(lookup(each, "refused_by")))
+                texts.append(" ".join(map(str, words)) + (names and f" (refused by {names})"))
         if self.status in NOT_AN_INBOX and not texts:
             return ["this is no inbox, and no page there advertises one"]
         if 200 <= self.status < 300 and not self.accepted:
@@ -5102,7 +5104,7 @@ def html_response(page: Html, headers: Mapping[str, str] = {}, status: int = 200
 # Must not know: resources, bodies.
 
 CORS_RESOURCES = re.compile(rf"/inbox(/({NAME})?)?")  # what pages of CORS_ORIGINS may use
-CORS_METHODS = "GET, HEAD, POST, OPTIONS"
+CORS_METHODS = ("GET", "HEAD", "POST", "OPTIONS")
 SAFE = ("GET", "HEAD", "OPTIONS")  # methods that change nothing
 
 
@@ -5340,7 +5342,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
         if self.is_inbox:
             headers["Accept-Post"] = ACCEPT_POST
         if is_preflight(self.request) and allowed_origin(self.request, self.server.allowed_origins):
-            headers["Access-Control-Allow-Methods"] = CORS_METHODS
+            headers["Access-Control-Allow-Methods"] = ", ".join(CORS_METHODS)
             headers["Access-Control-Allow-Headers"] = "Content-Type, Authorization, Slug"
         self.answer(Response(204, headers=headers))
 
@@ -5351,7 +5353,7 @@ class InboxHandler(http.server.BaseHTTPRequestHandler):
             if match:
                 return methods, match.groupdict()
         detail = "nothing is here; see /, /inbox, /deliveries, /samples and /constraints"
-        if self.command == "POST":
+        if self.is_delivery:
             detail = f"no inbox is here; POST notifications to {self.inbox}"
         prefix = urlsplit(self.server.base).path
         if prefix and self.resource.startswith(f"{prefix}/"):
@@ -5812,6 +5814,7 @@ def missing_is_404() -> Iterator[None]:
 # until the answer before has been sent. The event loop calls its methods `on_…`. Each of them ends
 # in `proceed`, which advances the connection as far as possible without waiting. `Listeners` are
 # connections that wait for events. Everything but `read_news` runs in the thread of the event loop.
+# `may_be_evicted` and `evict` disconnect slow clients when the server needs room.
 # Must not know: rules, pages, how a notification is stored.
 
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
