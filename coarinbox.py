@@ -1134,7 +1134,12 @@ def by_level(findings: Iterable[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda finding: finding.level)  # E, M, S
 
 
-def most_important(findings: Sequence[Finding], limit: int = 100) -> tuple[list[Finding], int]:
+MAX_FINDINGS = 100  # in an answer, and in a line of the log
+
+
+def most_important(
+    findings: Sequence[Finding], limit: int = MAX_FINDINGS
+) -> tuple[list[Finding], int]:
     """Return the findings, errors first, and how many were left out to stay within the limit."""
     if not findings:
         return [], 0
@@ -2001,7 +2006,7 @@ def summary(document: Any) -> dict[str, str]:
     return found
 
 
-# Which status, as a regular expression, has which verdict; an adopted notification is stored, too.
+# For searches in raw lines: the statuses of each `Delivery.verdict`; that of an adopted one is 0.
 VERDICTS = {
     "dropped": "0",
     "stored": "0|[12]..",
@@ -2029,7 +2034,7 @@ class Delivery(NamedTuple):
     about: Mapping[str, str] = {}  # see `summary`
     findings: Sequence[Finding] = ()
     errors: int = 0  # the number of findings that it was refused for; they come first
-    omitted: int = 0  # the number of findings left out, beyond a hundred
+    omitted: int = 0  # the number of findings left out, beyond MAX_FINDINGS
     body: bytes | None = None  # as far as it arrived; None in the log if it was stored
     answer_body: bytes | None = None  # only if this inbox was the sender
     simulated: bool = False  # whether a failure, or a delay, was asked for
@@ -2746,7 +2751,7 @@ class Failure(NamedTuple):
     """A simulated failure of an attempt to deliver a notification."""
 
     status: int = 0  # of the answer; 0 for the usual one
-    times: int = 0  # how many attempts at each notification; 0 for all
+    times: int = 0  # attempts that fail; a URL counts them by notification, and 0 means all
     retry_after: str = ""  # seconds, or an HTTP date (RFC 9110 section 10.2.3)
     delay: float = 0  # seconds until the answer
     close: bool = False  # whether there is no answer at all
@@ -2807,7 +2812,7 @@ class Failures:
             attempts[key] = number + 1
         if len(attempts) > MAX_TRACKED:
             del attempts[next(iter(attempts))]
-        return failure if number < (failure.times or 1) else None
+        return failure if not failure.times or number < failure.times else None
 
 
 # --- Messages ------------------------------------------------------------------------------------
@@ -3204,7 +3209,7 @@ def judge(
     content_type = request.headers["content-type"]
     assessment = assess(document, mode, Arrival(content_type, here, known_as(id_)))
     errors, omitted = most_important(assessment.errors)
-    warnings, more = most_important(assessment.warnings, 100 - len(errors))
+    warnings, more = most_important(assessment.warnings, MAX_FINDINGS - len(errors))
     pattern = pattern_of(document)
     known = Delivery(
         pattern=pattern and pattern.name,
@@ -5117,7 +5122,7 @@ def is_loopback(host: str) -> bool:
 
 
 def authority(url: str) -> str:
-    """Return the host of a URL, with its port unless that is the usual one."""
+    """Return the host of a URL, with its port unless that is 80 or 443."""
     host = url.lower().partition("//")[2].partition("/")[0].rpartition("@")[2]
     return re.sub(":(80|443)$", "", host)
 
