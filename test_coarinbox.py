@@ -1491,6 +1491,7 @@ class ResourcesTest(InboxTest):
                 self.assertNotIn(b"<b>&", answer.body)
                 self.assertIn("default-src 'none'", answer.headers["Content-Security-Policy"])
                 self.assertEqual(answer.headers["Referrer-Policy"], "same-origin")
+                self.assertEqual(answer.headers["Cache-Control"], "no-store")
 
     def test_the_constraints_are_the_rules(self) -> None:
         listed = self.ask("GET", "/constraints").json()
@@ -1569,6 +1570,14 @@ class LogTest(InboxTest):
         missing = 'M target.inbox is missing; it must be an HTTP URI; write `"inbox": "https://…"`'
         self.assertIn(f"  {missing}", lines)
         self.assertEqual([line[:4] for line in lines], ["  E ", "  M ", "  S "])
+        # The page writes the answer anew.
+        shown = Page(self.ask("GET", f"/deliveries/{name}", None, HTML).body.decode())
+        written = json.dumps(problem, indent=2, ensure_ascii=False)
+        self.assertIn(" ".join(written.split()), shown.text)
+        accepted = self.post().json()
+        url = path_of(accepted["location"]).replace("/inbox/", "/deliveries/")
+        shown = Page(self.ask("GET", url, None, HTML).body.decode())
+        self.assertIn(" ".join(json.dumps(accepted, indent=2).split()), shown.text)
 
     def test_a_request_has_one_short_line_and_one_with_the_reason_of_a_refusal(self) -> None:
         raw(self.server, b"GET /\x1b[31m\rforged HTTP/1.1\r\n\r\n")
@@ -2860,6 +2869,9 @@ class ListPageTest(unittest.TestCase):
             (NOTIFICATIONS["Announce Relationship"], "example.com /preprint/421"),  # not its urn
         ]:
             self.assertIn(row, list_page(delivered(document)).rows[0])
+        page = list_page(delivered(OFFER), delivered(ACCEPT), delivered(OFFER), delivered())
+        origins = "journal.example.com" + "repository.example.org"
+        self.assertEqual(page.one("datalist").text, origins, "each of them once, to choose from")
 
     def test_the_reason_of_a_failure_comes_before_what_the_notification_could_do_better(
         self,
