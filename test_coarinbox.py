@@ -2448,6 +2448,16 @@ class QueryTest(DeliveriesTest):
         self.path.write_text("\n".join([*lines, ""]), encoding="utf-8")
         self.assertEqual(self.names("?limit=6&q=" + urllib.parse.quote("Σ")), [names[1]])
 
+    def test_each_status_has_a_verdict_that_a_search_finds(self) -> None:
+        for status, verdict in [
+            (0, "dropped"), (200, "stored"), (201, "stored"), (202, "queued"),
+            (307, "redirected"), (400, "refused"), (499, "refused"), (500, "failed"),
+        ]:  # fmt: skip
+            delivery = delivered(OFFER, status)
+            self.assertEqual(delivery.verdict, verdict)
+            line = json.dumps(delivery.as_json()).encode()
+            self.assertIsNotNone(coarinbox.Query(q=verdict).find_in(line))
+
     def test_most_lines_are_passed_over_without_reading_them_whole(self) -> None:
         """Texts with other letters than ASCII took seven seconds in 100,000 deliveries."""
         lines = self.path.read_bytes().splitlines()
